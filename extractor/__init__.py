@@ -1,0 +1,54 @@
+"""Folders of images to embeddings from pretrained backbones, kept as plain ``.npy`` files.
+
+>>> from extractor import FeatureStore
+>>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
+>>> store.features.shape  # doctest: +SKIP
+(334, 2048)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from extractor.backbones import Backbone, load_backbone
+    from extractor.errors import ExtractorError
+    from extractor.pipeline import Extractor, Report, extract
+    from extractor.store import FeatureStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Backbone",
+    "Extractor",
+    "ExtractorError",
+    "FeatureStore",
+    "Report",
+    "__version__",
+    "extract",
+    "load_backbone",
+]
+
+# Resolved when they are first asked for: who only reads a store never waits for torch.
+_HOMES = {
+    "Backbone": "extractor.backbones",
+    "Extractor": "extractor.pipeline",
+    "ExtractorError": "extractor.errors",
+    "FeatureStore": "extractor.store",
+    "Report": "extractor.pipeline",
+    "extract": "extractor.pipeline",
+    "load_backbone": "extractor.backbones",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,80 @@
+"""What the builders of both libraries need."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from extractor import weights
+from extractor.backbones.backbone import Provenance
+from extractor.errors import ExtractorError, ModelError, WeightsError
+
+__all__ = ["gone", "import_library", "local_file", "provenance", "unknown_weights"]
+
+
+def import_library(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"{name} cannot be imported ({error}); try: pip install {name}") from error
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        raise ExtractorError(
+            f"torch {torch.__version__} and the installed torchvision were not built for each "
+            "other; install a matching pair, for example: pip install --force-reinstall torch "
+            "torchvision"
+        ) from error
+
+
+def local_file(wanted: str) -> Path | None:
+    """The path, where weights are given as one."""
+    if wanted in ("default", "random"):
+        return None
+    path = Path(wanted)
+    looks_like_one = path.suffix in (".pth", ".pt", ".safetensors", ".bin", ".tar")
+    if not (looks_like_one or os.sep in wanted or path.is_file()):
+        return None
+    if not path.is_file():
+        raise WeightsError(f"weights {wanted}: no such file")
+    return path
+
+
+def unknown_weights(model: str, tag: str, known: Sequence[str]) -> str:
+    some = ", ".join(sorted(filter(None, known))) or "none"
+    return (
+        f"{model}: unknown weights {tag!r}; expected default, random, a file, or one of its tags "
+        f"({some})"
+    )
+
+
+def gone(before: Sequence[str], module: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose parameters were in a state dict and no longer are."""
+    left = module.state_dict().keys()
+    return tuple(dict.fromkeys(key.rpartition(".")[0] for key in before if key not in left))
+
+
+def provenance(
+    model: str, library: Any, module: nn.Module, found: weights.WeightsFile | None, seed: int
+) -> Provenance:
+    """Where a loaded network comes from; ``found`` is None for random weights."""
+    name = model.partition(":")[0]
+    if found is None:
+        digest = weights.sha256_of_state(module.state_dict())
+        return Provenance(model, name, library.__version__, "random", "", digest, seed=seed)
+    return Provenance(
+        model,
+        name,
+        library.__version__,
+        "hub" if found.url else "file",
+        found.tag,
+        weights.sha256_of_file(found.path),
+        found.url or found.path.name,
+        found.revision,
+    )

@@ -1,0 +1,301 @@
+"""One image, from whatever holds it, to RGB uint8 pixels at the model's input size."""
+
+from __future__ import annotations
+
+import functools
+import io
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from typing import IO, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from extractor.errors import DecodeError
+from extractor.preprocess import Preprocess
+
+__all__ = [
+    "EncodedImage",
+    "Failure",
+    "ImageInfo",
+    "ImageSource",
+    "decode_into",
+    "looks_like_image",
+    "readable_suffixes",
+]
+
+ImageSource: TypeAlias = (
+    "str | bytes | os.PathLike[str] | EncodedImage | Image.Image | npt.NDArray[np.uint8]"
+)
+"""A path (as ``bytes``, too: not every name is text), an encoded or a decoded image."""
+
+# Formats that Pillow names but does not decode by itself: metadata only (BUFR, GRIB, HDF5, MPEG,
+# WMF outside Windows), and EPS, for which it would run Ghostscript on a file of unknown origin.
+NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+
+# Larger files are read by Pillow piece by piece and not into memory first.
+READ_WHOLE_BYTES = 64 * 2**20
+
+EXIF_ORIENTATION = 0x0112
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """The bytes of an image file, told apart from a path given as bytes."""
+
+    data: bytes
+
+
+@dataclass(frozen=True)
+class ImageInfo:
+    """What was seen while one image was decoded.
+
+    ``size`` in bytes and ``mtime_ns`` are those of the open file (-1 where there is none);
+    ``width`` and ``height`` in pixels as the image is looked at, after its EXIF orientation.
+    """
+
+    size: int
+    mtime_ns: int
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why one image has no row: a short word for programs and a sentence for people.
+
+    A value and not the exception itself, which would keep the decoder's frames, and with them
+    whole images, alive.
+    """
+
+    reason: str
+    message: str
+
+
+def decode_into(
+    source: ImageSource, preprocess: Preprocess, out: npt.NDArray[np.uint8]
+) -> ImageInfo:
+    """Decode, orient, resize and crop one image into ``out``, and say what it was.
+
+    Args:
+        source: a path, :class:`EncodedImage`, a PIL image, or a uint8 array ``(H, W)`` or
+            ``(H, W, 1 | 3 | 4)`` in RGB order.
+        out: ``(height, width, 3)`` uint8 of ``preprocess.input_size``, written in place, RGB.
+
+    Raises:
+        DecodeError: this image has no pixels to give; ``out`` may have been touched.
+    """
+    try:
+        if isinstance(source, Image.Image):
+            return _place(source, preprocess, out, size=-1, mtime_ns=-1)
+        if isinstance(source, np.ndarray):
+            return _place(_from_array(source), preprocess, out, size=-1, mtime_ns=-1)
+        if isinstance(source, EncodedImage):
+            with _identify(io.BytesIO(source.data)) as image:
+                return _place(image, preprocess, out, size=len(source.data), mtime_ns=-1)
+        with _open_regular(source) as file:
+            status = os.fstat(file.fileno())
+            whole = status.st_size <= READ_WHOLE_BYTES
+            with _identify(io.BytesIO(file.read()) if whole else file) as image:
+                return _place(
+                    image, preprocess, out, size=status.st_size, mtime_ns=status.st_mtime_ns
+                )
+    except DecodeError:
+        raise
+    except OSError as error:
+        if error.errno is not None:
+            raise DecodeError("unreadable", error.strerror or str(error)) from error
+        reason = "truncated" if "truncated" in str(error) else "corrupt"
+        raise DecodeError(reason, str(error)) from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError("too-large", str(error)) from error
+    except MemoryError as error:
+        raise DecodeError("out-of-memory", "the decoded image does not fit in memory") from error
+    except Exception as error:  # decoders meet hostile bytes and raise whatever they like
+        raise DecodeError("corrupt", f"{type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def readable_suffixes() -> frozenset[str]:
+    """Every file ending, in lower case with its dot, of a format that is decoded here."""
+    formats = _formats()
+    named = Image.registered_extensions().items()
+    # MPO has an ending but no entry of its own: the JPEG reader takes it.
+    return frozenset(suffix for suffix, name in named if name in {*formats, "MPO"})
+
+
+def looks_like_image(path: bytes) -> bool:
+    """Whether the content of a file, whatever its name, is an image that can be decoded here."""
+    try:
+        with _open_regular(path) as file, Image.open(file, formats=_formats()):
+            return True
+    except Exception:  # no image, for whatever reason
+        return False
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_DECODED)
+
+
+def _open_regular(path: str | bytes | os.PathLike[str]) -> IO[bytes]:
+    """Open a regular file; a pipe, a device or a folder is refused without waiting for it."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise DecodeError("not-a-file", f"expected a regular file, got {_kind(mode)}")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+def _identify(file: IO[bytes]) -> Image.Image:
+    try:
+        return Image.open(file, formats=_formats())
+    except UnidentifiedImageError:
+        file.seek(0)
+        head = file.read(16)
+        if not head:
+            raise DecodeError("empty", "the file is empty") from None
+        raise DecodeError(
+            "not-an-image", f"no image format that is decoded here starts with {head!r}"
+        ) from None
+
+
+def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape:
+        raise DecodeError(
+            "not-an-image",
+            f"expected a uint8 array (H, W) or (H, W, 1|3|4), got {array.dtype} {array.shape}",
+        )
+    if array.ndim == 3 and array.shape[2] not in (1, 3, 4):
+        raise DecodeError("not-an-image", f"expected 1, 3 or 4 channels last, got {array.shape}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _place(
+    image: Image.Image,
+    preprocess: Preprocess,
+    out: npt.NDArray[np.uint8],
+    *,
+    size: int,
+    mtime_ns: int,
+) -> ImageInfo:
+    image.load()  # some formats turn themselves while they load, so ask for sizes after it
+    orientation = _orientation(image)
+    raw_width, raw_height = image.size
+    turned = orientation >= 5
+    width, height = (raw_height, raw_width) if turned else (raw_width, raw_height)
+
+    geometry = preprocess.geometry(width, height)
+    part = _to_rgb(image).resize(
+        geometry.size[::-1] if turned else geometry.size,
+        Image.Resampling[preprocess.interpolation.upper()],
+        box=_raw_box(geometry.box, orientation, raw_width, raw_height),
+    )
+    if orientation in _TURN:
+        part = part.transpose(_TURN[orientation])
+
+    left, top = geometry.at
+    kept_width, kept_height = geometry.size
+    if (kept_height, kept_width) != out.shape[:2]:
+        out[...] = preprocess.fill
+    out[top : top + kept_height, left : left + kept_width] = np.asarray(part)
+    return ImageInfo(size, mtime_ns, width, height)
+
+
+# The turn that brings an image with this EXIF orientation upright (CIPA DC-008, tag 0x0112).
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, struct.error):
+        return 1  # a photo with a broken EXIF block is still a photo
+    return value if value in _TURN else 1
+
+
+def _raw_box(
+    box: tuple[float, float, float, float], orientation: int, raw_width: int, raw_height: int
+) -> tuple[float, float, float, float]:
+    """The part of the stored image that ``box`` of the upright image comes from.
+
+    Resizing first and turning the small picture is the same, and much cheaper for camera photos.
+    """
+    left, top, right, bottom = box
+    if orientation >= 5:  # the stored rows are the upright image's columns
+        left, top, right, bottom = top, left, bottom, right
+    if orientation in (2, 3, 7, 8):
+        left, right = raw_width - right, raw_width - left
+    if orientation in (3, 4, 6, 7):
+        top, bottom = raw_height - bottom, raw_height - top
+    return left, top, right, bottom
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """The image in mode RGB, 8 bits a channel, alpha dropped, looking like itself."""
+    mode = image.mode
+    if mode == "RGB":
+        return image
+    if mode.startswith("I;16"):
+        # The high byte, as Pillow takes it of 16-bit RGB; `convert` would clip at 255 instead.
+        return _grey(np.asarray(image) >> 8)
+    if mode in ("I", "F"):
+        return _grey(_to_levels(np.asarray(image)))
+    if mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        if converted is None:
+            raise DecodeError("corrupt", "the LAB colours cannot be converted to sRGB")
+        return converted
+    return image.convert("RGB")
+
+
+def _to_levels(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+    """32-bit grey values as levels 0..255.
+
+    The range is not in the file, so the usual ones are tried: 0..1 (floats only), 0..255 (floats
+    only), 0..65535; whatever lies outside is stretched from its least to its greatest value.
+    """
+    levels = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    least, greatest = float(levels.min()), float(levels.max())
+    floating = values.dtype.kind == "f"
+    if least >= 0 and floating and greatest <= 1:
+        return levels * 255
+    if least >= 0 and floating and greatest <= 255:
+        return levels
+    if least >= 0 and greatest <= 65_535:
+        return levels / 256
+    return (levels - least) * (255 / (greatest - least or 1))
+
+
+def _grey(levels: npt.NDArray[np.generic]) -> Image.Image:
+    return Image.fromarray(levels.astype(np.uint8)).convert("RGB")

@@ -1,0 +1,121 @@
+"""Which device computes, and in which precision; nothing falls back in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from extractor.errors import DeviceError
+
+__all__ = [
+    "available_cores",
+    "device_errors",
+    "keep_freed_memory",
+    "resolve_device",
+    "resolve_precision",
+]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``, checked to be there.
+
+    ``auto`` takes the first CUDA device, else Apple's GPU, else the CPU; which one it was is for
+    the caller to report.
+
+    Raises:
+        DeviceError: an unknown name or an absent device.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"device {name!r} is unknown; expected auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        return _cuda(name, device)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError("device mps: no Apple GPU here; try --device cpu")
+    return device
+
+
+def _cuda(name: str, device: torch.device) -> torch.device:
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise DeviceError(
+            f"device {name}: this torch ({torch.__version__}) was built without GPU support; "
+            "install a CUDA build of torch and torchvision, or use --device cpu"
+        )
+    count = torch.cuda.device_count()
+    if not count or not torch.cuda.is_available():
+        raise DeviceError(
+            f"device {name}: no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use "
+            "--device cpu"
+        )
+    index = device.index or 0
+    if index >= count:
+        raise DeviceError(f"device {name}: only cuda:0 to cuda:{count - 1} are visible")
+    return torch.device("cuda", index)
+
+
+def resolve_precision(name: str) -> torch.dtype:
+    """The floating-point type of the computation; ``auto`` is float32 for now."""
+    return {
+        "auto": torch.float32,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }[name]
+
+
+def available_cores() -> int:
+    """Processor cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory of one forward pass for the next, instead of giving it back.
+
+    By default every large activation is mapped anew and faulted in page by page: on two cores
+    that costs SqueezeNet and ResNet-50 a third of their rate. It is a setting of the whole process,
+    so a program decides it, not a library. Does nothing where there is no ``mallopt``.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
+            mallopt(parameter, value)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+@contextmanager
+def device_errors(device: torch.device) -> Iterator[None]:
+    """Turn what a device says when it is full, busy or broken into a :class:`DeviceError`."""
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise DeviceError(
+            f"{device} is out of memory; try a smaller --batch-size or --precision float16, or "
+            f"stop what else runs on it ({_first_line(error)})"
+        ) from error
+    except RuntimeError as error:
+        if "CUDA error" in str(error) or "CUDA-capable device" in str(error):
+            raise DeviceError(
+                f"{device} refuses to work: {_first_line(error)}; it may be busy or in need of a "
+                "restart: check nvidia-smi, or use --device cpu"
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0][:300]

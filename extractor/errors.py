@@ -1,0 +1,54 @@
+"""The errors that a caller can cause, all of them children of one."""
+
+from __future__ import annotations
+
+__all__ = [
+    "DecodeError",
+    "DeviceError",
+    "ExtractorError",
+    "ModelError",
+    "SourceError",
+    "StoreError",
+    "UsageError",
+    "WeightsError",
+]
+
+
+class ExtractorError(Exception):
+    """What went wrong, what was expected, and what to try."""
+
+
+class UsageError(ExtractorError):
+    """An option or an argument that cannot be meant."""
+
+
+class SourceError(ExtractorError):
+    """The images that were asked for cannot be listed."""
+
+
+class DecodeError(ExtractorError):
+    """One image cannot be turned into pixels.
+
+    ``reason`` is a short machine-readable word (``not-an-image``, ``truncated``, ...), the
+    message is for people.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class ModelError(ExtractorError):
+    """A model that is unknown, or whose head cannot be removed."""
+
+
+class WeightsError(ExtractorError):
+    """Weights that cannot be found, read or fitted to the model."""
+
+
+class DeviceError(ExtractorError):
+    """A device or a precision that this machine does not have, or that is out of memory."""
+
+
+class StoreError(ExtractorError):
+    """A store that cannot be read or written as asked."""

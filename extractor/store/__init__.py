@@ -1,0 +1,15 @@
+"""The store: a folder of plain ``.npy`` files, their index and a manifest. Needs no torch."""
+
+from extractor.store.array import ShardedArray
+from extractor.store.format import Description, Manifest
+from extractor.store.reader import FeatureStore
+from extractor.store.writer import ImageRecord, StoreWriter
+
+__all__ = [
+    "Description",
+    "FeatureStore",
+    "ImageRecord",
+    "Manifest",
+    "ShardedArray",
+    "StoreWriter",
+]

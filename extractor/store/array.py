@@ -1,0 +1,132 @@
+"""Several memory-mapped arrays as one."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import operator
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["ShardedArray"]
+
+
+class ShardedArray:
+    """Reads row-wise concatenated 2-D arrays like one array, without joining them.
+
+    Rows, slices, lists and masks of rows work, and a second index for the columns. A slice inside
+    one shard is a view of its file, everything else a copy; ``numpy.asarray`` reads it all.
+
+    >>> array = ShardedArray([np.zeros((2, 3)), np.ones((4, 3))], dim=3, dtype=np.dtype(float))
+    >>> array.shape, array[-1], array[[0, 5]].shape, array[1:3, 0]
+    ((6, 3), array([1., 1., 1.]), (2, 3), array([0., 1.]))
+    """
+
+    ndim = 2
+
+    def __init__(self, parts: Sequence[npt.NDArray[Any]], *, dim: int, dtype: np.dtype[Any]):
+        for part in parts:
+            if part.ndim != 2 or part.shape[1] != dim or part.dtype != dtype:
+                raise ValueError(
+                    f"got {part.shape} {part.dtype}, expected (rows, {dim}) {dtype} in every part"
+                )
+        self._parts = tuple(parts)
+        self._starts = [0, *itertools.accumulate(len(part) for part in parts)]
+        self.shape = (self._starts[-1], dim)
+        self.dtype = dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Numbers in all."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all."""
+        return self.size * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"ShardedArray(shape={self.shape}, dtype={self.dtype}, shards={len(self._parts)})"
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        return itertools.chain.from_iterable(self._parts)
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        if len(self._parts) == 1 and not copy:
+            return np.asarray(self._parts[0], dtype=dtype)
+        if copy is False:
+            raise ValueError("several shards cannot be one array without a copy")
+        whole = np.concatenate(self._parts) if self._parts else np.empty(self.shape, self.dtype)
+        return whole if dtype is None else whole.astype(dtype, copy=False)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            if len(index) > 2:
+                raise IndexError(f"too many indices: the array has 2 dimensions, got {len(index)}")
+            rows, columns = (*index, slice(None))[:2]
+            if _is_list(rows) and _is_list(columns):  # numpy pairs them up, element by element
+                return self[rows][np.arange(len(self[rows])), columns]
+            picked = self[rows]
+            return picked[..., columns]
+        if isinstance(index, slice):
+            return self._slice(*index.indices(len(self)))
+        if index is Ellipsis:
+            return self._slice(0, len(self), 1)
+        if _is_list(index):
+            return self._take(np.asarray(index))
+        return self._row(operator.index(index))
+
+    def _row(self, row: int) -> npt.NDArray[Any]:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        row %= len(self)
+        part = bisect.bisect_right(self._starts, row) - 1
+        return np.asarray(self._parts[part][row - self._starts[part]])
+
+    def _slice(self, start: int, stop: int, step: int) -> npt.NDArray[Any]:
+        if step < 0:
+            rows = range(start, stop, step)
+            return self._slice(rows[-1], rows[0] + 1, -step)[::-1] if rows else self._empty()
+        pieces = []
+        for part, begin in zip(self._parts, self._starts, strict=False):
+            first = max(start, begin + (start - begin) % step if begin > start else start)
+            if first < min(stop, begin + len(part)):
+                pieces.append(part[first - begin : stop - begin : step])
+        if len(pieces) == 1:
+            return np.asarray(pieces[0])
+        return np.concatenate(pieces) if pieces else self._empty()
+
+    def _take(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        if index.dtype == bool:
+            if index.shape != (len(self),):
+                raise IndexError(f"mask of shape {index.shape} for {len(self)} rows")
+            index = np.flatnonzero(index)
+        elif index.size == 0:
+            index = index.astype(np.intp)
+        elif index.dtype.kind not in "iu":
+            raise IndexError(f"rows must be integers or a mask, got {index.dtype}")
+        wrong = index[(index < -len(self)) | (index >= len(self))]
+        if wrong.size:
+            raise IndexError(f"row {wrong.flat[0]} of {len(self)}")
+        rows = np.where(index < 0, index + len(self), index).astype(np.intp)
+        taken = np.empty((*rows.shape, self.shape[1]), self.dtype)
+        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        for part in np.unique(parts):
+            here = parts == part
+            taken[here] = self._parts[part][rows[here] - self._starts[part]]
+        return taken
+
+    def _empty(self) -> npt.NDArray[Any]:
+        return np.empty((0, self.shape[1]), self.dtype)
+
+
+def _is_list(index: Any) -> bool:
+    return isinstance(index, (list, range)) or (isinstance(index, np.ndarray) and index.ndim > 0)

@@ -1,0 +1,68 @@
+"""One writer at a time: a lock that the kernel holds for a living process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from extractor.errors import StoreError
+
+__all__ = ["Lock"]
+
+
+class Lock:
+    """Holds a file locked while the process lives, and says in it who does.
+
+    Raises:
+        StoreError: on entry, when another process holds it; does not wait.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> Lock:
+        while self._descriptor is None:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+                os.close(descriptor)
+                place = self._path.parent.parent
+                raise StoreError(
+                    f"{place} is being written by {holder or 'another process'}; wait for it, or "
+                    "choose another --out"
+                ) from error
+            except OSError:
+                os.close(descriptor)
+                raise
+            if _is_still(descriptor, self._path):
+                self._descriptor = descriptor
+            else:  # its last holder removed it between our opening and our locking
+                os.close(descriptor)
+        os.truncate(self._descriptor, 0)
+        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def _is_still(descriptor: int, path: Path) -> bool:
+    try:
+        there = os.stat(path)
+    except FileNotFoundError:
+        return False
+    ours = os.fstat(descriptor)
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
