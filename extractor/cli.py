@@ -252,14 +252,14 @@ class _Bar:
 
     def __enter__(self) -> _Bar:
         if self._shown:
-            print("loading the model ...", end="\r", file=sys.stderr, flush=True)
+            print("loading the model ...", end="", file=sys.stderr, flush=True)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif self._shown:
-            print("\033[K", end="", file=sys.stderr, flush=True)
+        else:
+            self._clear()
 
     def update(self, progress: Progress) -> None:
         if not self._shown:
@@ -267,16 +267,30 @@ class _Bar:
         if self._bar is None:
             from tqdm import tqdm
 
-            self._bar = tqdm(total=progress.total, unit="img", dynamic_ncols=True, smoothing=0.1)
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+            self._clear()
+            self._bar = tqdm(
+                total=progress.total,
+                unit="img",
+                smoothing=0.1,
+                dynamic_ncols=width > 0,
+                ncols=None if width else 80,  # some terminals do not know their size
+                nrows=None if width else 24,
+            )
         self._bar.set_postfix(failed=progress.failed, refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
     def write(self, text: str) -> None:
         """Print a line on stderr above the bar."""
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(_printable(text), file=sys.stderr)
         else:
+            self._clear()
             _say(text)
+
+    def _clear(self) -> None:
+        if self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
 class _Handler(logging.Handler):

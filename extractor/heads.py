@@ -8,7 +8,7 @@ from torch import nn
 
 from extractor.errors import ModelError
 
-__all__ = ["differing_modules", "identities", "replace_with_identity", "reset_timm_classifier"]
+__all__ = ["identities", "modules_with_outputs", "replace_with_identity", "reset_timm_classifier"]
 
 
 def identities(module: nn.Module) -> frozenset[str]:
@@ -18,18 +18,17 @@ def identities(module: nn.Module) -> frozenset[str]:
     )
 
 
-def differing_modules(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
-    """Names of the modules whose own parameters differ in shape between two builds of a model.
+def modules_with_outputs(module: nn.Module, outputs: int) -> tuple[str, ...]:
+    """Dotted names of the modules that hold a parameter with ``outputs`` rows.
 
-    Two builds of one architecture with different numbers of classes differ in their classifiers
-    and nowhere else, whatever these are called and however deep they lie: a ``Linear``, the 1x1
-    ``Conv2d`` of SqueezeNet, the auxiliary heads of Inception.
+    In a network that was built for a number of classes that no other layer has as its width, these
+    are its classifiers, whatever they are called and however deep they lie: a ``Linear``, the
+    1x1 ``Conv2d`` of SqueezeNet, an auxiliary head.
     """
-    theirs = {name: tuple(value.shape) for name, value in other.named_parameters()}
     names = {
         name.rpartition(".")[0]: None
-        for name, value in one.named_parameters()
-        if theirs.get(name) != tuple(value.shape)
+        for name, value in module.named_parameters()
+        if value.shape[0] == outputs
     }
     return tuple(names)
 

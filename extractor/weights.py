@@ -10,7 +10,7 @@ import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,7 +169,7 @@ def _reachable(url: str) -> bool:
 # Reading
 
 
-def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+def read_checkpoint(path: Path) -> State:
     """The tensors of a ``.safetensors`` or ``.pth`` file on the CPU; no code in it is run.
 
     A state dict inside ``state_dict`` or ``model`` is unwrapped, and the prefix ``module.`` of
@@ -179,22 +179,24 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
         WeightsError: no such file, no checkpoint, or one that needs code to be read.
     """
     try:
+        path.open("rb").close()
+    except OSError as error:
+        raise WeightsError(f"cannot read weights {path}: {error.strerror}") from error
+    try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             content: object = load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"cannot read weights {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error) or "Weights only" in str(error):
+        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
             raise WeightsError(
                 f"{path} is refused: it holds more than tensors, and reading it would run code "
                 "that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
-        raise WeightsError(f"{path} is no checkpoint that torch can read: {error}") from error
+        raise WeightsError(f"{path} is no checkpoint that torch can read") from error
     except Exception as error:  # the readers raise whatever a broken archive leads them to
         raise WeightsError(
             f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}); expected "
@@ -203,14 +205,34 @@ def read_checkpoint(path: Path) -> dict[str, torch.Tensor]:
     return _state_dict(content, path)
 
 
-def _state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:
+class State(dict[str, torch.Tensor]):
+    """A state dict with the versions of the modules that wrote it, as torch's own carries them.
+
+    A few modules (MNASNet is one) read old checkpoints by them and refuse one without.
+    """
+
+    _metadata: dict[str, dict[str, int]]
+
+    def rename(self, new_name: Callable[[str], str]) -> None:
+        """Give every key its new name, in place."""
+        renamed = [(new_name(key), value) for key, value in self.items()]
+        self.clear()
+        self.update(renamed)
+
+
+def _state_dict(content: object, path: Path) -> State:
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
-    state = {
-        str(key).removeprefix("module."): value
+    state = State(
+        (str(key).removeprefix("module."), value)
         for key, value in (content.items() if isinstance(content, Mapping) else ())
         if isinstance(value, torch.Tensor)
+    )
+    versions = getattr(content, "_metadata", None) or {}
+    state._metadata = {
+        "" if key == "module" else key.removeprefix("module."): value
+        for key, value in versions.items()
     }
     if not state:
         raise WeightsError(
@@ -235,7 +257,9 @@ def load_into(
     """
     expected = module.state_dict()
     removed = tuple(discarded)
-    given = {key: value for key, value in state.items() if not _lies_in(key, removed)}
+    given = State((key, value) for key, value in state.items() if not _lies_in(key, removed))
+    # A file that does not know its versions (.safetensors) is taken to be of today.
+    given._metadata = getattr(state, "_metadata", None) or getattr(expected, "_metadata", {})
     # A counter that only training reads; checkpoints of before 2018 do not have it.
     counters = {key for key in expected if key.endswith(".num_batches_tracked")}
     missing = sorted(expected.keys() - given.keys() - counters)

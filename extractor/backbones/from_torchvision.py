@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from extractor import heads, weights
@@ -29,8 +28,9 @@ _AUXILIARY = ("aux1", "aux2", "AuxLogits")
 # The published DenseNet files are older than the names of its layers: norm.1 is norm1 now.
 _DENSENET_KEY = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
 
-# Any number that no checkpoint has as its number of classes.
-_OTHER_CLASSES = 7
+# Classes that a network is built for, to find its classifier by them: a prime, so that it is the
+# width of no other layer.
+_CLASSES = 1009
 
 
 def names() -> list[str]:
@@ -53,16 +53,14 @@ def build(name: str, wanted: str, seed: int) -> Backbone:
     found = _find_weights(name, wanted, entry)
     with weights.seeded(seed):
         module = _network(name, entry)
-    with torch.device("meta"):
-        other = _network(name, entry, num_classes=_OTHER_CLASSES)
-    classifiers = heads.differing_modules(module, other)
+    classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
     before = tuple(module.state_dict())
     replaced = heads.replace_with_identity(module, classifiers)
     if found is not None:
         state = weights.read_checkpoint(found.path)
         if name.startswith("densenet"):
-            state = {_DENSENET_KEY.sub(r"\1\2", key): value for key, value in state.items()}
+            state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
         weights.load_into(
             module,
             state,
@@ -106,12 +104,14 @@ def _find_weights(name: str, wanted: str, entry: Any) -> weights.WeightsFile | N
     return weights.find_url_file(entry.url, tag=entry.name, how=label)
 
 
-def _network(name: str, entry: Any, **arguments: Any) -> nn.Module:
+def _network(name: str, entry: Any) -> nn.Module:
     """An untrained network, built as torchvision builds it for its own weights."""
-    arguments.update(_ARGUMENTS.get(name, {}))
+    arguments = dict(_ARGUMENTS.get(name, {}))
     if name.startswith("vit_"):
         arguments["image_size"] = entry.meta["min_size"][0]
-    network: nn.Module = _models().get_model_builder(name)(weights=None, **arguments)
+    network: nn.Module = _models().get_model_builder(name)(
+        weights=None, num_classes=_CLASSES, **arguments
+    )
     return network
 
 

@@ -60,6 +60,8 @@ class ShardedArray:
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
+        if copy is False and dtype is not None and np.dtype(dtype) != self.dtype:
+            raise ValueError(f"{self.dtype} cannot be {np.dtype(dtype)} without a copy")
         if len(self._parts) == 1 and not copy:
             return np.asarray(self._parts[0], dtype=dtype)
         if copy is False:
@@ -69,11 +71,24 @@ class ShardedArray:
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple):
-            if len(index) > 2:
-                raise IndexError(f"too many indices: the array has 2 dimensions, got {len(index)}")
-            rows, columns = (*index, slice(None))[:2]
+            both = [list(one) if isinstance(one, tuple) else one for one in index]
+            gaps = [at for at, one in enumerate(both) if one is Ellipsis]
+            if len(gaps) > 1:
+                raise IndexError("an index can only have a single ellipsis ('...')")
+            if gaps:
+                both[gaps[0] : gaps[0] + 1] = [slice(None)] * (3 - len(both))
+            if len(both) > 2:
+                raise IndexError(f"too many indices: the array has 2 dimensions, got {len(both)}")
+            rows, columns = (*both, slice(None), slice(None))[:2]
             if _is_list(rows) and _is_list(columns):  # numpy pairs them up, element by element
-                return self[rows][np.arange(len(self[rows])), columns]
+                place = self._numbers(np.asarray(rows))
+                column = np.arange(self.shape[1])[columns]
+                try:
+                    place, column = np.broadcast_arrays(place, column)
+                except ValueError as error:
+                    raise IndexError(f"shape mismatch: {error}") from error
+                taken = self._take(place.ravel())
+                return taken[np.arange(place.size), column.ravel()].reshape(place.shape)
             picked = self[rows]
             return picked[..., columns]
         if isinstance(index, slice):
@@ -82,6 +97,8 @@ class ShardedArray:
             return self._slice(0, len(self), 1)
         if _is_list(index):
             return self._take(np.asarray(index))
+        if isinstance(index, bool):
+            raise IndexError("one truth value is no row; expected a mask of all rows")
         return self._row(operator.index(index))
 
     def _row(self, row: int) -> npt.NDArray[Any]:
@@ -104,7 +121,7 @@ class ShardedArray:
             return np.asarray(pieces[0])
         return np.concatenate(pieces) if pieces else self._empty()
 
-    def _take(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def _numbers(self, index: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
         if index.dtype == bool:
             if index.shape != (len(self),):
                 raise IndexError(f"mask of shape {index.shape} for {len(self)} rows")
@@ -116,7 +133,11 @@ class ShardedArray:
         wrong = index[(index < -len(self)) | (index >= len(self))]
         if wrong.size:
             raise IndexError(f"row {wrong.flat[0]} of {len(self)}")
-        rows = np.where(index < 0, index + len(self), index).astype(np.intp)
+        rows = index.astype(np.intp)
+        return np.where(rows < 0, rows + len(self), rows)
+
+    def _take(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        rows = self._numbers(index)
         taken = np.empty((*rows.shape, self.shape[1]), self.dtype)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(parts):

@@ -72,6 +72,9 @@ class ShardEntry:
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= self.images:
             raise ValueError(f"shard {self.shard}: {self.rows} rows of {self.images} images")
+        names = (features_name(self.shard), images_name(self.shard))
+        if (self.features.name, self.index.name) != names:
+            raise ValueError(f"shard {self.shard}: files {self.features.name}, {self.index.name}")
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ class Description:
     software: Mapping[str, str]
 
     def __post_init__(self) -> None:
+        if not isinstance(self.backbone, Mapping):
+            raise ValueError(f"backbone: got {self.backbone!r}")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: got {self.dtype!r}")
         if self.dim < 1:
@@ -142,6 +147,8 @@ class Manifest:
     created: str = field(compare=False)
 
     def __post_init__(self) -> None:
+        if self.failures.name != FAILURES:
+            raise ValueError(f"failures in {self.failures.name!r}")
         total = sum(shard.rows for shard in self.shards)
         if total != self.rows or self.rows > self.images:
             raise ValueError(f"{self.rows} rows of {self.images} images, shards hold {total}")

@@ -63,7 +63,9 @@ class FeatureStore:
         ]
         for shard in manifest.shards:
             _check_size(folder, shard.index)
-        return cls(folder, manifest, ShardedArray(parts, dim=dim, dtype=dtype), identity)
+        store = cls(folder, manifest, ShardedArray(parts, dim=dim, dtype=dtype), identity)
+        store._check_unchanged()
+        return store
 
     @property
     def dim(self) -> int:
@@ -90,7 +92,9 @@ class FeatureStore:
         self._check_unchanged()
         _check_size(self.path, entry)
         with (self.path / entry.name).open(encoding="ascii") as lines:
-            return [json.loads(line) for line in lines]
+            failures = [json.loads(line) for line in lines]
+        self._check_unchanged()
+        return failures
 
     def column(self, name: str) -> list[Any]:
         """One column of the index: ``path``, ``size``, ``mtime_ns``, ``width`` or ``height``.
@@ -106,7 +110,8 @@ class FeatureStore:
         for shard in self.manifest.shards:
             try:
                 _check_size(self.path, shard.index)
-                table = pq.read_table(self.path / shard.index.name, columns=[name])
+                with (self.path / shard.index.name).open("rb") as file:
+                    table = pq.read_table(file, columns=[name])
                 column = table.column(name)
             except (OSError, KeyError, pa.ArrowException) as error:
                 raise StoreError(f"{self.path / shard.index.name}: {error}") from error
@@ -115,6 +120,7 @@ class FeatureStore:
                     f"{self.path / shard.index.name} has {len(column)} rows, expected {shard.rows}"
                 )
             values.extend(column.to_pylist())
+        self._check_unchanged()
         return values
 
     def index_of(self, path: str | bytes | os.PathLike[str]) -> int:
@@ -175,8 +181,8 @@ def _map(
 ) -> npt.NDArray[Any]:
     _check_size(folder, entry)
     try:
-        array: npt.NDArray[Any] = np.load(folder / entry.name, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(folder / entry.name, mode="r")
+    except Exception as error:  # numpy parses the header as Python, and raises what that raises
         raise StoreError(f"{folder / entry.name} is damaged: {error}") from error
     if array.shape != shape or array.dtype != dtype:
         raise StoreError(

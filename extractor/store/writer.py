@@ -74,8 +74,8 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         check_place(self._out, overwrite=self._overwrite)
         with _explained(self._out):
-            self._make_folders()
             try:
+                self._make_folders()
                 self._lock.__enter__()
             except BaseException:
                 self._unmake_folders()
@@ -160,6 +160,9 @@ class StoreWriter:
                 self._failures.close()
             self._failures = None
         with contextlib.suppress(OSError):  # what is left is cleared by the next run
+            if (self._staging / MANIFEST).is_file():  # complete: the next run publishes it
+                self._lock.__exit__(None, None, None)
+                return
             _clear(self._staging)
             (self._staging / "lock").unlink(missing_ok=True)
             self._staging.rmdir()
@@ -298,6 +301,7 @@ def recover(out: Path) -> None:
             (out / name).unlink(missing_ok=True)
     for folder in (FEATURES, IMAGES):
         sync_folder(out / folder)
+    sync_folder(out)
     os.replace(staging / MANIFEST, out / MANIFEST)
     sync_folder(out)
 
@@ -352,5 +356,5 @@ def _explained(out: Path) -> Iterator[None]:
     except OSError as error:
         raise StoreError(
             f"cannot write the store {out}: {error.strerror or error}"
-            f"{f' ({error.filename})' if error.filename else ''}; what was there is untouched"
+            f"{f' ({error.filename})' if error.filename else ''}; nothing that was there is lost"
         ) from error

@@ -1,0 +1,81 @@
+"""What all tests share: no network, few threads, images that are made here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
+
+
+def pytest_configure() -> None:
+    import torch
+
+    torch.set_num_threads(2)  # the machines that run the tests are small and shared
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available() or REQUIRE_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def empty_caches(
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Caches of weights that hold nothing, so that no test leans on what a machine has."""
+    from huggingface_hub import constants
+
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("TORCH_HOME", str(home / "torch"))
+    monkeypatch.setenv("HF_HOME", str(home / "huggingface"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "huggingface" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return home
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.cuda)]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """The CPU everywhere, and a GPU where there is one."""
+    return str(request.param)
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 11 images of different sizes, formats and depths of folders, each of one colour.
+
+    Image ``i`` has the colour ``(20 * i, 255 - 20 * i, 100)``, losslessly, so that every embedding
+    of a model that averages pixels can be worked out by hand.
+    """
+    folder = tmp_path / "photos"
+    for i in range(11):
+        path = folder / ("deep/er" if i % 3 else "") / f"{i:02d}.{('png', 'bmp', 'tiff')[i % 3]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (40 + 7 * i, 90 - 5 * i), colour(i)).save(path)
+    return folder
+
+
+def colour(i: int) -> tuple[int, int, int]:
+    return 20 * i, 255 - 20 * i, 100
+
+
+def noise(seed: int, height: int, width: int) -> Image.Image:
+    """A picture with structure at several scales, as photos have, the same for the same seed."""
+    random = np.random.default_rng(seed)
+    picture = np.zeros((height, width, 3))
+    for scale in (4, 16, 64):
+        coarse = random.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
+        picture += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+    return Image.fromarray((picture / 3).astype(np.uint8))

@@ -1,0 +1,139 @@
+"""Small stores with known content, and ways to look at folders."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from extractor.errors import StoreError
+from extractor.store import Description, FeatureStore, ImageRecord, StoreWriter
+
+
+def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Description:
+    values: dict[str, Any] = {
+        "backbone": {"model": "timm:tiny", "tag": "a1", "sha256": "0123456789abcdef"},
+        "embedding": {"definition": "pre-logits", "dim": dim, "dtype": dtype, "normalised": False},
+        "preprocess": {"size": [8, 8]},
+        "computation": {"precision": "float32", "device": "cpu", "batch_size": 2},
+        "root": "/photos",
+        "shard_images": 4,
+        "software": {"extractor": "0.0.0"},
+    }
+    return Description(**{**values, **changes})
+
+
+def _records(names: Sequence[bytes]) -> list[ImageRecord]:
+    return [ImageRecord(name, 100 + i, 10**18 + i, 20 + i, 30 + i) for i, name in enumerate(names)]
+
+
+def _names(shard: int, rows: int) -> list[bytes]:
+    return [f"{shard}/{row}.jpg".encode() for row in range(rows)]
+
+
+def _fill(
+    writer: StoreWriter,
+    parts: Sequence[np.ndarray],
+    *,
+    names: Sequence[Sequence[bytes]] | None = None,
+    numbers: Sequence[int] | None = None,
+    failures: Sequence[tuple[bytes, str, str]] = (),
+    **described: Any,
+) -> tuple[Description, int]:
+    """Write the shards of a store; returns what ``publish`` wants."""
+    dtype = parts[0].dtype.name if parts else "float32"
+    dim = parts[0].shape[1] if parts else 3
+    description = _description(**{"dim": dim, "dtype": dtype, **described})
+    for place, part in enumerate(parts):
+        number = place if numbers is None else numbers[place]
+        shard_names = _names(number, len(part)) if names is None else names[place]
+        records = _records(shard_names)
+        with writer.shard(number, description) as shard:
+            for start in range(0, len(part), 3):  # more than one batch, and a short last one
+                rows = slice(start, start + 3)
+                shard.append(part[rows], records[rows])
+            shard.finish(len(part))
+    for failure in failures:
+        writer.fail(*failure)
+    return description, sum(map(len, parts)) + len(failures)
+
+
+def _write(
+    out: Path, parts: Sequence[np.ndarray], *, overwrite: bool = False, **filled: Any
+) -> Path:
+    with StoreWriter(out, overwrite=overwrite) as writer:
+        writer.publish(*_fill(writer, parts, **filled))
+    return out
+
+
+def _tree(folder: Path) -> dict[str, bytes | None]:
+    """Content of every file under a folder, hidden ones included; None for folders."""
+    return {
+        os.fsdecode(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def _checked(out: Path) -> np.ndarray | None:
+    """All rows of a store after a check of every file against the manifest; None if no store."""
+    try:
+        store = FeatureStore.open(out)
+    except StoreError:
+        return None
+    manifest = store.manifest
+    entries = [entry for shard in manifest.shards for entry in (shard.features, shard.index)]
+    for entry in [*entries, manifest.failures]:
+        content = (out / entry.name).read_bytes()
+        assert len(content) == entry.bytes
+        assert hashlib.sha256(content).hexdigest() == entry.sha256, entry.name
+    return np.array(store.features)
+
+
+@pytest.fixture
+def describe_store() -> Callable[..., Description]:
+    """Makes a description of a tiny store; keywords replace its values."""
+    return _description
+
+
+@pytest.fixture
+def make_records() -> Callable[[Sequence[bytes]], list[ImageRecord]]:
+    """Makes one record a name, all with different numbers."""
+    return _records
+
+
+@pytest.fixture
+def fill() -> Callable[..., tuple[Description, int]]:
+    """Writes shards with a writer that was entered; returns the arguments of ``publish``."""
+    return _fill
+
+
+@pytest.fixture
+def write_store() -> Callable[..., Path]:
+    """Writes and publishes a whole store with the given arrays as shards."""
+    return _write
+
+
+@pytest.fixture
+def tree() -> Callable[[Path], dict[str, bytes | None]]:
+    """Lists all that lies under a folder, with its content."""
+    return _tree
+
+
+@pytest.fixture
+def checked() -> Callable[[Path], np.ndarray | None]:
+    """Opens a store, compares every file with the manifest, and returns all rows."""
+    return _checked
+
+
+@pytest.fixture
+def parts() -> list[np.ndarray]:
+    """Two shards, of 4 and 3 rows of 3 numbers; all numbers differ."""
+    return [
+        np.arange(12, dtype=np.float32).reshape(4, 3),
+        np.arange(12, 21, dtype=np.float32).reshape(3, 3),
+    ]

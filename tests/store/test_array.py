@@ -1,0 +1,396 @@
+"""A sharded array answers every index as numpy answers it on the concatenation."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+
+from extractor.store import ShardedArray
+
+DIM = 4
+LAYOUTS = {
+    "no part": [],
+    "one part": [10],
+    "one row": [1],
+    "parts of one row": [1] * 6,
+    "mixed parts": [3, 1, 4, 2],
+    "some parts empty": [0, 3, 0, 2, 0],
+}
+NUMPY_2 = np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+
+
+def shown(value: object) -> str:
+    return " ".join(repr(value).split())
+
+
+def build(lengths: list[int]) -> tuple[ShardedArray, np.ndarray]:
+    whole = np.arange(sum(lengths) * DIM, dtype=np.float32).reshape(-1, DIM)
+    cuts = np.cumsum([0, *lengths])
+    parts = [whole[a:b].copy() for a, b in itertools.pairwise(cuts)]
+    return ShardedArray(parts, dim=DIM, dtype=np.dtype(np.float32)), whole
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+def both(request: pytest.FixtureRequest) -> tuple[ShardedArray, np.ndarray]:
+    return build(request.param)
+
+
+@pytest.fixture
+def mixed() -> tuple[ShardedArray, np.ndarray]:
+    return build(LAYOUTS["mixed parts"])
+
+
+def assert_same(actual: Any, expected: Any, index: object) -> None:
+    assert np.shape(actual) == np.shape(expected), index
+    assert actual.dtype == expected.dtype, index
+    assert np.array_equal(actual, expected), index
+
+
+def test_shape_length_and_bytes_are_those_of_the_concatenation(
+    both: tuple[ShardedArray, np.ndarray],
+) -> None:
+    array, whole = both
+    assert array.shape == whole.shape
+    assert len(array) == len(whole)
+    assert (array.ndim, array.size, array.nbytes) == (whole.ndim, whole.size, whole.nbytes)
+    assert array.dtype == whole.dtype
+
+
+def test_every_row_number_finds_its_row(both: tuple[ShardedArray, np.ndarray]) -> None:
+    array, whole = both
+    for row in range(-len(whole), len(whole)):
+        for kind in (int, np.int64, np.int8, np.array):
+            assert_same(array[kind(row)], whole[row], (kind, row))
+        if row >= 0:
+            assert_same(array[np.uint8(row)], whole[row], row)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 1000])
+def test_a_row_out_of_range_is_an_index_error(
+    both: tuple[ShardedArray, np.ndarray], distance: int
+) -> None:
+    array, whole = both
+    for row in (len(whole) + distance, -len(whole) - 1 - distance):
+        for index in (row, np.int64(row), [row], np.array([[row]]), (row, 0), ([row], [0])):
+            with pytest.raises(IndexError, match=rf"row {row} of {len(whole)}"):
+                array[index]
+
+
+def test_every_slice_equals_the_slice_of_the_whole(both: tuple[ShardedArray, np.ndarray]) -> None:
+    array, whole = both
+    ends = [None, *range(-len(whole) - 2, len(whole) + 3)]
+    for start, stop in itertools.product(ends, ends):
+        for step in (None, 1, 2, 3, 7, 100, -1, -2, -3, -100):
+            index = slice(start, stop, step)
+            assert_same(array[index], whole[index], index)
+
+
+def test_a_step_of_zero_is_refused(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+    with pytest.raises(ValueError, match="slice step cannot be zero"):
+        mixed[0][::0]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        [],
+        [3],
+        [0, 9, 3, 3, -1, -10],
+        [[0, 9], [-1, 4]],
+        range(9, -1, -2),
+        np.array([2, 1, 9]),
+        np.array([[0, 9, 5], [-1, 4, 4]]),
+        np.array([[[8]]]),
+        np.array([3, 250 - 241], np.uint8),
+        np.array([-10, 9], np.int8),
+        np.array([7, 0], np.uint64),
+        np.empty((0,), np.int64),
+        np.empty((2, 0), np.int64),
+        np.arange(10) % 3 == 0,
+        [True, False] * 5,
+        np.zeros(10, bool),
+        np.ones(10, bool),
+        ...,
+    ],
+    ids=shown,
+)
+def test_lists_arrays_and_masks_pick_the_rows_that_numpy_picks(
+    mixed: tuple[ShardedArray, np.ndarray], index: Any
+) -> None:
+    array, whole = mixed
+    assert_same(array[index], whole[index], index)
+
+
+@pytest.mark.parametrize("rows", [1, 300, 40_000])
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.int32, np.uint64])
+def test_the_integer_type_of_an_index_may_be_smaller_than_the_store(rows: int, kind: Any) -> None:
+    array, whole = build([rows, 5])
+    index = np.array([0, 5], kind)
+    assert_same(array[index], whole[index], index)
+
+
+def test_a_list_may_hold_numpy_numbers_and_masks_may_be_empty() -> None:
+    array, whole = build([])
+    assert_same(array[np.zeros(0, bool)], whole[np.zeros(0, bool)], "mask")
+    assert_same(array[[]], whole[[]], "list")
+    array, whole = build([2, 2])
+    assert_same(array[[np.int64(3), np.int8(-4)]], whole[[3, 0]], "numbers")
+
+
+ROWS: list[Any] = [
+    2,
+    -1,
+    np.int64(4),
+    slice(None),
+    slice(2, 9, 3),
+    slice(None, None, -1),
+    slice(5, 5),
+    [0, 9],
+    [],
+    np.array([-1, 3]),
+    np.array([[0, 9], [4, 5]]),
+    np.arange(10) > 7,
+    ...,
+]
+ONE_COLUMN_SET: list[Any] = [0, -1, np.int64(2), slice(None), slice(None, None, -2), slice(1, 1)]
+COLUMN_LISTS: list[Any] = [[3, 0], [], np.array([1, 1, 2]), np.array([True, False, True, True])]
+
+
+def is_list(index: Any) -> bool:
+    return isinstance(index, (list, np.ndarray))
+
+
+# A list of rows with a list of columns means pairs, which have tests of their own.
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        (rows, columns)
+        for rows, columns in itertools.product(ROWS, [*ONE_COLUMN_SET, *COLUMN_LISTS])
+        if not (is_list(rows) and is_list(columns))
+    ],
+    ids=shown,
+)
+def test_rows_and_columns_together_pick_what_numpy_picks(
+    mixed: tuple[ShardedArray, np.ndarray], rows: Any, columns: Any
+) -> None:
+    array, whole = mixed
+    assert_same(array[rows, columns], whole[rows, columns], (rows, columns))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        ([0, 9, 4], [1, 0, 3]),
+        ([0, 9], [2]),
+        ([5], [0, 3]),
+        ([], []),
+        (np.array([-1, -10]), [-1, 0]),
+        (np.arange(10) > 7, [0, 3]),
+        ([1, 2], np.array([False, True, False, True])),
+        (range(3), range(3)),
+    ],
+    ids=shown,
+)
+def test_a_list_of_rows_and_a_list_of_columns_are_paired(
+    mixed: tuple[ShardedArray, np.ndarray], rows: Any, columns: Any
+) -> None:
+    array, whole = mixed
+    assert_same(array[rows, columns], whole[rows, columns], (rows, columns))
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns"),
+    [
+        np.ix_([0, 9], [1, 2]),
+        np.ix_([0, 9, 5], [1, 2, 3]),
+        (np.array([[0, 9], [4, 5]]), [1, 2]),
+        (np.array([[0, 9], [4, 5]]), np.array([[0, 1], [2, 3]])),
+        ([0, 9], np.array([[0, 1], [2, 3]])),
+        ([7, 3, 1], np.array([[0], [2]])),
+    ],
+    ids=shown,
+)
+def test_grids_of_rows_and_columns_broadcast(
+    mixed: tuple[ShardedArray, np.ndarray], rows: Any, columns: Any
+) -> None:
+    array, whole = mixed
+    assert_same(array[rows, columns], whole[rows, columns], (rows, columns))
+
+
+def test_lists_that_cannot_be_paired_are_refused(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+    with pytest.raises(IndexError, match=r"shape mismatch|could not be broadcast"):
+        mixed[0][[0, 1, 2], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [(), (3,), ([1, 9],), (slice(2, 8),), (..., 1), (..., [0, 2]), (3, ...), (slice(4), ...)],
+    ids=shown,
+)
+def test_short_tuples_and_ellipses_mean_what_they_mean_to_numpy(
+    mixed: tuple[ShardedArray, np.ndarray], index: Any
+) -> None:
+    array, whole = mixed
+    assert_same(array[index], whole[index], index)
+
+
+@pytest.mark.parametrize(
+    "index", [((0, 9),), ((0, 9), 2), ([0, 9], (0, 1)), (0, (0, 1))], ids=shown
+)
+def test_a_tuple_inside_an_index_is_a_list(
+    mixed: tuple[ShardedArray, np.ndarray], index: Any
+) -> None:
+    array, whole = mixed
+    assert_same(array[index], whole[index], index)
+
+
+def test_random_indices_agree_with_numpy() -> None:
+    rng = np.random.default_rng(20)
+
+    def end() -> int | None:
+        return None if rng.random() < 0.2 else int(rng.integers(-45, 46))
+
+    for _ in range(300):
+        array, whole = build(rng.integers(1, 9, rng.integers(1, 6)).tolist())
+        count = len(whole)
+        rows: list[Any] = [
+            int(rng.integers(-count, count)),
+            slice(end(), end(), int(rng.choice([-5, -2, -1, 1, 2, 3, 11]))),
+            rng.integers(-count, count, rng.integers(0, 12)),
+            rng.integers(-count, count, rng.integers(0, 12)).tolist(),
+            rng.integers(-count, count, (3, 2)),
+            rng.random(count) < 0.4,
+        ]
+        for row in rows:
+            column = slice(*sorted(rng.integers(0, DIM + 1, 2).tolist()))
+            assert_same(array[row], whole[row], row)
+            assert_same(array[row, column], whole[row, column], (row, column))
+
+
+@pytest.mark.parametrize("length", [0, 9, 11])
+def test_a_mask_of_another_length_is_refused(
+    mixed: tuple[ShardedArray, np.ndarray], length: int
+) -> None:
+    with pytest.raises(IndexError, match=rf"mask of shape \({length},\) for 10 rows"):
+        mixed[0][np.ones(length, bool)]
+
+
+@pytest.mark.parametrize("index", [[0.0], np.array([1.5]), ["a"]], ids=shown)
+def test_rows_that_are_no_integers_are_refused(
+    mixed: tuple[ShardedArray, np.ndarray], index: Any
+) -> None:
+    with pytest.raises(IndexError, match="rows must be integers or a mask"):
+        mixed[0][index]
+
+
+@pytest.mark.parametrize("index", [1.0, "1", None], ids=shown)
+def test_an_index_of_another_kind_is_refused(
+    mixed: tuple[ShardedArray, np.ndarray], index: Any
+) -> None:
+    with pytest.raises((TypeError, IndexError), match="integer"):
+        mixed[0][index]
+
+
+def test_a_third_index_is_refused(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+    with pytest.raises(IndexError, match="2 dimensions, got 3"):
+        mixed[0][0, 0, 0]
+
+
+@pytest.mark.parametrize("rows", [0, [0, 1], slice(None)], ids=shown)
+def test_a_column_out_of_range_is_an_index_error(
+    mixed: tuple[ShardedArray, np.ndarray], rows: Any
+) -> None:
+    with pytest.raises(IndexError, match="index 4 is out of bounds"):
+        mixed[0][rows, 4]
+
+
+def test_iteration_gives_every_row_once_in_order(both: tuple[ShardedArray, np.ndarray]) -> None:
+    array, whole = both
+    rows = list(array)
+    assert len(rows) == len(whole)
+    for row, expected in zip(rows, whole, strict=True):
+        assert_same(row, expected, "iteration")
+
+
+def test_asarray_is_the_concatenation(both: tuple[ShardedArray, np.ndarray]) -> None:
+    array, whole = both
+    assert_same(np.asarray(array), whole, "asarray")
+    assert_same(np.array(array), whole, "array")
+    assert_same(np.asarray(array, dtype=np.float64), whole.astype(np.float64), "float64")
+    assert_same(np.asarray(array, dtype=np.float16), whole.astype(np.float16), "float16")
+    assert np.sum(array) == whole.sum()
+
+
+def test_results_are_plain_arrays_even_over_memory_maps(tmp_path: Any) -> None:
+    _, whole = build([6])
+    for number, part in enumerate((whole[:2], whole[2:])):
+        np.save(tmp_path / f"{number}.npy", part)
+    maps = [np.load(tmp_path / f"{number}.npy", mmap_mode="r") for number in range(2)]
+    array = ShardedArray(maps, dim=DIM, dtype=np.dtype(np.float32))
+    for index in (0, slice(1), [0, 5], (slice(2), 0)):
+        assert type(array[index]) is np.ndarray, index
+    assert type(np.asarray(array)) is np.ndarray
+    assert_same(array[:], whole, ":")
+
+
+def test_a_slice_inside_one_part_is_a_view() -> None:
+    parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
+    array = ShardedArray(parts, dim=DIM, dtype=np.dtype(float))
+    for index in (slice(0, 3), slice(1, 2), slice(0, 3, 2), slice(2, None, -1), 1, -6, (1,)):
+        assert np.shares_memory(array[index], parts[0]), index
+    for index in (slice(3, 7), slice(-2, None), slice(6, 3, -1), 3, (slice(4, 6), 1)):
+        assert np.shares_memory(array[index], parts[1]), index
+
+
+def test_everything_else_is_a_copy() -> None:
+    parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
+    array = ShardedArray(parts, dim=DIM, dtype=np.dtype(float))
+    for index in (slice(2, 4), slice(None), ..., [0, 1], np.ones(7, bool), ([0], [1])):
+        assert not any(np.shares_memory(array[index], part) for part in parts), index
+
+
+def test_asarray_of_one_part_is_that_part_and_array_a_copy() -> None:
+    part = np.ones((3, DIM))
+    array = ShardedArray([part], dim=DIM, dtype=np.dtype(float))
+    assert np.shares_memory(np.asarray(array), part)
+    assert not np.shares_memory(np.array(array), part)
+    assert not np.shares_memory(array.__array__(copy=True), part)
+    assert np.shares_memory(array.__array__(copy=False), part)
+
+
+def test_several_parts_are_never_one_array_without_a_copy(
+    mixed: tuple[ShardedArray, np.ndarray],
+) -> None:
+    with pytest.raises(ValueError, match="without a copy"):
+        mixed[0].__array__(copy=False)
+
+
+def test_another_dtype_is_never_had_without_a_copy() -> None:
+    array = ShardedArray([np.ones((3, DIM))], dim=DIM, dtype=np.dtype(float))
+    with pytest.raises(ValueError, match="copy"):
+        array.__array__(np.float16, copy=False)
+
+
+@pytest.mark.skipif(not NUMPY_2, reason="numpy 1 does not pass copy on")
+def test_numpy_2_hands_its_copy_argument_on(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+    part = np.ones((3, DIM))
+    one = ShardedArray([part], dim=DIM, dtype=np.dtype(float))
+    assert np.shares_memory(np.asarray(one, copy=False), part)
+    assert not np.shares_memory(np.asarray(one, copy=True), part)
+    with pytest.raises(ValueError, match="copy"):
+        np.asarray(mixed[0], copy=False)
+
+
+@pytest.mark.parametrize(
+    "part", [np.zeros((2, DIM + 1)), np.zeros(DIM), np.zeros((2, DIM), np.float32)], ids=shown
+)
+def test_a_part_that_does_not_fit_is_refused_at_birth(part: np.ndarray) -> None:
+    with pytest.raises(ValueError, match=r"expected \(rows, 4\) float64 in every part"):
+        ShardedArray([np.zeros((2, DIM)), part], dim=DIM, dtype=np.dtype(float))
+
+
+def test_the_repr_names_shape_dtype_and_shards(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+    assert repr(mixed[0]) == "ShardedArray(shape=(10, 4), dtype=float32, shards=4)"

@@ -1,0 +1,229 @@
+"""The manifest is a promise in writing: what is written comes back, what is not ours is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from extractor.errors import StoreError
+from extractor.store import Description, Manifest
+from extractor.store.format import FileEntry, ShardEntry, features_name, images_name
+
+SHA = "ab" * 32
+
+
+def shard(number: int, rows: int = 2, images: int = 4) -> ShardEntry:
+    return ShardEntry(
+        number,
+        images,
+        rows,
+        FileEntry(features_name(number), 152, SHA),
+        FileEntry(images_name(number), 99, SHA),
+    )
+
+
+@pytest.fixture
+def manifest(describe_store: Callable[..., Description]) -> Manifest:
+    shards = (shard(0), shard(3, rows=1))
+    failures = FileEntry("failures.jsonl", 7, SHA)
+    return Manifest(describe_store(), 5, 3, shards, failures, "2024-01-02T03:04:05+00:00")
+
+
+@pytest.fixture
+def content(manifest: Manifest) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(manifest.to_json())
+    return loaded
+
+
+def read(content: object) -> Manifest:
+    return Manifest.from_json(json.dumps(content), "OUT/store.json")
+
+
+def test_a_manifest_comes_back_equal(manifest: Manifest) -> None:
+    for text in (manifest.to_json(), manifest.to_json().encode()):
+        again = Manifest.from_json(text, "OUT/store.json")
+        assert again == manifest
+        assert again.created == manifest.created
+        assert again.to_json() == manifest.to_json()
+
+
+def test_the_keys_of_the_text_have_a_fixed_order(content: dict[str, Any]) -> None:
+    assert list(content) == [
+        "format",
+        "version",
+        "created",
+        "backbone",
+        "embedding",
+        "preprocess",
+        "computation",
+        "root",
+        "shard_images",
+        "software",
+        "counts",
+        "shards",
+        "failures",
+    ]
+    assert content["format"] == "extractor-store"
+    assert content["version"] == 1
+    assert content["counts"] == {"images": 5, "rows": 3, "failures": 2}
+    assert list(content["shards"][0]) == ["shard", "images", "rows", "features", "index"]
+    assert content["shards"][1]["features"] == {
+        "name": "features/00003.npy",
+        "bytes": 152,
+        "sha256": SHA,
+    }
+
+
+@pytest.mark.parametrize("root", ["/Bilder/Käse", "/bad-\udcff-name", '/quo"te\n', "/\U0001f600"])
+def test_any_root_comes_back_unchanged_from_an_ascii_text(
+    describe_store: Callable[..., Description], root: str
+) -> None:
+    failures = FileEntry("failures.jsonl", 0, SHA)
+    text = Manifest(describe_store(root=root), 0, 0, (), failures, "now").to_json()
+    assert text.isascii()
+    assert text.endswith("}\n")
+    assert Manifest.from_json(text.encode(), "OUT/store.json").description.root == root
+
+
+def test_two_manifests_differ_by_more_than_their_time(manifest: Manifest) -> None:
+    later = Manifest(
+        manifest.description, 5, 3, manifest.shards, manifest.failures, "2030-01-01T00:00:00+00:00"
+    )
+    assert later == manifest
+    assert later != Manifest(
+        manifest.description, 6, 3, manifest.shards, manifest.failures, later.created
+    )
+
+
+def test_names_are_padded_so_that_name_order_is_row_order() -> None:
+    assert features_name(0) == "features/00000.npy"
+    assert images_name(12345) == "images/12345.parquet"
+    numbers = [0, 1, 9, 10, 99, 100, 12345, 99999]
+    for name in (features_name, images_name):
+        assert sorted(map(name, numbers)) == [name(number) for number in numbers]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", b"\xff\xfe\xff", b'{"format": "\xff"}', "no", b"\x00" * 40], ids=repr
+)
+def test_a_text_that_is_no_json_is_refused(text: str | bytes) -> None:
+    with pytest.raises(StoreError, match=r"OUT/store\.json is no JSON .*damaged"):
+        Manifest.from_json(text, "OUT/store.json")
+
+
+@pytest.mark.parametrize("content", [[], 3, None, "extractor-store", {}, {"format": "other"}])
+def test_a_json_of_something_else_is_refused(content: object) -> None:
+    with pytest.raises(StoreError, match=r"OUT/store\.json is no manifest .*extractor-store"):
+        read(content)
+
+
+@pytest.mark.parametrize("version", [0, 2, 17, "1", None, [1]])
+def test_an_unknown_version_is_refused_by_name(content: dict[str, Any], version: object) -> None:
+    shown = repr(version).replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises(StoreError, match=f"store of version {shown}; .* reads version 1"):
+        read({**content, "version": version})
+
+
+KEYS = [
+    ("created",),
+    ("backbone",),
+    ("embedding",),
+    ("embedding", "dim"),
+    ("embedding", "dtype"),
+    ("preprocess",),
+    ("computation",),
+    ("root",),
+    ("shard_images",),
+    ("software",),
+    ("counts",),
+    ("counts", "images"),
+    ("counts", "rows"),
+    ("shards",),
+    ("shards", 0, "shard"),
+    ("shards", 0, "images"),
+    ("shards", 1, "rows"),
+    ("shards", 0, "features"),
+    ("shards", 0, "features", "sha256"),
+    ("shards", 1, "index", "name"),
+    ("failures",),
+    ("failures", "bytes"),
+]
+
+
+@pytest.mark.parametrize("key", KEYS, ids=lambda key: ".".join(map(str, key)))
+def test_a_manifest_that_lacks_a_key_is_damaged(content: dict[str, Any], key: Any) -> None:
+    inner: Any = content
+    for step in key[:-1]:
+        inner = inner[step]
+    del inner[key[-1]]
+    with pytest.raises(StoreError, match=r"OUT/store\.json is damaged: .*" + key[-1]):
+        read(content)
+
+
+@pytest.mark.parametrize("key", ["backbone", "embedding", "counts", "shards", "failures"])
+@pytest.mark.parametrize("value", [None, 3, "text", [[]]], ids=repr)
+def test_a_value_of_another_kind_is_damage(
+    content: dict[str, Any], key: str, value: object
+) -> None:
+    with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
+        read({**content, key: value})
+
+
+def test_counts_that_do_not_agree_are_damage(content: dict[str, Any]) -> None:
+    with pytest.raises(StoreError, match=r"damaged: .*4 rows of 5 images, shards hold 3"):
+        read({**content, "counts": {"images": 5, "rows": 4}})
+    with pytest.raises(StoreError, match=r"damaged: .*3 rows of 2 images"):
+        read({**content, "counts": {"images": 2, "rows": 3}})
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../other/00000.npy", "/etc/passwd", "features/00001.npy", "notes.txt", "features/../x.npy"],
+)
+@pytest.mark.parametrize("file", ["features", "index"])
+def test_a_shard_names_no_file_but_its_own(content: dict[str, Any], file: str, name: str) -> None:
+    # An overwrite removes the files of the old manifest: it must not be led elsewhere.
+    content["shards"][0][file]["name"] = name
+    with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
+        read(content)
+
+
+def test_failures_have_one_name(content: dict[str, Any]) -> None:
+    content["failures"]["name"] = "../failures.jsonl"
+    with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
+        read(content)
+
+
+@pytest.mark.parametrize(("rows", "images"), [(0, 4), (5, 4), (-1, 4)])
+def test_a_shard_has_rows_but_no_more_than_images(rows: int, images: int) -> None:
+    with pytest.raises(ValueError, match=f"shard 7: {rows} rows of {images} images"):
+        shard(7, rows=rows, images=images)
+
+
+@pytest.mark.parametrize("numbers", [(1, 0), (2, 2), (0, 2, 1)])
+def test_shards_are_listed_once_and_in_order(manifest: Manifest, numbers: tuple[int, ...]) -> None:
+    shards = tuple(shard(number, rows=1) for number in numbers)
+    with pytest.raises(ValueError, match="shards out of order"):
+        Manifest(manifest.description, 9, len(numbers), shards, manifest.failures, "now")
+
+
+def test_a_description_checks_dim_and_dtype(describe_store: Callable[..., Description]) -> None:
+    for dtype in ("float64", ">f4", "int8"):
+        with pytest.raises(ValueError, match=f"dtype: got '{dtype}'"):
+            describe_store(dtype=dtype)
+    with pytest.raises(ValueError, match="dim: got 0"):
+        describe_store(dim=0)
+
+
+def test_a_description_says_what_made_it(describe_store: Callable[..., Description]) -> None:
+    description = describe_store(dim=5, dtype="float16")
+    assert (description.dim, description.dtype) == (5, "float16")
+    assert description.model == "timm:tiny"
+    assert description.made_with == "timm:tiny (a1, sha256 0123456789ab)"
+
+
+def test_failed_is_what_has_no_row(manifest: Manifest) -> None:
+    assert manifest.failed == 2

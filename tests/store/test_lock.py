@@ -1,0 +1,159 @@
+"""One writer at a time, for as long as its process lives and no longer."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extractor.errors import StoreError
+from extractor.store import FeatureStore, StoreWriter
+from extractor.store.lock import Lock
+
+HOLD = """
+import sys
+from pathlib import Path
+from extractor.store import StoreWriter
+
+with StoreWriter(Path(sys.argv[1]), overwrite=True):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_writer(out: Path) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_writer_is_refused_at_once_and_told_the_pid(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with another_writer(out) as holder:
+        begin = time.monotonic()
+        with pytest.raises(
+            StoreError, match=rf"out is being written by process {holder.pid} on .*another --out"
+        ):
+            StoreWriter(out).__enter__()
+        assert time.monotonic() - begin < 2
+        # The one who was refused has taken nothing away.
+        assert (out / ".extractor-partial" / "lock").is_file()
+        with pytest.raises(StoreError, match=f"process {holder.pid} on"):
+            StoreWriter(out, overwrite=True).__enter__()
+
+
+def test_a_killed_holder_lets_the_next_writer_in(
+    tmp_path: Path,
+    parts: list[np.ndarray],
+    write_store: Callable[..., Path],
+) -> None:
+    out = write_store(tmp_path / "out", parts[:1])
+    with another_writer(out) as holder:
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert (out / ".extractor-partial" / "lock").is_file()
+        write_store(out, parts, overwrite=True)
+    assert len(FeatureStore.open(out)) == 7
+    assert not (out / ".extractor-partial").exists()
+
+
+def test_a_holder_that_leaves_lets_the_next_writer_in(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with another_writer(out) as holder:
+        holder.communicate()
+    assert not out.exists()
+    with StoreWriter(out):
+        assert out.exists()
+
+
+def test_two_writers_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with StoreWriter(out):
+        with pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"):
+            StoreWriter(out).__enter__()
+        with pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"):
+            StoreWriter(out).__enter__()
+
+
+def test_a_lock_that_says_nothing_yet_still_holds(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "staging" / "lock"
+    path.parent.mkdir(parents=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StoreError, match="out is being written by another process"):
+            Lock(path).__enter__()
+
+
+def test_a_lock_is_free_after_it_was_left(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    for _ in range(2):
+        with Lock(path), pytest.raises(StoreError, match=f"process {os.getpid()} on"):
+            Lock(path).__enter__()
+
+
+def test_the_text_of_a_longer_name_is_not_left_behind(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    path.write_text("x" * 500)
+    with Lock(path):
+        text = path.read_text()
+    assert text.startswith(f"process {os.getpid()} on ")
+    assert "x" * 400 not in text
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
+def test_a_lock_file_removed_before_it_was_locked_is_not_taken_for_the_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    path = tmp_path / "lock"
+    flock = fcntl.flock
+    calls = []
+
+    def late(descriptor: int, operation: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:  # its last holder leaves just now
+            path.unlink()
+            if again:
+                path.touch()
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with Lock(path):
+        assert len(calls) == 2
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+        with pytest.raises(StoreError, match=f"process {os.getpid()} on"):
+            Lock(path).__enter__()
+
+
+def test_a_refused_lock_keeps_no_descriptor_open(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+
+    def opened() -> int:
+        descriptor = os.open(os.devnull, os.O_RDONLY)  # the lowest that is free
+        os.close(descriptor)
+        return descriptor
+
+    with Lock(path):
+        before = opened()
+        for _ in range(3):
+            with pytest.raises(StoreError, match="being written"):
+                Lock(path).__enter__()
+        assert opened() == before

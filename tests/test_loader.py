@@ -1,0 +1,162 @@
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
+from extractor.loader import BUFFERS, BatchLoader
+from extractor.preprocess import Preprocess
+
+SIZE = (8, 6)
+PREPROCESS = Preprocess(SIZE, "squash", SIZE, "bilinear", (0, 0, 0), (1, 1, 1))
+
+
+def grey(level: int) -> np.ndarray:
+    return np.full((5, 5), level, np.uint8)
+
+
+def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
+    for i in range(0, len(levels), size):
+        yield [grey(level) for level in levels[i : i + size]]
+
+
+def load(
+    plan: Iterator[list[ImageSource]], size: int, workers: int
+) -> list[tuple[np.ndarray, list[object]]]:
+    with BatchLoader(plan, PREPROCESS, batch_size=size, workers=workers) as loader:
+        result = []
+        for batch in loader:
+            result.append((batch.pixels.numpy().copy(), list(batch.outcomes)))
+            batch.release()
+        return result
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 4, 50])
+@pytest.mark.parametrize("count", [0, 1, 4, 37])
+def test_order_ignores_worker_count_and_batch_size(count: int, size: int, workers: int) -> None:
+    levels = [(i * 7) % 256 for i in range(count)]
+    seen = load(batches_of(levels, size), size, workers)
+    assert len(seen) == -(-count // size)
+    flat = [int(row[0, 0, 0]) for pixels, outcomes in seen for row in pixels[: len(outcomes)]]
+    assert flat == levels
+
+
+def test_every_batch_has_one_shape_and_the_rest_is_black() -> None:
+    seen = load(batches_of([9] * 13, 5), 5, 2)
+    assert [pixels.shape for pixels, _ in seen] == [(5, *SIZE, 3)] * 3
+    assert [len(outcomes) for _, outcomes in seen] == [5, 5, 3]
+    assert (seen[-1][0][3:] == 0).all()
+    assert (seen[-1][0][:3] == 9).all()
+
+
+def test_a_slow_image_does_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extractor import loader as module
+
+    decode = module.decode_into
+
+    def slow(source: np.ndarray, *rest: object) -> ImageInfo:
+        time.sleep(0.15 if source[0, 0] % 10 == 0 else 0)
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_into", slow)
+    seen = load(batches_of(range(40), 3), 3, 4)
+    flat = [int(row[0, 0, 0]) for pixels, outcomes in seen for row in pixels[: len(outcomes)]]
+    assert flat == list(range(40))
+
+
+def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.effect_noise((300, 300), 90).save(stream, "JPEG")
+    cut = EncodedImage(stream.getvalue()[:-3000])
+    plan = iter([[grey(1), cut, grey(3)], [str(tmp_path / "none.jpg"), grey(5)]])
+    (first, first_outcomes), (second, second_outcomes) = load(plan, 3, 2)
+    assert [type(o) for o in first_outcomes] == [ImageInfo, Failure, ImageInfo]
+    assert [type(o) for o in second_outcomes] == [Failure, ImageInfo]
+    assert first_outcomes[1].reason == "truncated"  # type: ignore[attr-defined]
+    assert second_outcomes[0].reason == "unreadable"  # type: ignore[attr-defined]
+    assert (first[0] == 1).all()
+    assert (first[1] == 0).all()  # black, not half a picture
+    assert (first[2] == 3).all()
+    assert (second[0] == 0).all()
+    assert (second[1] == 5).all()
+
+
+def test_a_batch_of_failures_goes_on() -> None:
+    bad = EncodedImage(b"no image")
+    plan = iter([[bad, bad], [grey(7)]])
+    (_, outcomes), (pixels, _) = load(plan, 2, 2)
+    assert all(isinstance(o, Failure) for o in outcomes)
+    assert (pixels[0] == 7).all()
+
+
+def test_the_look_ahead_is_bounded() -> None:
+    asked = 0
+
+    def plan() -> Iterator[list[ImageSource]]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield [grey(1), grey(2)]
+
+    with BatchLoader(plan(), PREPROCESS, batch_size=2, workers=3) as loader:
+        iterator = iter(loader)
+        next(iterator)  # never released
+        deadline = time.monotonic() + 5
+        while asked < BUFFERS and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert asked == BUFFERS
+
+
+def test_buffers_are_reused() -> None:
+    with BatchLoader(batches_of([1] * 60, 2), PREPROCESS, batch_size=2, workers=2) as loader:
+        places = set()
+        for batch in loader:
+            places.add(batch.pixels.data_ptr())
+            batch.release()
+    assert len(places) <= BUFFERS
+
+
+def test_leaving_early_stops_the_threads() -> None:
+    before = threading.active_count()
+    with BatchLoader(batches_of([1] * 999, 2), PREPROCESS, batch_size=2, workers=4) as loader:
+        next(iter(loader))
+    assert threading.active_count() == before
+
+
+def test_a_fault_in_the_plan_reaches_the_caller() -> None:
+    def plan() -> Iterator[list[ImageSource]]:
+        yield [grey(1)]
+        raise RuntimeError("the plan broke")
+
+    with pytest.raises(RuntimeError, match="the plan broke"):
+        load(plan(), 1, 2)
+
+
+def test_a_fault_of_the_program_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> ImageInfo:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("extractor.loader.decode_into", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        load(batches_of([1, 2], 2), 2, 2)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
+    with pytest.raises(ValueError, match=f"a batch of {count} images, expected 1 to 2"):
+        load(iter([[grey(1)] * count]), 2, 1)
+
+
+@pytest.mark.cuda
+def test_pinned_buffers_are_pinned() -> None:
+    with BatchLoader(batches_of([1], 1), PREPROCESS, batch_size=1, workers=1, pin=True) as loader:
+        assert next(iter(loader)).pixels.is_pinned()
