@@ -144,7 +144,10 @@ def _formats() -> tuple[str, ...]:
 
 def _open_regular(path: str | bytes | os.PathLike[str]) -> IO[bytes]:
     """Open a regular file; a pipe, a device or a folder is refused without waiting for it."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # no path can hold a zero byte
+        raise DecodeError("unreadable", str(error)) from error
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):

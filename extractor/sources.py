@@ -67,7 +67,7 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     folders: list[bytes] = []
     files: list[bytes] = []
     for item in given:
-        path = os.path.abspath(os.fsencode(item))
+        path = _absolute(os.fsencode(item))
         try:
             os.stat(path)
         except OSError as error:
@@ -79,7 +79,9 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     root = os.path.commonpath([*folders, *map(os.path.dirname, files)])
     found = [_relative(path, root) for path in files]
     walk = _Walk()
-    for folder in folders:
+    for folder in dict.fromkeys(folders):
+        if any(_covers(other, folder) for other in folders):
+            continue
         prefix = b"" if folder == root else _relative(folder, root) + b"/"
         found.extend(prefix + path for path in walk.images(folder))
     if not found:
@@ -99,7 +101,7 @@ def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
     """
     here = os.fsencode(os.getcwd())
     lines = (line.rstrip(b"\r\n") for line in file)
-    paths = [os.path.normpath(os.path.join(here, line)) for line in lines if line]
+    paths = [_absolute(line) for line in lines if line]
     if not paths:
         raise SourceError(f"no paths in {name}; expected one a line")
     inside = all(path.startswith(here.rstrip(b"/") + b"/") for path in paths)
@@ -111,6 +113,17 @@ def show(path: bytes) -> str:
     """A path for people: whatever cannot be printed is escaped."""
     text = os.fsdecode(path)
     return text if text.isprintable() else ascii(text)[1:-1]
+
+
+def _absolute(path: bytes) -> bytes:
+    # POSIX keeps a leading "//" apart, and so does abspath; no system that we run on does.
+    return b"/" + os.path.abspath(path).lstrip(b"/")
+
+
+def _covers(folder: bytes, other: bytes) -> bool:
+    """Whether a walk of ``folder`` comes through ``other`` below it, and not past it as hidden."""
+    above = folder.rstrip(b"/") + b"/"
+    return other.startswith(above) and b"/." not in other[len(above) - 1 :]
 
 
 def _relative(path: bytes, root: bytes) -> bytes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
+from pictures import colour
 from PIL import Image
 
 REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
@@ -29,9 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def empty_caches(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def empty_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Caches of weights that hold nothing, so that no test leans on what a machine has."""
     from huggingface_hub import constants
 
@@ -65,17 +63,3 @@ def photos(tmp_path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (40 + 7 * i, 90 - 5 * i), colour(i)).save(path)
     return folder
-
-
-def colour(i: int) -> tuple[int, int, int]:
-    return 20 * i, 255 - 20 * i, 100
-
-
-def noise(seed: int, height: int, width: int) -> Image.Image:
-    """A picture with structure at several scales, as photos have, the same for the same seed."""
-    random = np.random.default_rng(seed)
-    picture = np.zeros((height, width, 3))
-    for scale in (4, 16, 64):
-        coarse = random.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
-        picture += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
-    return Image.fromarray((picture / 3).astype(np.uint8))

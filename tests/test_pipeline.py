@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import colour, noise
 from models import MeanPixel, mean_pixel, normalised
+from pictures import colour, noise
 from PIL import Image
 
 from extractor import Extractor, FeatureStore, extract, pipeline
