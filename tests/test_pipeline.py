@@ -342,6 +342,11 @@ def test_a_single_image_is_not_taken_for_a_list(squeezenet: Extractor, one: obje
         squeezenet(one)  # type: ignore[arg-type]
 
 
+def test_what_is_no_image_is_an_error_that_names_its_place(squeezenet: Extractor) -> None:
+    with pytest.raises(UsageError, match="image 1: got a NoneType, expected a path, bytes"):
+        squeezenet([b"", None])  # type: ignore[list-item]
+
+
 def test_errors_of_the_package_are_one_family() -> None:
     for error in (DecodeError, SourceError, StoreError, UsageError, WeightsError):
         assert issubclass(error, ExtractorError)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data import create_transform
+from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
@@ -83,7 +84,11 @@ def make(case: str) -> tuple[Preprocess, Reference]:
             "crop_pct": share,
             "crop_mode": mode,
         }
-        return from_timm._preprocess(config), create_transform(**config)
+        transform = create_transform(**config)
+        for step in transform.transforms:
+            if isinstance(step, ResizeKeepRatio):  # older timm forgets the filter here
+                step.interpolation = str_to_interp_mode(interpolation)
+        return from_timm._preprocess(config), transform
     crop, edge, filter_ = TORCHVISION[case]
     preset = ImageClassification(
         crop_size=crop, resize_size=edge, mean=MEAN, std=STD, interpolation=filter_

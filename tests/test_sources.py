@@ -408,3 +408,8 @@ class TestImageList:
     def test_paths_out_of_order_or_repeated_are_refused(self, paths: list[bytes]) -> None:
         with pytest.raises(ValueError, match="paths must ascend strictly by their bytes"):
             ImageList(b"/data", paths)
+
+
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(SourceError, match="got an empty path"):
+        list_images("")
