@@ -67,10 +67,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _interrupted("interrupted", 128 + signal.SIGINT)
         except _Terminated:
             return _interrupted("terminated", 128 + signal.SIGTERM)
-        except BrokenPipeError:
-            # Whoever read the summary has gone; the store is complete all the same.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return OK
         except Exception:
             traceback.print_exc()
             _say("extract: this is a fault of the program; please report it with the lines above")
@@ -238,16 +234,22 @@ def _summarize(report: Report) -> None:
         lines += [("", f"{path}: {reason}") for path, reason in report.first_failures]
         if report.failed > len(report.first_failures):
             lines.append(("", "..."))
-    for name, text in lines:
-        print(f"{name:12} {_printable(text)}")
-    sys.stdout.flush()
+    try:
+        for name, text in lines:
+            print(f"{name:12} {_printable(text)}")
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:  # the store is complete all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            _say(f"extract: cannot print the summary: {error.strerror}")
 
 
 class _Bar:
     """A tqdm bar on stderr: images, images/s, time left, failures; nothing without a terminal."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._shown = not quiet and sys.stderr.isatty()
+        self._shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
         self._bar: Any = None
 
     def __enter__(self) -> _Bar:

@@ -137,7 +137,7 @@ def readable_suffixes() -> frozenset[str]:
 def looks_like_image(path: bytes) -> bool:
     """Whether the content of a file, whatever its name, is an image that can be decoded here."""
     try:
-        with _open_regular(path) as file, Image.open(file, formats=_formats()):
+        with _open_regular(path) as file, Image.open(file, formats=_signed_formats()):
             return True
     except Exception:  # no image, for whatever reason
         return False
@@ -147,6 +147,12 @@ def looks_like_image(path: bytes) -> bool:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in Image.ID if name not in NOT_DECODED)
+
+
+@functools.cache
+def _signed_formats() -> tuple[str, ...]:
+    """Formats that are told by a signature; the others take many a binary file for an image."""
+    return tuple(name for name in _formats() if Image.OPEN[name][1] is not None)
 
 
 def _open_regular(path: str | bytes | os.PathLike[str]) -> IO[bytes]:

@@ -109,6 +109,10 @@ def device_errors(device: torch.device) -> Iterator[None]:
             f"stop what else runs on it ({_first_line(error)})"
         ) from error
     except RuntimeError as error:
+        if "allocate memory" in str(error):  # what the allocator of the CPU says
+            raise DeviceError(
+                f"not enough memory: {_first_line(error)}; try a smaller --batch-size"
+            ) from error
         if "CUDA error" in str(error) or "CUDA-capable device" in str(error):
             raise DeviceError(
                 f"{device} refuses to work: {_first_line(error)}; it may be busy or in need of a "

@@ -13,6 +13,9 @@ DEFAULT_MODEL = "resnet50"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 DTYPES = ("float32", "float16")
 
+# Far beyond what gains anything; a typing error should not take the machine down.
+MAX_BATCH_SIZE = 65_536
+MAX_WORKERS = 1_024
 MAX_SHARDS = 100_000  # five digits in a shard's name, so that name order is row order
 
 
@@ -50,9 +53,10 @@ class Options:
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("dtype", self.dtype, DTYPES)
-        _at_least("batch size", self.batch_size, 1)
-        _at_least("number of workers", self.workers, 1)
-        _at_least("number of images in a shard", self.shard_images, 1)
+        _within("seed", self.seed, 0, 2**63 - 1)
+        _within("batch size", self.batch_size, 1, MAX_BATCH_SIZE)
+        _within("number of workers", self.workers, 1, MAX_WORKERS)
+        _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
         if not self.weights:
             raise UsageError("weights: got an empty name; try default, random, a tag or a file")
 
@@ -87,6 +91,6 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UsageError(f"{name}: got {value}, expected {least} or more")
+def _within(name: str, value: int | None, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise UsageError(f"{name}: got {value}, expected {least} to {most}")

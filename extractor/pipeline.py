@@ -20,7 +20,7 @@ from PIL import Image
 from extractor import __version__
 from extractor.backbones import Backbone, load_backbone
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
-from extractor.devices import available_cores
+from extractor.devices import available_cores, device_errors
 from extractor.errors import DecodeError, SourceError, UsageError
 from extractor.inference import Embedded, embed
 from extractor.loader import BatchLoader
@@ -175,6 +175,8 @@ def extract(
         shard_images=shard_images,
         overwrite=overwrite,
     )
+    if not model or (out is not None and not os.fspath(out)):
+        raise UsageError("got an empty name, expected a model and a folder for the store")
     folder = Path(default_out(model) if out is None else out)
     with StoreWriter(folder, overwrite=overwrite) as writer:
         sources = images if isinstance(images, ImageList) else list_images(images)
@@ -291,13 +293,14 @@ def _loader(
     options: Options,
     batch_size: int,
 ) -> BatchLoader:
-    return BatchLoader(
-        batches,
-        backbone.preprocess,
-        batch_size=batch_size,
-        workers=options.workers or available_cores(),
-        pin=backbone.device.type == "cuda",
-    )
+    with device_errors(backbone.device):
+        return BatchLoader(
+            batches,
+            backbone.preprocess,
+            batch_size=batch_size,
+            workers=options.workers or available_cores(),
+            pin=backbone.device.type == "cuda",
+        )
 
 
 def _describe(backbone: Backbone, options: Options, root: bytes) -> Description:

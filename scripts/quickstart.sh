@@ -17,7 +17,8 @@ run() { # prints the command as a user would type it, and runs it
     "$venv/bin/extract" "$@"
 }
 
-if ! run --model "$model" "$work/images" -o "$work/features"; then
+if ! run --model "$model" "$work/images" -o "$work/features" 2> >(tee "$work/errors" >&2); then
+    grep -q "weights are not on this machine" "$work/errors" || exit 1
     echo
     echo "The weights of $model are out of reach from here, so this goes on OFFLINE WITH RANDOM WEIGHTS:"
     echo "everything works, but the embeddings mean nothing."

@@ -269,14 +269,24 @@ def test_a_torchvision_that_does_not_fit_is_said_in_one_sentence(
     assert "Traceback" not in told
 
 
-def test_a_closed_pipe_is_no_error(photos: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "{command} | true",
+        "{command} >&-",
+        "{command} 2>&-",
+        "{command} >&- 2>&-",
+        "{command} >{full}",
+    ],
+    ids=["pipe", "no stdout", "no stderr", "neither", "full"],
+)
+def test_a_summary_that_nobody_reads_is_no_error(shell: str, photos: Path, tmp_path: Path) -> None:
     words = " ".join([*MODEL, str(photos), "-o", str(tmp_path / "out")])
+    line = shell.format(command=f"{sys.executable} -m extractor {words}", full="/dev/full")
     done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {sys.executable} -m extractor {words} | true"],
-        capture_output=True,
-        text=True,
-        check=False,
+        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+    assert ("cannot print the summary: No space" in done.stderr) is ("full" in line)
     assert len(FeatureStore.open(tmp_path / "out")) == 11

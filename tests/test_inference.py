@@ -94,6 +94,7 @@ def test_the_callers_tf32_setting_comes_back() -> None:
     ("error", "match"),
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "not enough memory"),
         (RuntimeError("CUDA error: device-side assert\nmore"), "refuses to work: CUDA error"),
         (RuntimeError("all CUDA-capable devices are busy"), "refuses to work: all CUDA"),
     ],

@@ -249,11 +249,16 @@ def test_the_default_place_is_named_after_the_model(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"batch_size": 0}, "batch size: got 0, expected 1 or more"),
+        ({"batch_size": 0}, "batch size: got 0, expected 1 to"),
         ({"workers": -1}, "workers: got -1"),
         ({"shard_images": 0}, "images in a shard: got 0"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of float32, float16"),
         ({"precision": "half"}, "precision: got 'half'"),
+        ({"workers": 10**6}, "workers: got 1000000, expected 1 to"),
+        ({"seed": -1}, "seed: got -1, expected 0 to"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616"),
+        ({"model": ""}, "got an empty name"),
+        ({"out": ""}, "got an empty name"),
         ({"weights": ""}, "weights: got an empty name"),
     ],
 )

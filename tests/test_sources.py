@@ -413,3 +413,11 @@ class TestImageList:
 def test_an_empty_path_is_not_the_current_folder() -> None:
     with pytest.raises(SourceError, match="got an empty path"):
         list_images("")
+
+
+def test_binary_files_without_a_signature_are_not_taken_for_images(tmp_path: Path) -> None:
+    # The first bytes of a TARGA image, which has no signature, in a file of another kind.
+    (tmp_path / "data.bin").write_bytes(bytes([0, 0, 2, *[0] * 9, 9, 0, 9, 0, 24, 0]) + b"x" * 999)
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.tga")
+    images = list_images(tmp_path)
+    assert (list(images.paths), images.passed_over) == ([b"a.tga"], 1)

@@ -55,6 +55,7 @@ class Provenance:
 class Backbone:
     """A network that maps images to embeddings, every classifier of which is ``nn.Identity``.
 
+    >>> from extractor import load_backbone
     >>> backbone = load_backbone("torchvision:squeezenet1_0", weights="random", device="cpu")
     >>> backbone(torch.zeros(2, 3, 224, 224)).shape
     torch.Size([2, 512])

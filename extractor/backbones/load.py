@@ -40,13 +40,15 @@ def load_backbone(
 
     Raises:
         ModelError: unknown model, or a head that cannot be removed.
+        UsageError: an option out of its range.
         WeightsError: weights that are not here, cannot be read, or do not fit.
         DeviceError: a device that this machine does not have.
     """
+    wanted = os.fspath(weights)
+    Options(weights=wanted, seed=seed, device=device, precision=precision)  # checks them
     target = resolve_device(device)  # first: it is the cheapest to be wrong
     dtype = resolve_precision(precision)
     library, name = _resolve_name(model)
-    wanted = os.fspath(weights)
     if wanted == "random":
         log.warning("%s: RANDOM weights (seed %d): the embeddings mean nothing", model, seed)
     build = from_timm.build if library == "timm" else from_torchvision.build
