@@ -11,13 +11,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from extractor.version import __version__
+
 if TYPE_CHECKING:
     from extractor.backbones import Backbone, load_backbone
     from extractor.errors import ExtractorError
     from extractor.pipeline import Extractor, Report, extract
     from extractor.store import FeatureStore
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Backbone",

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from extractor import __version__
 from extractor.errors import ExtractorError, UsageError
 from extractor.options import DEFAULT_MODEL, DTYPES, PRECISIONS, Options, check_failure_rate
+from extractor.version import __version__
 
 if TYPE_CHECKING:
     from extractor.pipeline import Progress, Report

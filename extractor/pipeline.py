@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from extractor import __version__
 from extractor.backbones import Backbone, load_backbone
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.devices import available_cores, device_errors
@@ -33,6 +32,7 @@ from extractor.options import (
 )
 from extractor.sources import ImageList, Input, list_images, show
 from extractor.store import Description, FeatureStore, ImageRecord, StoreWriter
+from extractor.version import __version__
 
 __all__ = ["BatchPlan", "Extractor", "Progress", "Report", "extract", "plan_batches"]
 
