@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -143,26 +144,24 @@ def _not_here(how: str, looked: str, fetch: str, folder: Path) -> NoReturn:
 
 def _reachable(url: str) -> bool:
     """Whether the server of an address answers at all, proxies of the environment included."""
-    answered = threading.Event()
+    parts = urlsplit(url)
+    outcome: list[bool] = []
 
     def ask() -> None:
-        parts = urlsplit(url)
-        request = urllib.request.Request(f"{parts.scheme}://{parts.netloc}/", method="HEAD")
         try:
+            request = urllib.request.Request(f"{parts.scheme}://{parts.netloc}/", method="HEAD")
             urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            pass  # it does not like the question, but it is there
-        except (OSError, ValueError):
-            done.set()
-            return
-        answered.set()
-        done.set()
+            outcome.append(True)
+        except urllib.error.HTTPError:  # it does not like the question, but it is there
+            outcome.append(True)
+        except (OSError, ValueError, HTTPException):
+            outcome.append(False)
 
-    done = threading.Event()
     # In a thread of its own: the look-up of a name has no time limit that could be set.
-    threading.Thread(target=ask, daemon=True).start()
-    done.wait(PROBE_SECONDS)
-    return answered.is_set()
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(PROBE_SECONDS)
+    return outcome == [True]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -222,9 +222,9 @@ def test_a_run_that_fails_leaves_the_old_store(photos: Path, tmp_path: Path) -> 
 
     def stop(progress: Progress) -> None:
         if progress.done > 4:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("enough")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="enough"):
         extract(photos, out=out, overwrite=True, batch_size=3, progress=stop)
     assert files_of(out) == before
 

@@ -11,7 +11,6 @@ import shutil
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from types import TracebackType
 from typing import IO, NamedTuple
 
 import numpy as np
@@ -92,12 +91,7 @@ class StoreWriter:
                 raise
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._give_up()
 
     def shard(self, number: int, description: Description) -> ShardWriter:
@@ -161,12 +155,12 @@ class StoreWriter:
             self._failures = None
         with contextlib.suppress(OSError):  # what is left is cleared by the next run
             if (self._staging / MANIFEST).is_file():  # complete: the next run publishes it
-                self._lock.__exit__(None, None, None)
+                self._lock.__exit__()
                 return
             _clear(self._staging)
             (self._staging / "lock").unlink(missing_ok=True)
             self._staging.rmdir()
-        self._lock.__exit__(None, None, None)
+        self._lock.__exit__()
         self._unmake_folders()
 
 
@@ -194,12 +188,7 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with contextlib.suppress(OSError):  # of a shard that is given up anyway
             self._file.close()
 
