@@ -11,11 +11,19 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from extractor.errors import ExtractorError, UsageError
-from extractor.options import DEFAULT_MODEL, DTYPES, PRECISIONS, Options, check_failure_rate
+from extractor.errors import ExtractorError, SourceError, UsageError
+from extractor.options import (
+    DEFAULT_MODEL,
+    DTYPES,
+    PRECISIONS,
+    Options,
+    check_failure_rate,
+    default_out,
+)
 from extractor.version import __version__
 
 if TYPE_CHECKING:
@@ -180,9 +188,16 @@ def _extract(options: argparse.Namespace) -> int:
             if options.inputs
             else "no input; try: extract images/   (extract --help shows more)"
         )
-    # Checked here before torch is loaded, which takes seconds.
     checked = Options(**{name: getattr(options, name) for name in Options.__dataclass_fields__})
-    images = _read_list(options.list) if options.list else options.inputs
+    # Whatever can be wrong is found before torch is loaded, which takes seconds.
+    from extractor.sources import list_images
+    from extractor.store.writer import check_place
+
+    out = Path(default_out(options.model) if options.out is None else options.out)
+    if not options.model or options.out == "":
+        raise UsageError("got an empty name, expected a model and a folder for the store")
+    check_place(out, overwrite=options.overwrite)
+    images = _read_list(options.list) if options.list else list_images(options.inputs)
 
     bar = _Bar(quiet=options.quiet)
     with bar, _logging_to(bar.write):
@@ -193,7 +208,7 @@ def _extract(options: argparse.Namespace) -> int:
         report = extract(
             images,
             options.model,
-            options.out,
+            out,
             **{name: getattr(checked, name) for name in Options.__dataclass_fields__},
             progress=bar.update,
         )
@@ -206,12 +221,14 @@ def _read_list(name: str) -> ImageList:
     from extractor.sources import read_list
 
     if name == "-":
+        if sys.stdin is None:
+            raise UsageError("--list -: standard input is closed")
         return read_list(sys.stdin.buffer, "standard input")
     try:
         with open(name, "rb") as file:
             return read_list(file, name)
     except OSError as error:
-        raise UsageError(f"cannot read the list {name}: {error.strerror}") from error
+        raise SourceError(f"cannot read the list {name}: {error.strerror}") from error
 
 
 def _summarize(report: Report) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 from extractor.errors import UsageError
 
@@ -91,6 +92,8 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
 
 
-def _within(name: str, value: int | None, least: int, most: int) -> None:
-    if value is not None and not least <= value <= most:
-        raise UsageError(f"{name}: got {value}, expected {least} to {most}")
+def _within(name: str, value: object, least: int, most: int) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise UsageError(f"{name}: got {value!r}, expected a whole number from {least} to {most}")

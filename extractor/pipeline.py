@@ -194,7 +194,7 @@ def extract(
         _fill(writer, description, backbone, options, sources, tally)
         if tally.failed == tally.done:
             told = "; ".join(f"{path}: {reason}" for path, reason in tally.first_failures)
-            raise SourceError(f"none of the {tally.done} images can be decoded ({told})")
+            raise SourceError(f"none of the {tally.done} images gives an embedding ({told})")
         manifest = writer.publish(description, len(sources))
     return Report(
         out=folder,
@@ -284,7 +284,10 @@ def _stat(info: ImageInfo) -> tuple[int, int, int, int]:
 
 
 def _batch_size(backbone: Backbone, options: Options) -> int:
-    return options.batch_size or default_batch_size(backbone.device.type)
+    # No larger than a shard, which ends a batch; not cut to the number of images, on which the
+    # value of a row must not depend.
+    wanted = options.batch_size or default_batch_size(backbone.device.type)
+    return min(wanted, options.shard_images)
 
 
 def _loader(
@@ -364,6 +367,7 @@ class Extractor:
         batch_size: int | None = _DEFAULT.batch_size,
         workers: int | None = _DEFAULT.workers,
     ) -> None:
+        self._process = os.getpid()
         self._options = Options(normalize=normalize, batch_size=batch_size, workers=workers)
         self.backbone = load_backbone(
             model, weights=weights, seed=seed, device=device, precision=precision
@@ -386,10 +390,16 @@ class Extractor:
 
         Raises:
             DecodeError: an image cannot be decoded; names its place among the images.
-            UsageError: a single image instead of several, or something that is no image.
+            UsageError: a single image instead of several, something that is no image, or a call
+                in a process that was forked after the extractor was made.
         """
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)):
+        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or not isinstance(
+            images, Iterable
+        ):
             raise UsageError(f"images: got one {type(images).__name__}, expected a list of images")
+        if os.getpid() != self._process:
+            # torch's threads do not survive a fork, and waiting for them would never end.
+            raise UsageError("this Extractor is of another process; make one after the fork")
         sources = [_source(image, place) for place, image in enumerate(images)]
         if not sources:
             return np.empty((0, self.dim), np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
 import logging
 import os
@@ -61,7 +62,11 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     Raises:
         SourceError: an input does not exist or cannot be read, or no image is found.
     """
-    given = [inputs] if isinstance(inputs, (str, bytes, os.PathLike)) else list(inputs)
+    if isinstance(inputs, (str, bytes, os.PathLike)):
+        inputs = [inputs]
+    if not isinstance(inputs, Iterable):
+        raise SourceError(f"got a {type(inputs).__name__}, expected a folder, an image or several")
+    given = list(inputs)
     if not given:
         raise SourceError("no input: expected a folder of images, an image or a list of them")
     folders: list[bytes] = []
@@ -93,7 +98,7 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
 
 
 def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
-    """List the images that a file names, one path a line.
+    """List the images that a file names, one path a line, or ended by zero bytes (``-print0``).
 
     Relative paths are meant from the current folder, which is the root unless a path leads out of
     it. Empty lines do not count. Whether the images are there is seen when they are read.
@@ -102,8 +107,9 @@ def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
         SourceError: no path in the list.
     """
     here = os.fsencode(os.getcwd())
-    lines = (line.rstrip(b"\r\n") for line in file)
-    paths = [_absolute(line) for line in lines if line]
+    content = file.read().removeprefix(codecs.BOM_UTF8)
+    lines = content.split(b"\0" if b"\0" in content else b"\n")
+    paths = [_absolute(line) for line in (line.rstrip(b"\r") for line in lines) if line]
     if not paths:
         raise SourceError(f"no paths in {name}; expected one a line")
     inside = all(path.startswith(here.rstrip(b"/") + b"/") for path in paths)
@@ -112,9 +118,10 @@ def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
 
 
 def show(path: bytes) -> str:
-    """A path for people: whatever cannot be printed is escaped."""
+    """A path for people: odd characters escaped, the middle of a long one left out."""
     text = os.fsdecode(path)
-    return text if text.isprintable() else ascii(text)[1:-1]
+    text = text if text.isprintable() else ascii(text)[1:-1]
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-145:]}"
 
 
 def _absolute(path: bytes) -> bytes:
@@ -171,7 +178,11 @@ class _Walk:
                     path = below + entry.name
                     kind = _kind(entry)
                     if kind is stat.S_IFDIR:
-                        status = entry.stat()
+                        try:
+                            status = entry.stat()
+                        except OSError:  # too long a path, or a fault of the disk
+                            yield path
+                            continue
                         identity = (status.st_dev, status.st_ino)
                         if identity in above:
                             log.info("%s leads back to a folder above it", show(entry.path))

@@ -195,13 +195,21 @@ def read_checkpoint(path: Path) -> State:
                 "that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
-        raise WeightsError(f"{path} is no checkpoint that torch can read") from error
+        raise WeightsError(
+            f"{path} is no checkpoint that can be read without running code ({_reason(error)}); "
+            "expected a .pth with a state dict, or .safetensors"
+        ) from error
     except Exception as error:  # the readers raise whatever a broken archive leads them to
         raise WeightsError(
-            f"{path} is no checkpoint that can be read ({type(error).__name__}: {error}); expected "
-            "a .pth with a state dict, or .safetensors"
+            f"{path} is no checkpoint that can be read ({_reason(error)}); expected a .pth with a "
+            "state dict, or .safetensors"
         ) from error
     return _state_dict(content, path)
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 class State(dict[str, torch.Tensor]):
@@ -252,7 +260,8 @@ def load_into(
         how: what is loaded into what, for the error message.
 
     Raises:
-        WeightsError: any other key is missing, unexpected or of another shape; lists them.
+        WeightsError: any other key is missing, unexpected, of another shape, quantised or not
+            finite; lists them.
     """
     expected = module.state_dict()
     removed = tuple(discarded)
@@ -263,13 +272,28 @@ def load_into(
     counters = {key for key in expected if key.endswith(".num_batches_tracked")}
     missing = sorted(expected.keys() - given.keys() - counters)
     unexpected = sorted(given.keys() - expected.keys())
+    both = sorted(expected.keys() & given.keys())
     misshapen = [
         f"{key} {tuple(given[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in sorted(expected.keys() & given.keys())
+        for key in both
         if given[key].shape != expected[key].shape
     ]
-    if missing or unexpected or misshapen:
-        parts = (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
+    integers = [
+        f"{key} {given[key].dtype}"
+        for key in both
+        if expected[key].is_floating_point() and not given[key].is_floating_point()
+    ]
+    broken = [
+        key for key in both if given[key].is_floating_point() and not given[key].isfinite().all()
+    ]
+    parts = (
+        ("missing", missing),
+        ("unexpected", unexpected),
+        ("of another shape", misshapen),
+        ("without fractions", integers),
+        ("with NaN or infinity", broken),
+    )
+    if any(keys for _, keys in parts):
         told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
         raise WeightsError(
             f"{how}: the weights do not fit. {told}. Check that they were made for this model"

@@ -83,9 +83,11 @@ def test_help_version_and_usage_do_not_load_torch() -> None:
         (["a", "--batch-size", "0"], 2, "batch size: got 0"),
         (["a", "--max-failure-rate", "1.5"], 2, "failure rate: got 1.5"),
         (["a", "--max-failure-rate", "nan"], 2, "failure rate: got nan"),
-        (["--list", "nowhere.txt"], 2, "cannot read the list nowhere.txt"),
+        (["--list", "nowhere.txt"], 1, "cannot read the list nowhere.txt"),
         (["nowhere"], 1, "cannot read .*nowhere: No such file or directory"),
         (["."], 1, "no images in"),
+        (["a", "-o", ""], 2, "got an empty name"),
+        (["a", "-m", ""], 2, "got an empty name"),
     ],
 )
 def test_errors_are_a_sentence_and_an_exit_code(
@@ -290,3 +292,10 @@ def test_a_summary_that_nobody_reads_is_no_error(shell: str, photos: Path, tmp_p
     assert "Traceback" not in done.stderr
     assert ("cannot print the summary: No space" in done.stderr) is ("full" in line)
     assert len(FeatureStore.open(tmp_path / "out")) == 11
+
+
+def test_a_list_from_a_closed_standard_input_is_an_error(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m extractor --list - -o {tmp_path}/out <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "extract: --list -: standard input is closed\n"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -121,7 +122,7 @@ def test_a_folder_of_nothing_but_bad_images_leaves_no_store(tmp_path: Path) -> N
     (tmp_path / "in").mkdir()
     for i in range(5):
         (tmp_path / "in" / f"{i}.jpg").write_text("text")
-    with pytest.raises(SourceError, match="none of the 5 images can be decoded"):
+    with pytest.raises(SourceError, match="none of the 5 images gives an embedding"):
         extract(tmp_path / "in", out=tmp_path / "new" / "out", batch_size=2)
     assert not (tmp_path / "new").exists()
 
@@ -172,6 +173,12 @@ def test_an_embedding_that_is_not_finite_is_a_failure_of_its_image(
         "deep/er/01.bmp": "not-finite",
     }
     assert np.isfinite(report.store.features[:]).all()
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_batch_is_no_larger_than_a_shard(photos: Path, tmp_path: Path) -> None:
+    report = extract(photos, out=tmp_path / "out", shard_images=3, batch_size=32)
+    assert report.store.manifest.description.computation["batch_size"] == 3
 
 
 @pytest.mark.usefixtures("mean_model")
@@ -249,13 +256,14 @@ def test_the_default_place_is_named_after_the_model(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"batch_size": 0}, "batch size: got 0, expected 1 to"),
+        ({"batch_size": 0}, "batch size: got 0, expected a whole number from 1 to"),
         ({"workers": -1}, "workers: got -1"),
         ({"shard_images": 0}, "images in a shard: got 0"),
         ({"dtype": "int8"}, "dtype: got 'int8', expected one of float32, float16"),
         ({"precision": "half"}, "precision: got 'half'"),
-        ({"workers": 10**6}, "workers: got 1000000, expected 1 to"),
-        ({"seed": -1}, "seed: got -1, expected 0 to"),
+        ({"workers": 10**6}, "workers: got 1000000, expected a whole number from 1 to 1024"),
+        ({"seed": -1}, "seed: got -1, expected a whole number from 0"),
+        ({"batch_size": "4"}, "batch size: got '4', expected a whole number"),
         ({"seed": 2**64}, "seed: got 18446744073709551616"),
         ({"model": ""}, "got an empty name"),
         ({"out": ""}, "got an empty name"),
@@ -341,7 +349,7 @@ def test_a_bad_image_in_memory_is_an_error_that_names_its_place(squeezenet: Extr
     assert raised.value.reason == "not-an-image"
 
 
-@pytest.mark.parametrize("one", ["a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))])
+@pytest.mark.parametrize("one", [5, "a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))])
 def test_a_single_image_is_not_taken_for_a_list(squeezenet: Extractor, one: object) -> None:
     with pytest.raises(UsageError, match="expected a list of images"):
         squeezenet(one)  # type: ignore[arg-type]
@@ -350,6 +358,20 @@ def test_a_single_image_is_not_taken_for_a_list(squeezenet: Extractor, one: obje
 def test_what_is_no_image_is_an_error_that_names_its_place(squeezenet: Extractor) -> None:
     with pytest.raises(UsageError, match="image 1: got a NoneType, expected a path, bytes"):
         squeezenet([b"", None])  # type: ignore[list-item]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_extractor_does_not_hang_in_a_forked_process(squeezenet: Extractor) -> None:
+    images = [np.zeros((9, 9, 3), np.uint8)]
+    squeezenet(images)
+    child = os.fork()
+    if child == 0:
+        try:
+            squeezenet(images)
+        except UsageError as error:
+            os._exit(7 if "make one after the fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_errors_of_the_package_are_one_family() -> None:

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from extractor.errors import SourceError
-from extractor.sources import ImageList, list_images, read_list
+from extractor.sources import ImageList, list_images, read_list, show
 
 not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
 
@@ -421,3 +421,37 @@ def test_binary_files_without_a_signature_are_not_taken_for_images(tmp_path: Pat
     Image.new("RGB", (5, 5)).save(tmp_path / "a.tga")
     images = list_images(tmp_path)
     assert (list(images.paths), images.passed_over) == ([b"a.tga"], 1)
+
+
+def test_a_list_may_be_ended_by_zero_bytes() -> None:
+    images = read_list(io.BytesIO(b"b.jpg\0a\nb.jpg\0\0"))
+    assert list(images.paths) == [b"a\nb.jpg", b"b.jpg"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_path() -> None:
+    assert list(read_list(io.BytesIO(b"\xef\xbb\xbfa.jpg\r\n")).paths) == [b"a.jpg"]
+
+
+def test_what_is_no_path_is_an_error() -> None:
+    with pytest.raises(SourceError, match="got a int, expected a folder"):
+        list_images(5)  # type: ignore[arg-type]
+
+
+def test_a_folder_too_deep_to_name_costs_itself_and_nothing_else(tmp_path: Path) -> None:
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.jpg")
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(20):
+            os.mkdir("d" * 240)
+            os.chdir("d" * 240)
+    finally:
+        os.chdir(here)
+    deep, found = sorted(list_images(tmp_path).paths, key=len, reverse=True)
+    assert found == b"a.jpg"
+    assert set(deep.split(b"/")) == {b"d" * 240}
+
+
+def test_long_paths_are_shortened_for_people() -> None:
+    assert len(show(b"/" + b"x" * 9000)) <= 300
+    assert show(b"/a b/\xff") == r"/a b/\udcff"

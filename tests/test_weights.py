@@ -111,6 +111,15 @@ def test_keys_of_the_removed_head_and_counters_of_training_do_not_matter() -> No
         )
 
 
+def test_quantised_and_broken_weights_are_refused() -> None:
+    state = {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.tensor([0.0, torch.nan])}
+    with pytest.raises(
+        WeightsError,
+        match=r"1 without fractions: weight torch\.int8; 1 with NaN or infinity: bias",
+    ):
+        weights.load_into(nn.Linear(2, 2), state, discarded=[], how="a into b")
+
+
 def test_digest_of_a_state_depends_on_names_types_shapes_and_values() -> None:
     base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     digest = weights.sha256_of_state(base)

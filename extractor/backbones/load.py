@@ -71,5 +71,5 @@ def _resolve_name(model: str) -> tuple[str, str]:
         [] if library == "timm" else from_torchvision.names()
     )
     near = difflib.get_close_matches(name.partition(".")[0], sorted(set(known)), n=5, cutoff=0.5)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    raise ModelError(f"unknown model {model!r}{hint}")
+    hint = f"did you mean {', '.join(near)}?" if near else "expected a name such as resnet50"
+    raise ModelError(f"unknown model {model!r}; {hint}")

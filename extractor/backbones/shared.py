@@ -42,7 +42,8 @@ def local_file(wanted: str) -> Path | None:
     if not (looks_like_one or os.sep in wanted or path.is_file()):
         return None
     if not path.is_file():
-        raise WeightsError(f"weights {wanted}: no such file")
+        what = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise WeightsError(f"weights {wanted}: {what}")
     return path
 
 

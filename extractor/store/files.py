@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 from extractor.store.format import FileEntry
 
-__all__ = ["describe", "sync_folder", "write_whole"]
+__all__ = ["describe", "sync_folder", "undisturbed", "write_whole"]
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -28,6 +32,26 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Let no Ctrl-C and no SIGTERM in between; for the moments in which a run can only succeed.
+
+    Signals reach the main thread alone, so elsewhere there is nothing to hold off.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in _ENDING]
+    try:
+        yield
+    finally:
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def describe(path: Path, name: str) -> FileEntry:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.files import describe, sync_folder, write_whole
+from extractor.store.files import describe, sync_folder, undisturbed, write_whole
 from extractor.store.format import (
     FAILURES,
     FEATURES,
@@ -35,6 +35,8 @@ from extractor.store.lock import Lock
 __all__ = ["ImageRecord", "ShardWriter", "StoreWriter"]
 
 log = logging.getLogger(__name__)
+
+REPLACED = "replaced.json"  # the old manifest, while the new store takes its place
 
 
 class ImageRecord(NamedTuple):
@@ -125,11 +127,14 @@ class StoreWriter:
             )
             for folder in (self._staging / FEATURES, self._staging / IMAGES):
                 sync_folder(folder)
-            # From here on the new store is complete: a run that dies is finished by the next one.
-            write_whole(self._staging / MANIFEST, manifest.to_json().encode())
-            sync_folder(self._staging)
-            recover(self._out)
-        self._made.clear()
+            check_place(self._out, overwrite=self._overwrite)
+            with undisturbed():
+                # From here on the new store is complete: if this run dies, the next finishes it.
+                write_whole(self._staging / MANIFEST, manifest.to_json().encode())
+                sync_folder(self._staging)
+                recover(self._out)
+                self._made.clear()
+                self._give_up()
         return manifest
 
     def _make_folders(self) -> None:
@@ -243,11 +248,14 @@ def check_place(out: Path, *, overwrite: bool) -> None:
     """
     with _explained(out):
         if not out.exists():
+            if out.is_symlink():
+                raise StoreError(f"{out} is a link that leads nowhere; choose another --out")
             return
         if not out.is_dir():
             raise StoreError(
                 f"{out} is a file, expected a folder for the store; choose another --out"
             )
+        _check_staging(out / STAGING)
         if (out / MANIFEST).is_file():
             there = Manifest.from_json((out / MANIFEST).read_bytes(), str(out / MANIFEST))
             if not overwrite:
@@ -256,11 +264,37 @@ def check_place(out: Path, *, overwrite: bool) -> None:
                     f"{there.description.made_with}; replace it with --overwrite, or choose "
                     "another --out"
                 )
+            _check_only(out, there)
         elif any(name != STAGING for name in os.listdir(out)) and not _is_published_halfway(out):
             raise StoreError(
                 f"{out} is not empty and holds no store; nothing in it was touched, choose "
                 "another --out"
             )
+
+
+def _check_staging(staging: Path) -> None:
+    """Refuse to take for our own a staging folder that we did not make."""
+    ours = {"lock", FEATURES, IMAGES, FAILURES, MANIFEST, f"{MANIFEST}.partial", REPLACED}
+    if staging.is_symlink() or (staging.is_dir() and not ours.issuperset(os.listdir(staging))):
+        raise StoreError(
+            f"{staging} is not what a run of this program leaves there; move it away, or choose "
+            "another --out"
+        )
+
+
+def _check_only(out: Path, there: Manifest) -> None:
+    """Refuse to replace a store in whose folders someone has put files of their own."""
+    listed = set(_files_of(there))
+    for folder in (FEATURES, IMAGES):
+        if (out / folder).is_symlink():
+            raise StoreError(f"{out / folder} is a link, expected a folder; choose another --out")
+        if (out / folder).is_dir():
+            foreign = sorted({f"{folder}/{name}" for name in os.listdir(out / folder)} - listed)
+            if foreign:
+                raise StoreError(
+                    f"{out} holds files that are not the store's ({', '.join(foreign[:5])}); move "
+                    "them away, or choose another --out"
+                )
 
 
 def recover(out: Path) -> None:
@@ -274,7 +308,7 @@ def recover(out: Path) -> None:
     if not (staging / MANIFEST).is_file():
         return
     new = Manifest.from_json((staging / MANIFEST).read_bytes(), str(staging / MANIFEST))
-    replaced = staging / "replaced.json"
+    replaced = staging / REPLACED
     if (out / MANIFEST).is_file():
         os.replace(out / MANIFEST, replaced)
         sync_folder(out)

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -415,7 +416,7 @@ def test_an_overwrite_leaves_foreign_files_alone(
     tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, checked: Checked, tree: Tree
 ) -> None:
     out = write_store(tmp_path / "out", parts)
-    foreign = {"notes.txt": b"mine", "features/labels.csv": b"1,2", "deep/er/x.npy": b"\x00"}
+    foreign = {"notes.txt": b"mine", "deep/er/x.npy": b"\x00"}
     for name, content in foreign.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
@@ -423,6 +424,96 @@ def test_an_overwrite_leaves_foreign_files_alone(
     assert np.array_equal(checked(out), parts[0])
     now = tree(out)
     assert {name: now[name] for name in foreign} == foreign
+
+
+@pytest.mark.parametrize("name", ["features/mine.npy", "images/00007.parquet", "features/a/b"])
+def test_a_store_with_foreign_files_in_its_folders_is_not_replaced(
+    tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, tree: Tree, name: str
+) -> None:
+    out = write_store(tmp_path / "out", parts)
+    (out / name).parent.mkdir(exist_ok=True)
+    (out / name).write_bytes(b"mine")
+    before = tree(out)
+    with pytest.raises(StoreError, match="holds files that are not the store's"):
+        write_store(out, parts[:1], overwrite=True)
+    assert tree(out) == before
+
+
+def test_foreign_files_that_come_while_a_run_works_stop_it_from_publishing(
+    tmp_path: Path,
+    parts: list[np.ndarray],
+    write_store: WriteStore,
+    tree: Tree,
+    describe_store: Callable[..., Description],
+) -> None:
+    out = write_store(tmp_path / "out", parts)
+    before = tree(out)
+    with StoreWriter(out, overwrite=True) as writer:
+        (out / "features" / "00009.npy").write_bytes(b"mine")
+        before["features/00009.npy"] = b"mine"
+        with pytest.raises(StoreError, match=r"not the store's \(features/00009\.npy\)"):
+            writer.publish(describe_store(), 0)
+    assert tree(out) == before
+
+
+@pytest.mark.parametrize("folder", ["features", ".extractor-partial"])
+def test_no_link_is_written_or_cleared_through(
+    tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, tree: Tree, folder: str
+) -> None:
+    out = write_store(tmp_path / "out", parts)
+    if (out / folder).exists():
+        (out / folder).rename(tmp_path / "outside")
+    else:
+        (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "00000.npy").write_bytes(b"mine")
+    (out / folder).symlink_to(tmp_path / "outside")
+    before = tree(tmp_path / "outside")
+    with pytest.raises(StoreError, match=r"is a link, expected|is not what a run of this program"):
+        write_store(out, parts[:1], overwrite=True)
+    assert tree(tmp_path / "outside") == before
+
+
+def test_a_staging_folder_that_is_not_ours_is_left_alone(
+    tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, tree: Tree
+) -> None:
+    (tmp_path / "out" / ".extractor-partial").mkdir(parents=True)
+    (tmp_path / "out" / ".extractor-partial" / "mine").write_bytes(b"mine")
+    with pytest.raises(StoreError, match="is not what a run of this program leaves"):
+        write_store(tmp_path / "out", parts)
+    assert tree(tmp_path / "out")[".extractor-partial/mine"] == b"mine"
+
+
+def test_a_link_that_leads_nowhere_is_no_place_for_a_store(
+    tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore
+) -> None:
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match="is a link that leads nowhere"):
+        write_store(tmp_path / "out", parts)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_a_store_appears_comes_too_late(
+    tmp_path: Path,
+    parts: list[np.ndarray],
+    write_store: WriteStore,
+    checked: Checked,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+) -> None:
+    out = write_store(tmp_path / "out", parts)
+    replace = os.replace
+
+    def signalled(source: Path, target: Path) -> None:
+        if Path(source).name == "store.json":
+            signal.raise_signal(number)
+        replace(source, target)
+
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(os, "replace", signalled)
+    write_store(out, parts[:1], overwrite=True)
+    assert np.array_equal(checked(out), parts[0])
+    assert signal.getsignal(number) is handler
+    assert not (out / ".extractor-partial").exists()
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
