@@ -21,7 +21,7 @@ from extractor import FeatureStore, cli, extract, load_backbone
 from extractor.backbones import Backbone
 from extractor.loader import BatchLoader
 
-DATA = Path(os.environ.get("EXTRACTOR_TEST_DATA", "absent"))
+DATA = Path(os.environ.get("EXTRACTOR_TEST_DATA") or "absent")
 pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason="EXTRACTOR_TEST_DATA names no folder")
 
 Embed = Callable[[Image.Image], torch.Tensor]
