@@ -185,6 +185,7 @@ def test_half_precision_stays_near_float32(precision: str, device: str) -> None:
     exact = load_backbone("resnet18", weights="random", device="cpu")(pixels)
     backbone = load_backbone("resnet18", weights="random", device=device, precision=precision)
     rows = backbone(pixels)
+    assert next(backbone.module.parameters()).dtype == getattr(torch, precision)
     assert rows.dtype == torch.float32
     cosine = torch.nn.functional.cosine_similarity(rows.cpu(), exact)
     assert cosine.min() > 0.999

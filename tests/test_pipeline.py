@@ -114,6 +114,8 @@ def test_bad_images_shift_no_row(photos: Path, tmp_path: Path, bad: list[int]) -
     np.testing.assert_allclose(store.features[:], [normalised(colour(i)) for i in names], atol=1e-5)
     assert sorted(int(Path(f["path"]).stem) for f in report.failures) == bad
     assert {f["error"] for f in report.failures} == {"not-an-image"}
+    planned = [3, 3, 3, 2]
+    assert all(shard.images == planned[shard.shard] for shard in store.manifest.shards)
     assert len(report.first_failures) == min(len(bad), 5)
 
 
