@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import platform
 import time
@@ -35,8 +34,6 @@ from extractor.store import Description, FeatureStore, ImageRecord, StoreWriter
 from extractor.version import __version__
 
 __all__ = ["BatchPlan", "Extractor", "Progress", "Report", "extract", "plan_batches"]
-
-log = logging.getLogger(__name__)
 
 _DEFAULT = Options()
 

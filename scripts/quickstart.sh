@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 model=${1:-resnet50}
 
 venv=$(scripts/setup.sh)
-work=$(mktemp -d "${TMPDIR:-/tmp}/extractor-quickstart.XXXXXX")
+work=$(mktemp -d)
 "$venv/bin/python" scripts/make_images.py "$work/images" --count 24
 
 run() { # prints the command as a user would type it, and runs it

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -33,8 +32,6 @@ from extractor.store.format import (
 from extractor.store.lock import Lock
 
 __all__ = ["ImageRecord", "ShardWriter", "StoreWriter"]
-
-log = logging.getLogger(__name__)
 
 REPLACED = "replaced.json"  # the old manifest, while the new store takes its place
 
