@@ -7,6 +7,7 @@ import io
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TypeAlias
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from extractor.errors import DecodeError
-from extractor.preprocess import Preprocess
+from extractor.preprocess import Geometry, Preprocess
 
 __all__ = [
     "EncodedImage",
@@ -76,40 +77,43 @@ class Failure:
 
 
 def decode_into(
-    source: ImageSource, preprocess: Preprocess, out: npt.NDArray[np.uint8]
+    source: ImageSource,
+    preprocesses: Sequence[Preprocess],
+    outs: Sequence[npt.NDArray[np.uint8]],
 ) -> ImageInfo:
-    """Decode, orient, resize and crop one image into ``out``, and say what it was.
+    """Decode one image once, orient, resize and crop it into each of ``outs``; say what it was.
 
     Args:
         source: a path, :class:`EncodedImage`, a PIL image, or a uint8 array ``(H, W)`` or
             ``(H, W, 1 | 3 | 4)`` in RGB order.
-        out: ``(height, width, 3)`` uint8 of ``preprocess.input_size``, written in place, RGB.
+        preprocesses: how each of the pictures is made.
+        outs: for each, ``(height, width, 3)`` uint8 of its ``input_size``, written in place, RGB.
 
     Raises:
-        DecodeError: this image has no pixels to give; ``out`` may have been touched.
-        TypeError, ValueError: ``source`` or ``out`` is not as it says above.
+        DecodeError: this image has no pixels to give; ``outs`` may have been touched.
+        TypeError, ValueError: ``source`` or ``outs`` is not as it says above.
     """
-    if out.shape != (*preprocess.input_size, 3) or out.dtype != np.uint8:
-        raise ValueError(
-            f"out: got {out.dtype} {out.shape}, expected uint8 {(*preprocess.input_size, 3)}"
-        )
+    for preprocess, out in zip(preprocesses, outs, strict=True):
+        if out.shape != (*preprocess.input_size, 3) or out.dtype != np.uint8:
+            raise ValueError(
+                f"out: got {out.dtype} {out.shape}, expected uint8 {(*preprocess.input_size, 3)}"
+            )
+    pictures = tuple(zip(preprocesses, outs, strict=True))
     if not isinstance(source, (str, bytes, os.PathLike, EncodedImage, Image.Image, np.ndarray)):
         raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     try:
         if isinstance(source, Image.Image):
-            return _place(source, preprocess, out, size=-1, mtime_ns=-1)
+            return _place(source, pictures, size=-1, mtime_ns=-1)
         if isinstance(source, np.ndarray):
-            return _place(_from_array(source), preprocess, out, size=-1, mtime_ns=-1)
+            return _place(_from_array(source), pictures, size=-1, mtime_ns=-1)
         if isinstance(source, EncodedImage):
             with _identify(io.BytesIO(source.data)) as image:
-                return _place(image, preprocess, out, size=len(source.data), mtime_ns=-1)
+                return _place(image, pictures, size=len(source.data), mtime_ns=-1)
         with _open_regular(source) as file:
             status = os.fstat(file.fileno())
             whole = status.st_size <= READ_WHOLE_BYTES
             with _identify(io.BytesIO(file.read()) if whole else file) as image:
-                return _place(
-                    image, preprocess, out, size=status.st_size, mtime_ns=status.st_mtime_ns
-                )
+                return _place(image, pictures, size=status.st_size, mtime_ns=status.st_mtime_ns)
     except DecodeError:
         raise
     except OSError as error:
@@ -210,21 +214,31 @@ def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
 
 def _place(
     image: Image.Image,
-    preprocess: Preprocess,
-    out: npt.NDArray[np.uint8],
+    pictures: Sequence[tuple[Preprocess, npt.NDArray[np.uint8]]],
     *,
     size: int,
     mtime_ns: int,
 ) -> ImageInfo:
     image.load()  # some formats turn themselves while they load, so ask for sizes after it
     orientation = _orientation(image)
-    raw_width, raw_height = image.size
-    turned = orientation >= 5
-    width, height = (raw_height, raw_width) if turned else (raw_width, raw_height)
+    width, height = image.size[::-1] if orientation >= 5 else image.size
+    rgb = _to_rgb(image)
+    for preprocess, out in pictures:
+        _draw(rgb, orientation, preprocess, preprocess.geometry(width, height), out)
+    return ImageInfo(size, mtime_ns, width, height)
 
-    geometry = preprocess.geometry(width, height)
-    part = _to_rgb(image).resize(
-        geometry.size[::-1] if turned else geometry.size,
+
+def _draw(
+    rgb: Image.Image,
+    orientation: int,
+    preprocess: Preprocess,
+    geometry: Geometry,
+    out: npt.NDArray[np.uint8],
+) -> None:
+    """Resize the part of an image that one model sees, and turn it upright, into ``out``."""
+    raw_width, raw_height = rgb.size
+    part = rgb.resize(
+        geometry.size[::-1] if orientation >= 5 else geometry.size,
         Image.Resampling[preprocess.interpolation.upper()],
         box=_raw_box(geometry.box, orientation, raw_width, raw_height),
     )
@@ -236,7 +250,6 @@ def _place(
     if (kept_height, kept_width) != out.shape[:2]:
         out[...] = preprocess.fill
     out[top : top + kept_height, left : left + kept_width] = np.asarray(part)
-    return ImageInfo(size, mtime_ns, width, height)
 
 
 # The turn that brings an image with this EXIF orientation upright (CIPA DC-008, tag 0x0112).

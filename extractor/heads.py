@@ -1,14 +1,24 @@
-"""``nn.Identity`` where the classifiers were; nothing is downloaded here."""
+"""``nn.Identity`` where the classifiers were, or any other module; nothing is downloaded here."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import torch
 from torch import nn
 
 from extractor.errors import ModelError
+from extractor.trial import shapes, trial
 
-__all__ = ["identities", "modules_with_outputs", "replace_with_identity", "reset_timm_classifier"]
+__all__ = [
+    "Bypass",
+    "bypass",
+    "identities",
+    "modules_with_outputs",
+    "replace_with_identity",
+    "reset_timm_classifier",
+]
 
 
 def identities(module: nn.Module) -> frozenset[str]:
@@ -45,16 +55,70 @@ def replace_with_identity(module: nn.Module, names: Iterable[str]) -> tuple[str,
     """
     replaced = tuple(names)
     for name in replaced:
-        parent_name, _, own_name = name.rpartition(".")
+        if not name:
+            raise ModelError("the whole model cannot be its own head")
         try:
-            parent = module.get_submodule(parent_name)
-            parent.get_submodule(own_name)
+            module.get_submodule(name)
         except AttributeError as error:
             raise ModelError(f"no module {name!r} in {type(module).__name__}") from error
-        if not own_name:
-            raise ModelError("the whole model cannot be its own head")
-        setattr(parent, own_name, nn.Identity())
+        _set_submodule(module, name, nn.Identity())
     return replaced
+
+
+class Bypass(nn.Identity):
+    """An identity in the place of a module that was given more than one argument: the first counts.
+
+    >>> Bypass()(torch.ones(2), "a mask")
+    tensor([1., 1.])
+    """
+
+    def forward(self, input: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return input
+
+
+def bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) -> None:
+    """Put an ``nn.Identity`` in the place of a module, in place, if what comes out keeps its shape.
+
+    Args:
+        name: dotted name of the module.
+        size: (height, width) of the images that the network is tried with.
+        model: name of the network, for error messages.
+
+    Raises:
+        ModelError: the module does not run, or the network does not fit without it; names the
+            shapes that go into the module and come out of it. The network is as it was.
+    """
+    module = network.get_submodule(name)
+    flows: list[tuple[str, str]] = []
+
+    def watch(_: nn.Module, arguments: tuple[Any, ...], keywords: Any, output: Any) -> None:
+        first = arguments[0] if arguments else next(iter(keywords.values()), None)
+        flows.append((shapes(first), shapes(output)))
+
+    handle = module.register_forward_hook(watch, with_kwargs=True)
+    try:
+        before = trial(network, size, what=model)
+    finally:
+        handle.remove()
+    if not flows:
+        raise ModelError(f"bypass {name}: this module of {model} does not run as a whole")
+    _set_submodule(network, name, Bypass())
+    try:
+        after = trial(network, size, what=model)
+    except ModelError:
+        after = None
+    if after != before:
+        _set_submodule(network, name, module)
+        taken, given = flows[-1]
+        raise ModelError(
+            f"bypass {name}: it turns {taken} into {given}, so that {model} does not fit without "
+            "it; bypass a module that keeps the shape"
+        )
+
+
+def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, own_name = name.rpartition(".")
+    setattr(network.get_submodule(parent), own_name, module)
 
 
 def reset_timm_classifier(module: nn.Module) -> tuple[str, ...]:

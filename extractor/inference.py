@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from extractor.backbones import Backbone
+from extractor.backbones import Backbone, Target
 from extractor.decode import Failure, ImageInfo
 from extractor.devices import device_errors
+from extractor.errors import UsageError
 from extractor.loader import Batch
+from extractor.preprocess import Preprocess
 
-__all__ = ["Embedded", "embed"]
+__all__ = ["Embedded", "embed", "pictures_of"]
 
 # Batches that a GPU may have been given before the first one's rows are waited for: while one
 # computes, the next one's pixels move. More would only hold more buffers.
@@ -26,64 +28,112 @@ IN_FLIGHT = 2
 class Embedded(NamedTuple):
     """One batch's embeddings.
 
-    ``rows`` is ``(len(outcomes), dim)`` float32, in the order of the images; the row of an image
-    whose outcome is a failure means nothing.
+    ``rows`` holds, for each target, ``(len(outcomes), *shape)`` float32, in the order of the
+    images; the row of an image whose outcome is a failure means nothing.
     """
 
-    rows: npt.NDArray[np.float32]
+    rows: tuple[npt.NDArray[np.float32], ...]
     outcomes: list[ImageInfo | Failure]
 
 
-def embed(backbone: Backbone, batches: Iterable[Batch], *, normalize: bool) -> Iterator[Embedded]:
+def pictures_of(targets: Sequence[Target]) -> list[Preprocess]:
+    """What must be made of each image for all targets, each picture once; order as in a batch."""
+    every = (backbone.preprocess for target in targets for backbone in target.backbones)
+    pictures: dict[object, Preprocess] = {}
+    for preprocess in every:
+        pictures.setdefault(preprocess.picture, preprocess)
+    return list(pictures.values())
+
+
+def embed(
+    targets: Sequence[Target], batches: Iterable[Batch], *, normalize: bool
+) -> Iterator[Embedded]:
     """Embed batches in order, and release each as soon as its pixels are no longer needed.
 
     Args:
+        targets: what to compute; all on one device, and each backbone once a batch.
+        batches: with the pictures that :func:`pictures_of` lists.
         normalize: scale every embedding to unit Euclidean length.
 
     Raises:
         DeviceError: the device is full, busy or broken.
     """
-    with device_errors(backbone.device), _full_float32():
-        run = _embed_cuda if backbone.device.type == "cuda" else _embed_in_turn
-        yield from run(_Step(backbone, normalize), batches)
+    step = _Step(targets, normalize)
+    with device_errors(step.device), _full_float32():
+        run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
+        yield from run(step, batches)
 
 
-class _Step:
-    """The computation of one batch on the device of its pixels."""
+class _Normalise:
+    """From a picture to a backbone's input."""
 
-    def __init__(self, backbone: Backbone, normalize: bool) -> None:
-        self.backbone = backbone
-        self.device = backbone.device
-        self._unit_length = normalize
+    def __init__(self, backbone: Backbone) -> None:
         # (x / 255 - mean) / std, folded into one multiplication and one addition.
-        mean = torch.tensor(backbone.preprocess.mean, device=self.device)
-        std = torch.tensor(backbone.preprocess.std, device=self.device)
+        mean = torch.tensor(backbone.preprocess.mean, device=backbone.device)
+        std = torch.tensor(backbone.preprocess.std, device=backbone.device)
         self._scale = (1 / (255 * std)).view(1, 3, 1, 1)
         self._shift = (-mean / std).view(1, 3, 1, 1)
 
-    def pixels(self, uint8: torch.Tensor) -> torch.Tensor:
+    def __call__(self, uint8: torch.Tensor) -> torch.Tensor:
         """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` normalised float32, channels last."""
         return uint8.permute(0, 3, 1, 2).float().mul_(self._scale).add_(self._shift)
 
-    def rows(self, pixels: torch.Tensor) -> torch.Tensor:
-        """``(B, dim)`` float32 embeddings of normalised pixels."""
-        rows = self.backbone(pixels)
+
+class _Step:
+    """The computation of one batch on the device of its pictures."""
+
+    def __init__(self, targets: Sequence[Target], normalize: bool) -> None:
+        self._targets = targets
+        self._unit_length = normalize
+        self._backbones = list(
+            {id(one): one for target in targets for one in target.backbones}.values()
+        )
+        devices = {backbone.device for backbone in self._backbones}
+        if len(devices) != 1:
+            raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
+        (self.device,) = devices
+        places = {one.picture: place for place, one in enumerate(pictures_of(targets))}
+        self._picture = [places[backbone.preprocess.picture] for backbone in self._backbones]
+        self._normalise = [_Normalise(backbone) for backbone in self._backbones]
+
+    def __call__(
+        self, pictures: Sequence[torch.Tensor], taken: Callable[[], None]
+    ) -> list[torch.Tensor]:
+        """``(B, *shape)`` float32 for each target, on the device.
+
+        Args:
+            pictures: ``(B, H, W, 3)`` uint8 on the device.
+            taken: is called once they are no longer needed.
+        """
+        outputs: dict[int, tuple[torch.Tensor, ...]] = {}
+        for place, backbone in enumerate(self._backbones):
+            pixels = self._normalise[place](pictures[self._picture[place]])
+            if place == len(self._backbones) - 1:
+                taken()
+            outputs[id(backbone)] = backbone.embed(pixels)
+        return [self._rows(target, outputs) for target in self._targets]
+
+    def _rows(self, target: Target, outputs: dict[int, tuple[torch.Tensor, ...]]) -> torch.Tensor:
+        parts = [outputs[id(part.backbone)][part.place] for part in target.parts]
+        if target.unit_parts:
+            parts = [torch.nn.functional.normalize(part) for part in parts]
+        rows = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return torch.nn.functional.normalize(rows) if self._unit_length else rows
 
 
 def _embed_in_turn(step: _Step, batches: Iterable[Batch]) -> Iterator[Embedded]:
     for batch in batches:
         with torch.inference_mode():
-            pixels = step.pixels(batch.pixels.to(step.device))
-            batch.release()  # decoding goes on in this buffer while the model computes
-            rows = step.rows(pixels)
-        yield _collect(batch, rows.cpu())
+            pictures = [picture.to(step.device) for picture in batch.pictures]
+            # Decoding goes on in these buffers while the last model computes.
+            rows = step(pictures, batch.release)
+        yield _collect(batch, [one.cpu() for one in rows])
 
 
 class _Flight(NamedTuple):
     batch: Batch
-    uint8: torch.Tensor
-    rows: torch.Tensor
+    pictures: list[torch.Tensor]
+    rows: list[torch.Tensor]
     copied_in: torch.cuda.Event
     copied_out: torch.cuda.Event
 
@@ -113,16 +163,18 @@ def _launch(step: _Step, batch: Batch, copies: torch.cuda.Stream) -> _Flight:
     with torch.cuda.device(step.device):
         compute = torch.cuda.current_stream()
         with torch.cuda.stream(copies):
-            uint8 = batch.pixels.to(step.device, non_blocking=True)
+            pictures = [one.to(step.device, non_blocking=True) for one in batch.pictures]
             copied_in.record()
         compute.wait_event(copied_in)
-        # Allocated on the copy stream, read on this one: not to be reused before both are done.
-        uint8.record_stream(compute)
-        rows = step.rows(step.pixels(uint8))
-        host_rows = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
-        host_rows.copy_(rows, non_blocking=True)
+        for picture in pictures:
+            # Allocated on the copy stream, read on this one: not to be reused before both are done.
+            picture.record_stream(compute)
+        host_rows = []
+        for rows in step(pictures, lambda: None):
+            host_rows.append(torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True))
+            host_rows[-1].copy_(rows, non_blocking=True)
         copied_out.record()
-    return _Flight(batch, uint8, host_rows, copied_in, copied_out)
+    return _Flight(batch, pictures, host_rows, copied_in, copied_out)
 
 
 def _event() -> torch.cuda.Event:
@@ -136,9 +188,9 @@ def _land(flight: _Flight) -> Embedded:
     return _collect(flight.batch, flight.rows)
 
 
-def _collect(batch: Batch, rows: torch.Tensor) -> Embedded:
+def _collect(batch: Batch, rows: Sequence[torch.Tensor]) -> Embedded:
     outcomes = [outcome for outcome in batch.outcomes if outcome is not None]
-    return Embedded(rows[: len(outcomes)].numpy(), outcomes)
+    return Embedded(tuple(one[: len(outcomes)].numpy() for one in rows), outcomes)
 
 
 @contextmanager

@@ -29,24 +29,31 @@ class Batch:
     """Decoded images of one forward pass, in the order in which they were asked for.
 
     Attributes:
-        pixels: ``(B, H, W, 3)`` uint8 RGB in host memory, B the fixed batch size. Rows of failed
-            images and rows behind the last image are black. Valid until :meth:`release`.
+        pictures: for each preprocessing ``(B, H, W, 3)`` uint8 RGB in host memory, B the fixed
+            batch size. Rows of failed images and rows behind the last image are black. Valid until
+            :meth:`release`.
         outcomes: for each image what it was, or why it has no pixels; at most B of them.
     """
 
-    def __init__(self, pixels: torch.Tensor, sources: Sequence[ImageSource], owner: BatchLoader):
-        self.pixels = pixels
+    def __init__(
+        self,
+        pictures: tuple[torch.Tensor, ...],
+        sources: Sequence[ImageSource],
+        owner: BatchLoader,
+    ):
+        self.pictures = pictures
         self.outcomes: list[ImageInfo | Failure | None] = [None] * len(sources)
         self._sources = sources
-        self._rows: npt.NDArray[np.uint8] = pixels.numpy()
-        self._rows[len(sources) :] = 0
+        self._rows: list[npt.NDArray[np.uint8]] = [picture.numpy() for picture in pictures]
+        for rows in self._rows:
+            rows[len(sources) :] = 0
         self._claimed = 0
         self._pending = len(sources)
         self._owner = owner
 
     def release(self) -> None:
-        """Give the buffer back; ``pixels`` will be overwritten from now on."""
-        self._owner._give_back(self.pixels)
+        """Give the buffers back; ``pictures`` will be overwritten from now on."""
+        self._owner._give_back(self.pictures)
 
 
 class BatchLoader:
@@ -57,7 +64,7 @@ class BatchLoader:
 
     Args:
         batches: the images of each batch, none longer than ``batch_size``; read lazily.
-        preprocess: gives the size of the pictures.
+        preprocesses: what is made of each image; it is read and decoded once for all of them.
         batch_size: rows of every batch, whatever number of images it holds.
         workers: decoding threads, at least 1.
         pin: page-lock the buffers, so that copies to a CUDA device can run beside the computation.
@@ -66,7 +73,7 @@ class BatchLoader:
     def __init__(
         self,
         batches: Iterable[Sequence[ImageSource]],
-        preprocess: Preprocess,
+        preprocesses: Sequence[Preprocess],
         *,
         batch_size: int,
         workers: int,
@@ -75,10 +82,13 @@ class BatchLoader:
         import torch
 
         self._plan = iter(batches)
-        self._preprocess = preprocess
+        self._preprocesses = tuple(preprocesses)
         self._batch_size = batch_size
-        shape = (batch_size, *preprocess.input_size, 3)
-        self._free = [torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for _ in range(BUFFERS)]
+        shapes = [(batch_size, *preprocess.input_size, 3) for preprocess in preprocesses]
+        self._free = [
+            tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
+            for _ in range(BUFFERS)
+        ]
         self._in_flight: deque[Batch] = deque()
         self._changed = threading.Condition()
         self._planned = False  # the plan has no more batches
@@ -118,9 +128,9 @@ class BatchLoader:
             return True
         return self._in_flight[0]._pending == 0 if self._in_flight else self._planned
 
-    def _give_back(self, pixels: torch.Tensor) -> None:
+    def _give_back(self, pictures: tuple[torch.Tensor, ...]) -> None:
         with self._changed:
-            self._free.append(pixels)
+            self._free.append(pictures)
             self._changed.notify_all()
 
     def _work(self) -> None:
@@ -166,9 +176,10 @@ class BatchLoader:
         self._in_flight.append(Batch(self._free.pop(), sources, self))
 
     def _decode(self, batch: Batch, position: int) -> ImageInfo | Failure:
-        row = batch._rows[position]
+        outs = [rows[position] for rows in batch._rows]
         try:
-            return decode_into(batch._sources[position], self._preprocess, row)
+            return decode_into(batch._sources[position], self._preprocesses, outs)
         except DecodeError as error:
-            row[...] = 0
+            for out in outs:
+                out[...] = 0
             return Failure(error.reason, str(error))

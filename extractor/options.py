@@ -3,21 +3,77 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
 from extractor.errors import UsageError
+from extractor.preprocess import FITS, INTERPOLATIONS, MAX_CROP_PCT, PixelChanges
 
-__all__ = ["DEFAULT_MODEL", "DTYPES", "PRECISIONS", "Options", "default_batch_size", "default_out"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "DTYPES",
+    "POOLS",
+    "PRECISIONS",
+    "Options",
+    "Pooling",
+    "default_batch_size",
+    "join_names",
+    "parse_pooling",
+    "planned_stores",
+    "split_model",
+    "store_folders",
+    "store_name",
+]
 
 DEFAULT_MODEL = "resnet50"
+DEFAULT_OUT = "features"
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 DTYPES = ("float32", "float16")
+POOLS = ("avg", "max", "gem", "cls", "avg+max", "none")
+GEM_POWER = 3.0  # of Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation
 
 # Far beyond what gains anything; a typing error should not take the machine down.
 MAX_BATCH_SIZE = 65_536
 MAX_WORKERS = 1_024
 MAX_SHARDS = 100_000  # five digits in a shard's name, so that name order is row order
+MAX_IMAGE_SIZE = 16_384
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How the positions of a map, or its tokens, become one vector.
+
+    Attributes:
+        kind: one of :data:`POOLS`.
+        power: of the generalised mean; of no meaning to the others.
+    """
+
+    kind: str
+    power: float = GEM_POWER
+
+    def __str__(self) -> str:
+        return f"gem:{self.power:g}" if self.kind == "gem" else self.kind
+
+
+def parse_pooling(text: str) -> Pooling:
+    """The pooling that is written ``avg``, ``max``, ``gem``, ``gem:POWER``, ``cls`` and so on.
+
+    Raises:
+        UsageError: none of them.
+    """
+    kind, colon, power = text.partition(":")
+    try:
+        if kind in POOLS and not colon:
+            return Pooling(kind)
+        if kind == "gem" and 0 < float(power) < math.inf:
+            return Pooling(kind, float(power))
+    except ValueError:
+        pass
+    raise UsageError(
+        f"pool: got {text!r}, expected one of {', '.join(POOLS)}, or gem:POWER such as gem:4"
+    )
 
 
 @dataclass(frozen=True)
@@ -25,7 +81,17 @@ class Options:
     """Everything that a run can be told beside the images, the model and the place of the store.
 
     Attributes:
-        weights: ``default``, ``random``, a tag of the library, or a ``.pth``/``.safetensors`` file.
+        weights: ``default``, ``random``, a tag of the library, a file, or ``hf-hub:ORG/NAME``.
+        weights_key: which of several state dicts in a checkpoint, such as ``model_ema``; dots lead
+            deeper. None takes ``state_dict`` or ``model``.
+        layers: names of modules whose outputs are the embeddings, globs of such, or negative
+            numbers of blocks; without any it is the pre-logits vector.
+        pool: how the positions of a layer become one vector, see :func:`parse_pooling`.
+        concat: make one vector of several layers.
+        bypass: modules, named as layers are, that get an ``nn.Identity`` in their place.
+        image_size: of the model's input in pixels, one number or (height, width).
+        crop_pct, interpolation, mean, std: see :class:`extractor.preprocess.PixelChanges`.
+        resize: ``crop``, ``pad`` or ``squash``, its ``fit``.
         seed: of the random weights; without meaning for any others.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
         precision: of the computation; ``auto`` is float32.
@@ -41,6 +107,17 @@ class Options:
     """
 
     weights: str = "default"
+    weights_key: str | None = None
+    layers: Sequence[str] = ()
+    pool: str = "avg"
+    concat: bool = False
+    bypass: Sequence[str] = ()
+    image_size: int | tuple[int, int] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    resize: str | None = None
     seed: int = 0
     device: str = "auto"
     precision: str = "auto"
@@ -60,6 +137,71 @@ class Options:
         _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
         if not self.weights:
             raise UsageError("weights: got an empty name; try default, random, a tag or a file")
+        if self.weights_key == "":
+            raise UsageError("weights key: got an empty name; try model_ema")
+        self._check_layers()
+        self._check_pixels()
+
+    def _check_layers(self) -> None:
+        for what, names in (("layers", self.layers), ("bypass", self.bypass)):
+            if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
+                raise UsageError(f"{what}: got {names!r}, expected a list of names of modules")
+        kind = parse_pooling(self.pool).kind
+        if not self.layers and self.pool != "avg":
+            raise UsageError(f"pool: {self.pool} pools a layer; name one, such as --layer layer4")
+        if self.concat and len(self.layers) < 2 and not any("*" in one for one in self.layers):
+            raise UsageError("concat: joins several layers; name more than one with --layer")
+        if kind == "none" and (self.concat or self.normalize):
+            raise UsageError(
+                "pool: none keeps maps or tokens, which can be neither joined nor scaled to unit "
+                "length; leave --concat and --normalize out"
+            )
+
+    def _check_pixels(self) -> None:
+        for edge in self._image_size() or ():
+            _within("image size", edge, 1, MAX_IMAGE_SIZE)
+        _number_within("crop pct", self.crop_pct, 0, MAX_CROP_PCT)
+        if self.interpolation is not None:
+            _one_of("interpolation", self.interpolation, INTERPOLATIONS)
+        if self.resize is not None:
+            _one_of("resize", self.resize, FITS)
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is None:
+                continue
+            if isinstance(values, str) or len(values) != 3:
+                raise UsageError(f"{name}: got {values!r}, expected three numbers (R, G, B)")
+            for value in values:
+                finite = isinstance(value, (int, float)) and math.isfinite(value)
+                if not finite or (name == "std" and value <= 0):
+                    raise UsageError(
+                        f"{name}: got {values!r}, expected three "
+                        f"{'positive ' if name == 'std' else ''}numbers for pixels of 0 to 1"
+                    )
+
+    def _image_size(self) -> tuple[int, int] | None:
+        size = self.image_size
+        if size is None or isinstance(size, int):
+            return None if size is None else (size, size)
+        if isinstance(size, str) or len(size) != 2:
+            raise UsageError(f"image size: got {size!r}, expected a number or (height, width)")
+        return size[0], size[1]
+
+    @property
+    def pixel_changes(self) -> PixelChanges:
+        """What is wanted otherwise than the model's own evaluation transform."""
+        return PixelChanges(
+            self._image_size(),
+            self.crop_pct,
+            self.interpolation,
+            self.mean and (self.mean[0], self.mean[1], self.mean[2]),
+            self.std and (self.std[0], self.std[1], self.std[2]),
+            self.resize,
+        )
+
+    @property
+    def pooling(self) -> Pooling:
+        """:attr:`pool`, read."""
+        return parse_pooling(self.pool)
 
 
 def default_batch_size(device_type: str) -> int:
@@ -71,13 +213,50 @@ def default_batch_size(device_type: str) -> int:
     return 32 if device_type == "cpu" else 128
 
 
-def default_out(model: str) -> str:
-    """The folder of the store for a model's name as it was typed: ``features/<model>``.
+def store_name(model: str, layer: str = "") -> str:
+    """The name of a store's folder for a model as it was typed, and a layer of it.
 
-    >>> default_out("torchvision:resnet50")
-    'features/torchvision-resnet50'
+    >>> store_name("torchvision:resnet50"), store_name("resnet50", "layer3.1")
+    ('torchvision-resnet50', 'resnet50@layer3.1')
     """
-    return "features/" + model.replace(":", "-").replace("/", "-")
+    if model.startswith("local-dir:") or re.search(r"\.py:[^:/]*$", model):
+        folders, _, model = model.rstrip("/").rpartition("/")
+        model = model if folders else model.removeprefix("local-dir:")
+    name = re.sub("[:/]", "-", model)
+    return f"{name}@{layer}" if layer else name
+
+
+def join_names(names: Sequence[str]) -> str:
+    """One name for what is joined of several."""
+    return "+".join(names)
+
+
+def split_model(model: str) -> list[str]:
+    """The names of the models that ``A+B`` joins; one for all others.
+
+    >>> split_model("resnet50+torchvision:vgg16")
+    ['resnet50', 'torchvision:vgg16']
+    """
+    return model.split("+")
+
+
+def planned_stores(models: Sequence[str], options: Options) -> list[str] | None:
+    """Names of the stores that a run will fill; None where only the loaded models can tell."""
+    if any(re.search(r"[*?\[]|^-\d", layer) for layer in options.layers):
+        return None
+    layers = [join_names(options.layers)] if options.concat else list(options.layers)
+    return [store_name(model, layer) for model in models for layer in layers or [""]]
+
+
+def store_folders(out: str | None, names: Sequence[str]) -> list[str]:
+    """Where the stores of a run lie: a single one in OUT itself, several each in its own below.
+
+    >>> store_folders(None, ["resnet50"]), store_folders("a", ["x"]), store_folders("a", ["x", "y"])
+    (['features/resnet50'], ['a'], ['a/x', 'a/y'])
+    """
+    if out is not None and len(names) == 1:
+        return [out]
+    return [f"{DEFAULT_OUT if out is None else out.rstrip('/') or '/'}/{name}" for name in names]
 
 
 def check_failure_rate(rate: float) -> float:
@@ -97,3 +276,8 @@ def _within(name: str, value: object, least: int, most: int) -> None:
         return
     if not isinstance(value, Integral) or not least <= int(value) <= most:
         raise UsageError(f"{name}: got {value!r}, expected a whole number from {least} to {most}")
+
+
+def _number_within(name: str, value: object, above: float, most: float) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and above < value <= most):
+        raise UsageError(f"{name}: got {value!r}, expected more than {above} and at most {most}")

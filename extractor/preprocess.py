@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from typing import Any, NamedTuple
 
-__all__ = ["Geometry", "Preprocess"]
+__all__ = ["Geometry", "PixelChanges", "Preprocess"]
 
 RESIZE_MODES = ("shortest", "cover", "contain", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+
+
+# What users ask for, in the words of timm's `crop_mode` less one: center is what all call a crop.
+FITS = ("crop", "pad", "squash")
+
+# Share of the resized picture's edge that the centre crop keeps, where nothing else is said.
+CROP_PCT = 0.875
+MAX_CROP_PCT = 2.0  # timm's VOLO at 448 and 512 pixels has 1.15
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class PixelChanges:
+    """What a user wants otherwise than the model's own evaluation transform; None is as it is.
+
+    Attributes:
+        image_size: (height, width) of the model's input, in pixels.
+        crop_pct: share of the resized picture's edge that the centre crop keeps, above 0; beyond 1
+            the picture is smaller than the crop, and filled up.
+        interpolation: Pillow's name of the filter, in lower case.
+        mean, std: of each RGB channel, for pixels scaled to 0..1.
+        fit: ``crop`` cuts what does not fit the model's shape, ``pad`` fills up to it with the
+            mean colour, ``squash`` gives up the image's own ratio.
+    """
+
+    image_size: tuple[int, int] | None = None
+    crop_pct: float | None = None
+    interpolation: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    fit: str | None = None
+
+    def __bool__(self) -> bool:
+        return self != PixelChanges()
 
 
 class Geometry(NamedTuple):
@@ -60,6 +97,81 @@ class Preprocess:
             raise ValueError("mean, std and fill: expected three numbers each (R, G, B)")
         if min(self.std) <= 0:
             raise ValueError(f"std: got {self.std}, expected positive numbers")
+
+    @classmethod
+    def standard(
+        cls,
+        image_size: int | tuple[int, int],
+        *,
+        crop_pct: float | Fraction = CROP_PCT,
+        fit: str = "crop",
+        interpolation: str = "bicubic",
+        mean: tuple[float, float, float] = IMAGENET_MEAN,
+        std: tuple[float, float, float] = IMAGENET_STD,
+    ) -> Preprocess:
+        """The usual evaluation transform, with timm's arithmetic (``timm.data.create_transform``).
+
+        >>> Preprocess.standard(224).resize_size
+        (256, 256)
+
+        Args:
+            image_size: of the model's input, in pixels; one number for a square, or
+                (height, width).
+
+        The other arguments are those of :class:`PixelChanges`.
+
+        Raises:
+            ValueError: a number out of its range, or a name that is none of those above.
+        """
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if fit not in FITS:
+            raise ValueError(f"fit: got {fit!r}, expected one of {FITS}")
+        if not 0 < crop_pct <= MAX_CROP_PCT:
+            raise ValueError(
+                f"crop_pct: got {crop_pct}, expected a share above 0, at most {MAX_CROP_PCT}"
+            )
+        height, width = (math.floor(edge / crop_pct) for edge in size)
+        resize, fill = "shortest" if height == width else "cover", (0, 0, 0)
+        if fit == "squash":
+            resize = "squash"
+        elif fit == "pad":
+            red, green, blue = (round(255 * level) for level in mean)
+            resize, fill = "contain", (red, green, blue)
+        return cls(size, resize, (height, width), interpolation, mean, std, fill)
+
+    def changed(
+        self, changes: PixelChanges, *, crop_pct: float | Fraction | None = None
+    ) -> Preprocess:
+        """The same transform but for ``changes``.
+
+        Args:
+            crop_pct: that the transform was made with; by default the ratio of its sizes.
+        """
+        same = replace(
+            self,
+            interpolation=changes.interpolation or self.interpolation,
+            mean=changes.mean or self.mean,
+            std=changes.std or self.std,
+        )
+        own_fit = {"squash": "squash", "contain": "pad"}.get(self.resize, "crop")
+        refit = changes.image_size or changes.crop_pct or changes.fit
+        if not refit and not (changes.mean and own_fit == "pad"):
+            return same
+        return Preprocess.standard(
+            changes.image_size or self.input_size,
+            crop_pct=changes.crop_pct
+            or crop_pct
+            or min(Fraction(1), Fraction(self.input_size[0], self.resize_size[0])),
+            fit=changes.fit or own_fit,
+            interpolation=same.interpolation,
+            mean=same.mean,
+            std=same.std,
+        )
+
+    @property
+    def picture(self) -> tuple[object, ...]:
+        """All that the uint8 picture depends on: equal for two models, one decoding serves both."""
+        return self.input_size, self.resize, self.resize_size, self.interpolation, self.fill
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) of a whole image after the resize, before the crop."""

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import logging
+import os
 import pickle
 import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -24,14 +28,21 @@ from torch import nn
 from extractor.errors import WeightsError
 
 __all__ = [
+    "MisfitError",
+    "State",
     "WeightsFile",
+    "cached_hub_file",
+    "cached_url_file",
     "find_hub_file",
     "find_url_file",
+    "hub_filenames",
     "load_into",
     "read_checkpoint",
     "seeded",
     "sha256_of_file",
     "sha256_of_state",
+    "sha256_of_weights",
+    "without_prefixes",
 ]
 
 log = logging.getLogger(__name__)
@@ -40,6 +51,25 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 3.0
 
 KEYS_SHOWN = 5
+
+# What trainers put before the names of a network's tensors: DistributedDataParallel, Lightning and
+# many more, torch.compile.
+PREFIXES = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
+PREFIXES_NESTED = 3
+
+# Where checkpoints keep the state dict, and what they call the averaged copy of it.
+STATE_KEYS = ("state_dict", "model", "model_state_dict", "model_state")
+EMA_KEYS = ("model_ema", "state_dict_ema", "ema", "ema_state_dict", "model_ema_state_dict")
+
+# What a repository of the hub calls its weights, the safe formats first.
+HUB_FILENAMES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.pth",
+    "model.pth",
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.bin",
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +92,28 @@ class WeightsFile:
 # Finding
 
 
+def hub_filenames(configured: str | None = None) -> tuple[str, ...]:
+    """Names that a repository's weights may have; the configured one's safe copy, then itself."""
+    if configured is None:
+        return HUB_FILENAMES
+    safe = configured.replace("pytorch_model.bin", "model.safetensors")
+    return tuple(dict.fromkeys([safe, configured]))
+
+
+def cached_hub_file(
+    repository: str, filenames: Iterable[str], *, tag: str = ""
+) -> WeightsFile | None:
+    """The first of ``filenames`` of a hub repository that is in the cache, if one is."""
+    import huggingface_hub
+
+    repository, _, revision = repository.partition("@")
+    for name in filenames:
+        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=revision or None)
+        if isinstance(cached, str):
+            return _hub_file(repository, Path(cached), tag)
+    return None
+
+
 def find_hub_file(repository: str, filenames: Iterable[str], *, tag: str, how: str) -> WeightsFile:
     """The first of ``filenames`` in a repository of the Hugging Face hub, cached or fetched.
 
@@ -76,16 +128,18 @@ def find_hub_file(repository: str, filenames: Iterable[str], *, tag: str, how: s
     """
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
-    repository, _, revision = repository.partition("@")
-    which = revision or None
     names = list(filenames)
-    for name in names:
-        cached = huggingface_hub.try_to_load_from_cache(repository, name, revision=which)
-        if isinstance(cached, str):
-            return _hub_file(repository, Path(cached), tag)
-
+    try:
+        cached = cached_hub_file(repository, names, tag=tag)
+    except HFValidationError as error:
+        raise WeightsError(
+            f"{how}: {repository!r} is no repository of the hub, expected ORG/NAME"
+        ) from error
+    if cached is not None:
+        return cached
+    repository, _, revision = repository.partition("@")
     folder = Path(constants.HF_HUB_CACHE) / ("models--" + repository.replace("/", "--"))
     fetch = f"hf download {repository} {names[0]}"
     if constants.HF_HUB_OFFLINE:
@@ -95,7 +149,7 @@ def find_hub_file(repository: str, filenames: Iterable[str], *, tag: str, how: s
     log.info("fetching %s from %s", repository, constants.ENDPOINT)
     for name in names:
         try:
-            fetched = huggingface_hub.hf_hub_download(repository, name, revision=which)
+            fetched = huggingface_hub.hf_hub_download(repository, name, revision=revision or None)
             return _hub_file(repository, Path(fetched), tag)
         except EntryNotFoundError:
             continue
@@ -104,14 +158,20 @@ def find_hub_file(repository: str, filenames: Iterable[str], *, tag: str, how: s
     raise WeightsError(f"{how}: {repository} has none of {', '.join(names)}; use --weights FILE")
 
 
+def cached_url_file(url: str, *, tag: str = "") -> WeightsFile | None:
+    """The file of an address in torch's cache (``TORCH_HOME/hub/checkpoints``), if it is there."""
+    path = _cache_path(url)
+    return WeightsFile(path, url, tag) if path.is_file() else None
+
+
 def find_url_file(url: str, *, tag: str, how: str) -> WeightsFile:
     """The file of an address in torch's cache (``TORCH_HOME/hub/checkpoints``), else fetched to it.
 
     Raises:
         WeightsError: neither in the cache nor within reach, within :data:`PROBE_SECONDS`.
     """
-    name = Path(urlsplit(url).path).name
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
+    path = _cache_path(url)
+    name = path.name
     named_digest = re.search(r"-([0-9a-f]{8,})\.", name)
     if not path.is_file():
         fetch = f"curl -L -o {name} {url}"
@@ -127,6 +187,10 @@ def find_url_file(url: str, *, tag: str, how: str) -> WeightsFile:
         except Exception as error:
             _not_here(how, f"{path}; {url} answered: {error}", fetch, path.parent)
     return WeightsFile(path, url, tag)
+
+
+def _cache_path(url: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
 
 
 def _hub_file(repository: str, path: Path, tag: str) -> WeightsFile:
@@ -168,31 +232,39 @@ def _reachable(url: str) -> bool:
 # Reading
 
 
-def read_checkpoint(path: Path) -> State:
-    """The tensors of a ``.safetensors`` or ``.pth`` file on the CPU; no code in it is run.
+class MisfitError(WeightsError):
+    """Weights that were made for another model; ``state`` is what they hold."""
 
-    A state dict inside ``state_dict`` or ``model`` is unwrapped, and the prefix ``module.`` of
-    ``DistributedDataParallel`` dropped.
+    def __init__(self, message: str, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__(message)
+        self.state = state
+
+
+def read_checkpoint(path: Path, key: str | None = None) -> State:
+    """The tensors of a ``.safetensors``, ``.pth``, ``.pt``, ``.tar`` or ``.bin`` file on the CPU.
+
+    No code in it is run. A state dict inside ``state_dict`` or ``model`` is unwrapped.
+
+    Args:
+        key: which state dict to take from a checkpoint with several, such as ``model_ema``; dots
+            lead deeper.
 
     Raises:
-        WeightsError: no such file, no checkpoint, or one that needs code to be read.
+        WeightsError: no such file, no checkpoint, one that needs code to be read, or no such key.
     """
     try:
         path.open("rb").close()
     except OSError as error:
         raise WeightsError(f"cannot read weights {path}: {error.strerror}") from error
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read(path)
     except pickle.UnpicklingError as error:
-        if re.search("unsupported (global|class)", str(error), re.IGNORECASE):
+        if needed := re.search(
+            r"unsupported (?:global|class):? *(?:GLOBAL )?(\S*)", str(error), re.I
+        ):
             raise WeightsError(
-                f"{path} is refused: it holds more than tensors, and reading it would run code "
-                "that came with the file. Save the state dict alone "
+                f"{path} is refused: it holds more than tensors ({needed.group(1)}), and reading "
+                "it would run code that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
         raise WeightsError(
@@ -200,11 +272,30 @@ def read_checkpoint(path: Path) -> State:
             "expected a .pth with a state dict, or .safetensors"
         ) from error
     except Exception as error:  # the readers raise whatever a broken archive leads them to
+        if "torchscript" in str(error).lower():
+            raise WeightsError(
+                f"{path} is refused: it is a TorchScript archive, which holds code. Save the state "
+                "dict alone (torch.save(model.state_dict(), ...)) or as .safetensors"
+            ) from error
         raise WeightsError(
             f"{path} is no checkpoint that can be read ({_reason(error)}); expected a .pth with a "
             "state dict, or .safetensors"
         ) from error
-    return _state_dict(content, path)
+    return _state_dict(content, path, key)
+
+
+def _read(path: Path) -> object:
+    with path.open("rb") as file:
+        head = file.read(9)
+    # The format's own mark and not only the name: eight bytes of length, then a JSON object.
+    if path.suffix == ".safetensors" or head[8:] == b"{":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    # Trainers keep their command line beside the weights; it is plain data.
+    allowed = getattr(torch.serialization, "safe_globals", None)
+    with allowed([argparse.Namespace]) if allowed else contextlib.nullcontext():
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _reason(error: Exception) -> str:
@@ -218,7 +309,16 @@ class State(dict[str, torch.Tensor]):
     A few modules (MNASNet is one) read old checkpoints by them and refuse one without.
     """
 
-    _metadata: dict[str, dict[str, int]]
+    def __init__(self, items: Iterable[tuple[str, torch.Tensor]] = ()) -> None:
+        super().__init__(items)
+        self._metadata: dict[str, dict[str, int]] = {}
+
+    @classmethod
+    def of(cls, mapping: Mapping[str, torch.Tensor]) -> State:
+        """The tensors of a mapping, with its versions where it has any."""
+        state = cls(mapping.items())
+        state._metadata = dict(getattr(mapping, "_metadata", None) or {})
+        return state
 
     def rename(self, new_name: Callable[[str], str]) -> None:
         """Give every key its new name, in place."""
@@ -227,26 +327,86 @@ class State(dict[str, torch.Tensor]):
         self.update(renamed)
 
 
-def _state_dict(content: object, path: Path) -> State:
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
+def _state_dict(content: object, path: Path, wanted: str | None) -> State:
+    if wanted is not None:
+        content = _descend(content, wanted, path)
+    averaged = [key for key in EMA_KEYS if isinstance(_get(content, key), Mapping)]
+    for key in STATE_KEYS:
+        if isinstance(_get(content, key), Mapping):
+            content = _get(content, key)
+            if averaged:
+                log.warning(
+                    "%s: took %s; it holds averaged weights too, --weights-key %s takes them",
+                    *(path, key, averaged[0]),
+                )
     state = State(
-        (str(key).removeprefix("module."), value)
+        (str(key), value)
         for key, value in (content.items() if isinstance(content, Mapping) else ())
         if isinstance(value, torch.Tensor)
     )
-    versions = getattr(content, "_metadata", None) or {}
-    state._metadata = {
-        "" if key == "module" else key.removeprefix("module."): value
-        for key, value in versions.items()
-    }
+    state._metadata = dict(getattr(content, "_metadata", None) or {})
     if not state:
         raise WeightsError(
             f"{path} holds no tensors by name, expected a state dict (or one under 'state_dict' or "
-            f"'model'), got {type(content).__name__}"
+            f"'model'), got {type(content).__name__}{_choices(content)}"
         )
     return state
+
+
+def _get(content: object, key: str) -> object:
+    return content.get(key) if isinstance(content, Mapping) else None
+
+
+def _descend(content: object, wanted: str, path: Path) -> object:
+    inner = content
+    for key in [wanted] if _get(content, wanted) is not None else wanted.split("."):
+        inner = _get(inner, key)
+    if not isinstance(inner, Mapping):
+        raise WeightsError(f"{path} holds no state dict under {wanted!r}{_choices(content)}")
+    return inner
+
+
+def _choices(content: object) -> str:
+    """What state dicts a checkpoint holds, for an error message."""
+    inner = content.items() if isinstance(content, Mapping) else ()
+    found = [str(key) for key, value in inner if isinstance(value, Mapping) and _holds_any(value)]
+    return f"; choose one of {', '.join(found)} with --weights-key" if found else ""
+
+
+def _holds_any(content: Mapping[object, object]) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in content.values())
+
+
+def without_prefixes(state: State, expected: Collection[str]) -> State:
+    """A state dict under the names that a network expects, what its trainer put before them gone.
+
+    Of all ways to drop up to three of :data:`PREFIXES`, in any order, it is the shortest of those
+    that meet the most expected names. Tensors that stand elsewhere (projectors, classifiers beside
+    the backbone) are left out, with a warning.
+    """
+
+    def met(prefix: str) -> int:
+        return sum(k.startswith(prefix) and k[len(prefix) :] in expected for k in state)
+
+    prefixes = [
+        "".join(some)
+        for count in range(PREFIXES_NESTED + 1)
+        for some in itertools.product(PREFIXES, repeat=count)
+    ]
+    # max takes the first of equals, and the shortest come first.
+    best = max((p for p in prefixes if any(k.startswith(p) for k in state)), key=met)
+    if not best:
+        return state
+    left_out = [key for key in state if not key.startswith(best)]
+    if left_out:
+        log.warning("took the weights under %r, without %s", best, _some(left_out))
+    named = State((k[len(best) :], v) for k, v in state.items() if k.startswith(best))
+    named._metadata = {
+        key[len(best) :]: value
+        for key, value in state._metadata.items()
+        if f"{key}." == best or key.startswith(best)
+    }
+    return named
 
 
 def load_into(
@@ -260,14 +420,15 @@ def load_into(
         how: what is loaded into what, for the error message.
 
     Raises:
-        WeightsError: any other key is missing, unexpected, of another shape, quantised or not
+        MisfitError: any other key is missing, unexpected, of another shape, quantised or not
             finite; lists them.
     """
     expected = module.state_dict()
     removed = tuple(discarded)
+    state = without_prefixes(State.of(state), expected.keys())
     given = State((key, value) for key, value in state.items() if not _lies_in(key, removed))
     # A file that does not know its versions (.safetensors) is taken to be of today.
-    given._metadata = getattr(state, "_metadata", None) or getattr(expected, "_metadata", {})
+    given._metadata = state._metadata or getattr(expected, "_metadata", {})
     # A counter that only training reads; checkpoints of before 2018 do not have it.
     counters = {key for key in expected if key.endswith(".num_batches_tracked")}
     missing = sorted(expected.keys() - given.keys() - counters)
@@ -295,9 +456,7 @@ def load_into(
     )
     if any(keys for _, keys in parts):
         told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
-        raise WeightsError(
-            f"{how}: the weights do not fit. {told}. Check that they were made for this model"
-        )
+        raise MisfitError(f"{how}: the weights do not fit. {told}", state)
     module.load_state_dict(given, strict=False)
 
 
@@ -321,6 +480,29 @@ def sha256_of_file(path: Path) -> str:
         while block := file.read(2**20):
             digest.update(block)
         return digest.hexdigest()
+
+
+def sha256_of_weights(file: WeightsFile) -> str:
+    """Hexadecimal SHA-256 of a weights file; of a cached one it is computed but once.
+
+    It is kept beside the file, as ``<name>.sha256`` in the format of ``sha256sum``, and believed as
+    long as size and time of the file are those that stand with it.
+    """
+    if not file.url:
+        return sha256_of_file(file.path)
+    status = file.path.stat()
+    stamp = f"# size={status.st_size} mtime_ns={status.st_mtime_ns}"
+    beside = file.path.with_name(file.path.name + ".sha256")
+    with contextlib.suppress(OSError, ValueError):
+        line, mark = beside.read_text("ascii").splitlines()
+        if mark == stamp and (kept := re.match("([0-9a-f]{64})  ", line)):
+            return kept.group(1)
+    digest = sha256_of_file(file.path)
+    with contextlib.suppress(OSError):  # a cache that others look after may be read-only
+        partial = beside.with_name(f"{beside.name}.{os.getpid()}.partial")
+        partial.write_text(f"{digest}  {file.path.name}\n{stamp}\n", "ascii")
+        os.replace(partial, beside)
+    return digest
 
 
 def sha256_of_state(state: Mapping[str, torch.Tensor]) -> str:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from extractor.backbones import Backbone, Provenance
+from extractor.layers import Output
 from extractor.preprocess import Preprocess
 
 MEAN = (0.5, 0.25, 0.125)
@@ -22,7 +23,7 @@ class MeanPixel(nn.Module):
 def mean_pixel(device: str = "cpu", size: tuple[int, int] = (24, 32)) -> Backbone:
     preprocess = Preprocess(size, "squash", size, "bilinear", MEAN, STD)
     provenance = Provenance("test:mean", "test", "1", "random", "", "0" * 64, seed=0)
-    backbone = Backbone(MeanPixel(), 3, ("fc",), preprocess, provenance)
+    backbone = Backbone(MeanPixel(), (Output((3,)),), ("fc",), preprocess, provenance)
     return backbone.to(torch.device(device), torch.float32)
 
 

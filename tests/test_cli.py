@@ -14,7 +14,9 @@ import pytest
 from models import mean_pixel
 from PIL import Image
 
-from extractor import FeatureStore, __version__, cli, pipeline
+from extractor import FeatureStore, __version__, cli
+from extractor.backbones import targets
+from extractor.cli import run
 from extractor.options import Options
 
 MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
@@ -22,7 +24,7 @@ MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "
 
 @pytest.fixture
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_backbone", lambda *_, **__: mean_pixel())
+    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
 
 
 def command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -116,9 +118,9 @@ def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
 
 
 def test_every_option_of_the_library_is_a_flag_with_the_same_default() -> None:
-    words = cli.build_parser().parse_args([])
-    for name, field in Options.__dataclass_fields__.items():
-        assert getattr(words, name) == field.default, name
+    words = run.build_parser().parse_args([])
+    assert set(Options.__dataclass_fields__) <= set(vars(words))
+    assert run.options_of(words) == Options()
 
 
 @pytest.mark.usefixtures("mean_model")
@@ -247,7 +249,7 @@ def test_a_fault_of_the_program_shows_where(
     def broken(*_: object, **__: object) -> object:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(pipeline, "load_backbone", broken)
+    monkeypatch.setattr(targets, "load", broken)
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
     assert "please report it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
@@ -290,7 +292,7 @@ def test_a_summary_that_nobody_reads_is_no_error(shell: str, photos: Path, tmp_p
     )
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert ("cannot print the summary: No space" in done.stderr) is ("full" in line)
+    assert ("cannot print the result: No space" in done.stderr) is ("full" in line)
     assert len(FeatureStore.open(tmp_path / "out")) == 11
 
 

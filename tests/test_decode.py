@@ -22,13 +22,18 @@ from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 
 from extractor import decode
 from extractor.backbones import from_timm
-from extractor.decode import EncodedImage, ImageInfo, decode_into
+from extractor.decode import EncodedImage, ImageInfo, ImageSource
 from extractor.errors import DecodeError
 from extractor.preprocess import Preprocess
 
 Pixels = npt.NDArray[np.uint8]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def decode_into(source: ImageSource, preprocess: Preprocess, out: np.ndarray) -> ImageInfo:
+    """One picture of an image; several of one are tested in test_several.py."""
+    return decode.decode_into(source, [preprocess], [out])
 
 
 def whole(width: int, height: int) -> Preprocess:

@@ -8,7 +8,7 @@ import torch
 from models import mean_pixel, normalised
 
 from extractor import load_backbone
-from extractor.backbones import Backbone
+from extractor.backbones import Backbone, Part, Target
 from extractor.decode import ImageSource
 from extractor.devices import device_errors
 from extractor.errors import DeviceError
@@ -27,8 +27,10 @@ def run(
         list(images[i : i + size]) for i in range(0, len(images), size)
     )
     pin = backbone.device.type == "cuda"
-    with BatchLoader(plan, backbone.preprocess, batch_size=size, workers=2, pin=pin) as loader:
-        rows = [embedded.rows.copy() for embedded in embed(backbone, loader, normalize=normalize)]
+    with BatchLoader(plan, [backbone.preprocess], batch_size=size, workers=2, pin=pin) as loader:
+        target = Target("test", (Part(backbone),))
+        computed = embed([target], loader, normalize=normalize)
+        rows = [embedded.rows[0].copy() for embedded in computed]
     return np.concatenate(rows)
 
 
@@ -77,9 +79,9 @@ def test_a_gpu_computes_what_a_cpu_computes(device: str) -> None:
 def test_gradients_and_grad_mode_are_left_alone() -> None:
     assert torch.is_grad_enabled()
     with BatchLoader(
-        iter([[flat((1, 2, 3))]]), mean_pixel().preprocess, batch_size=1, workers=1
+        iter([[flat((1, 2, 3))]]), [mean_pixel().preprocess], batch_size=1, workers=1
     ) as loader:
-        for _ in embed(mean_pixel(), loader, normalize=False):
+        for _ in embed([Target("test", (Part(mean_pixel()),))], loader, normalize=False):
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
 

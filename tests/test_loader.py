@@ -30,10 +30,10 @@ def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
 def load(
     plan: Iterator[list[ImageSource]], size: int, workers: int
 ) -> list[tuple[np.ndarray, list[object]]]:
-    with BatchLoader(plan, PREPROCESS, batch_size=size, workers=workers) as loader:
+    with BatchLoader(plan, [PREPROCESS], batch_size=size, workers=workers) as loader:
         result = []
         for batch in loader:
-            result.append((batch.pixels.numpy().copy(), list(batch.outcomes)))
+            result.append((batch.pictures[0].numpy().copy(), list(batch.outcomes)))
             batch.release()
         return result
 
@@ -106,7 +106,7 @@ def test_the_look_ahead_is_bounded() -> None:
             asked += 1
             yield [grey(1), grey(2)]
 
-    with BatchLoader(plan(), PREPROCESS, batch_size=2, workers=3) as loader:
+    with BatchLoader(plan(), [PREPROCESS], batch_size=2, workers=3) as loader:
         iterator = iter(loader)
         next(iterator)  # never released
         deadline = time.monotonic() + 5
@@ -117,17 +117,17 @@ def test_the_look_ahead_is_bounded() -> None:
 
 
 def test_buffers_are_reused() -> None:
-    with BatchLoader(batches_of([1] * 60, 2), PREPROCESS, batch_size=2, workers=2) as loader:
+    with BatchLoader(batches_of([1] * 60, 2), [PREPROCESS], batch_size=2, workers=2) as loader:
         places = set()
         for batch in loader:
-            places.add(batch.pixels.data_ptr())
+            places.add(batch.pictures[0].data_ptr())
             batch.release()
     assert len(places) <= BUFFERS
 
 
 def test_leaving_early_stops_the_threads() -> None:
     before = threading.active_count()
-    with BatchLoader(batches_of([1] * 999, 2), PREPROCESS, batch_size=2, workers=4) as loader:
+    with BatchLoader(batches_of([1] * 999, 2), [PREPROCESS], batch_size=2, workers=4) as loader:
         next(iter(loader))
     assert threading.active_count() == before
 
@@ -158,5 +158,5 @@ def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
 
 @pytest.mark.cuda
 def test_pinned_buffers_are_pinned() -> None:
-    with BatchLoader(batches_of([1], 1), PREPROCESS, batch_size=1, workers=1, pin=True) as loader:
-        assert next(iter(loader)).pixels.is_pinned()
+    with BatchLoader(batches_of([1], 1), [PREPROCESS], batch_size=1, workers=1, pin=True) as loader:
+        assert next(iter(loader)).pictures[0].is_pinned()

@@ -15,6 +15,7 @@ from pictures import colour, noise
 from PIL import Image
 
 from extractor import Extractor, FeatureStore, extract, pipeline
+from extractor.backbones import targets
 from extractor.errors import (
     DecodeError,
     ExtractorError,
@@ -31,10 +32,10 @@ from extractor.pipeline import BatchPlan, Progress, plan_batches
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is the one that averages pixels."""
 
-    def load(model: str, *, device: str, **_: object) -> object:
-        return mean_pixel("cpu" if device == "auto" else device)
+    def load(model: str, options: Options) -> object:
+        return mean_pixel("cpu" if options.device == "auto" else options.device)
 
-    monkeypatch.setattr(pipeline, "load_backbone", load)
+    monkeypatch.setattr(targets, "load", load)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -267,7 +268,7 @@ def test_the_default_place_is_named_after_the_model(
         ({"seed": -1}, "seed: got -1, expected a whole number from 0"),
         ({"batch_size": "4"}, "batch size: got '4', expected a whole number"),
         ({"seed": 2**64}, "seed: got 18446744073709551616"),
-        ({"model": ""}, "got an empty name"),
+        ({"model": ""}, "or an empty name"),
         ({"out": ""}, "got an empty name"),
         ({"weights": ""}, "weights: got an empty name"),
     ],
@@ -334,7 +335,7 @@ def test_rows_in_memory_are_the_rows_of_a_store(squeezenet: Extractor, tmp_path:
         "torchvision:squeezenet1_1",
         tmp_path / "out",
         weights="random",
-        device=str(squeezenet.backbone.device),
+        device=str(squeezenet.backbones[0].device),
     ).store
     rows = squeezenet([tmp_path / "in" / path for path in store.paths])
     np.testing.assert_allclose(rows, store.features[:], rtol=1e-3, atol=1e-5)

@@ -17,8 +17,8 @@ from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
+from extractor import decode
 from extractor.backbones import from_timm, from_torchvision
-from extractor.decode import decode_into
 from extractor.preprocess import INTERPOLATIONS, RESIZE_MODES, Preprocess
 
 Pixels = npt.NDArray[np.uint8]
@@ -114,7 +114,7 @@ def levels(normalised: torch.Tensor) -> npt.NDArray[np.float32]:
 
 def picture(preprocess: Preprocess, image: Image.Image) -> Pixels:
     out = np.full((*preprocess.input_size, 3), 201, np.uint8)
-    decode_into(image, preprocess, out)
+    decode.decode_into(image, [preprocess], [out])
     return out
 
 
@@ -265,7 +265,7 @@ def test_padding_is_the_fill_colour_and_nothing_of_the_last_picture(
     expected[:] = fill
     expected[rows, columns] = (250, 3, 130)
     out = np.random.default_rng(seed).integers(0, 256, (100, 100, 3), np.uint8)
-    decode_into(Image.new("RGB", shape, (250, 3, 130)), preprocess, out)
+    decode.decode_into(Image.new("RGB", shape, (250, 3, 130)), [preprocess], [out])
     assert np.array_equal(out, expected)
 
 

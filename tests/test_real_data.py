@@ -87,10 +87,10 @@ def test_embeddings_and_pixels_are_those_of_the_reference(
 
     backbone = load_backbone(name, weights=path, device="cpu")
     with BatchLoader(
-        ([file] for file in files), backbone.preprocess, batch_size=1, workers=2
+        ([file] for file in files), [backbone.preprocess], batch_size=1, workers=2
     ) as loader:
         for image, batch in zip(images, loader, strict=True):
-            ours = batch.pixels[0].permute(2, 0, 1).float()
+            ours = batch.pictures[0][0].permute(2, 0, 1).float()
             assert (ours - levels(backbone, transform(image))).abs().mean() < 1
             batch.release()
 

@@ -31,7 +31,9 @@ class Bomb:
 def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hook": Bomb(ran)}, tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"refused: it holds more than tensors, .* run code"):
+    with pytest.raises(
+        WeightsError, match=r"refused: it holds more than tensors \(posix\.mkdir\), .* run code"
+    ):
         weights.read_checkpoint(tmp_path / "w.pth")
     assert not ran.exists()
 
@@ -85,8 +87,7 @@ def test_misfits_are_listed_by_name_and_shape() -> None:
         weights.load_into(module, state, discarded=["head"], how="a into b")
     assert str(raised.value) == (
         "a into b: the weights do not fit. 1 missing: 1.bias; 1 unexpected: other.weight; "
-        "1 of another shape: 0.weight (5, 2) instead of (3, 2). Check that they were made for this "
-        "model"
+        "1 of another shape: 0.weight (5, 2) instead of (3, 2)"
     )
 
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from extractor.devices import device_errors
+from extractor import heads, weights
+from extractor.devices import device_errors, resolve_device, resolve_precision
 from extractor.errors import ModelError, UsageError
+from extractor.layers import POOLED_FEATURES, Output, Taps, find_modules
+from extractor.options import Options, Pooling, parse_pooling
 from extractor.preprocess import Preprocess
+from extractor.trial import shapes, trial
+from extractor.version import __version__
 
 __all__ = ["Backbone", "Provenance"]
 
 CPU = torch.device("cpu")
 
-# The embedding is what the last classification layer would have seen.
-DEFINITION = "pre-logits"
+_DEFAULT = Options()
 
 
 @dataclass(frozen=True)
@@ -26,13 +32,13 @@ class Provenance:
     Attributes:
         model: full name, ``timm:resnet50`` or ``torchvision:resnet50``.
         library, library_version: that built the network.
-        weights: ``hub``, ``file`` or ``random``.
+        weights: ``hub``, ``file``, ``random``, or ``given`` with a module of the user's.
         tag: the library's name of the weights, such as ``a1_in1k``; else empty.
-        sha256: of the weights file; for random weights of their values.
-        source: address of the weights, or the name of a local file; empty for random ones.
+        sha256: of the weights file; for random and given weights of their values.
+        source: address of the weights, or the name of a local file; empty for others.
         revision: commit of the hub's repository, where there is one.
+        key: which state dict of a checkpoint with several, where one was asked for.
         seed: of random weights, None for all others.
-        definition: what of the network is taken as the embedding.
     """
 
     model: str
@@ -43,12 +49,13 @@ class Provenance:
     sha256: str
     source: str = ""
     revision: str = ""
+    key: str = ""
     seed: int | None = None
-    definition: str = DEFINITION
 
     def __str__(self) -> str:
         what = self.tag or (f"seed {self.seed}" if self.weights == "random" else self.source)
-        return f"{self.model} ({self.weights} weights {what}, sha256 {self.sha256[:12]})"
+        which = f"{self.weights} weights {what}".rstrip()
+        return f"{self.model} ({which}, sha256 {self.sha256[:12]})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,24 +69,85 @@ class Backbone:
 
     Attributes:
         module: the network in eval mode, on ``device`` and in ``dtype``.
-        dim: numbers in one embedding.
+        outputs: what it gives for each image; one thing, but for several layers at once.
         heads: dotted names of the modules that are ``nn.Identity`` now.
         preprocess: the evaluation transform that belongs to these weights.
         provenance: where network and weights come from.
+        bypassed: further modules that have an ``nn.Identity`` in their place.
+        taps: takes the outputs from inside the network; None where it returns them itself.
     """
 
     module: nn.Module
-    dim: int
+    outputs: tuple[Output, ...]
     heads: tuple[str, ...]
     preprocess: Preprocess
     provenance: Provenance
+    bypassed: tuple[str, ...] = ()
+    taps: Taps | None = None
     device: torch.device = CPU
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ValueError(f"dim: got {self.dim}, expected a positive number")
+        if not self.outputs or (self.taps is None and len(self.outputs) != 1):
+            raise ValueError(f"{len(self.outputs)} outputs of a network without taps")
         self.module.eval().requires_grad_(False)
+
+    @classmethod
+    def from_module(
+        cls,
+        module: nn.Module,
+        *,
+        head: str | Sequence[str] | None,
+        preprocess: Preprocess,
+        name: str = "",
+        device: str = _DEFAULT.device,
+        precision: str = _DEFAULT.precision,
+    ) -> Backbone:
+        """A backbone from a network that neither timm nor torchvision knows.
+
+        >>> network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.Linear(16, 10))
+        >>> Backbone.from_module(network, head="2", preprocess=Preprocess.standard(8)).dim
+        16
+
+        Args:
+            module: maps ``(B, 3, H, W)`` normalised float pixels to scores of classes, or to
+                embeddings already. It is changed in place.
+            head: dotted names of its classifiers, which become ``nn.Identity``; None where it has
+                none.
+            preprocess: the evaluation transform that it was trained for.
+            name: for messages and the manifest; the name of its class where none is given.
+            device, precision: as for :func:`extractor.load_backbone`.
+
+        Raises:
+            ModelError: no such head, or no vector for each image without it.
+            DeviceError, UsageError: as :func:`extractor.load_backbone`.
+        """
+        target, dtype = resolve_device(device), resolve_precision(precision)
+        names = (head,) if isinstance(head, str) else tuple(head or ())
+        model = f"module:{name or type(module).__name__}"
+        digest = weights.sha256_of_state(module.state_dict())
+        heads.replace_with_identity(module, names)
+        module.eval()
+        shape = trial(module, preprocess.input_size, what=model)
+        if math.prod(shape) != shape[0]:
+            raise ModelError(
+                f"{model} gives {shape} for an image, expected a vector (dim,); name its "
+                "classifier with head=, or take a layer of it"
+            )
+        provenance = Provenance(model, "module", __version__, "given", "", digest)
+        return cls(module, (Output((shape[0],)),), names, preprocess, provenance).to(target, dtype)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in one embedding."""
+        return self._only.dim
+
+    @property
+    def _only(self) -> Output:
+        if len(self.outputs) != 1:
+            layers = ", ".join(output.layer for output in self.outputs)
+            raise UsageError(f"this backbone has {len(self.outputs)} outputs ({layers}); use embed")
+        return self.outputs[0]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embed normalised pixels.
@@ -88,25 +156,80 @@ class Backbone:
             pixels: ``(B, 3, H, W)`` floating point, RGB, normalised as ``preprocess`` says.
 
         Returns:
-            ``(B, dim)`` float32 on the backbone's device.
+            ``(B, dim)`` float32 on the backbone's device; ``(B, channels, height, width)`` or
+            ``(B, tokens, channels)`` for a layer that is not pooled.
 
         Raises:
-            UsageError: pixels of another shape.
+            UsageError: pixels of another shape, or a backbone of several layers.
             ModelError: the network gave something that is no vector for each image.
         """
+        self._only  # noqa: B018  (raises before anything is computed)
+        return self.embed(pixels)[0]
+
+    def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As calling it, but a tensor for each of :attr:`outputs`, all of one forward pass."""
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
+        pixels = pixels.to(self.device, self.dtype)
         with torch.inference_mode():
-            output = self.module(pixels.to(self.device, self.dtype))
-        if isinstance(output, torch.Tensor) and output.shape[2:] == (1, 1):
-            output = output.flatten(1)  # a pooled map
-        if not isinstance(output, torch.Tensor) or output.shape != (len(pixels), self.dim):
-            got = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
-            raise ModelError(
-                f"{self.provenance.model} gave {got}, expected {(len(pixels), self.dim)}; its "
-                "pre-logits are not a vector for each image"
+            if self.taps is not None:
+                given: tuple[object, ...] = self.taps(self.module, pixels)
+            else:
+                given = (_vector(self.module(pixels), self.outputs[0]),)
+        embeddings = []
+        for tensor, output in zip(given, self.outputs, strict=True):
+            expected = (len(pixels), *output.shape)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != expected:
+                raise ModelError(
+                    f"{self.provenance.model} gave {shapes(tensor)}, expected {expected}; its "
+                    f"{output.definition} are not the same for each image"
+                )
+            embeddings.append(tensor.float())
+        return tuple(embeddings)
+
+    def at_layers(self, layers: Sequence[str], pool: str | Pooling = _DEFAULT.pool) -> Backbone:
+        """The same network, embedding with the outputs of inner layers.
+
+        What lies behind the last of them is not computed any more.
+
+        Args:
+            layers: dotted names of modules, globs of them (``*`` stays between two dots, ``**``
+                does not), or negative numbers of blocks, -1 the last.
+            pool: ``avg``, ``max``, ``gem``, ``gem:POWER``, ``cls``, ``avg+max`` or ``none``.
+
+        Raises:
+            ModelError: no such layer, one that does not run, or one that gives no tensor.
+            UsageError: a pooling that the layer does not allow.
+        """
+        names = [name for wanted in layers for name in find_modules(self.module, wanted)]
+        pooling = parse_pooling(pool) if isinstance(pool, str) else pool
+        size = self.preprocess.input_size
+        with device_errors(self.device):
+            taps = Taps(
+                self.module, tuple(dict.fromkeys(names)), pooling, size, self.provenance.model
             )
-        return output.float()
+        return replace(self, taps=taps, outputs=taps.outputs)
+
+    def bypass(self, modules: Sequence[str]) -> Backbone:
+        """The same network with ``nn.Identity`` in the place of some modules; changes it in place.
+
+        Args:
+            modules: named as layers are, see :meth:`at_layers`.
+
+        Raises:
+            ModelError: no such module, or without it the shapes do not fit; names the two shapes.
+        """
+        if self.taps is not None:
+            raise UsageError("bypass modules before layers are chosen, not after")
+        bypassed = list(self.bypassed)
+        for wanted in modules:
+            for name in find_modules(self.module, wanted):
+                with device_errors(self.device):
+                    heads.bypass(
+                        self.module, name, self.preprocess.input_size, self.provenance.model
+                    )
+                bypassed.append(name)
+        return replace(self, bypassed=tuple(bypassed))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Backbone:
         """The backbone on a device and in a precision; the module itself is moved, not copied.
@@ -117,3 +240,15 @@ class Backbone:
         with device_errors(device):
             module = self.module.to(device, dtype).to(memory_format=torch.channels_last)
         return replace(self, module=module, device=device, dtype=dtype)
+
+
+def _vector(given: object, output: Output) -> object:
+    """One vector for each image, where a network gives a map or tokens."""
+    if not isinstance(given, torch.Tensor) or given.ndim < 3:
+        return given
+    if given.shape[2:].numel() == 1:
+        return given.flatten(1)  # a map that was pooled to one position
+    if output.definition == POOLED_FEATURES:
+        channels = 1 if given.ndim == 4 and given.shape[1] == output.dim else given.ndim - 1
+        return given.float().mean([axis for axis in range(1, given.ndim) if axis != channels])
+    return given

@@ -6,15 +6,18 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from extractor import heads, weights
 from extractor.backbones import shared
 from extractor.backbones.backbone import Backbone
 from extractor.errors import ModelError, WeightsError
+from extractor.layers import Output
+from extractor.options import Options
 from extractor.preprocess import Preprocess
 
-__all__ = ["build", "names"]
+__all__ = ["build", "fetch", "known_weights", "names", "outline", "version"]
 
 # Arguments that torchvision adds by itself when it loads its own weights, and that change what
 # these networks compute.
@@ -43,22 +46,25 @@ def _models() -> Any:
     return shared.import_library("torchvision").models
 
 
-def build(name: str, wanted: str, seed: int) -> Backbone:
-    """The backbone ``name`` with the weights ``wanted``, on the CPU in float32.
+def build(name: str, options: Options) -> Backbone:
+    """The backbone ``name`` on the CPU in float32.
 
     Raises:
         WeightsError, ModelError: as :func:`extractor.load_backbone`.
     """
-    entry = _entry(name, wanted)
-    found = _find_weights(name, wanted, entry)
-    with weights.seeded(seed):
+    library = shared.import_library("torchvision")
+    wanted = options.weights
+    chosen = shared.chosen_file(wanted)
+    entry = _entry(name, wanted, chosen)
+    found = _fetch(name, entry) if chosen is None and wanted != "random" else chosen
+    with weights.seeded(options.seed):
         module = _network(name, entry)
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
     before = tuple(module.state_dict())
     replaced = heads.replace_with_identity(module, classifiers)
     if found is not None:
-        state = weights.read_checkpoint(found.path)
+        state = weights.read_checkpoint(found.path, options.weights_key)
         if name.startswith("densenet"):
             state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
         weights.load_into(
@@ -67,23 +73,62 @@ def build(name: str, wanted: str, seed: int) -> Backbone:
             discarded=(*shared.gone(before, module), *_AUXILIARY),
             how=f"{found.path} into torchvision:{name}",
         )
-    library = shared.import_library("torchvision")
     return Backbone(
         module,
-        dim,
+        (Output((dim,)),),
         replaced,
-        _preprocess(entry.transforms()),
-        shared.provenance(f"torchvision:{name}", library, module, found, seed),
+        _preprocess(entry.transforms()).changed(options.pixel_changes),
+        shared.provenance(f"torchvision:{name}", library, module, found, options),
     )
 
 
-def _entry(name: str, wanted: str) -> Any:
+def outline(name: str) -> Backbone:
+    """A model to be looked at and not to run: on the meta device where it can be built there."""
+    library, entry = shared.import_library("torchvision"), _entry(name, "default", None)
+    try:
+        with torch.device("meta"):
+            module = _network(name, entry)
+    except (RuntimeError, NotImplementedError):  # RegNet computes its widths with tensors
+        module = _network(name, entry)
+    classifiers = heads.modules_with_outputs(module, _CLASSES)
+    dim = _input_width(module, classifiers, name)
+    replaced = heads.replace_with_identity(module, classifiers)
+    provenance = shared.without_weights(f"torchvision:{name}", library)
+    preprocess = _preprocess(entry.transforms())
+    return Backbone(module, (Output((dim,)),), replaced, preprocess, provenance)
+
+
+def version() -> str:
+    """Of the installed torchvision."""
+    return str(shared.import_library("torchvision").__version__)
+
+
+def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
+    """The published weights of a model, cached or fetched.
+
+    Raises:
+        WeightsError: unknown, or neither in the cache nor within reach.
+    """
+    return _fetch(name, _entry(name, tag, None))
+
+
+def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
+    """Every tag of a model's published weights, the default first, and its cached file."""
+    entries = _models().get_model_weights(name)
+    default = entries.DEFAULT
+    return [
+        (entry.name, weights.cached_url_file(entry.url, tag=entry.name))
+        for entry in sorted(entries, key=lambda entry: entry != default)
+    ]
+
+
+def _entry(name: str, wanted: str, chosen: weights.WeightsFile | None) -> Any:
     """The member of the model's ``WeightsEnum`` whose transform belongs to the weights."""
     entries = _models().get_model_weights(name)
-    local = shared.local_file(wanted)
-    if local is not None:
+    if chosen is not None:
         # A file under the library's own name is that entry, with its own transform.
-        named = [entry for entry in entries if entry.url.rpartition("/")[2] == local.name]
+        own_name = chosen.path.name
+        named = [entry for entry in entries if entry.url.rpartition("/")[2] == own_name]
         return named[0] if named else entries.DEFAULT
     if wanted in ("default", "random"):
         return entries.DEFAULT
@@ -94,12 +139,7 @@ def _entry(name: str, wanted: str) -> Any:
     return entries[wanted]
 
 
-def _find_weights(name: str, wanted: str, entry: Any) -> weights.WeightsFile | None:
-    if wanted == "random":
-        return None
-    local = shared.local_file(wanted)
-    if local is not None:
-        return weights.WeightsFile(local)
+def _fetch(name: str, entry: Any) -> weights.WeightsFile:
     label = f"torchvision:{name} ({entry.name})"
     return weights.find_url_file(entry.url, tag=entry.name, how=label)
 

@@ -14,8 +14,19 @@ from torch import nn
 from extractor import weights
 from extractor.backbones.backbone import Provenance
 from extractor.errors import ExtractorError, ModelError, WeightsError
+from extractor.options import Options
 
-__all__ = ["gone", "import_library", "local_file", "provenance", "unknown_weights"]
+__all__ = [
+    "chosen_file",
+    "gone",
+    "import_library",
+    "provenance",
+    "unknown_weights",
+    "without_weights",
+]
+
+HUB = "hf-hub:"
+SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
 
 
 def import_library(name: str) -> Any:
@@ -33,25 +44,28 @@ def import_library(name: str) -> Any:
         ) from error
 
 
-def local_file(wanted: str) -> Path | None:
-    """The path, where weights are given as one."""
+def chosen_file(wanted: str) -> weights.WeightsFile | None:
+    """The file, where weights are given as a path or as ``hf-hub:ORG/NAME``."""
     if wanted in ("default", "random"):
         return None
+    if wanted.startswith(HUB):
+        repository = wanted.removeprefix(HUB)
+        return weights.find_hub_file(repository, weights.hub_filenames(), tag="", how=wanted)
     path = Path(wanted)
-    looks_like_one = path.suffix in (".pth", ".pt", ".safetensors", ".bin", ".tar")
+    looks_like_one = path.suffix in SUFFIXES
     if not (looks_like_one or os.sep in wanted or path.is_file()):
         return None
     if not path.is_file():
         what = "is a folder, expected a file" if path.is_dir() else "no such file"
         raise WeightsError(f"weights {wanted}: {what}")
-    return path
+    return weights.WeightsFile(path)
 
 
 def unknown_weights(model: str, tag: str, known: Sequence[str]) -> str:
     some = ", ".join(sorted(filter(None, known))) or "none"
     return (
-        f"{model}: unknown weights {tag!r}; expected default, random, a file, or one of its tags "
-        f"({some})"
+        f"{model}: unknown weights {tag!r}; expected default, random, a file, hf-hub:ORG/NAME, or "
+        f"one of its tags ({some})"
     )
 
 
@@ -62,20 +76,30 @@ def gone(before: Sequence[str], module: nn.Module) -> tuple[str, ...]:
 
 
 def provenance(
-    model: str, library: Any, module: nn.Module, found: weights.WeightsFile | None, seed: int
+    model: str,
+    library: Any,
+    module: nn.Module,
+    found: weights.WeightsFile | None,
+    options: Options,
 ) -> Provenance:
     """Where a loaded network comes from; ``found`` is None for random weights."""
-    name = model.partition(":")[0]
+    name, version = library.__name__, library.__version__
     if found is None:
         digest = weights.sha256_of_state(module.state_dict())
-        return Provenance(model, name, library.__version__, "random", "", digest, seed=seed)
+        return Provenance(model, name, version, "random", "", digest, seed=options.seed)
     return Provenance(
         model,
         name,
-        library.__version__,
+        version,
         "hub" if found.url else "file",
         found.tag,
-        weights.sha256_of_file(found.path),
+        weights.sha256_of_weights(found),
         found.url or found.path.name,
         found.revision,
+        options.weights_key or "",
     )
+
+
+def without_weights(model: str, library: Any) -> Provenance:
+    """Of a network that has no values."""
+    return Provenance(model, library.__name__, library.__version__, "none", "", "")

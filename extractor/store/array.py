@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,28 +16,35 @@ __all__ = ["ShardedArray"]
 
 
 class ShardedArray:
-    """Reads row-wise concatenated 2-D arrays like one array, without joining them.
+    """Reads arrays that follow each other row by row like one array, without joining them.
 
-    Rows, slices, lists and masks of rows work, and a second index for the columns. A slice inside
-    one shard is a view of its file, everything else a copy; ``numpy.asarray`` reads it all.
+    Rows, slices, lists and masks of rows work, and further indices for the axes of a row. A slice
+    inside one shard is a view of its file, everything else a copy; ``numpy.asarray`` reads it all.
 
-    >>> array = ShardedArray([np.zeros((2, 3)), np.ones((4, 3))], dim=3, dtype=np.dtype(float))
+    >>> parts = [np.zeros((2, 3)), np.ones((4, 3))]
+    >>> array = ShardedArray(parts, row_shape=(3,), dtype=np.dtype(float))
     >>> array.shape, array[-1], array[[0, 5]].shape, array[1:3, 0]
     ((6, 3), array([1., 1., 1.]), (2, 3), array([0., 1.]))
     """
 
-    ndim = 2
-
-    def __init__(self, parts: Sequence[npt.NDArray[Any]], *, dim: int, dtype: np.dtype[Any]):
+    def __init__(
+        self, parts: Sequence[npt.NDArray[Any]], *, row_shape: tuple[int, ...], dtype: np.dtype[Any]
+    ):
         for part in parts:
-            if part.ndim != 2 or part.shape[1] != dim or part.dtype != dtype:
+            if part.shape[1:] != row_shape or part.ndim == 0 or part.dtype != dtype:
                 raise ValueError(
-                    f"got {part.shape} {part.dtype}, expected (rows, {dim}) {dtype} in every part"
+                    f"got {part.shape} {part.dtype}, expected rows of {row_shape} {dtype} in every "
+                    "part"
                 )
         self._parts = tuple(parts)
         self._starts = [0, *itertools.accumulate(len(part) for part in parts)]
-        self.shape = (self._starts[-1], dim)
+        self.shape = (self._starts[-1], *row_shape)
         self.dtype = dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes, that of the rows included."""
+        return len(self.shape)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -44,7 +52,7 @@ class ShardedArray:
     @property
     def size(self) -> int:
         """Numbers in all."""
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
@@ -71,26 +79,7 @@ class ShardedArray:
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple):
-            both = [list(one) if isinstance(one, tuple) else one for one in index]
-            gaps = [at for at, one in enumerate(both) if one is Ellipsis]
-            if len(gaps) > 1:
-                raise IndexError("an index can only have a single ellipsis ('...')")
-            if gaps:
-                both[gaps[0] : gaps[0] + 1] = [slice(None)] * (3 - len(both))
-            if len(both) > 2:
-                raise IndexError(f"too many indices: the array has 2 dimensions, got {len(both)}")
-            rows, columns = (*both, slice(None), slice(None))[:2]
-            if _is_list(rows) and _is_list(columns):  # numpy pairs them up, element by element
-                place = self._numbers(np.asarray(rows))
-                column = np.arange(self.shape[1])[columns]
-                try:
-                    place, column = np.broadcast_arrays(place, column)
-                except ValueError as error:
-                    raise IndexError(f"shape mismatch: {error}") from error
-                taken = self._take(place.ravel())
-                return taken[np.arange(place.size), column.ravel()].reshape(place.shape)
-            picked = self[rows]
-            return picked[..., columns]
+            return self._index_axes(index)
         if isinstance(index, slice):
             return self._slice(*index.indices(len(self)))
         if index is Ellipsis:
@@ -100,6 +89,30 @@ class ShardedArray:
         if isinstance(index, bool):
             raise IndexError("one truth value is no row; expected a mask of all rows")
         return self._row(operator.index(index))
+
+    def _index_axes(self, index: tuple[Any, ...]) -> Any:
+        each = [list(one) if isinstance(one, tuple) else one for one in index]
+        gaps = [at for at, one in enumerate(each) if one is Ellipsis]
+        if len(gaps) > 1:
+            raise IndexError("an index can only have a single ellipsis ('...')")
+        if gaps:
+            each[gaps[0] : gaps[0] + 1] = [slice(None)] * (self.ndim + 1 - len(each))
+        if len(each) > self.ndim:
+            raise IndexError(
+                f"too many indices: the array has {self.ndim} dimensions, got {len(each)}"
+            )
+        rows, *axes = each or [slice(None)]
+        # Only the rows that are asked for are read; the rest is numpy's, with its own rules.
+        if isinstance(rows, slice):
+            index = (slice(None), *axes)
+            return self[rows][index]
+        if _is_list(rows):
+            place = self._numbers(np.asarray(rows))
+            taken = self._take(place.ravel())
+            pairs = (np.arange(place.size).reshape(place.shape), *axes)
+            return taken[pairs]
+        one = (0, *axes)
+        return self[rows][np.newaxis][one]
 
     def _row(self, row: int) -> npt.NDArray[Any]:
         if not -len(self) <= row < len(self):
@@ -138,7 +151,7 @@ class ShardedArray:
 
     def _take(self, index: npt.NDArray[Any]) -> npt.NDArray[Any]:
         rows = self._numbers(index)
-        taken = np.empty((*rows.shape, self.shape[1]), self.dtype)
+        taken = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(parts):
             here = parts == part
@@ -146,7 +159,7 @@ class ShardedArray:
         return taken
 
     def _empty(self) -> npt.NDArray[Any]:
-        return np.empty((0, self.shape[1]), self.dtype)
+        return np.empty((0, *self.shape[1:]), self.dtype)
 
 
 def _is_list(index: Any) -> bool:

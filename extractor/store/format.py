@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,7 +84,7 @@ class Description:
 
     Attributes:
         backbone: model, library, version, weights with tag and digest, replaced heads.
-        embedding: definition, dim, dtype, whether it is scaled to unit length.
+        embedding: definition, dim, shape, dtype, whether it is scaled to unit length.
         preprocess: the evaluation transform.
         computation: precision, device and batch size.
         root: folder that the paths are relative to; bytes that are no UTF-8 as lone surrogates.
@@ -104,13 +105,18 @@ class Description:
             raise ValueError(f"backbone: got {self.backbone!r}")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: got {self.dtype!r}")
-        if self.dim < 1:
-            raise ValueError(f"dim: got {self.dim}")
+        if not self.shape or min(self.shape) < 1 or math.prod(self.shape) != self.dim:
+            raise ValueError(f"dim: got {self.dim} for embeddings of shape {self.shape}")
 
     @property
     def dim(self) -> int:
         """Numbers in one embedding."""
         return int(self.embedding["dim"])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one embedding: ``(dim,)``, or the axes of a map or of tokens."""
+        return tuple(int(axis) for axis in self.embedding["shape"])
 
     @property
     def dtype(self) -> str:

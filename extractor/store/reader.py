@@ -30,7 +30,8 @@ class FeatureStore:
     Attributes:
         path: folder of the store.
         manifest: how it was made, and what it must hold.
-        features: ``(N, dim)``, memory-mapped; indexed like a numpy array.
+        features: ``(N, dim)``, memory-mapped; indexed like a numpy array. Layers that were kept
+            as maps ``(channels, height, width)`` or tokens have these axes instead of dim.
     """
 
     def __init__(self, path: Path, manifest: Manifest, features: ShardedArray, identity: object):
@@ -57,13 +58,13 @@ class FeatureStore:
             raise StoreError(f"{folder} {state} (there is no {MANIFEST})") from error
         except OSError as error:
             raise StoreError(f"cannot read {name}: {error.strerror}") from error
-        dim, dtype = manifest.description.dim, np.dtype(manifest.description.dtype)
+        row, dtype = manifest.description.shape, np.dtype(manifest.description.dtype)
         parts = [
-            _map(folder, shard.features, (shard.rows, dim), dtype) for shard in manifest.shards
+            _map(folder, shard.features, (shard.rows, *row), dtype) for shard in manifest.shards
         ]
         for shard in manifest.shards:
             _check_size(folder, shard.index)
-        store = cls(folder, manifest, ShardedArray(parts, dim=dim, dtype=dtype), identity)
+        store = cls(folder, manifest, ShardedArray(parts, row_shape=row, dtype=dtype), identity)
         store._check_unchanged()
         return store
 
@@ -151,7 +152,8 @@ class FeatureStore:
 
     def __repr__(self) -> str:
         made_with = self.manifest.description.made_with
-        return f"FeatureStore({str(self.path)!r}: {len(self)} x {self.dim}, {made_with})"
+        shape = " x ".join(str(axis) for axis in self.features.shape)
+        return f"FeatureStore({str(self.path)!r}: {shape}, {made_with})"
 
     def _check_unchanged(self) -> None:
         try:
@@ -177,7 +179,7 @@ def _check_size(folder: Path, entry: FileEntry) -> None:
 
 
 def _map(
-    folder: Path, entry: FileEntry, shape: tuple[int, int], dtype: np.dtype[Any]
+    folder: Path, entry: FileEntry, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
     _check_size(folder, entry)
     try:

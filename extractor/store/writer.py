@@ -178,7 +178,7 @@ class ShardWriter:
         self._staging = staging
         self._number = number
         self._dtype = np.dtype(description.dtype).newbyteorder("<")
-        self._dim = description.dim
+        self._row_shape = description.shape
         self._finished = finished
         self._records: list[ImageRecord] = []
         self._path = staging / features_name(number)
@@ -195,9 +195,11 @@ class ShardWriter:
             self._file.close()
 
     def append(self, rows: npt.NDArray[np.floating], records: Sequence[ImageRecord]) -> None:
-        """Add embeddings ``(n, dim)``, cast to the stored type, with a record each."""
-        if rows.shape != (len(records), self._dim):
-            raise ValueError(f"{rows.shape} rows for {len(records)} records of dim {self._dim}")
+        """Add embeddings ``(n, *shape)``, cast to the stored type, with a record each."""
+        if rows.shape != (len(records), *self._row_shape):
+            raise ValueError(
+                f"{rows.shape} rows for {len(records)} records of shape {self._row_shape}"
+            )
         with _explained(self._staging.parent):
             self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
         self._records.extend(records)
@@ -232,7 +234,7 @@ class ShardWriter:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header,
-            {"descr": self._dtype.str, "fortran_order": False, "shape": (rows, self._dim)},
+            {"descr": self._dtype.str, "fortran_order": False, "shape": (rows, *self._row_shape)},
         )
         return header.getvalue()
 

@@ -18,7 +18,13 @@ from extractor.store import Description, FeatureStore, ImageRecord, StoreWriter
 def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Description:
     values: dict[str, Any] = {
         "backbone": {"model": "timm:tiny", "tag": "a1", "sha256": "0123456789abcdef"},
-        "embedding": {"definition": "pre-logits", "dim": dim, "dtype": dtype, "normalised": False},
+        "embedding": {
+            "definition": "pre-logits",
+            "dim": dim,
+            "shape": [dim],
+            "dtype": dtype,
+            "normalised": False,
+        },
         "preprocess": {"size": [8, 8]},
         "computation": {"precision": "float32", "device": "cpu", "batch_size": 2},
         "root": "/photos",

@@ -30,7 +30,7 @@ def build(lengths: list[int]) -> tuple[ShardedArray, np.ndarray]:
     whole = np.arange(sum(lengths) * DIM, dtype=np.float32).reshape(-1, DIM)
     cuts = np.cumsum([0, *lengths])
     parts = [whole[a:b].copy() for a, b in itertools.pairwise(cuts)]
-    return ShardedArray(parts, dim=DIM, dtype=np.dtype(np.float32)), whole
+    return ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(np.float32)), whole
 
 
 @pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -329,7 +329,7 @@ def test_results_are_plain_arrays_even_over_memory_maps(tmp_path: Any) -> None:
     for number, part in enumerate((whole[:2], whole[2:])):
         np.save(tmp_path / f"{number}.npy", part)
     maps = [np.load(tmp_path / f"{number}.npy", mmap_mode="r") for number in range(2)]
-    array = ShardedArray(maps, dim=DIM, dtype=np.dtype(np.float32))
+    array = ShardedArray(maps, row_shape=(DIM,), dtype=np.dtype(np.float32))
     for index in (0, slice(1), [0, 5], (slice(2), 0)):
         assert type(array[index]) is np.ndarray, index
     assert type(np.asarray(array)) is np.ndarray
@@ -338,7 +338,7 @@ def test_results_are_plain_arrays_even_over_memory_maps(tmp_path: Any) -> None:
 
 def test_a_slice_inside_one_part_is_a_view() -> None:
     parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
-    array = ShardedArray(parts, dim=DIM, dtype=np.dtype(float))
+    array = ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(float))
     for index in (slice(0, 3), slice(1, 2), slice(0, 3, 2), slice(2, None, -1), 1, -6, (1,)):
         assert np.shares_memory(array[index], parts[0]), index
     for index in (slice(3, 7), slice(-2, None), slice(6, 3, -1), 3, (slice(4, 6), 1)):
@@ -347,14 +347,14 @@ def test_a_slice_inside_one_part_is_a_view() -> None:
 
 def test_everything_else_is_a_copy() -> None:
     parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
-    array = ShardedArray(parts, dim=DIM, dtype=np.dtype(float))
+    array = ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(float))
     for index in (slice(2, 4), slice(None), ..., [0, 1], np.ones(7, bool), ([0], [1])):
         assert not any(np.shares_memory(array[index], part) for part in parts), index
 
 
 def test_asarray_of_one_part_is_that_part_and_array_a_copy() -> None:
     part = np.ones((3, DIM))
-    array = ShardedArray([part], dim=DIM, dtype=np.dtype(float))
+    array = ShardedArray([part], row_shape=(DIM,), dtype=np.dtype(float))
     assert np.shares_memory(np.asarray(array), part)
     assert not np.shares_memory(np.array(array), part)
     assert not np.shares_memory(array.__array__(copy=True), part)
@@ -369,7 +369,7 @@ def test_several_parts_are_never_one_array_without_a_copy(
 
 
 def test_another_dtype_is_never_had_without_a_copy() -> None:
-    array = ShardedArray([np.ones((3, DIM))], dim=DIM, dtype=np.dtype(float))
+    array = ShardedArray([np.ones((3, DIM))], row_shape=(DIM,), dtype=np.dtype(float))
     with pytest.raises(ValueError, match="copy"):
         array.__array__(np.float16, copy=False)
 
@@ -377,7 +377,7 @@ def test_another_dtype_is_never_had_without_a_copy() -> None:
 @pytest.mark.skipif(not NUMPY_2, reason="numpy 1 does not pass copy on")
 def test_numpy_2_hands_its_copy_argument_on(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     part = np.ones((3, DIM))
-    one = ShardedArray([part], dim=DIM, dtype=np.dtype(float))
+    one = ShardedArray([part], row_shape=(DIM,), dtype=np.dtype(float))
     assert np.shares_memory(np.asarray(one, copy=False), part)
     assert not np.shares_memory(np.asarray(one, copy=True), part)
     with pytest.raises(ValueError, match="copy"):
@@ -388,8 +388,8 @@ def test_numpy_2_hands_its_copy_argument_on(mixed: tuple[ShardedArray, np.ndarra
     "part", [np.zeros((2, DIM + 1)), np.zeros(DIM), np.zeros((2, DIM), np.float32)], ids=shown
 )
 def test_a_part_that_does_not_fit_is_refused_at_birth(part: np.ndarray) -> None:
-    with pytest.raises(ValueError, match=r"expected \(rows, 4\) float64 in every part"):
-        ShardedArray([np.zeros((2, DIM)), part], dim=DIM, dtype=np.dtype(float))
+    with pytest.raises(ValueError, match=r"expected rows of \(4,\) float64 in every part"):
+        ShardedArray([np.zeros((2, DIM)), part], row_shape=(DIM,), dtype=np.dtype(float))
 
 
 def test_the_repr_names_shape_dtype_and_shards(mixed: tuple[ShardedArray, np.ndarray]) -> None:

@@ -90,9 +90,9 @@ def test_rows_that_do_not_fit_their_records_are_refused(
         StoreWriter(tmp_path / "out") as writer,
         writer.shard(0, describe_store(dim=3)) as shard,
     ):
-        with pytest.raises(ValueError, match=r"\(2, 3\) rows for 1 records of dim 3"):
+        with pytest.raises(ValueError, match=r"\(2, 3\) rows for 1 records of shape \(3,\)"):
             shard.append(np.zeros((2, 3), np.float32), make_records([b"a"]))
-        with pytest.raises(ValueError, match=r"\(1, 4\) rows for 1 records of dim 3"):
+        with pytest.raises(ValueError, match=r"\(1, 4\) rows for 1 records of shape \(3,\)"):
             shard.append(np.zeros((1, 4), np.float32), make_records([b"a"]))
 
 
@@ -118,6 +118,9 @@ GOLDEN_MANIFEST = """\
   "embedding": {
     "definition": "pre-logits",
     "dim": 3,
+    "shape": [
+      3
+    ],
     "dtype": "float32",
     "normalised": false
   },

@@ -1,0 +1,313 @@
+"""The main job: ``extract [--model NAME] INPUT...``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extractor.cli.console import Bar, logging_to, print_lines
+from extractor.errors import SourceError, UsageError
+from extractor.options import (
+    DEFAULT_MODEL,
+    DTYPES,
+    POOLS,
+    PRECISIONS,
+    Options,
+    check_failure_rate,
+    planned_stores,
+    store_folders,
+)
+from extractor.preprocess import FITS, INTERPOLATIONS
+from extractor.version import __version__
+
+if TYPE_CHECKING:
+    from extractor.pipeline import Report
+    from extractor.sources import ImageList
+
+__all__ = ["build_parser", "extract"]
+
+OK = 0
+SOME_IMAGES_FAILED = 3
+
+DESCRIPTION = """\
+Turn images into embeddings: load a pretrained timm or torchvision backbone, put nn.Identity where
+its classifier was, run folders of images through it, and leave a store of plain .npy files whose
+row i belongs to image i.
+"""
+
+EPILOG = """\
+examples:
+  extract images/                                   resnet50 of timm -> features/resnet50/
+  extract -m torchvision:vgg16 images/ -o vgg/      another model, another place
+  extract -m resnet50 --weights mine.pth images/    your own weights
+  extract -m resnet50 --layer layer3 --pool gem images/       an inner layer, pooled
+  extract -m resnet50 -m vit_base_patch16_224 images/         two stores, each image read once
+  extract -m resnet50+vit_base_patch16_224 images/            both in one vector
+  find images -name '*.jpg' | extract --list -      any list of files
+
+other commands (a folder of such a name is written ./models):
+  extract models [GLOB]                             what models there are
+  extract models show NAME                          one of them, with its layers
+  extract download NAME...                          fetch weights, for a machine without network
+
+exit codes: 0 every image is in the store; 1 failed, nothing was added; 2 wrong usage; 3 the store
+is complete but some images failed; 130 and 143 interrupted.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command's words; every default comes from :class:`extractor.options.Options`."""
+    default = Options()
+    parser = argparse.ArgumentParser(
+        prog="extract",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "inputs", nargs="*", metavar="INPUT", help="a folder, walked recursively, or an image"
+    )
+    parser.add_argument(
+        "--list",
+        metavar="FILE",
+        help="read the paths of the images from a file, one a line (- for standard input)",
+    )
+    parser.add_argument(
+        "-m",
+        "--model",
+        action="append",
+        metavar="NAME",
+        help="timm:NAME, torchvision:NAME, or NAME: timm's where it has one; hf-hub:ORG/NAME, "
+        "local-dir:PATH, FILE.py:FUNCTION; A+B joins two; several fill a store each "
+        f"(default: {DEFAULT_MODEL})",
+    )
+    parser.add_argument(
+        "--weights",
+        default=default.weights,
+        metavar="WEIGHTS",
+        help="default, random, a tag of the library, a file, or hf-hub:ORG/NAME",
+    )
+    parser.add_argument(
+        "--weights-key",
+        metavar="KEY",
+        help="which state dict of a checkpoint with several, such as model_ema",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=default.seed, help="of random weights (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        metavar="OUT",
+        help="folder of the store, or of several stores (default: features/<model>)",
+    )
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace the store in OUT once the new one is complete",
+    )
+
+    group = parser.add_argument_group("the embeddings")
+    group.add_argument(
+        "--layer",
+        dest="layers",
+        action="append",
+        metavar="LAYER",
+        help="take the output of this module instead of the pre-logits: a dotted name, a glob, or "
+        "a negative number of a block; several fill a store each",
+    )
+    group.add_argument(
+        "--pool",
+        default=default.pool,
+        metavar="POOL",
+        help=f"how a layer's positions become one vector: {', '.join(POOLS)} or gem:POWER "
+        "(default: %(default)s)",
+    )
+    group.add_argument("--concat", action="store_true", help="join several layers to one vector")
+    group.add_argument(
+        "--bypass",
+        action="append",
+        metavar="MODULE",
+        help="put nn.Identity in the place of a module, to see what it contributes; repeatable",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default=default.dtype,
+        help="what is stored (default: %(default)s)",
+    )
+    group.add_argument("--normalize", action="store_true", help="scale each to unit length")
+    group.add_argument(
+        "--shard-images",
+        type=int,
+        default=default.shard_images,
+        metavar="N",
+        help="images of one .npy file (default: %(default)s)",
+    )
+
+    group = parser.add_argument_group("the pixels (default: the model's own evaluation transform)")
+    group.add_argument("--image-size", type=_image_size, metavar="N", help="N or HEIGHTxWIDTH")
+    group.add_argument(
+        "--crop-pct", type=float, metavar="SHARE", help="of the resized picture that the crop keeps"
+    )
+    group.add_argument("--resize", choices=FITS, help="what happens to what does not fit")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="filter of the resize")
+    group.add_argument("--mean", type=_three, metavar="R,G,B", help="of pixels of 0 to 1")
+    group.add_argument("--std", type=_three, metavar="R,G,B", help="of pixels of 0 to 1")
+
+    group = parser.add_argument_group("the computation")
+    group.add_argument(
+        "--device",
+        default=default.device,
+        help="auto (a GPU where there is one), cpu, cuda, cuda:N, mps (default: %(default)s)",
+    )
+    group.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default=default.precision,
+        help="of the model (default: %(default)s, which is float32)",
+    )
+    group.add_argument(
+        "-b",
+        "--batch-size",
+        type=int,
+        metavar="N",
+        help="images in one forward pass (default: by device)",
+    )
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=int,
+        metavar="N",
+        help="decoding threads (default: one a core)",
+    )
+
+    group = parser.add_argument_group("the run")
+    group.add_argument(
+        "--max-failure-rate",
+        type=float,
+        default=0.0,
+        metavar="R",
+        help="exit with 0 if no more than this share of the images failed, 0 to 1 (default: 0)",
+    )
+    group.add_argument("--quiet", action="store_true", help="no bar and no summary, only errors")
+    parser.add_argument("--version", action="version", version=f"extract {__version__}")
+    return parser
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+    height, by, width = text.partition("x")
+    return (int(height), int(width)) if by else int(height)
+
+
+def _three(text: str) -> tuple[float, float, float]:
+    red, green, blue = (float(number) for number in text.split(","))
+    return red, green, blue
+
+
+def extract(arguments: Sequence[str]) -> int:
+    """Run the main job and return its exit code.
+
+    Raises:
+        ExtractorError: it failed.
+    """
+    parsed = build_parser().parse_args(arguments)
+    accepted = check_failure_rate(parsed.max_failure_rate)
+    if bool(parsed.inputs) == bool(parsed.list):
+        raise UsageError(
+            "expected folders or images, or --list FILE, but not both; try: extract images/"
+            if parsed.inputs
+            else "no input; try: extract images/   (extract --help shows more)"
+        )
+    options = options_of(parsed)
+    # Whatever can be wrong is found before torch is loaded, which takes seconds.
+    from extractor.sources import list_images
+    from extractor.store.writer import check_place
+
+    models = parsed.model or [DEFAULT_MODEL]
+    if not all(models) or parsed.out == "":
+        raise UsageError("got an empty name, expected a model and a folder for the store")
+    for folder in store_folders(parsed.out, planned_stores(models, options) or []):
+        check_place(Path(folder), overwrite=options.overwrite)
+    images = _read_list(parsed.list) if parsed.list else list_images(parsed.inputs)
+
+    bar = Bar(quiet=parsed.quiet)
+    with bar, logging_to(bar.write):
+        from extractor import pipeline
+        from extractor.devices import keep_freed_memory
+
+        keep_freed_memory()
+        report = pipeline.extract(
+            images,
+            models,
+            parsed.out,
+            **{name: getattr(options, name) for name in Options.__dataclass_fields__},
+            progress=bar.update,
+        )
+    if not parsed.quiet:
+        print_lines(summary(report))
+    return OK if report.failure_rate <= accepted else SOME_IMAGES_FAILED
+
+
+def options_of(parsed: argparse.Namespace) -> Options:
+    """The options that were typed, checked.
+
+    Raises:
+        UsageError: a value out of its range.
+    """
+    default = Options()
+    given = {name: getattr(parsed, name) for name in Options.__dataclass_fields__}
+    # What can be repeated is None where it is not given at all.
+    return Options(
+        **{
+            name: getattr(default, name) if value is None else value
+            for name, value in given.items()
+        }
+    )
+
+
+def _read_list(name: str) -> ImageList:
+    from extractor.sources import read_list
+
+    if name == "-":
+        if sys.stdin is None:
+            raise UsageError("--list -: standard input is closed")
+        return read_list(sys.stdin.buffer, "standard input")
+    try:
+        with open(name, "rb") as file:
+            return read_list(file, name)
+    except OSError as error:
+        raise SourceError(f"cannot read the list {name}: {error.strerror}") from error
+
+
+def summary(report: Report) -> list[str]:
+    """What a run did, in a few lines."""
+    lines = []
+    for store in report.stores:
+        shape = " x ".join(str(axis) for axis in store.shape)
+        lines += [
+            ("model", store.backbone),
+            ("rows", f"{store.rows} of {report.images} images, {shape} numbers each"),
+            ("store", f"{store.out}"),
+        ]
+        if store.failed:
+            where = f"listed in {store.out}/failures.jsonl"
+            lines.append(("failed", f"{store.failed} images, {where}"))
+            lines += [("", f"{path}: {reason}") for path, reason in store.first_failures]
+            if store.failed > len(store.first_failures):
+                lines.append(("", "..."))
+    lines += [
+        ("device", f"{report.device}, {report.precision}"),
+        (
+            "time",
+            f"{report.seconds:.1f} s, of these {report.load_seconds:.1f} s to load the model; then "
+            f"{report.images_per_second:.1f} images/s",
+        ),
+    ]
+    if report.passed_over:
+        lines.append(("passed over", f"{report.passed_over} files that are no images"))
+    return [f"{name:12} {text}" for name, text in lines]
