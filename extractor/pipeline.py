@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,24 +18,22 @@ from PIL import Image
 
 from extractor.backbones import Backbone, Model, Target, check_models, load_targets
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
+from extractor.description import describe
 from extractor.devices import available_cores, device_errors
 from extractor.errors import DecodeError, SourceError, UsageError
 from extractor.inference import Embedded, embed, pictures_of
-from extractor.layers import Output
 from extractor.loader import BatchLoader
 from extractor.options import (
     DEFAULT_MODEL,
     MAX_SHARDS,
     Options,
     default_batch_size,
-    join_names,
     planned_stores,
     store_folders,
 )
 from extractor.sources import ImageList, Input, list_images, show
-from extractor.store import Description, FeatureStore, ImageRecord, Manifest, StoreWriter
+from extractor.store import FeatureStore, ImageRecord, Manifest, StoreWriter
 from extractor.store.writer import ShardWriter, check_place
-from extractor.version import __version__
 
 __all__ = [
     "BatchPlan",
@@ -46,7 +41,6 @@ __all__ = [
     "Progress",
     "Report",
     "StoreReport",
-    "describe",
     "extract",
     "plan_batches",
 ]
@@ -309,7 +303,7 @@ def extract(
         images=len(sources),
         passed_over=sources.passed_over,
         device=str(first.device),
-        precision=_name(first),
+        precision=first.precision,
         seconds=time.perf_counter() - started,
         load_seconds=loaded - started,
     )
@@ -441,88 +435,6 @@ def _loader(
             workers=options.workers or available_cores(),
             pin=device.type == "cuda",
         )
-
-
-# ---------------------------------------------------------------------------------------------
-# What the manifest says
-
-
-def describe(target: Target, options: Options, root: bytes, batch_size: int) -> Description:
-    """All that the manifest keeps of one store's making."""
-    versions = {"extractor": __version__, **{name: metadata.version(name) for name in _LIBRARIES}}
-    first = target.parts[0].backbone
-    several = len(target.backbones) > 1
-    return Description(
-        backbone=_joined_backbones(target) if several else _backbone(first),
-        embedding={
-            **_embedding(target),
-            "dim": target.dim,
-            "shape": list(target.shape),
-            "dtype": options.dtype,
-            "normalized": options.normalize,
-        },
-        preprocess=(
-            {"parts": [backbone.preprocess.as_dict() for backbone in target.backbones]}
-            if several
-            else first.preprocess.as_dict()
-        ),
-        computation={
-            "precision": _name(first),
-            "device": first.device.type,
-            "batch_size": batch_size,
-        },
-        root=os.fsdecode(root),
-        shard_images=options.shard_images,
-        software={"python": platform.python_version(), **versions},
-    )
-
-
-def _backbone(backbone: Backbone) -> dict[str, Any]:
-    return {
-        **asdict(backbone.provenance),
-        "heads": list(backbone.heads),
-        "bypassed": list(backbone.bypassed),
-    }
-
-
-def _joined_backbones(target: Target) -> dict[str, Any]:
-    parts = [_backbone(backbone) for backbone in target.backbones]
-    digests = "".join(part["sha256"] for part in parts)
-    return {
-        "model": join_names([part["model"] for part in parts]),
-        "weights": join_names([part["tag"] or part["weights"] for part in parts]),
-        "sha256": hashlib.sha256(digests.encode()).hexdigest(),
-        "parts": parts,
-    }
-
-
-def _embedding(target: Target) -> dict[str, Any]:
-    outputs = [_output(part.output) for part in target.parts]
-    if len(outputs) == 1:
-        return outputs[0]
-    models = [part.backbone.provenance.model for part in target.parts]
-    return {
-        "definition": "concatenation",
-        "unit_parts": target.unit_parts,
-        "parts": [
-            {"model": model, **output, "dim": part.output.dim}
-            for model, output, part in zip(models, outputs, target.parts, strict=True)
-        ],
-    }
-
-
-def _output(output: Output) -> dict[str, Any]:
-    """What an embedding is; how it is shaped stands beside it."""
-    said = asdict(output)
-    del said["shape"]
-    return said
-
-
-_LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
-
-
-def _name(backbone: Backbone) -> str:
-    return str(backbone.dtype).removeprefix("torch.")
 
 
 # ---------------------------------------------------------------------------------------------

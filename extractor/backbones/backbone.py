@@ -143,6 +143,11 @@ class Backbone:
         return self._only.dim
 
     @property
+    def precision(self) -> str:
+        """Name of :attr:`dtype`, such as ``float32``."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def _only(self) -> Output:
         if len(self.outputs) != 1:
             layers = ", ".join(output.layer for output in self.outputs)
@@ -238,7 +243,11 @@ class Backbone:
             DeviceError: the device is full, busy or broken.
         """
         with device_errors(device):
-            module = self.module.to(device, dtype).to(memory_format=torch.channels_last)
+            module = self.module.to(device, dtype)
+            for parameter in module.parameters():
+                # Not Module.to(memory_format=...), which stumbles over weights of five axes.
+                if parameter.ndim == 4:
+                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return replace(self, module=module, device=device, dtype=dtype)
 
 

@@ -65,9 +65,7 @@ def build(model: str, options: Options) -> Backbone:
             made, head=None, preprocess=Preprocess.standard(IMAGE_SIZE), name=label, device="cpu"
         )
     else:
-        raise ModelError(
-            f"{model} returned a {type(made).__name__}, expected a Backbone or a torch.nn.Module"
-        )
+        raise ModelError(f"{model} returned {made!r:.80}, expected a Backbone or a torch.nn.Module")
     provenance = replace(backbone.provenance, model=label, library="file")
     if chosen is not None:
         weights.load_into(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -200,12 +201,19 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _image_size(text: str) -> int | tuple[int, int]:
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected N or HEIGHTxWIDTH, in pixels")
     height, by, width = text.partition("x")
     return (int(height), int(width)) if by else int(height)
 
 
 def _three(text: str) -> tuple[float, float, float]:
-    red, green, blue = (float(number) for number in text.split(","))
+    try:
+        red, green, blue = (float(number) for number in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected three numbers such as 0.485,0.456,0.406"
+        ) from error
     return red, green, blue
 
 

@@ -1,0 +1,91 @@
+"""What a store's manifest says of how its embeddings are made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from extractor.backbones import Backbone, Target
+from extractor.layers import Output
+from extractor.options import Options, join_names
+from extractor.store import Description
+from extractor.version import __version__
+
+__all__ = ["describe"]
+
+LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
+
+
+def describe(target: Target, options: Options, root: bytes, batch_size: int) -> Description:
+    """All that the manifest keeps of one store's making."""
+    versions = {"extractor": __version__, **{name: metadata.version(name) for name in LIBRARIES}}
+    first = target.parts[0].backbone
+    several = len(target.backbones) > 1
+    return Description(
+        backbone=_joined_backbones(target) if several else _backbone(first),
+        embedding={
+            **_embedding(target),
+            "dim": target.dim,
+            "shape": list(target.shape),
+            "dtype": options.dtype,
+            "normalized": options.normalize,
+        },
+        preprocess=(
+            {"parts": [backbone.preprocess.as_dict() for backbone in target.backbones]}
+            if several
+            else first.preprocess.as_dict()
+        ),
+        computation={
+            "precision": first.precision,
+            "device": first.device.type,
+            "batch_size": batch_size,
+        },
+        root=os.fsdecode(root),
+        shard_images=options.shard_images,
+        software={"python": platform.python_version(), **versions},
+    )
+
+
+def _backbone(backbone: Backbone) -> dict[str, Any]:
+    return {
+        **asdict(backbone.provenance),
+        "heads": list(backbone.heads),
+        "bypassed": list(backbone.bypassed),
+    }
+
+
+def _joined_backbones(target: Target) -> dict[str, Any]:
+    parts = [_backbone(backbone) for backbone in target.backbones]
+    digests = "".join(part["sha256"] for part in parts)
+    return {
+        "model": join_names([part["model"] for part in parts]),
+        "weights": join_names([part["tag"] or part["weights"] for part in parts]),
+        "sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        "parts": parts,
+    }
+
+
+def _embedding(target: Target) -> dict[str, Any]:
+    outputs = [_output(part.output) for part in target.parts]
+    if len(outputs) == 1:
+        return outputs[0]
+    models = [part.backbone.provenance.model for part in target.parts]
+    return {
+        "definition": "concatenation",
+        "unit_parts": target.unit_parts,
+        "parts": [
+            {"model": model, **output, "dim": part.output.dim}
+            for model, output, part in zip(models, outputs, target.parts, strict=True)
+        ],
+    }
+
+
+def _output(output: Output) -> dict[str, Any]:
+    """What an embedding is; how it is shaped stands beside it."""
+    said = asdict(output)
+    del said["shape"]
+    return said
