@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from extractor.backbones import Backbone, load_backbone
     from extractor.errors import ExtractorError
     from extractor.pipeline import Extractor, Report, extract
+    from extractor.preprocess import Preprocess
     from extractor.store import FeatureStore
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Extractor",
     "ExtractorError",
     "FeatureStore",
+    "Preprocess",
     "Report",
     "__version__",
     "extract",
@@ -36,6 +38,7 @@ _HOMES = {
     "Extractor": "extractor.pipeline",
     "ExtractorError": "extractor.errors",
     "FeatureStore": "extractor.store",
+    "Preprocess": "extractor.preprocess",
     "Report": "extractor.pipeline",
     "extract": "extractor.pipeline",
     "load_backbone": "extractor.backbones",

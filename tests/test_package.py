@@ -16,6 +16,7 @@ def test_the_public_names_are_the_ones_that_are_meant() -> None:
         "Extractor",
         "ExtractorError",
         "FeatureStore",
+        "Preprocess",
         "Report",
         "__version__",
         "extract",
