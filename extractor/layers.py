@@ -103,12 +103,19 @@ def _unknown(network: nn.Module, wanted: str, names: list[str]) -> NoReturn:
 
 
 def _glob_pattern(glob: str) -> str:
-    pieces = re.split(r"(\*\*|\*|\?|\[[^\]]+\])", glob)
+    """A regular expression for a glob of dotted names.
+
+    >>> [bool(re.fullmatch(_glob_pattern("layer[!1].*"), n)) for n in ("layer2.0", "layer1.0")]
+    [True, False]
+    """
     known = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-    return "".join(
-        known.get(piece) or (piece if piece[:1] == "[" and len(piece) > 2 else re.escape(piece))
-        for piece in pieces
-    )
+    pattern = ""
+    for piece in re.split(r"(\*\*|\*|\?|\[[^\]]+\])", glob):
+        if re.fullmatch(r"\[[^\]]+\]", piece):
+            pattern += re.sub(r"^\[!", "[^", piece)
+        else:
+            pattern += known.get(piece) or re.escape(piece)
+    return pattern
 
 
 def block_names(network: nn.Module) -> tuple[str, ...]:
