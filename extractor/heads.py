@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from extractor.errors import ModelError
@@ -72,22 +71,43 @@ class Bypass(nn.Identity):
     tensor([1., 1.])
     """
 
-    def forward(self, input: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return input
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        return arguments[0] if arguments else next(iter(keywords.values()))
 
 
-def bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) -> None:
-    """Put an ``nn.Identity`` in the place of a module, in place, if what comes out keeps its shape.
+def bypass(
+    network: nn.Module, names: Sequence[str], size: tuple[int, int], model: str
+) -> tuple[str, ...]:
+    """Put ``nn.Identity`` in the place of modules, in place, if what comes out keeps its shape.
 
     Args:
-        name: dotted name of the module.
+        names: dotted names of the modules; those that lie in others of them go with these.
         size: (height, width) of the images that the network is tried with.
         model: name of the network, for error messages.
 
+    Returns:
+        The names of the modules that were replaced.
+
     Raises:
-        ModelError: the module does not run, or the network does not fit without it; names the
-            shapes that go into the module and come out of it. The network is as it was.
+        ModelError: a module does not run, or the network does not fit without it; names the shapes
+            that go into the module and come out of it. The network is as it was.
     """
+    once = dict.fromkeys(names)
+    outer = [name for name in once if not any(name.startswith(f"{other}.") for other in once)]
+    before: dict[str, nn.Module] = {}
+    try:
+        for name in outer:
+            module = network.get_submodule(name)
+            _bypass(network, name, size, model)
+            before[name] = module
+    except BaseException:
+        for name, module in before.items():
+            _set_submodule(network, name, module)
+        raise
+    return tuple(outer)
+
+
+def _bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) -> None:
     module = network.get_submodule(name)
     flows: list[tuple[str, str]] = []
 
@@ -107,7 +127,7 @@ def bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) -> 
         after = trial(network, size, what=model)
     except ModelError:
         after = None
-    if after != before:
+    if after != before or not flows[-1][1].startswith("("):  # more than one tensor
         _set_submodule(network, name, module)
         taken, given = flows[-1]
         raise ModelError(

@@ -79,14 +79,17 @@ def find_modules(network: nn.Module, wanted: str) -> tuple[str, ...]:
         ModelError: none; shows the nearest names.
     """
     names = [name for name, _ in network.named_modules() if name]
-    if re.fullmatch(r"-\d+", wanted):
+    if re.fullmatch(r"-[1-9]\d*", wanted):
         blocks = block_names(network)
         if int(wanted) < -len(blocks):
             count = f"has {len(blocks)} blocks" if blocks else "has no list of blocks"
             raise ModelError(f"no block {wanted}: this {type(network).__name__} {count}")
         return (blocks[int(wanted)],)
     if re.search(r"[*?\[]", wanted):
-        pattern = re.compile(_glob_pattern(wanted))
+        try:
+            pattern = re.compile(_glob_pattern(wanted))
+        except re.error as error:
+            raise ModelError(f"layer {wanted!r} is no glob: {error}") from error
         found = tuple(name for name in names if pattern.fullmatch(name))
         if found:
             return found
@@ -184,21 +187,42 @@ def _layout(
         return _Layout("vector")
     if len(shape) == 3:
         first, last = _is_grid(shape[1:], size), _is_grid(shape[:2], size)
-        if first != last:
-            return _Layout("map", channels_last=last)
-        if isinstance(layer, (nn.LayerNorm, nn.Linear)):
-            return _Layout("map", channels_last=True)
-        if isinstance(layer, (nn.Conv2d, nn.BatchNorm2d, nn.GroupNorm)):
-            return _Layout("map", channels_last=False)
-        return _Layout("map", channels_last=getattr(network, "output_fmt", "") == "NHWC")
+        if first or last:
+            both = first and last  # as many channels as rows and columns
+            return _Layout("map", channels_last=_is_channels_last(network, layer) if both else last)
     if len(shape) == 2:
         most = _prefix_tokens(network)
+        patches = _patches(network, size)
+        if patches > 1 and 0 <= shape[0] - patches <= most:
+            return _Layout("tokens", prefix=shape[0] - patches)
         for count, channels_last in ((shape[0], True), (shape[1], False)):
             for prefix in (0, most, *range(1, most)):
                 if _has_grid(count - prefix, size):
                     return _Layout("tokens", channels_last, prefix if channels_last else 0)
         return _Layout("tokens", prefix=min(most, shape[0] - 1))
     return None
+
+
+def _is_channels_last(network: nn.Module, layer: nn.Module) -> bool:
+    """How a layer holds its maps, after what it is made of."""
+    kinds = [type(module).__name__ for module in layer.modules()]
+    convolves = any(isinstance(module, nn.Conv2d) for module in layer.modules())
+    if not convolves and any(isinstance(module, nn.Linear) for module in layer.modules()):
+        return True  # a linear layer works on the last axis
+    if kinds[-1].endswith("LayerNorm"):  # LayerNorm2d, of both libraries, works on the second one
+        return True
+    return not convolves and getattr(network, "output_fmt", "") == "NHWC"
+
+
+def _patches(network: nn.Module, size: tuple[int, int]) -> int:
+    """How many patches a vision transformer cuts a picture into; 1 if it is none."""
+    embed = getattr(network, "patch_embed", network)
+    patch = getattr(embed, "patch_size", None)
+    if isinstance(patch, int):
+        patch = (patch, patch)
+    if not (isinstance(patch, (tuple, list)) and len(patch) == 2):
+        return 1
+    return (size[0] // int(patch[0])) * (size[1] // int(patch[1]))
 
 
 def _is_grid(axes: tuple[int, ...], size: tuple[int, int]) -> bool:

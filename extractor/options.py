@@ -149,7 +149,9 @@ class Options:
         kind = parse_pooling(self.pool).kind
         if not self.layers and self.pool != "avg":
             raise UsageError(f"pool: {self.pool} pools a layer; name one, such as --layer layer4")
-        if self.concat and len(self.layers) < 2 and not any("*" in one for one in self.layers):
+        if len(set(self.layers)) < len(self.layers):
+            raise UsageError(f"layers: got {', '.join(self.layers)}, expected each but once")
+        if self.concat and len(self.layers) < 2 and not any(map(_is_open, self.layers)):
             raise UsageError("concat: joins several layers; name more than one with --layer")
         if kind == "none" and (self.concat or self.normalize):
             raise UsageError(
@@ -158,8 +160,7 @@ class Options:
             )
 
     def _check_pixels(self) -> None:
-        for edge in self._image_size() or ():
-            _within("image size", edge, 1, MAX_IMAGE_SIZE)
+        self._image_size()
         _number_within("crop pct", self.crop_pct, 0, MAX_CROP_PCT)
         if self.interpolation is not None:
             _one_of("interpolation", self.interpolation, INTERPOLATIONS)
@@ -168,23 +169,26 @@ class Options:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is None:
                 continue
-            if isinstance(values, str) or len(values) != 3:
+            if not isinstance(values, (tuple, list)) or len(values) != 3:
                 raise UsageError(f"{name}: got {values!r}, expected three numbers (R, G, B)")
+            least, most = (0.0, 1.0) if name == "mean" else (1e-6, 2.0)
             for value in values:
-                finite = isinstance(value, (int, float)) and math.isfinite(value)
-                if not finite or (name == "std" and value <= 0):
+                if not (isinstance(value, (int, float)) and least <= value <= most):
                     raise UsageError(
                         f"{name}: got {values!r}, expected three "
                         f"{'positive ' if name == 'std' else ''}numbers for pixels of 0 to 1"
                     )
 
     def _image_size(self) -> tuple[int, int] | None:
+        if self.image_size is None:
+            return None
         size = self.image_size
-        if size is None or isinstance(size, int):
-            return None if size is None else (size, size)
-        if isinstance(size, str) or len(size) != 2:
+        edges = size if isinstance(size, (tuple, list)) else (size, size)
+        for edge in edges:
+            _within("image size", edge, 1, MAX_IMAGE_SIZE)
+        if len(edges) != 2:
             raise UsageError(f"image size: got {size!r}, expected a number or (height, width)")
-        return size[0], size[1]
+        return int(edges[0]), int(edges[1])
 
     @property
     def pixel_changes(self) -> PixelChanges:
@@ -242,10 +246,15 @@ def split_model(model: str) -> list[str]:
 
 def planned_stores(models: Sequence[str], options: Options) -> list[str] | None:
     """Names of the stores that a run will fill; None where only the loaded models can tell."""
-    if any(re.search(r"[*?\[]|^-\d", layer) for layer in options.layers):
+    if any(map(_is_open, options.layers)):
         return None
     layers = [join_names(options.layers)] if options.concat else list(options.layers)
     return [store_name(model, layer) for model in models for layer in layers or [""]]
+
+
+def _is_open(layer: str) -> bool:
+    """Whether only the network can tell which modules are meant: a glob, the number of a block."""
+    return re.search(r"[*?\[]|^-\d", layer) is not None
 
 
 def store_folders(out: str | None, names: Sequence[str]) -> list[str]:
@@ -274,7 +283,7 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def _within(name: str, value: object, least: int, most: int) -> None:
     if value is None:
         return
-    if not isinstance(value, Integral) or not least <= int(value) <= most:
+    if value is True or not isinstance(value, Integral) or not least <= int(value) <= most:
         raise UsageError(f"{name}: got {value!r}, expected a whole number from {least} to {most}")
 
 

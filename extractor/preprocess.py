@@ -161,7 +161,7 @@ class Preprocess:
             changes.image_size or self.input_size,
             crop_pct=changes.crop_pct
             or crop_pct
-            or min(Fraction(1), Fraction(self.input_size[0], self.resize_size[0])),
+            or min(Fraction(2), Fraction(self.input_size[0], self.resize_size[0])),
             fit=changes.fit or own_fit,
             interpolation=same.interpolation,
             mean=same.mean,

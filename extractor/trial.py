@@ -9,8 +9,8 @@ from extractor.errors import ModelError
 
 __all__ = ["BATCH", "trial"]
 
-# Two images: with one, an axis of another meaning and the same length would pass for the batch.
-BATCH = 2
+# With one image, or as many as a tuple often has members, something else could pass for the batch.
+BATCH = 3
 
 
 def trial(

@@ -15,7 +15,7 @@ REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
 def pytest_configure() -> None:
     import torch
 
-    torch.set_num_threads(2)  # the machines that run the tests are small and shared
+    torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -187,7 +187,7 @@ class Backbone:
             if not isinstance(tensor, torch.Tensor) or tensor.shape != expected:
                 raise ModelError(
                     f"{self.provenance.model} gave {shapes(tensor)}, expected {expected}; its "
-                    f"{output.definition} are not the same for each image"
+                    f"{output.definition} are not what they were in a trial"
                 )
             embeddings.append(tensor.float())
         return tuple(embeddings)
@@ -206,6 +206,8 @@ class Backbone:
             ModelError: no such layer, one that does not run, or one that gives no tensor.
             UsageError: a pooling that the layer does not allow.
         """
+        if isinstance(layers, str) or not layers:
+            raise UsageError(f"layers: got {layers!r}, expected a list of names of modules")
         names = [name for wanted in layers for name in find_modules(self.module, wanted)]
         pooling = parse_pooling(pool) if isinstance(pool, str) else pool
         size = self.preprocess.input_size
@@ -226,15 +228,11 @@ class Backbone:
         """
         if self.taps is not None:
             raise UsageError("bypass modules before layers are chosen, not after")
-        bypassed = list(self.bypassed)
-        for wanted in modules:
-            for name in find_modules(self.module, wanted):
-                with device_errors(self.device):
-                    heads.bypass(
-                        self.module, name, self.preprocess.input_size, self.provenance.model
-                    )
-                bypassed.append(name)
-        return replace(self, bypassed=tuple(bypassed))
+        names = [name for wanted in modules for name in find_modules(self.module, wanted)]
+        size, model = self.preprocess.input_size, self.provenance.model
+        with device_errors(self.device):
+            replaced = heads.bypass(self.module, names, size, model)
+        return replace(self, bypassed=(*self.bypassed, *replaced))
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Backbone:
         """The backbone on a device and in a precision; the module itself is moved, not copied.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
 import os
@@ -14,6 +15,7 @@ from extractor.backbones.backbone import Backbone
 from extractor.backbones.catalog import Catalog
 from extractor.devices import device_errors, resolve_device, resolve_precision
 from extractor.errors import ModelError, UsageError
+from extractor.layers import Output
 from extractor.options import DEFAULT_MODEL, Options
 from extractor.trial import trial
 
@@ -115,13 +117,17 @@ def load(model: str, options: Options) -> Backbone:
 def adapt(backbone: Backbone, options: Options) -> Backbone:
     """A loaded backbone with the bypasses and layers of ``options``, tried with its image size."""
     if options.image_size is not None:
+        if backbone.taps is not None:
+            raise UsageError("image size: choose it before the layers of a backbone, not after")
         with device_errors(backbone.device):
-            trial(
+            shape = trial(
                 backbone.module,
                 backbone.preprocess.input_size,
                 what=backbone.provenance.model,
                 advice="leave --image-size out, or try a multiple of 32",
             )
+        if backbone.outputs[0] == Output(backbone.outputs[0].shape) and len(shape) == 1:
+            backbone = replace(backbone, outputs=(Output(shape),))  # it may hang on the size
     if options.bypass:
         backbone = backbone.bypass(options.bypass)
     if options.layers:
@@ -143,7 +149,10 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
     device = backbone.device if options.device == "auto" else resolve_device(options.device)
     auto = options.precision == "auto"
     dtype = backbone.dtype if auto else resolve_precision(options.precision)
-    if (device, dtype) != (backbone.device, backbone.dtype):
+    moved = (device, dtype) != (backbone.device, backbone.dtype)
+    if moved or options.bypass:  # what is the user's stays as it is
+        backbone = replace(backbone, module=copy.deepcopy(backbone.module))
+    if moved:
         backbone = backbone.to(device, dtype)
     return adapt(backbone, options)
 

@@ -98,6 +98,10 @@ def load_targets(models: Sequence[Model], options: Options) -> list[Target]:
         else:
             parts = tuple(Part(loaded[name]) for name in names)
             targets.append(Target(store_name(model), parts, unit_parts=True))
+    stores = [target.name for target in targets]
+    if len(set(stores)) < len(stores):
+        twice = sorted({name for name in stores if stores.count(name) > 1})
+        raise UsageError(f"several stores would have the name {', '.join(twice)}; name them apart")
     return targets
 
 

@@ -96,12 +96,14 @@ class ShardedArray:
         if len(gaps) > 1:
             raise IndexError("an index can only have a single ellipsis ('...')")
         if gaps:
-            each[gaps[0] : gaps[0] + 1] = [slice(None)] * (self.ndim + 1 - len(each))
-        if len(each) > self.ndim:
-            raise IndexError(
-                f"too many indices: the array has {self.ndim} dimensions, got {len(each)}"
-            )
+            left = self.ndim - sum(map(_axes, each))
+            each[gaps[0] : gaps[0] + 1] = [slice(None)] * left
+        used = sum(map(_axes, each))
+        if used > self.ndim:
+            raise IndexError(f"too many indices: the array has {self.ndim} dimensions, got {used}")
         rows, *axes = each or [slice(None)]
+        if rows is None:
+            return self[tuple(axes)][np.newaxis]
         # Only the rows that are asked for are read; the rest is numpy's, with its own rules.
         if isinstance(rows, slice):
             index = (slice(None), *axes)
@@ -160,6 +162,14 @@ class ShardedArray:
 
     def _empty(self) -> npt.NDArray[Any]:
         return np.empty((0, *self.shape[1:]), self.dtype)
+
+
+def _axes(index: Any) -> int:
+    """How many axes one index stands for."""
+    if index is None or index is Ellipsis:
+        return 0
+    array = np.asarray(index) if isinstance(index, (list, np.ndarray)) else None
+    return array.ndim if array is not None and array.dtype == bool else 1
 
 
 def _is_list(index: Any) -> bool:
