@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -241,7 +242,21 @@ def split_model(model: str) -> list[str]:
     >>> split_model("resnet50+torchvision:vgg16")
     ['resnet50', 'torchvision:vgg16']
     """
-    return model.split("+")
+    names: list[str] = []
+    for piece in model.split("+"):
+        if names and _is_cut_path(names[-1]):
+            names[-1] += f"+{piece}"  # the sign stood in the name of a folder
+        else:
+            names.append(piece)
+    return names
+
+
+def _is_cut_path(name: str) -> bool:
+    """Whether a name is the beginning of a path, and the rest stands behind a plus sign."""
+    if name.startswith("local-dir:"):
+        return not os.path.isdir(name.removeprefix("local-dir:"))
+    is_path = os.sep in name and not name.startswith("hf-hub:")
+    return is_path and re.search(r"\.py:\w+$", name) is None
 
 
 def planned_stores(models: Sequence[str], options: Options) -> list[str] | None:

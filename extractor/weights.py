@@ -267,6 +267,12 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
                 "it would run code that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
+        if re.search("unsupported operand", str(error), re.IGNORECASE):
+            raise WeightsError(
+                f"{path} is refused: it is a pickle of something else than tensors, and reading it "
+                "would run code that came with the file. Save the state dict alone "
+                "(torch.save(model.state_dict(), ...)) or as .safetensors"
+            ) from error
         raise WeightsError(
             f"{path} is no checkpoint that can be read without running code ({_reason(error)}); "
             "expected a .pth with a state dict, or .safetensors"

@@ -118,7 +118,8 @@ class Catalog:
                 }
                 if shapes and 2 * len(shapes) > len(state):
                     for names in heads:
-                        found.update(dict.fromkeys(marks.get(fingerprint(shapes, names), ())))
+                        mark = fingerprint(shapes, (*names, *from_torchvision.AUXILIARY))
+                        found.update(dict.fromkeys(marks.get(mark, ())))
         return list(found)
 
     @functools.cached_property

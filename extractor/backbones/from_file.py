@@ -25,6 +25,8 @@ __all__ = ["build", "is_place"]
 
 log = logging.getLogger(__name__)
 
+_FOLDERS: set[str] = set()  # that model files were loaded from
+
 # The usual size of a picture where a function returns a bare module and nothing else is said.
 IMAGE_SIZE = 224
 
@@ -54,6 +56,10 @@ def build(model: str, options: Options) -> Backbone:
             f"{model} makes its own weights: got {options.weights!r}, expected a file with a state "
             "dict, or nothing"
         )
+    if not path.is_file():
+        raise ModelError(f"model {model}: there is no file {path}")
+    if chosen is None and options.weights_key is not None:
+        raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
     log.warning("%s: running the code in this file", path)
     with weights.seeded(options.seed):
         made = _call(_function(path, name), model)
@@ -87,14 +93,12 @@ def build(model: str, options: Options) -> Backbone:
 
 
 def _function(path: Path, name: str) -> Callable[[], object]:
-    if not path.is_file():
-        raise ModelError(f"model {path}:{name}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(f"extractor_model_{path.stem}", path)
     assert spec is not None  # it ends in .py
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.resolve().parent))  # for the files beside it
+    _import_from(path.resolve().parent)
     loader = spec.loader
     _call(lambda: loader.exec_module(module), str(path))
     function: Callable[[], object] | None = getattr(module, name, None)
@@ -115,8 +119,20 @@ def _call(code: Callable[[], object], what: str) -> object:
         return code()
     except ExtractorError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a file that ends the program ends no run
         last = traceback.extract_tb(error.__traceback__)[-1]
-        raise ModelError(
-            f"{what} failed: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"
-        ) from error
+        where = f" ({last.filename}, line {last.lineno})"
+        if isinstance(error, SyntaxError):  # says itself where
+            where = ""
+        raise ModelError(f"{what} failed: {type(error).__name__}: {error}{where}") from error
+
+
+def _import_from(folder: Path) -> None:
+    """Let a file import what lies beside it, and not what lay beside another one."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        home = Path(file).parent if file else None
+        if home is not None and str(home) in _FOLDERS and home != folder:
+            del sys.modules[name]
+    _FOLDERS.add(str(folder))
+    sys.path.insert(0, str(folder))

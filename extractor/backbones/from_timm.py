@@ -15,7 +15,7 @@ from torch import nn
 from extractor import heads, weights
 from extractor.backbones import shared
 from extractor.backbones.backbone import Backbone
-from extractor.errors import ModelError, WeightsError
+from extractor.errors import ExtractorError, ModelError, WeightsError
 from extractor.layers import POOLED_FEATURES, Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
@@ -68,8 +68,21 @@ def build(name: str, options: Options) -> Backbone:
     Raises:
         WeightsError, ModelError: as :func:`extractor.load_backbone`.
     """
+    try:
+        return _build(_source(name, options.weights), options)
+    except ExtractorError:
+        raise
+    except Exception as error:
+        if not name.startswith(SCHEMES):
+            raise
+        raise ModelError(
+            f"{name}: its config.json describes no model of RGB images that timm can build "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _build(source: _Source, options: Options) -> Backbone:
     timm = _timm()
-    source = _source(name, options.weights)
     if source.found is not None and source.own:
         module = _with_own_weights(source, options.weights_key)
         replaced = _remove_heads(module)
@@ -109,7 +122,7 @@ def outline(name: str) -> Backbone:
 
 def version() -> str:
     """Of the installed timm."""
-    return str(_timm().__version__)
+    return shared.public_version(_timm())
 
 
 def _with_own_weights(source: _Source, key: str | None) -> nn.Module:

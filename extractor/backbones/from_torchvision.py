@@ -17,7 +17,7 @@ from extractor.layers import Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
-__all__ = ["build", "fetch", "known_weights", "names", "outline", "version"]
+__all__ = ["AUXILIARY", "build", "fetch", "known_weights", "names", "outline", "version"]
 
 # Arguments that torchvision adds by itself when it loads its own weights, and that change what
 # these networks compute.
@@ -26,7 +26,7 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
     "inception_v3": {"transform_input": True, "aux_logits": False, "init_weights": False},
 }
 # Heads that only training runs, and that the checkpoints of those networks hold.
-_AUXILIARY = ("aux1", "aux2", "AuxLogits")
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
 
 # The published DenseNet files are older than the names of its layers: norm.1 is norm1 now.
 _DENSENET_KEY = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
@@ -70,7 +70,7 @@ def build(name: str, options: Options) -> Backbone:
         weights.load_into(
             module,
             state,
-            discarded=(*shared.gone(before, module), *_AUXILIARY),
+            discarded=(*shared.gone(before, module), *AUXILIARY),
             how=f"{found.path} into torchvision:{name}",
         )
     return Backbone(
@@ -100,7 +100,7 @@ def outline(name: str) -> Backbone:
 
 def version() -> str:
     """Of the installed torchvision."""
-    return str(shared.import_library("torchvision").__version__)
+    return shared.public_version(shared.import_library("torchvision"))
 
 
 def fetch(name: str, tag: str = "default") -> weights.WeightsFile:

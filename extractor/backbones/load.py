@@ -104,7 +104,8 @@ def load(model: str, options: Options) -> Backbone:
     try:
         backbone = BUILDERS[library](name, options)
     except weights_room.MisfitError as error:
-        likely = Catalog.read().models_with(error.state)
+        asked = f"{library}:{name.partition('.')[0]}"
+        likely = [one for one in Catalog.read().models_with(error.state) if one != asked]
         advice = (
             f"They are those of {' or '.join(likely[:3])}: use --model with that name"
             if likely

@@ -13,7 +13,7 @@ from torch import nn
 
 from extractor import weights
 from extractor.backbones.backbone import Provenance
-from extractor.errors import ExtractorError, ModelError, WeightsError
+from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
 from extractor.options import Options
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "gone",
     "import_library",
     "provenance",
+    "public_version",
     "unknown_weights",
     "without_weights",
 ]
@@ -84,6 +85,8 @@ def provenance(
 ) -> Provenance:
     """Where a loaded network comes from; ``found`` is None for random weights."""
     name, version = library.__name__, library.__version__
+    if found is None and options.weights_key is not None:
+        raise UsageError("weights key: it chooses in a file, and random weights have none")
     if found is None:
         digest = weights.sha256_of_state(module.state_dict())
         return Provenance(model, name, version, "random", "", digest, seed=options.seed)
@@ -100,6 +103,11 @@ def provenance(
     )
 
 
+def public_version(library: Any) -> str:
+    """A library's version without the mark of its build, such as ``+cu130``."""
+    return str(library.__version__).partition("+")[0]
+
+
 def without_weights(model: str, library: Any) -> Provenance:
     """Of a network that has no values."""
-    return Provenance(model, library.__name__, library.__version__, "none", "", "")
+    return Provenance(model, library.__name__, public_version(library), "none", "", "")

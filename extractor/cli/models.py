@@ -114,7 +114,8 @@ def _rows(glob: str) -> list[dict[str, Any]]:
                 }
             )
     if not rows:
-        raise ModelError(f"no model fits {glob!r}; try a glob such as '*{glob.strip('*')}*'")
+        hint = "see extract models" if "*" in glob else f"try a glob such as '*{glob}*'"
+        raise ModelError(f"no model fits {glob!r}; {hint}")
     return rows
 
 
