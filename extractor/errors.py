@@ -52,3 +52,12 @@ class DeviceError(ExtractorError):
 
 class StoreError(ExtractorError):
     """A store that cannot be read or written as asked."""
+
+
+class InterruptedRunError(ExtractorError):
+    """A run that was asked to stop; what it did is kept, and the same call goes on there."""
+
+    def __init__(self, done: int, total: int) -> None:
+        super().__init__(f"stopped after {done} of {total} images; the same command goes on there")
+        self.done = done
+        self.total = total

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -20,8 +20,14 @@ from extractor.backbones import Backbone, Model, Target, check_models, load_targ
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.description import describe
 from extractor.devices import available_cores, device_errors
-from extractor.errors import DecodeError, SourceError, UsageError
-from extractor.inference import Embedded, embed, pictures_of
+from extractor.errors import (
+    DecodeError,
+    InterruptedRunError,
+    SourceError,
+    StoreError,
+    UsageError,
+)
+from extractor.inference import embed, pictures_of
 from extractor.loader import BatchLoader
 from extractor.options import (
     DEFAULT_MODEL,
@@ -32,8 +38,16 @@ from extractor.options import (
     store_folders,
 )
 from extractor.sources import ImageList, Input, list_images, show
-from extractor.store import FeatureStore, ImageRecord, Manifest, StoreWriter
-from extractor.store.writer import ShardWriter, check_place
+from extractor.store import (
+    FailureRecord,
+    FeatureStore,
+    ImageRecord,
+    Job,
+    Manifest,
+    StoreWriter,
+)
+from extractor.store.format import MANIFEST, listing_digest
+from extractor.store.writer import ShardWriter, check_place, finish_publishing
 
 __all__ = [
     "BatchPlan",
@@ -92,6 +106,7 @@ class Report:
     Attributes:
         stores: that it filled, in the order of models and layers.
         images: that were asked for.
+        resumed: of those, how many an earlier run had done already.
         passed_over: files in the folders that are no images.
         device, precision: that computed.
         seconds: of the whole run.
@@ -100,6 +115,7 @@ class Report:
 
     stores: tuple[StoreReport, ...]
     images: int
+    resumed: int
     passed_over: int
     device: str
     precision: str
@@ -109,7 +125,7 @@ class Report:
     @property
     def images_per_second(self) -> float:
         """Images, failed ones included, a second since the models were ready."""
-        return self.images / max(self.seconds - self.load_seconds, 1e-9)
+        return (self.images - self.resumed) / max(self.seconds - self.load_seconds, 1e-9)
 
     @property
     def failure_rate(self) -> float:
@@ -209,6 +225,7 @@ def extract(
     shard_images: int = _DEFAULT.shard_images,
     overwrite: bool = _DEFAULT.overwrite,
     progress: Callable[[Progress], None] | None = None,
+    stop: Callable[[], bool] | None = None,
 ) -> Report:
     """Embed folders of images into stores of ``.npy`` files; this is what the command runs.
 
@@ -225,10 +242,14 @@ def extract(
         out: folder of the store; of several stores, the folder that holds theirs. None is
             ``features/<name>``, the name that of the model, with ``@layer`` where one was chosen.
         progress: is called after every batch, from this thread.
+        stop: is asked after every batch; once it says yes, the run ends with what is done kept.
 
     The other arguments are the fields of :class:`extractor.options.Options`.
 
+    A run that is stopped, killed or fails keeps what it has done, and the same call goes on there.
+
     Raises:
+        InterruptedRunError: ``stop`` said so.
         ExtractorError: nothing usable was added; one of its children says what went wrong.
     """
     started = time.perf_counter()
@@ -269,38 +290,28 @@ def extract(
         )
     targets = load_targets(models, options)
     folders = [Path(folder) for folder in store_folders(place, [one.name for one in targets])]
-    tallies = [_Tally() for _ in targets]
+    loaded = time.perf_counter()
+    batch_size = _batch_size(targets, options)
+    listing = listing_digest(sources.paths)
+    jobs = [
+        Job(describe(target, options, sources.root, batch_size), len(sources), listing)
+        for target in targets
+    ]
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(StoreWriter(folder, overwrite=overwrite)) for folder in folders
+        stores = [
+            stack.enter_context(_Store(folder, target, job, sources, overwrite=overwrite))
+            for folder, target, job in zip(folders, targets, jobs, strict=True)
         ]
-        loaded = time.perf_counter()
-        run = _Run(targets, writers, tallies, options, sources)
-        run.fill(progress)
-        for target, tally in zip(targets, tallies, strict=True):
-            if tally.failed == len(sources):
-                told = "; ".join(f"{path}: {reason}" for path, reason in tally.first_failures)
-                which = f" of {target.name}" if len(targets) > 1 else ""
-                raise SourceError(
-                    f"none of the {len(sources)} images gives an embedding{which} ({told})"
-                )
-        manifests = run.publish()
+        resumed = min(store.done for store in stores)
+        _fill(stores, sources, options, batch_size, progress, stop)
+        for store in stores:
+            store.check_any(named=len(stores) > 1)
+        reports = tuple(store.publish() for store in stores)
     first = targets[0].parts[0].backbone
     return Report(
-        stores=tuple(
-            StoreReport(
-                out=folder,
-                rows=manifest.rows,
-                failed=manifest.failed,
-                shape=target.shape,
-                backbone=str(target),
-                first_failures=tuple(tally.first_failures),
-            )
-            for folder, manifest, target, tally in zip(
-                folders, manifests, targets, tallies, strict=True
-            )
-        ),
+        stores=reports,
         images=len(sources),
+        resumed=resumed,
         passed_over=sources.passed_over,
         device=str(first.device),
         precision=first.precision,
@@ -310,103 +321,211 @@ def extract(
 
 
 def _check_planned(models: Sequence[Model], place: str | None, options: Options) -> None:
-    """See whether the stores may be written, as far as it is known before a model is loaded."""
+    """See whether the stores may be written, as far as it is known before a model is loaded.
+
+    Whether a store that is there is what is asked for can only be said after that.
+    """
     typed = [model for model in models if isinstance(model, str)]
     names = planned_stores(typed, options)
     if names is not None and len(typed) == len(models):
         for folder in store_folders(place, names):
-            check_place(Path(folder), overwrite=options.overwrite)
+            check_place(Path(folder), overwrite=True, locked=True)
 
 
-class _Tally:
-    """Counts the images that failed in one store, and remembers the first few."""
+class _Store:
+    """One of the stores of a run: taken up where an interrupted run left it, filled, published.
 
-    def __init__(self) -> None:
-        self.failed = 0
-        self.first_failures: list[tuple[str, str]] = []
-
-    def fail(self, path: bytes, failure: Failure) -> None:
-        self.failed += 1
-        if len(self.first_failures) < FAILURES_SHOWN:
-            self.first_failures.append((show(path), failure.message))
-
-
-class _Run:
-    """Fills the stores of one run, side by side."""
+    Attributes:
+        target: what it holds.
+        done: images, from the first on, that have been dealt with.
+        failed: of these, how many have no row.
+    """
 
     def __init__(
-        self,
-        targets: Sequence[Target],
-        writers: Sequence[StoreWriter],
-        tallies: Sequence[_Tally],
-        options: Options,
-        sources: ImageList,
+        self, folder: Path, target: Target, job: Job, sources: ImageList, *, overwrite: bool
     ) -> None:
-        self._targets = targets
-        self._writers = writers
-        self._tallies = tallies
-        self._options = options
+        self.target = target
+        self.done = 0
+        self.failed = 0
+        self._folder = folder
+        self._job = job
         self._sources = sources
-        self._batch_size = _batch_size(targets, options)
-        self._descriptions = [
-            describe(target, options, sources.root, self._batch_size) for target in targets
-        ]
+        self._overwrite = overwrite
+        self._first_failures: list[tuple[str, str]] = []
+        self._there: Manifest | None = None  # a finished store that is what was asked for
+        self._writer = StoreWriter(folder, overwrite=overwrite)
+        self._shard: ShardWriter | None = None
 
-    def fill(self, progress: Callable[[Progress], None] | None) -> None:
-        """Compute every shard in order; images without a row go to the failures."""
-        total = len(self._sources)
-        plan = list(
-            plan_batches(
-                total, shard_images=self._options.shard_images, batch_size=self._batch_size
-            )
-        )
-        wanted = ([self._sources.full_path(i) for i in range(b.start, b.stop)] for b in plan)
-        with _loader(wanted, self._targets, self._options, self._batch_size) as loader:
-            rows = embed(self._targets, loader, normalize=self._options.normalize)
-            computed = zip(plan, rows, strict=True)
-            for number, batches in itertools.groupby(computed, key=lambda pair: pair[0].shard):
-                with ExitStack() as stack:
-                    shards = [
-                        stack.enter_context(writer.shard(number, description))
-                        for writer, description in zip(
-                            self._writers, self._descriptions, strict=True
-                        )
-                    ]
-                    images = 0
-                    for batch, embedded in batches:
-                        self._append(shards, embedded, batch)
-                        images += batch.stop - batch.start
-                        if progress is not None:
-                            failed = max(tally.failed for tally in self._tallies)
-                            progress(Progress(batch.stop, total, failed))
-                    for shard in shards:
-                        shard.finish(images)
+    def __enter__(self) -> _Store:
+        finish_publishing(self._folder)
+        if not self._overwrite and (self._folder / MANIFEST).is_file():
+            self._take_finished()
+            return self
+        self._writer.__enter__()
+        try:
+            self.done = self._writer.begin(self._job)
+            self._note(self._writer.failures_done(self._job.description))
+            self._check_unchanged(self._writer.records_done(self._job.description))
+        except BaseException:
+            self._writer.__exit__()
+            raise
+        return self
 
-    def publish(self) -> list[Manifest]:
-        """Make the stores visible, one after the other."""
-        return [
-            writer.publish(description, len(self._sources))
-            for writer, description in zip(self._writers, self._descriptions, strict=True)
-        ]
+    def __exit__(self, *_: object) -> None:
+        if not self.is_finished:
+            self._writer.__exit__()
 
-    def _append(self, shards: Sequence[ShardWriter], embedded: Embedded, batch: BatchPlan) -> None:
-        """Part the rows to keep, with their records, from the failures, which are noted."""
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was there, complete, before the run."""
+        return self._there is not None
+
+    @contextmanager
+    def shard(self, number: int) -> Iterator[None]:
+        """Open a shard for :meth:`append`; it counts once this is left without an error."""
+        if self._writer.is_finished(number):
+            yield  # another store of the run is behind
+            return
+        with self._writer.shard(number, self._job.description) as self._shard:
+            yield
+            self._shard.finish()
+        self._shard = None
+
+    def append(
+        self,
+        batch: BatchPlan,
+        rows: npt.NDArray[np.float32],
+        outcomes: Sequence[ImageInfo | Failure],
+    ) -> None:
+        """Part the rows to keep, with their records, from the failures."""
+        if batch.start < self.done or self._shard is None:
+            return
+        kept, records, failures = [], [], []
+        with np.errstate(over="ignore"):  # beyond what float16 holds is seen as not finite
+            stored = rows.astype(self._job.description.dtype, copy=False)
+        finite = np.asarray(np.isfinite(stored).reshape(len(rows), -1).all(axis=1))
         paths = self._sources.paths[batch.start : batch.stop]
-        for shard, writer, tally, rows in zip(
-            shards, self._writers, self._tallies, embedded.rows, strict=True
-        ):
-            kept, records = [], []
-            finite = np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))
-            for i, (path, outcome) in enumerate(zip(paths, embedded.outcomes, strict=True)):
-                if isinstance(outcome, ImageInfo) and not finite[i]:
-                    outcome = Failure("not-finite", "the embedding holds NaN or infinity")
-                if isinstance(outcome, Failure):
-                    writer.fail(path, outcome.reason, outcome.message)
-                    tally.fail(path, outcome)
-                else:
-                    kept.append(i)
-                    records.append(ImageRecord(path, *_stat(outcome)))
-            shard.append(rows[kept], records)
+        for i, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
+            if isinstance(outcome, ImageInfo) and not finite[i]:
+                outcome = Failure("not-finite", self._not_finite(rows[i]))
+            if isinstance(outcome, Failure):
+                failures.append(FailureRecord(path, outcome.reason, outcome.message))
+            else:
+                kept.append(i)
+                records.append(ImageRecord(path, *_stat(outcome)))
+        self._shard.append(stored[kept], records, failures)
+        self._note(failures)
+        self.done = batch.stop
+
+    def _not_finite(self, row: npt.NDArray[np.float32]) -> str:
+        if np.isfinite(row).all():
+            return f"the embedding holds {abs(row).max():.3g}, more than float16 does"
+        return "the embedding holds NaN or infinity"
+
+    def check_any(self, *, named: bool) -> None:
+        """See whether any image has a row.
+
+        Raises:
+            SourceError: none has.
+        """
+        if self.failed == len(self._sources):
+            self._writer.discard()
+            told = "; ".join(f"{path}: {reason}" for path, reason in self._first_failures)
+            which = f" of {self.target.name}" if named else ""
+            raise SourceError(
+                f"none of the {self.failed} images gives an embedding{which} ({told})"
+            )
+
+    def publish(self) -> StoreReport:
+        """Make it visible, and say what is in it."""
+        manifest = self._there or self._writer.publish(self._job)
+        return StoreReport(
+            out=self._folder,
+            rows=manifest.rows,
+            failed=manifest.failed,
+            shape=self.target.shape,
+            backbone=str(self.target),
+            first_failures=tuple(self._first_failures),
+        )
+
+    def _note(self, failures: Iterable[FailureRecord]) -> None:
+        for failure in failures:
+            self.failed += 1
+            if len(self._first_failures) < FAILURES_SHOWN:
+                self._first_failures.append((show(failure.path), failure.message))
+
+    def _take_finished(self) -> None:
+        store = FeatureStore.open(self._folder)
+        there = store.manifest
+        differ = Job(there.description, there.images, there.listing).differences(self._job)
+        if differ:
+            raise StoreError(
+                f"{self._folder} holds a finished store of something else "
+                f"({'; '.join(differ[:5])}); replace it with --overwrite, or choose another --out"
+            )
+        columns = (map(os.fsencode, store.paths), store.column("size"), store.column("mtime_ns"))
+        self._check_unchanged(
+            ImageRecord(path, size, mtime, 0, 0) for path, size, mtime in zip(*columns, strict=True)
+        )
+        self._there = there
+        self.done = there.images
+        self._note(
+            FailureRecord(os.fsencode(one["path"]), one["error"], one["message"])
+            for one in store.failures
+        )
+
+    def _check_unchanged(self, records: Iterable[ImageRecord]) -> None:
+        changed = [record.path for record in records if self._is_changed(record)]
+        if changed:
+            names = ", ".join(map(show, changed[:FAILURES_SHOWN]))
+            more = ", ..." if len(changed) > FAILURES_SHOWN else ""
+            raise StoreError(
+                f"{self._folder}: {len(changed)} of the images that have rows there changed or "
+                f"went since ({names}{more}); start anew with --overwrite, or choose another --out"
+            )
+
+    def _is_changed(self, record: ImageRecord) -> bool:
+        try:
+            status = os.stat(os.path.join(self._sources.root, record.path))
+        except OSError:
+            return True
+        return (status.st_size, status.st_mtime_ns) != (record.size, record.mtime_ns)
+
+
+def _fill(
+    stores: Sequence[_Store],
+    sources: ImageList,
+    options: Options,
+    batch_size: int,
+    progress: Callable[[Progress], None] | None,
+    stop: Callable[[], bool] | None,
+) -> None:
+    """Compute what is left, shard by shard in order, into all stores that are not finished."""
+    unfinished = [store for store in stores if not store.is_finished]
+    if not unfinished:
+        return
+    total = len(sources)
+    done = min(store.done for store in unfinished)
+    if progress is not None:
+        progress(Progress(done, total, max(store.failed for store in unfinished)))
+    whole = plan_batches(total, shard_images=options.shard_images, batch_size=batch_size)
+    plan = [batch for batch in whole if batch.stop > done]
+    targets = [store.target for store in unfinished]
+    wanted = ([sources.full_path(i) for i in range(b.start, b.stop)] for b in plan)
+    with _loader(wanted, targets, options, batch_size) as loader:
+        computed = zip(plan, embed(targets, loader, normalize=options.normalize), strict=True)
+        for number, batches in itertools.groupby(computed, key=lambda pair: pair[0].shard):
+            with ExitStack() as stack:
+                for store in unfinished:
+                    stack.enter_context(store.shard(number))
+                for batch, embedded in batches:
+                    for store, rows in zip(unfinished, embedded.rows, strict=True):
+                        store.append(batch, rows, embedded.outcomes)
+                    if progress is not None:
+                        failed = max(store.failed for store in unfinished)
+                        progress(Progress(batch.stop, total, failed))
+                    if stop is not None and stop() and batch.stop < total:
+                        raise InterruptedRunError(batch.stop, total)
 
 
 def _stat(info: ImageInfo) -> tuple[int, int, int, int]:

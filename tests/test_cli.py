@@ -222,8 +222,13 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
         assert run.stderr is not None
         told = run.stderr.read()
     assert "Traceback" not in told
-    assert "the same command starts again" in told
-    assert not out.exists()
+    assert "the same command goes on there" in told
+    assert not (out / "store.json").exists()
+
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert "images were done already" in done.stdout
+    assert len(FeatureStore.open(out)) == 400
 
 
 @pytest.mark.usefixtures("mean_model")

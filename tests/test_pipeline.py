@@ -14,7 +14,7 @@ from models import MeanPixel, mean_pixel, normalised
 from pictures import colour, noise
 from PIL import Image
 
-from extractor import Extractor, FeatureStore, extract, pipeline
+from extractor import Backbone, Extractor, FeatureStore, Preprocess, extract, pipeline
 from extractor.backbones import targets
 from extractor.errors import (
     DecodeError,
@@ -189,7 +189,7 @@ def test_progress_is_told_after_every_batch(photos: Path, tmp_path: Path) -> Non
     (photos / "05.png").write_text("bad")
     told: list[Progress] = []
     extract(photos, out=tmp_path / "out", batch_size=5, progress=told.append)
-    assert [p.done for p in told] == [5, 10, 12]
+    assert [p.done for p in told] == [0, 5, 10, 12]  # 0: the models are ready
     assert {p.total for p in told} == {12}
     assert told[-1].failed == 1
 
@@ -215,7 +215,7 @@ def test_a_finished_store_is_only_replaced_when_asked(photos: Path, tmp_path: Pa
     out = tmp_path / "out"
     extract(photos, out=out, shard_images=4)
     before = files_of(out)
-    with pytest.raises(StoreError, match=r"holds a finished store: 11 rows of test:mean.*--overwr"):
+    with pytest.raises(StoreError, match=r"shard_images: 4 there, 65536 now.*--overwrite"):
         extract(photos, out=out)
     assert files_of(out) == before
     shutil.rmtree(photos / "deep")
@@ -236,7 +236,9 @@ def test_a_run_that_fails_leaves_the_old_store(photos: Path, tmp_path: Path) -> 
 
     with pytest.raises(KeyboardInterrupt, match="enough"):
         extract(photos, out=out, overwrite=True, batch_size=3, progress=stop)
-    assert files_of(out) == before
+    now = files_of(out)
+    assert {name: now[name] for name in before} == before
+    assert {name.split("/")[0] for name in now.keys() - before.keys()} == {".extractor-partial"}
 
 
 @pytest.mark.usefixtures("mean_model")
@@ -391,3 +393,21 @@ def test_callbacks_are_called_from_the_callers_thread(
     callback: Callable[[Progress], None] = lambda _: seen.append(threading.current_thread())  # noqa: E731
     extract(photos, out=tmp_path / "out", progress=callback)
     assert set(seen) == {threading.main_thread()}
+
+
+def test_numbers_that_float16_cannot_hold_are_failures_and_no_infinities(tmp_path: Path) -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.sum((2, 3)) * 100  # of 8 x 8 pixels: 6,400 times the level
+
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 9), (0, 0, 255)).save(tmp_path / "in/a.png")
+    Image.new("RGB", (9, 9), (0, 0, 0)).save(tmp_path / "in/b.png")
+    preprocess = Preprocess.standard(8, mean=(0.0,) * 3, std=(0.01, 0.01, 0.01))
+    backbone = Backbone.from_module(Sum(), head=None, preprocess=preprocess, device="cpu")
+    report = extract(tmp_path / "in", backbone, tmp_path / "out", dtype="float16")
+    assert report.store.features[:].tolist() == [[0, 0, 0]]
+    assert report.store.paths == ["b.png"]
+    (failure,) = report.failures
+    assert failure["error"] == "not-finite"
+    assert "6.4e+05, more than float16 does" in failure["message"]

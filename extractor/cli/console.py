@@ -43,6 +43,7 @@ class Bar:
             self._clear()
             self._bar = tqdm(
                 total=progress.total,
+                initial=progress.done,
                 unit="img",
                 smoothing=0.1,
                 dynamic_ncols=width > 0,

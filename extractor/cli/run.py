@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from extractor.cli import environment
 from extractor.cli.console import Bar, logging_to, print_lines
 from extractor.errors import SourceError, UsageError
 from extractor.options import (
@@ -25,7 +26,8 @@ from extractor.preprocess import FITS, INTERPOLATIONS
 from extractor.version import __version__
 
 if TYPE_CHECKING:
-    from extractor.pipeline import Report
+    from extractor.cli.signals import Stopping
+    from extractor.pipeline import Progress, Report
     from extractor.sources import ImageList
 
 __all__ = ["build_parser", "extract"]
@@ -53,9 +55,13 @@ other commands (a folder of such a name is written ./models):
   extract models [GLOB]                             what models there are
   extract models show NAME                          one of them, with its layers
   extract download NAME...                          fetch weights, for a machine without network
+  extract info STORE                                how a store was made
+  extract verify STORE                              whether every byte of it is right
+
+Every flag can stand in the environment: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.
 
 exit codes: 0 every image is in the store; 1 failed, nothing was added; 2 wrong usage; 3 the store
-is complete but some images failed; 130 and 143 interrupted.
+is complete but some images failed; 130 and 143 interrupted: the same command goes on.
 """
 
 
@@ -217,13 +223,13 @@ def _three(text: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def extract(arguments: Sequence[str]) -> int:
+def extract(arguments: Sequence[str], stopping: Stopping) -> int:
     """Run the main job and return its exit code.
 
     Raises:
         ExtractorError: it failed.
     """
-    parsed = build_parser().parse_args(arguments)
+    parsed = environment.parse(build_parser(), arguments)
     accepted = check_failure_rate(parsed.max_failure_rate)
     if bool(parsed.inputs) == bool(parsed.list):
         raise UsageError(
@@ -240,7 +246,7 @@ def extract(arguments: Sequence[str]) -> int:
     if not all(models) or parsed.out == "":
         raise UsageError("got an empty name, expected a model and a folder for the store")
     for folder in store_folders(parsed.out, planned_stores(models, options) or []):
-        check_place(Path(folder), overwrite=options.overwrite)
+        check_place(Path(folder), overwrite=True, locked=True)
     images = _read_list(parsed.list) if parsed.list else list_images(parsed.inputs)
 
     bar = Bar(quiet=parsed.quiet)
@@ -249,12 +255,18 @@ def extract(arguments: Sequence[str]) -> int:
         from extractor.devices import keep_freed_memory
 
         keep_freed_memory()
+
+        def show(progress: Progress) -> None:
+            stopping.graceful = True  # from now on a batch is worth waiting for
+            bar.update(progress)
+
         report = pipeline.extract(
             images,
             models,
             parsed.out,
             **{name: getattr(options, name) for name in Options.__dataclass_fields__},
-            progress=bar.update,
+            progress=show,
+            stop=stopping,
         )
     if not parsed.quiet:
         print_lines(summary(report))
@@ -308,6 +320,10 @@ def summary(report: Report) -> list[str]:
             lines += [("", f"{path}: {reason}") for path, reason in store.first_failures]
             if store.failed > len(store.first_failures):
                 lines.append(("", "..."))
+    if report.resumed == report.images:
+        lines.append(("nothing to do", "all of it was there already"))
+    elif report.resumed:
+        lines.append(("resumed", f"{report.resumed} images were done already"))
     lines += [
         ("device", f"{report.device}, {report.precision}"),
         (
@@ -318,4 +334,4 @@ def summary(report: Report) -> list[str]:
     ]
     if report.passed_over:
         lines.append(("passed over", f"{report.passed_over} files that are no images"))
-    return [f"{name:12} {text}" for name, text in lines]
+    return [f"{name:13} {text}" for name, text in lines]

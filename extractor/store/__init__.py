@@ -2,13 +2,16 @@
 
 from extractor.store.array import ShardedArray
 from extractor.store.format import Description, Manifest
+from extractor.store.journal import FailureRecord, ImageRecord
 from extractor.store.reader import FeatureStore
-from extractor.store.writer import ImageRecord, StoreWriter
+from extractor.store.writer import Job, StoreWriter
 
 __all__ = [
     "Description",
+    "FailureRecord",
     "FeatureStore",
     "ImageRecord",
+    "Job",
     "Manifest",
     "ShardedArray",
     "StoreWriter",

@@ -36,7 +36,7 @@ def sync_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Let no Ctrl-C and no SIGTERM in between; for the moments in which a run can only succeed.
+    """Let no signal that ends a run in between; for the moments in which it can only succeed.
 
     Signals reach the main thread alone, so elsewhere there is nothing to hold off.
     """
@@ -51,7 +51,7 @@ def undisturbed() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM)
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
 
 def describe(path: Path, name: str) -> FileEntry:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,8 +22,10 @@ __all__ = [
     "FileEntry",
     "Manifest",
     "ShardEntry",
+    "checksum",
     "features_name",
     "images_name",
+    "listing_digest",
 ]
 
 FORMAT = "extractor-store"
@@ -77,6 +81,12 @@ class ShardEntry:
         if (self.features.name, self.index.name) != names:
             raise ValueError(f"shard {self.shard}: files {self.features.name}, {self.index.name}")
 
+    @classmethod
+    def from_mapping(cls, entry: Mapping[str, Any]) -> ShardEntry:
+        """The entry that :func:`dataclasses.asdict` made a mapping of."""
+        features, index = FileEntry(**entry["features"]), FileEntry(**entry["index"])
+        return cls(**{**entry, "features": features, "index": index})
+
 
 @dataclass(frozen=True)
 class Description:
@@ -108,6 +118,19 @@ class Description:
         if not self.shape or min(self.shape) < 1 or math.prod(self.shape) != self.dim:
             raise ValueError(f"dim: got {self.dim} for embeddings of shape {self.shape}")
 
+    def differences(self, other: Description) -> list[str]:
+        """What two stores' making differs in, each with both sides; empty for the same.
+
+        Versions of Python and of what only writes files do not count.
+        """
+        # By way of JSON, which knows no tuples.
+        mine, theirs = (_flat(json.loads(json.dumps(asdict(one)))) for one in (self, other))
+        return [
+            f"{key}: {_told(mine.get(key))} there, {_told(theirs.get(key))} now"
+            for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key) and key not in _UNIMPORTANT
+        ]
+
     @property
     def dim(self) -> int:
         """Numbers in one embedding."""
@@ -135,18 +158,38 @@ class Description:
         return f"{self.model} ({weights}, sha256 {str(self.backbone.get('sha256'))[:12]})"
 
 
+_UNIMPORTANT = {f"software.{name}" for name in ("python", "numpy", "pyarrow")}
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    """Nested mappings as one, the names joined by dots."""
+    if not isinstance(value, Mapping):
+        return {name: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat.update(_flat(inner, f"{name}.{key}" if name else key))
+    return flat
+
+
+def _told(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 @dataclass(frozen=True)
 class Manifest:
     """``store.json``: what the store holds and how it was made.
 
     Attributes:
         images: images that were asked for; rows and failures together.
+        listing: SHA-256 of their paths, see :func:`listing_digest`.
         rows: images that have a row.
         created: end of the run, ISO 8601 in UTC.
     """
 
     description: Description
     images: int
+    listing: str
     rows: int
     shards: tuple[ShardEntry, ...]
     failures: FileEntry
@@ -176,10 +219,13 @@ class Manifest:
             "created": self.created,
             **description,
             "counts": {"images": self.images, "rows": self.rows, "failures": self.failed},
+            "listing": self.listing,
             "shards": [asdict(shard) for shard in self.shards],
             "failures": asdict(self.failures),
+            "checksum": "",
         }
-        return json.dumps(content, indent=2, ensure_ascii=True) + "\n"
+        text = json.dumps(content, indent=2, ensure_ascii=True) + "\n"
+        return text.replace(_CHECKSUM.format(""), _CHECKSUM.format(checksum(text)))
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str) -> Manifest:
@@ -205,8 +251,9 @@ class Manifest:
                     **{key: content[key] for key in Description.__dataclass_fields__}
                 ),
                 images=content["counts"]["images"],
+                listing=content["listing"],
                 rows=content["counts"]["rows"],
-                shards=tuple(_shard(entry) for entry in content["shards"]),
+                shards=tuple(ShardEntry.from_mapping(entry) for entry in content["shards"]),
                 failures=FileEntry(**content["failures"]),
                 created=content["created"],
             )
@@ -214,6 +261,19 @@ class Manifest:
             raise StoreError(f"{name} is damaged: {type(error).__name__} {error}") from error
 
 
-def _shard(entry: Mapping[str, Any]) -> ShardEntry:
-    features, index = FileEntry(**entry["features"]), FileEntry(**entry["index"])
-    return ShardEntry(**{**entry, "features": features, "index": index})
+# The last line but one of a manifest.
+_CHECKSUM = '  "checksum": "{}"\n'
+
+
+def checksum(text: str) -> str:
+    """SHA-256 of a manifest's text without its own checksum."""
+    blank = re.sub(_CHECKSUM.format("[0-9a-f]*") + r"\}\n\Z", _CHECKSUM.format("") + "}\n", text)
+    return hashlib.sha256(blank.encode()).hexdigest()
+
+
+def listing_digest(paths: Iterable[bytes]) -> str:
+    """SHA-256 of paths, each ended by a zero byte."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path + b"\0")
+    return digest.hexdigest()

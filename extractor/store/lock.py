@@ -28,16 +28,8 @@ class Lock:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             descriptor = os.open(self._path, flags, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-                os.close(descriptor)
-                place = self._path.parent.parent
-                raise StoreError(
-                    f"{place} is being written by {holder or 'another process'}; wait for it, or "
-                    "choose another --out"
-                ) from error
-            except OSError:
+                self._take(descriptor)
+            except BaseException:
                 os.close(descriptor)
                 raise
             if _is_still(descriptor, self._path):
@@ -47,6 +39,32 @@ class Lock:
         os.truncate(self._descriptor, 0)
         os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return self
+
+    def check(self) -> None:
+        """See whether another process holds it, and leave it as it is.
+
+        Raises:
+            StoreError: one does.
+        """
+        try:
+            descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:  # there is none, or it is not for us to say
+            return
+        try:
+            self._take(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
+            place = self._path.parent.parent
+            raise StoreError(
+                f"{place} is being written by {holder or 'another process'}; wait for it, or "
+                "choose another --out"
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,32 +31,70 @@ from extractor.store.format import (
     features_name,
     images_name,
 )
+from extractor.store.index import index_bytes, read_index
+from extractor.store.journal import (
+    BatchEntry,
+    FailureRecord,
+    ImageRecord,
+    Journal,
+    read_journal,
+)
 from extractor.store.lock import Lock
 
-__all__ = ["ImageRecord", "ShardWriter", "StoreWriter"]
+__all__ = ["Job", "ShardWriter", "StoreWriter", "check_place", "finish_publishing"]
 
+JOB = "job.json"  # what the run was asked for
+JOURNAL = "journal"  # what it has done of each shard
 REPLACED = "replaced.json"  # the old manifest, while the new store takes its place
 
 
-class ImageRecord(NamedTuple):
-    """One row of a shard's index; ``path`` relative to the root, sizes in bytes and pixels."""
+@dataclass(frozen=True)
+class Job:
+    """What a run is asked for; one that is the same goes on where an interrupted one stopped.
 
-    path: bytes
-    size: int
-    mtime_ns: int
-    width: int
-    height: int
+    Attributes:
+        images: how many there are.
+        listing: digest of their paths, :func:`extractor.store.format.listing_digest`.
+    """
+
+    description: Description
+    images: int
+    listing: str
+
+    def differences(self, other: Job) -> list[str]:
+        """What an interrupted run was asked for otherwise, each with both sides."""
+        differ = self.description.differences(other.description)
+        if (self.images, self.listing) != (other.images, other.listing):
+            differ.append(f"images: {self.images} there, {other.images} now, not the same paths")
+        return differ
+
+    def to_json(self) -> str:
+        """The text of ``job.json``."""
+        content = {**asdict(self.description), "images": self.images, "listing": self.listing}
+        return json.dumps(content, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Job:
+        """What :meth:`to_json` wrote.
+
+        Raises:
+            ValueError, KeyError, TypeError: something else.
+        """
+        content = json.loads(text)
+        described = {key: content[key] for key in Description.__dataclass_fields__}
+        return cls(Description(**described), content["images"], content["listing"])
 
 
 class StoreWriter:
     """Builds one store in a hidden folder inside its place; :meth:`publish` makes it visible.
 
-    A context manager: entering claims the place, leaving without :meth:`publish` gives it up as it
-    was. Nothing that is there is touched before the new store is complete.
+    A context manager: entering claims the place. Leaving without :meth:`publish` gives it up as it
+    was, or, after :meth:`begin`, keeps what was done for the next run of the same job. Nothing that
+    is there is touched before the new store is complete.
 
     Args:
         out: folder of the store; made where it is not there.
-        overwrite: a finished store in ``out`` may be replaced.
+        overwrite: a finished store in ``out`` may be replaced, and an interrupted run thrown away.
 
     Raises:
         StoreError: ``out`` cannot be written, is in use, or holds something else.
@@ -66,8 +106,9 @@ class StoreWriter:
         self._staging = out / STAGING
         self._lock = Lock(self._staging / "lock")
         self._made: list[Path] = []  # folders that were not there before
-        self._failures: IO[str] | None = None
-        self._shards: list[ShardEntry] = []
+        self._prepared = False
+        self._keep = False
+        self._finished: dict[int, _FinishedShard] = {}
 
     def __enter__(self) -> StoreWriter:
         check_place(self._out, overwrite=self._overwrite)
@@ -81,10 +122,6 @@ class StoreWriter:
             try:
                 recover(self._out)
                 check_place(self._out, overwrite=self._overwrite)
-                _clear(self._staging)
-                (self._staging / FEATURES).mkdir()
-                (self._staging / IMAGES).mkdir()
-                self._failures = (self._staging / FAILURES).open("x", encoding="ascii")
             except BaseException:
                 self._give_up()
                 raise
@@ -93,32 +130,88 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self._give_up()
 
-    def shard(self, number: int, description: Description) -> ShardWriter:
-        """Begin shard ``number``; it counts once its writer has been finished."""
-        return ShardWriter(self._staging, number, description, self._shards)
+    def begin(self, job: Job) -> int:
+        """Take up what an interrupted run of the same job has done, or start anew.
 
-    def fail(self, path: bytes, reason: str, message: str) -> None:
-        """Note an image that has no row."""
-        assert self._failures is not None
-        entry = {"path": os.fsdecode(path), "error": reason, "message": message}
-        with _explained(self._out):
-            self._failures.write(json.dumps(entry, ensure_ascii=True) + "\n")
+        Returns:
+            How many images, from the first on, are done.
 
-    def publish(self, description: Description, images: int) -> Manifest:
-        """Complete the store, make it visible and return its manifest.
-
-        Args:
-            images: how many images were asked for.
+        Raises:
+            StoreError: an interrupted run was asked for something else, and ``overwrite`` is not
+                set; says what.
         """
-        assert self._failures is not None
         with _explained(self._out):
-            self._failures.flush()
-            os.fsync(self._failures.fileno())
+            there = self._staged_job()
+            differ = there.differences(job) if there is not None else []
+            if differ and not self._overwrite:
+                raise StoreError(
+                    f"{self._out} holds an interrupted run that was asked for something else "
+                    f"({'; '.join(differ[:5])}); repeat what it was asked for, or start anew with "
+                    "--overwrite, or choose another --out"
+                )
+            if there is None or differ:
+                self._start_anew()
+                write_whole(self._staging / JOB, job.to_json().encode())
+                sync_folder(self._staging)
+            else:
+                self._prepared = True
+                self._take_up()
+            self._keep = True
+            return self._images_done(job)
+
+    def discard(self) -> None:
+        """Keep nothing of what was done: going on there would come to the same end."""
+        self._keep = False
+
+    def is_finished(self, number: int) -> bool:
+        """Whether shard ``number`` is done."""
+        return number in self._finished
+
+    def shard(self, number: int, description: Description) -> ShardWriter:
+        """Begin shard ``number``, or go on with it; it counts once it has been finished."""
+        with _explained(self._out):
+            if not self._prepared:
+                self._start_anew()
+            return ShardWriter(self._staging, number, description, self._finished)
+
+    def records_done(self, description: Description) -> Iterator[ImageRecord]:
+        """The images that an interrupted run has given rows, as they were then."""
+        with _explained(self._out):
+            for number, finished in sorted(self._finished.items()):
+                if finished.entry is not None:
+                    yield from read_index(self._staging / images_name(number))
+            number = self._next_shard()
+            if (self._staging / _journal_name(number)).exists():
+                with ShardWriter(self._staging, number, description, self._finished) as shard:
+                    for entry in shard.entries:
+                        yield from entry.records
+
+    def failures_done(self, description: Description) -> Iterator[FailureRecord]:
+        """The images that an interrupted run has found without a row."""
+        with _explained(self._out):
+            for _, finished in sorted(self._finished.items()):
+                yield from finished.failures
+            number = self._next_shard()
+            if (self._staging / _journal_name(number)).exists():
+                with ShardWriter(self._staging, number, description, self._finished) as shard:
+                    for entry in shard.entries:
+                        yield from entry.failures
+
+    def publish(self, job: Job) -> Manifest:
+        """Complete the store, make it visible and return its manifest."""
+        with _explained(self._out):
+            if not self._prepared:
+                self._start_anew()
+            finished = [one for _, one in sorted(self._finished.items())]
+            failures = "".join(map(_failure_line, itertools.chain(*(f.failures for f in finished))))
+            write_whole(self._staging / FAILURES, failures.encode("ascii"))
+            shards = tuple(one.entry for one in finished if one.entry is not None)
             manifest = Manifest(
-                description,
-                images,
-                sum(shard.rows for shard in self._shards),
-                tuple(self._shards),
+                job.description,
+                job.images,
+                job.listing,
+                sum(shard.rows for shard in shards),
+                shards,
                 describe(self._staging / FAILURES, FAILURES),
                 datetime.now(timezone.utc).isoformat(timespec="seconds"),
             )
@@ -131,8 +224,53 @@ class StoreWriter:
                 sync_folder(self._staging)
                 recover(self._out)
                 self._made.clear()
+                self._keep = False
                 self._give_up()
         return manifest
+
+    # -- what is staged
+
+    def _start_anew(self) -> None:
+        _clear(self._staging)
+        for name in (FEATURES, IMAGES, JOURNAL):
+            (self._staging / name).mkdir()
+        self._prepared = True
+
+    def _staged_job(self) -> Job | None:
+        """What an interrupted run was asked for; None where there was none, or it left nothing."""
+        try:
+            return Job.from_json((self._staging / JOB).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):  # it died before it had begun
+            return None
+
+    def _take_up(self) -> None:
+        for name in (FEATURES, IMAGES, JOURNAL):
+            (self._staging / name).mkdir(exist_ok=True)
+        for path in sorted((self._staging / JOURNAL).glob("*.done")):
+            finished = _FinishedShard.from_json(path.read_bytes())
+            if finished.is_whole(self._staging):
+                self._finished[finished.shard] = finished
+
+    def _next_shard(self) -> int:
+        return max(self._finished, default=-1) + 1
+
+    def _images_done(self, job: Job) -> int:
+        done = sum(finished.images for finished in self._finished.values())
+        number = self._next_shard()
+        if not (self._staging / _journal_name(number)).exists():
+            return done
+        with ShardWriter(self._staging, number, job.description, self._finished) as shard:
+            if shard.images == min(job.description.shard_images, job.images - done):
+                shard.finish()  # the run died before it could
+            return done + shard.images
+
+    def _has_work(self) -> bool:
+        journals = (self._staging / JOURNAL).glob("*.jsonl")
+        return bool(self._finished) or any(path.stat().st_size for path in journals)
+
+    # -- the place
 
     def _make_folders(self) -> None:
         missing = []
@@ -151,12 +289,10 @@ class StoreWriter:
                 folder.rmdir()
 
     def _give_up(self) -> None:
-        if self._failures is not None:
-            with contextlib.suppress(OSError):
-                self._failures.close()
-            self._failures = None
         with contextlib.suppress(OSError):  # what is left is cleared by the next run
-            if (self._staging / MANIFEST).is_file():  # complete: the next run publishes it
+            complete = (self._staging / MANIFEST).is_file()  # the next run publishes it
+            staged = not self._prepared and self._staged_job() is not None
+            if complete or staged or (self._keep and self._has_work()):
                 self._lock.__exit__()
                 return
             _clear(self._staging)
@@ -166,67 +302,147 @@ class StoreWriter:
         self._unmake_folders()
 
 
+@dataclass(frozen=True)
+class _FinishedShard:
+    """A shard that is done; ``entry`` is None where none of its images has a row."""
+
+    shard: int
+    images: int
+    entry: ShardEntry | None
+    failures: Sequence[FailureRecord]
+
+    def to_json(self) -> str:
+        failures = [[os.fsdecode(one.path), *one[1:]] for one in self.failures]
+        entry = None if self.entry is None else asdict(self.entry)
+        content = {
+            "shard": self.shard,
+            "images": self.images,
+            "entry": entry,
+            "failures": failures,
+        }
+        return json.dumps(content, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes) -> _FinishedShard:
+        content = json.loads(text)
+        failures = [FailureRecord(os.fsencode(one[0]), *one[1:]) for one in content["failures"]]
+        entry = None if content["entry"] is None else ShardEntry.from_mapping(content["entry"])
+        return cls(content["shard"], content["images"], entry, failures)
+
+    def is_whole(self, staging: Path) -> bool:
+        """Whether its files are there in their full size."""
+        files = () if self.entry is None else (self.entry.features, self.entry.index)
+        return all(_size(staging / file.name) == file.bytes for file in files)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return -1
+
+
 class ShardWriter:
     """Appends rows to one shard; memory does not grow with them, but for the index.
 
-    A context manager; leaving it without :meth:`finish` leaves no shard.
+    A context manager; leaving it without :meth:`finish` leaves no shard, but what the next run of
+    the same job goes on with.
     """
 
     def __init__(
-        self, staging: Path, number: int, description: Description, finished: list[ShardEntry]
+        self,
+        staging: Path,
+        number: int,
+        description: Description,
+        finished: dict[int, _FinishedShard],
     ) -> None:
         self._staging = staging
         self._number = number
         self._dtype = np.dtype(description.dtype).newbyteorder("<")
         self._row_shape = description.shape
         self._finished = finished
-        self._records: list[ImageRecord] = []
         self._path = staging / features_name(number)
         self._beside = self._path.with_name(self._path.name + ".partial")
-        with _explained(staging.parent):
-            self._file = self._beside.open("xb")
-            self._file.write(self._header(0))
+        header = self._header(0)
+        if self._path.exists():  # a run died between its last rows and the end of the shard
+            os.replace(self._path, self._beside)
+        self._file = self._beside.open("r+b" if self._beside.exists() else "x+b")
+        row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
+        journal = staging / _journal_name(number)
+        self.entries = read_journal(journal, self._file, row_bytes, len(header))
+        self._file.seek(0)
+        self._file.write(header)
+        rows = sum(len(entry.records) for entry in self.entries)
+        self._file.seek(len(header) + rows * row_bytes)
+        self._file.truncate()
+        self._journal = Journal(journal, self._file, self.entries)
+
+    @property
+    def images(self) -> int:
+        """Images that the shard answers for so far."""
+        return sum(entry.images for entry in self.entries)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._journal.sync()
         with contextlib.suppress(OSError):  # of a shard that is given up anyway
+            self._journal.close()
             self._file.close()
 
-    def append(self, rows: npt.NDArray[np.floating], records: Sequence[ImageRecord]) -> None:
-        """Add embeddings ``(n, *shape)``, cast to the stored type, with a record each."""
+    def append(
+        self,
+        rows: npt.NDArray[np.floating],
+        records: Sequence[ImageRecord],
+        failures: Sequence[FailureRecord] = (),
+    ) -> None:
+        """Add one batch: embeddings ``(n, *shape)``, cast to the stored type, with a record each.
+
+        Args:
+            failures: the images of the batch that have no row.
+        """
         if rows.shape != (len(records), *self._row_shape):
             raise ValueError(
                 f"{rows.shape} rows for {len(records)} records of shape {self._row_shape}"
             )
+        entry = BatchEntry(tuple(records), tuple(failures))
         with _explained(self._staging.parent):
-            self._file.write(np.ascontiguousarray(rows, dtype=self._dtype).data)
-        self._records.extend(records)
+            self._journal.append(np.ascontiguousarray(rows, dtype=self._dtype).tobytes(), entry)
+        self.entries.append(entry)
 
-    def finish(self, images: int) -> ShardEntry | None:
-        """Close the shard of ``images`` images; None and no file where none of them has a row."""
+    def finish(self) -> ShardEntry | None:
+        """Close the shard; None and no file where none of its images has a row."""
+        records = [record for entry in self.entries for record in entry.records]
+        failures = [failure for entry in self.entries for failure in entry.failures]
+        entry = None
         with _explained(self._staging.parent):
-            if not self._records:
+            self._journal.sync()
+            self._journal.close()
+            if records:
+                self._file.seek(0)
+                self._file.write(self._header(len(records)))
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                self._file.close()
+                os.replace(self._beside, self._path)
+                index = images_name(self._number)
+                write_whole(self._staging / index, index_bytes(records))
+                entry = ShardEntry(
+                    self._number,
+                    self.images,
+                    len(records),
+                    describe(self._path, features_name(self._number)),
+                    describe(self._staging / index, index),
+                )
+            else:
                 self._file.close()
                 self._beside.unlink()
-                return None
-            self._file.seek(0)
-            self._file.write(self._header(len(self._records)))
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._beside, self._path)
-            index = images_name(self._number)
-            write_whole(self._staging / index, _index(self._records))
-            entry = ShardEntry(
-                self._number,
-                images,
-                len(self._records),
-                describe(self._path, features_name(self._number)),
-                describe(self._staging / index, index),
-            )
-        self._finished.append(entry)
+            done = _FinishedShard(self._number, self.images, entry, failures)
+            write_whole(self._staging / _done_name(self._number), done.to_json().encode())
+            (self._staging / _journal_name(self._number)).unlink()
+        self._finished[self._number] = done
         return entry
 
     def _header(self, rows: int) -> bytes:
@@ -239,8 +455,49 @@ class ShardWriter:
         return header.getvalue()
 
 
-def check_place(out: Path, *, overwrite: bool) -> None:
+def _journal_name(shard: int) -> str:
+    return f"{JOURNAL}/{shard:05d}.jsonl"
+
+
+def _done_name(shard: int) -> str:
+    return f"{JOURNAL}/{shard:05d}.done"
+
+
+def _failure_line(failure: FailureRecord) -> str:
+    entry = {
+        "path": os.fsdecode(failure.path),
+        "error": failure.reason,
+        "message": failure.message,
+    }
+    return json.dumps(entry, ensure_ascii=True) + "\n"
+
+
+def finish_publishing(out: Path) -> None:
+    """Publish the store of a run that was complete when it died, and clear what it left.
+
+    What an interrupted run has done, and the next one goes on with, is not touched.
+
+    Raises:
+        StoreError: another run is at work there, or the place cannot be written.
+    """
+    staging = out / STAGING
+    complete = (staging / MANIFEST).is_file()
+    if not complete and ((staging / JOB).is_file() or not staging.is_dir()):
+        return
+    with _explained(out):
+        _check_staging(staging)
+        with Lock(staging / "lock"):
+            recover(out)
+            _clear(staging)
+            (staging / "lock").unlink(missing_ok=True)
+            staging.rmdir()
+
+
+def check_place(out: Path, *, overwrite: bool, locked: bool = False) -> None:
     """See whether a store may be written to ``out``; changes nothing.
+
+    Args:
+        locked: see, too, whether another run is at work there.
 
     Raises:
         StoreError: it is a file, holds a finished store that may not be replaced, or other files.
@@ -255,6 +512,8 @@ def check_place(out: Path, *, overwrite: bool) -> None:
                 f"{out} is a file, expected a folder for the store; choose another --out"
             )
         _check_staging(out / STAGING)
+        if locked:
+            Lock(out / STAGING / "lock").check()
         if (out / MANIFEST).is_file():
             there = Manifest.from_json((out / MANIFEST).read_bytes(), str(out / MANIFEST))
             if not overwrite:
@@ -273,7 +532,9 @@ def check_place(out: Path, *, overwrite: bool) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Refuse to take for our own a staging folder that we did not make."""
-    ours = {"lock", FEATURES, IMAGES, FAILURES, MANIFEST, f"{MANIFEST}.partial", REPLACED}
+    named = (FAILURES, MANIFEST, JOB)
+    ours = {"lock", FEATURES, IMAGES, JOURNAL, REPLACED, *named}
+    ours |= {f"{name}.partial" for name in named}
     if staging.is_symlink() or (staging.is_dir() and not ours.issuperset(os.listdir(staging))):
         raise StoreError(
             f"{staging} is not what a run of this program leaves there; move it away, or choose "
@@ -307,6 +568,7 @@ def recover(out: Path) -> None:
     if not (staging / MANIFEST).is_file():
         return
     new = Manifest.from_json((staging / MANIFEST).read_bytes(), str(staging / MANIFEST))
+    (staging / JOB).unlink(missing_ok=True)  # there is nothing left to go on with
     replaced = staging / REPLACED
     if (out / MANIFEST).is_file():
         os.replace(out / MANIFEST, replaced)
@@ -344,30 +606,6 @@ def _clear(staging: Path) -> None:
             shutil.rmtree(entry.path)
         elif entry.name != "lock":
             os.unlink(entry.path)
-
-
-def _index(records: Sequence[ImageRecord]) -> bytes:
-    """The Parquet file of a shard's index."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    paths: list[str] | list[bytes] = [record.path for record in records]
-    kind = pa.binary()
-    with contextlib.suppress(UnicodeDecodeError):
-        paths = [record.path.decode() for record in records]
-        kind = pa.string()
-    table = pa.table(
-        {
-            "path": pa.array(paths, kind),
-            "size": pa.array([record.size for record in records], pa.int64()),
-            "mtime_ns": pa.array([record.mtime_ns for record in records], pa.int64()),
-            "width": pa.array([record.width for record in records], pa.int32()),
-            "height": pa.array([record.height for record in records], pa.int32()),
-        }
-    )
-    content = io.BytesIO()
-    pq.write_table(table, content)
-    return content.getvalue()
 
 
 @contextlib.contextmanager

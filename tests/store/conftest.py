@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
-from extractor.store import Description, FeatureStore, ImageRecord, StoreWriter
+from extractor.store import (
+    Description,
+    FailureRecord,
+    FeatureStore,
+    ImageRecord,
+    Job,
+    StoreWriter,
+)
 
 
 def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Description:
@@ -50,7 +57,7 @@ def _fill(
     numbers: Sequence[int] | None = None,
     failures: Sequence[tuple[bytes, str, str]] = (),
     **described: Any,
-) -> tuple[Description, int]:
+) -> tuple[Job]:
     """Write the shards of a store; returns what ``publish`` wants."""
     dtype = parts[0].dtype.name if parts else "float32"
     dim = parts[0].shape[1] if parts else 3
@@ -63,10 +70,13 @@ def _fill(
             for start in range(0, len(part), 3):  # more than one batch, and a short last one
                 rows = slice(start, start + 3)
                 shard.append(part[rows], records[rows])
-            shard.finish(len(part))
-    for failure in failures:
-        writer.fail(*failure)
-    return description, sum(map(len, parts)) + len(failures)
+            shard.finish()
+    if failures:
+        with writer.shard(len(parts) + 1, description) as shard:
+            empty = np.empty((0, *description.shape), np.float32)
+            shard.append(empty, [], [FailureRecord(*failure) for failure in failures])
+            shard.finish()
+    return (Job(description, sum(map(len, parts)) + len(failures), "0" * 64),)
 
 
 def _write(
@@ -113,7 +123,7 @@ def make_records() -> Callable[[Sequence[bytes]], list[ImageRecord]]:
 
 
 @pytest.fixture
-def fill() -> Callable[..., tuple[Description, int]]:
+def fill() -> Callable[..., tuple[Job]]:
     """Writes shards with a writer that was entered; returns the arguments of ``publish``."""
     return _fill
 

@@ -29,7 +29,10 @@ def shard(number: int, rows: int = 2, images: int = 4) -> ShardEntry:
 def manifest(describe_store: Callable[..., Description]) -> Manifest:
     shards = (shard(0), shard(3, rows=1))
     failures = FileEntry("failures.jsonl", 7, SHA)
-    return Manifest(describe_store(), 5, 3, shards, failures, "2024-01-02T03:04:05+00:00")
+    return Manifest(describe_store(), 5, LISTING, 3, shards, failures, "2024-01-02T03:04:05+00:00")
+
+
+LISTING = "0" * 64
 
 
 @pytest.fixture
@@ -63,8 +66,10 @@ def test_the_keys_of_the_text_have_a_fixed_order(content: dict[str, Any]) -> Non
         "shard_images",
         "software",
         "counts",
+        "listing",
         "shards",
         "failures",
+        "checksum",
     ]
     assert content["format"] == "extractor-store"
     assert content["version"] == 1
@@ -82,7 +87,7 @@ def test_any_root_comes_back_unchanged_from_an_ascii_text(
     describe_store: Callable[..., Description], root: str
 ) -> None:
     failures = FileEntry("failures.jsonl", 0, SHA)
-    text = Manifest(describe_store(root=root), 0, 0, (), failures, "now").to_json()
+    text = Manifest(describe_store(root=root), 0, LISTING, 0, (), failures, "now").to_json()
     assert text.isascii()
     assert text.endswith("}\n")
     assert Manifest.from_json(text.encode(), "OUT/store.json").description.root == root
@@ -90,11 +95,17 @@ def test_any_root_comes_back_unchanged_from_an_ascii_text(
 
 def test_two_manifests_differ_by_more_than_their_time(manifest: Manifest) -> None:
     later = Manifest(
-        manifest.description, 5, 3, manifest.shards, manifest.failures, "2030-01-01T00:00:00+00:00"
+        manifest.description,
+        5,
+        LISTING,
+        3,
+        manifest.shards,
+        manifest.failures,
+        "2030-01-01T00:00:00+00:00",
     )
     assert later == manifest
     assert later != Manifest(
-        manifest.description, 6, 3, manifest.shards, manifest.failures, later.created
+        manifest.description, 6, LISTING, 3, manifest.shards, manifest.failures, later.created
     )
 
 
@@ -207,7 +218,7 @@ def test_a_shard_has_rows_but_no_more_than_images(rows: int, images: int) -> Non
 def test_shards_are_listed_once_and_in_order(manifest: Manifest, numbers: tuple[int, ...]) -> None:
     shards = tuple(shard(number, rows=1) for number in numbers)
     with pytest.raises(ValueError, match="shards out of order"):
-        Manifest(manifest.description, 9, len(numbers), shards, manifest.failures, "now")
+        Manifest(manifest.description, 9, LISTING, len(numbers), shards, manifest.failures, "now")
 
 
 def test_a_description_checks_dim_and_dtype(describe_store: Callable[..., Description]) -> None:

@@ -157,3 +157,17 @@ def test_a_refused_lock_keeps_no_descriptor_open(tmp_path: Path) -> None:
             with pytest.raises(StoreError, match="being written"):
                 Lock(path).__enter__()
         assert opened() == before
+
+
+def test_a_lock_is_looked_at_without_being_taken(tmp_path: Path) -> None:
+    path = tmp_path / "staging" / "lock"
+    Lock(path).check()  # there is none
+    path.parent.mkdir()
+    with Lock(path):
+        said = path.read_text()
+        with pytest.raises(StoreError, match=rf"being written by process {os.getpid()} on"):
+            Lock(path).check()
+        assert path.read_text() == said
+    Lock(path).check()
+    with Lock(path):
+        pass

@@ -27,9 +27,16 @@ import pytest
 
 import extractor.store.writer as writer_module
 from extractor.errors import StoreError
-from extractor.store import Description, FeatureStore, ImageRecord, StoreWriter
+from extractor.store import (
+    Description,
+    FailureRecord,
+    FeatureStore,
+    ImageRecord,
+    Job,
+    StoreWriter,
+)
 from extractor.store.format import STAGING
-from extractor.store.writer import recover
+from extractor.store.writer import finish_publishing, recover
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
 Checked = Callable[[Path], "np.ndarray | None"]
@@ -67,8 +74,8 @@ def test_rows_of_another_type_or_layout_are_cast_as_numpy_casts(
             shard.append(rows.T, make_records([b"a", b"b", b"c", b"d"]))  # Fortran order, float64
             shard.append(rows.T[:0], [])
             shard.append(rows.T[::-2].astype(">f4"), make_records([b"e", b"f"]))
-            shard.finish(6)
-        writer.publish(description, 6)
+            shard.finish()
+        writer.publish(Job(description, 6, "0" * 64))
     expected = np.ascontiguousarray(np.concatenate([rows.T, rows.T[::-2]]), np.float16)
     assert (tmp_path / "out/features/00000.npy").read_bytes() == saved(expected)
 
@@ -145,6 +152,7 @@ GOLDEN_MANIFEST = """\
     "rows": 2,
     "failures": 1
   },
+  "listing": "0000000000000000000000000000000000000000000000000000000000000000",
   "shards": [
     {
       "shard": 0,
@@ -166,7 +174,8 @@ GOLDEN_MANIFEST = """\
     "name": "failures.jsonl",
     "bytes": 60,
     "sha256": "FAILURES_SHA256"
-  }
+  },
+  "checksum": ""
 }
 """
 
@@ -200,6 +209,8 @@ def test_the_bytes_of_a_store_do_not_change(
     )
     assert (out / "features/00000.npy").read_bytes() == GOLDEN_FEATURES
     assert (out / "failures.jsonl").read_bytes() == GOLDEN_FAILURES
+    digest = hashlib.sha256(manifest.encode()).hexdigest()
+    manifest = manifest.replace('"checksum": ""', f'"checksum": "{digest}"')
     assert (out / "store.json").read_bytes().decode("ascii") == manifest
 
 
@@ -278,10 +289,12 @@ def test_a_shard_without_rows_has_no_file_and_leaves_a_gap(
     with StoreWriter(out) as writer:
         for number, part in enumerate([parts[0], parts[0][:0], parts[1]]):
             with writer.shard(number, description) as shard:
-                shard.append(part, make_records([b"%d" % row for row in range(len(part))]))
-                entry = shard.finish(4)
+                failures = [FailureRecord(b"bad", "empty", "")] * (4 - len(part))
+                names = [b"%d" % row for row in range(len(part))]
+                shard.append(part, make_records(names), failures)
+                entry = shard.finish()
                 assert (entry is None) == (number == 1)
-        manifest = writer.publish(description, 12)
+        manifest = writer.publish(Job(description, 12, "0" * 64))
     assert [(s.shard, s.images, s.rows) for s in manifest.shards] == [(0, 4, 4), (2, 4, 3)]
     assert (manifest.images, manifest.rows, manifest.failed) == (12, 7, 5)
     assert sorted(name for name in tree(out) if "/" in name) == [
@@ -298,10 +311,10 @@ def test_a_shard_that_was_not_finished_is_not_in_the_store(
 ) -> None:
     out = tmp_path / "out"
     with StoreWriter(out) as writer:
-        description, images = fill(writer, parts[:1])
-        with writer.shard(1, description) as shard:
+        (job,) = fill(writer, parts[:1])
+        with writer.shard(1, job.description) as shard:
             shard.append(parts[1], make_records([b"a", b"b", b"c"]))
-        writer.publish(description, images)
+        writer.publish(job)
     assert [name for name in tree(out) if name.startswith("features/")] == ["features/00000.npy"]
     assert len(FeatureStore.open(out)) == 4
 
@@ -392,7 +405,7 @@ def test_leaving_without_publish_leaves_the_old_store_intact(
         assert {name: now[name] for name in before} == before
         assert {name.split("/")[0] for name in set(now) - set(before)} == {STAGING}
         assert np.array_equal(FeatureStore.open(out).features, np.concatenate(parts))
-    assert ready[1] == 4
+    assert ready[0].images == 4
     assert tree(out) == before
 
 
@@ -455,7 +468,7 @@ def test_foreign_files_that_come_while_a_run_works_stop_it_from_publishing(
         (out / "features" / "00009.npy").write_bytes(b"mine")
         before["features/00009.npy"] = b"mine"
         with pytest.raises(StoreError, match=r"not the store's \(features/00009\.npy\)"):
-            writer.publish(describe_store(), 0)
+            writer.publish(Job(describe_store(), 0, "0" * 64))
     assert tree(out) == before
 
 
@@ -595,7 +608,12 @@ def test_a_place_that_may_not_be_written_is_refused(tmp_path: Path, tree: Tree) 
 
 @pytest.mark.parametrize("failing", ["b", STAGING, "features"])
 def test_folders_that_were_made_go_again_when_one_cannot_be_made(
-    tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch, failing: str
+    tmp_path: Path,
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+    failing: str,
+    parts: list[np.ndarray],
+    fill: Fill,
 ) -> None:
     mkdir = Path.mkdir
 
@@ -605,8 +623,11 @@ def test_folders_that_were_made_go_again_when_one_cannot_be_made(
         mkdir(path, *args, **options)
 
     monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(StoreError, match=r"cannot write the store .*No space left on device"):
-        StoreWriter(tmp_path / "a/b").__enter__()
+    with (
+        pytest.raises(StoreError, match=r"cannot write the store .*No space left on device"),
+        StoreWriter(tmp_path / "a/b") as writer,
+    ):
+        fill(writer, parts)
     assert tree(tmp_path) == {}
 
 
@@ -742,8 +763,6 @@ def die(when: int) -> Callable[[int], None]:
 
 def abandon(writer: StoreWriter) -> None:
     """Let go of a writer as the kernel does when its process dies."""
-    assert writer._failures is not None
-    writer._failures.close()
     assert writer._lock._descriptor is not None
     os.close(writer._lock._descriptor)
 
@@ -752,8 +771,6 @@ def ready_writer(out: Path, fill: Fill, parts: list[np.ndarray]) -> tuple[StoreW
     writer = StoreWriter(out, overwrite=True)
     writer.__enter__()
     arguments = fill(writer, parts, failures=[(b"x", "empty", "no bytes")])
-    assert writer._failures is not None
-    writer._failures.flush()  # else both processes write the same lines
     return writer, arguments
 
 
@@ -856,7 +873,8 @@ def test_publish_writes_no_file_under_its_final_name(
     def publish() -> None:
         sys.addaudithook(watch)
         writer.publish(*arguments)
-        if written == [str(tmp_path / "out" / STAGING / "store.json.partial")]:
+        names = ["failures.jsonl.partial", "store.json.partial"]
+        if written == [str(tmp_path / "out" / STAGING / name) for name in names]:
             os._exit(DIED)
 
     assert in_child(publish, lambda step: None)
@@ -984,3 +1002,77 @@ def test_an_error_at_any_step_of_publish_loses_no_store(
             break
     assert when > 15
     assert not lost, "\n".join(lost)
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+def run_job(out: Path, job: Job, records: list[ImageRecord]) -> None:
+    """What a pipeline does: batches of two images, shards of four; image 5 has no row."""
+    finish_publishing(out)
+    if (out / "store.json").exists():
+        return
+    with StoreWriter(out) as writer:
+        done = writer.begin(job)
+        for number in range(3):
+            if writer.is_finished(number):
+                continue
+            with writer.shard(number, job.description) as shard:
+                for start in range(4 * number, min(4 * number + 4, len(records)), 2):
+                    if start < done:
+                        continue
+                    batch = records[start : start + 2]
+                    kept = [record for record in batch if record.path != b"5"]
+                    rows = np.array([[int(record.path), 1, 2] for record in kept], np.float32)
+                    failures = [FailureRecord(b"5", "empty", "")] if len(kept) < len(batch) else []
+                    shard.append(rows.reshape(-1, 3), kept, failures)
+                shard.finish()
+        writer.publish(job)
+
+
+def test_a_crash_at_any_step_of_a_run_is_gone_on_from(
+    tmp_path: Path,
+    describe_store: Callable[..., Description],
+    make_records: MakeRecords,
+    tree: Tree,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime(2024, 1, 2, 3, 4, 5, 678, tz)
+
+    monkeypatch.setattr(writer_module, "datetime", Clock)
+    records = make_records([b"%d" % place for place in range(10)])
+    job = Job(describe_store(), len(records), "0" * 64)
+    run_job(tmp_path / "undisturbed", job, records)
+    expected = tree(tmp_path / "undisturbed")
+    assert len([name for name in expected if name.endswith(".npy")]) == 3
+
+    for when in itertools.count(1):
+        out = tmp_path / str(when)
+        died = in_child(lambda out=out: run_job(out, job, records), die(when))
+        if died:
+            run_job(out, job, records)
+        assert tree(out) == expected, when
+        if not died:
+            break
+    assert when > 40
+
+
+def test_two_crashes_one_after_the_other_are_gone_on_from(
+    tmp_path: Path, describe_store: Callable[..., Description], make_records: MakeRecords
+) -> None:
+    records = make_records([b"%d" % place for place in range(10)])
+    job = Job(describe_store(), len(records), "0" * 64)
+    for first, second in itertools.product(range(5, 60, 7), range(1, 30, 5)):
+        out = tmp_path / f"{first}-{second}"
+        in_child(lambda out=out: run_job(out, job, records), die(first))
+        if not (out / "store.json").exists():
+            in_child(lambda out=out: run_job(out, job, records), die(second))
+        if not (out / "store.json").exists():
+            run_job(out, job, records)
+        store = FeatureStore.open(out)
+        assert store.features[:, 0].tolist() == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+        assert store.paths == ["0", "1", "2", "3", "4", "6", "7", "8", "9"]
+        assert [failure["path"] for failure in store.failures] == ["5"]

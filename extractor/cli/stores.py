@@ -1,0 +1,101 @@
+"""What is in a store and whether it is right: ``extract info`` and ``extract verify``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from extractor.cli.console import logging_to, print_lines, say
+from extractor.errors import UsageError
+
+if TYPE_CHECKING:
+    from extractor.store import FeatureStore
+
+__all__ = ["info", "verify"]
+
+# Problems that are printed; a store that was cut may have one for each row.
+SHOWN = 100
+
+
+def info(arguments: Sequence[str]) -> int:
+    """Print what a store's manifest says; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="extract info", description="Show what a store holds and how it was made."
+    )
+    parser.add_argument("store", metavar="STORE", help="its folder")
+    parser.add_argument("--json", action="store_true", help="the manifest itself, for programs")
+    parsed = parser.parse_args(arguments)
+    from extractor.store import FeatureStore
+
+    store = FeatureStore.open(parsed.store)
+    if parsed.json:
+        print_lines([store.manifest.to_json().rstrip("\n")])
+    else:
+        print_lines(_page(store))
+    return 0
+
+
+def _page(store: FeatureStore) -> list[str]:
+    manifest = store.manifest
+    made, embedding = manifest.description, manifest.description.embedding
+    parts = made.backbone.get("parts", [made.backbone])
+    shape = " x ".join(map(str, made.shape))
+    what = embedding.get("layer") and f" {embedding['layer']}, pool {embedding['pool'] or 'none'}"
+    lines = [("store", str(store.path)), ("made", manifest.created)]
+    for part in parts:
+        lines += [
+            ("model", f"{part['model']} ({part.get('library', '')} {part.get('library_version')})"),
+            ("weights", f"{part.get('weights')} {part.get('tag', '')}, sha256 {part['sha256']}"),
+            ("identity", ", ".join([*part.get("heads", []), *part.get("bypassed", [])]) or "none"),
+        ]
+    unit = ", unit length" if embedding.get("normalized") else ""
+    lines += [
+        ("embedding", f"{embedding['definition']}{what or ''}, {shape}, {made.dtype}{unit}"),
+        ("computed", ", ".join(f"{key} {value}" for key, value in made.computation.items())),
+        ("images", f"{manifest.images}: {manifest.rows} rows, {manifest.failed} failures"),
+        ("root", ascii(made.root)[1:-1]),
+        ("shards", f"{len(manifest.shards)}, of {made.shard_images} images"),
+        ("software", ", ".join(f"{key} {value}" for key, value in made.software.items())),
+    ]
+    return [f"{name:10} {text}" for name, text in lines]
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """Look at every byte of a store; returns 1 where something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="extract verify",
+        description="Look at every byte of a store: sizes, checksums, shapes, row counts, values.",
+    )
+    parser.add_argument("store", metavar="STORE", help="its folder")
+    parser.add_argument("--images", action="store_true", help="look at the image files, too")
+    parser.add_argument("--root", metavar="FOLDER", help="where the images are now")
+    parser.add_argument("--recompute", type=int, metavar="N", help="draw N rows again and compare")
+    parser.add_argument("--weights", metavar="FILE", help="for --recompute, of the user's own")
+    parser.add_argument("--device", default="auto", help="for --recompute (default: %(default)s)")
+    parsed = parser.parse_args(arguments)
+    if parsed.recompute is not None and parsed.recompute < 1:
+        raise UsageError(f"recompute: got {parsed.recompute}, expected 1 or more")
+    from extractor.store import FeatureStore
+    from extractor.store.verify import verify as problems_of
+    from extractor.store.verify import verify_images
+
+    folder = Path(parsed.store)
+    problems = list(problems_of(folder))
+    if not problems and parsed.images:
+        problems += verify_images(folder, parsed.root)
+    if not problems and parsed.recompute:
+        from extractor.recompute import recompute
+
+        with logging_to(say):
+            store = FeatureStore.open(folder)
+            problems += recompute(
+                store, parsed.recompute, weights=parsed.weights, device=parsed.device
+            )
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    print_lines([*problems[:SHOWN], *more])
+    if not problems:
+        manifest = FeatureStore.open(folder).manifest
+        print_lines([f"{folder} is right: {manifest.rows} rows, {manifest.failed} failures"])
+    return 1 if problems else 0

@@ -1,0 +1,112 @@
+"""Draws rows of a store again, to see that they are what its manifest says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from extractor.backbones import Backbone, Part, Target, load_backbone
+from extractor.decode import Failure
+from extractor.errors import StoreError
+from extractor.inference import embed, pictures_of
+from extractor.layers import PRE_LOGITS
+from extractor.loader import BatchLoader
+from extractor.preprocess import Preprocess
+from extractor.store import FeatureStore
+
+__all__ = ["recompute"]
+
+# Of the length of a row: other hardware sums in another order, float16 keeps 11 bits.
+TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
+
+
+def recompute(
+    store: FeatureStore, count: int, *, weights: str | None = None, device: str = "auto"
+) -> Iterator[str]:
+    """Which of ``count`` rows, spread over a store, come out otherwise now; a sentence each.
+
+    Args:
+        weights: the file that the store was made with, where it was one of the user's.
+        device: that computes.
+
+    Raises:
+        StoreError: the manifest does not say enough to load the same model.
+        ExtractorError: it cannot be loaded.
+    """
+    target = _target(store, weights, device)
+    dtype = store.manifest.description.dtype
+    normalize = bool(store.manifest.description.embedding["normalized"])
+    rows = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).astype(int))
+    paths = [os.path.join(store.root, store.paths[row]) for row in rows]
+    plan = iter([[path] for path in paths])
+    with BatchLoader(plan, pictures_of([target]), batch_size=1, workers=1) as loader:
+        computed = embed([target], loader, normalize=normalize)
+        for row, path, embedded in zip(rows, paths, computed, strict=True):
+            (outcome,) = embedded.outcomes
+            if isinstance(outcome, Failure):
+                yield f"row {row}: {path!a} cannot be decoded any more: {outcome.message}"
+                continue
+            now = embedded.rows[0][0].astype(dtype).astype(np.float64)
+            there = np.asarray(store[int(row)], np.float64)
+            apart = np.linalg.norm(now - there) / max(float(np.linalg.norm(there)), 1e-12)
+            if not apart <= TOLERANCE[dtype]:
+                yield f"row {row}: {path!a} comes out otherwise now, by {apart:.2g} of its length"
+
+
+def _target(store: FeatureStore, weights: str | None, device: str) -> Target:
+    described = store.manifest.description
+    made, embedding = described.backbone, described.embedding
+    if "parts" in made:
+        pairs = zip(made["parts"], described.preprocess["parts"], strict=True)
+        backbones = [_backbone(one, pixels, {}, None, device) for one, pixels in pairs]
+        parts = tuple(Part(backbone) for backbone in backbones)
+        return Target("again", parts, unit_parts=bool(embedding["unit_parts"]))
+    backbone = _backbone(made, described.preprocess, embedding, weights, device)
+    count = len(backbone.outputs)
+    return Target("again", tuple(Part(backbone, place) for place in range(count)))
+
+
+def _backbone(
+    made: Mapping[str, Any],
+    pixels: Mapping[str, Any],
+    embedding: Mapping[str, Any],
+    weights: str | None,
+    device: str,
+) -> Backbone:
+    model = made["model"]
+    if made["weights"] in ("file", "given") and weights is None:
+        raise StoreError(
+            f"the rows were made with {made['source'] or 'a module of your own'}; name that file "
+            "with --weights"
+        )
+    wanted = weights or ("random" if made["weights"] == "random" else made["tag"] or "default")
+    size = tuple(pixels["input_size"])
+    backbone = load_backbone(
+        model,
+        weights=wanted,
+        weights_key=made["key"] or None,
+        seed=made["seed"] or 0,
+        image_size=(size[0], size[1]),
+        bypass=made["bypassed"],
+        device=device,
+    )
+    if backbone.provenance.sha256 != made["sha256"]:
+        raise StoreError(
+            f"the weights of {model} are others now: SHA-256 {backbone.provenance.sha256}, "
+            f"{made['sha256']} when the store was made"
+        )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in pixels.items()
+    }
+    backbone = replace(backbone, preprocess=Preprocess(**values))
+    layers = [one["layer"] for one in embedding.get("parts", [embedding]) if one.get("layer")]
+    if layers:
+        pools = {one["pool"] for one in embedding.get("parts", [embedding])} - {""}
+        backbone = backbone.at_layers(layers, pools.pop() if pools else "avg")
+    elif backbone.outputs[0].definition not in (embedding.get("definition", PRE_LOGITS),):
+        raise StoreError(f"{model} gives {backbone.outputs[0].definition} now")
+    return backbone

@@ -1,0 +1,163 @@
+"""Whatever is done to a store is found."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from extractor import cli
+from extractor.errors import StoreError
+from extractor.store.verify import verify, verify_images
+
+MUTATIONS = int(os.environ.get("EXTRACTOR_TEST_MUTATIONS", "150"))
+
+
+@pytest.fixture
+def store(tmp_path: Path, write_store: Callable[..., Path]) -> Path:
+    """Three shards, of which the second has no rows, and failures."""
+    random = np.random.default_rng(0)
+    parts = [random.normal(size=(rows, 5)).astype(np.float32) for rows in (7, 4)]
+    failures = [(b"bad\xff.jpg", "empty", "no bytes"), (b"z.jpg", "corrupt", "\u00b5")]
+    return write_store(tmp_path / "store", parts, failures=failures)
+
+
+def problems(folder: Path) -> list[str]:
+    return list(verify(folder))
+
+
+def test_a_store_as_it_was_written_is_right(store: Path) -> None:
+    assert problems(store) == []
+
+
+def test_every_flipped_byte_and_every_cut_tail_is_found(store: Path, tmp_path: Path) -> None:
+    files = sorted(path.relative_to(store) for path in store.rglob("*") if path.is_file())
+    assert len(files) == 6
+    draw = random.Random(0)
+    for turn in range(MUTATIONS):
+        copy = tmp_path / "copy"
+        shutil.copytree(store, copy)
+        path = copy / files[turn % len(files)]
+        data = bytearray(path.read_bytes())
+        if draw.random() < 0.8:
+            place = draw.randrange(len(data))
+            data[place] ^= 1 << draw.randrange(8)
+            what = f"{path.name}: bit of byte {place} flipped"
+        else:
+            del data[draw.randrange(len(data)) :]
+            what = f"{path.name}: cut to {len(data)} bytes"
+        path.write_bytes(data)
+        try:
+            found = problems(copy)
+        except StoreError as error:  # a manifest that cannot be read at all
+            found = [str(error)]
+            assert path.name == "store.json", what
+        assert found, what
+        if path.name != "store.json":
+            assert any(path.name in problem for problem in found), (what, found)
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize(
+    "name", ["features/00000.npy", "images/00001.parquet", "failures.jsonl", "features", "images"]
+)
+def test_what_is_missing_is_named(store: Path, name: str) -> None:
+    path = store / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert any(name in problem for problem in problems(store))
+
+
+@pytest.mark.parametrize(
+    "name", ["features/00009.npy", "images/notes.txt", "extra", "features/.hidden"]
+)
+def test_what_is_not_of_the_store_is_named(store: Path, name: str) -> None:
+    (store / name).write_text("x")
+    assert problems(store) == [f"{name!a}: is not of the store"]
+
+
+def test_a_link_in_the_place_of_a_file_is_found(store: Path, tmp_path: Path) -> None:
+    os.rename(store / "features/00000.npy", tmp_path / "elsewhere.npy")
+    (store / "features/00000.npy").symlink_to(tmp_path / "elsewhere.npy")
+    assert problems(store) == ["features/00000.npy: is no regular file"]
+
+
+def test_values_that_are_not_finite_are_found_by_row(
+    tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    rows = np.ones((9000, 2), np.float16)
+    rows[8, 1], rows[5000, 0] = np.nan, np.inf
+    names = [[b"%04d" % row for row in range(9000)]]
+    store = write_store(tmp_path / "store", [rows], names=names)
+    assert problems(store) == [
+        "features/00000.npy: row 8 holds NaN or infinity",
+        "features/00000.npy: row 5000 holds NaN or infinity",
+    ]
+
+
+def test_a_path_with_two_rows_is_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    parts = [np.ones((2, 3), np.float32)] * 2
+    names = [[b"a", b"b"], [b"b", b"c"]]
+    store = write_store(tmp_path / "store", parts, names=names)
+    assert problems(store) == ["images/00001.parquet: 'b' has a row in shard 0 already"]
+
+
+def test_paths_out_of_order_are_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    part = np.ones((2, 3), np.float32)
+    store = write_store(tmp_path / "store", [part], names=[[b"b", b"a"]])
+    assert problems(store) == ["images/00000.parquet: its paths are not in order"]
+
+
+def test_no_store_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="is no finished store"):
+        problems(tmp_path)
+
+
+def test_images_that_changed_or_went_are_found(
+    tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    for name, size in (("0", 100), ("1", 3), ("2", 102)):
+        path = tmp_path / "in/0" / f"{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * size)
+        os.utime(path, ns=(10**18, 10**18 + int(name) * (name != "2")))
+    parts = [np.ones((4, 3), np.float32)]
+    store = write_store(tmp_path / "store", parts, root=str(tmp_path / "in"))
+    assert list(verify_images(store)) == [
+        "image '0/1.jpg': 3 bytes, 101 when it was read",
+        "image '0/2.jpg': changed since it was read",
+        "image '0/3.jpg': No such file or directory",
+    ]
+    (tmp_path / "in").rename(tmp_path / "moved")
+    assert len(list(verify_images(store))) == 4
+    assert len(list(verify_images(store, str(tmp_path / "moved")))) == 3
+
+
+def test_the_command_says_what_is_wrong(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", str(store)]) == 0
+    assert "is right: 11 rows, 2 failures" in capsys.readouterr().out
+    with (store / "features/00001.npy").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last[0] ^ 1]))
+    assert cli.main(["verify", str(store)]) == 1
+    assert "features/00001.npy: its bytes changed" in capsys.readouterr().out
+    assert cli.main(["verify", str(store / "features")]) == 1
+    assert "is no finished store" in capsys.readouterr().err
+    assert cli.main(["verify", str(store), "--recompute", "0"]) == 2
+
+
+def test_the_command_shows_the_manifest(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["info", str(store), "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown == json.loads((store / "store.json").read_bytes())
+    assert cli.main(["info", str(store)]) == 0
+    page = capsys.readouterr().out
+    for word in ("timm:tiny", "pre-logits, 5, float32", "13: 11 rows, 2 failures", "/photos"):
+        assert word in page

@@ -1,0 +1,259 @@
+"""A run that was stopped, killed or failed goes on, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from models import mean_pixel
+from pictures import noise
+
+from extractor import extract
+from extractor.backbones import targets
+from extractor.errors import InterruptedRunError, StoreError
+from extractor.options import Options
+from extractor.pipeline import Progress
+
+KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
+
+
+@pytest.fixture(autouse=True)
+def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(model: str, options: Options) -> object:
+        return mean_pixel(size=(24, 32) if model == "mean" else (16, 16))
+
+    monkeypatch.setattr(targets, "load", load)
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every file of a store; of the manifest all but the time and what hangs on it."""
+    files: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    manifest = json.loads((folder / "store.json").read_bytes())
+    files["store.json"] = {k: v for k, v in manifest.items() if k not in ("created", "checksum")}
+    return files
+
+
+def after(batches: int) -> Callable[[], bool]:
+    """Says yes when it is asked for the ``batches``-th time."""
+    asked = iter(range(1, 10**9))
+    return lambda: next(asked) >= batches
+
+
+@pytest.mark.parametrize("bad", [[], [0], [4, 5, 6, 7], [10]])
+@pytest.mark.parametrize("shard_images", [3, 4, 100])
+def test_a_stopped_run_ends_as_an_undisturbed_one(
+    photos: Path, tmp_path: Path, bad: list[int], shard_images: int
+) -> None:
+    files = sorted(path for path in photos.rglob("*") if path.is_file())
+    for place in bad:
+        files[place].write_text("bad")
+    settings = {"batch_size": 2, "shard_images": shard_images}
+    extract(photos, "mean", tmp_path / "undisturbed", **settings)
+    expected = content(tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    for batches in range(1, 20):  # each run does one batch more than the one before it
+        try:
+            report = extract(photos, "mean", out, **settings, stop=after(batches))
+            break
+        except InterruptedRunError:
+            assert not (out / "store.json").exists()
+    assert batches > 1
+    assert report.failed == len(bad)
+    assert content(out) == expected
+
+
+def test_what_is_done_is_not_computed_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InterruptedRunError, match="stopped after 4 of 11 images"):
+        extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(2))
+    told: list[Progress] = []
+    report = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=told.append)
+    assert [progress.done for progress in told] == [4, 6, 8, 10, 11]
+    assert report.resumed == 4
+    again = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=told.append)
+    assert again.resumed == again.images == 11
+    assert again.rows == 11
+    assert len(told) == 5  # nothing was computed
+
+
+def test_several_stores_go_on_side_by_side(photos: Path, tmp_path: Path) -> None:
+    models = ["mean", "small"]
+    extract(photos, models, tmp_path / "undisturbed", batch_size=2, shard_images=4)
+    with pytest.raises(InterruptedRunError, match="stopped after 6"):
+        extract(photos, models, tmp_path / "out", batch_size=2, shard_images=4, stop=after(3))
+    # One of them alone goes on, and is finished before the other.
+    extract(photos, ["small"], tmp_path / "out/small", batch_size=2, shard_images=4)
+    extract(photos, models, tmp_path / "out", batch_size=2, shard_images=4)
+    for model in models:
+        assert content(tmp_path / "out" / model) == content(tmp_path / "undisturbed" / model)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda photos: {"batch_size": 3}, r"computation.batch_size: 2 there, 3 now"),
+        (lambda photos: {"dtype": "float16"}, r'embedding.dtype: "float32" there, "float16" now'),
+        (lambda photos: {"normalize": True}, r"embedding.normalized: false there, true now"),
+        (lambda photos: {"shard_images": 9}, r"shard_images: 65536 there, 9 now"),
+        (
+            lambda photos: noise_file(photos / "new.png"),
+            r"images: 11 there, 12 now, not the same paths",
+        ),
+        (lambda photos: remove_one(photos), r"images: 11 there, 10 now"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_asked_for_otherwise_is_told_and_never_mixed(
+    photos: Path,
+    tmp_path: Path,
+    change: Callable[[Path], dict[str, object] | None],
+    match: str,
+    finished: bool,
+) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, object] = {"batch_size": 2}
+    if finished:
+        extract(photos, "mean", out, **settings)
+    else:
+        with pytest.raises(InterruptedRunError, match="stopped after 8"):
+            extract(photos, "mean", out, **settings, stop=after(4))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    settings |= change(photos) or {}
+    with pytest.raises(StoreError, match=rf"{match}.*--overwrite"):
+        extract(photos, "mean", out, **settings)
+    left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    lock = out / ".extractor-partial/lock"
+    assert {p: b for p, b in left.items() if p != lock} == {
+        p: b for p, b in before.items() if p != lock
+    }
+    extract(photos, "mean", out, **settings, overwrite=True)
+    extract(photos, "mean", tmp_path / "anew", **settings)
+    assert content(out) == content(tmp_path / "anew")
+
+
+def noise_file(path: Path) -> None:
+    noise(1, 9, 9).save(path)
+
+
+def remove_one(photos: Path) -> None:
+    (photos / "00.png").unlink()
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_an_image_that_changed_since_is_told(photos: Path, tmp_path: Path, finished: bool) -> None:
+    out = tmp_path / "out"
+    if finished:
+        extract(photos, "mean", out, batch_size=2)
+    else:
+        with pytest.raises(InterruptedRunError, match="stopped after 4"):
+            extract(photos, "mean", out, batch_size=2, stop=after(2))
+    noise_file(photos / "00.png")
+    with pytest.raises(StoreError, match=r"1 of the images .* changed or went since \(00.png\)"):
+        extract(photos, "mean", out, batch_size=2)
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12, 40, 200])
+@pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
+def test_a_torn_tail_costs_its_batch_and_no_more(
+    photos: Path, tmp_path: Path, what: str, cut: int
+) -> None:
+    extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
+    with pytest.raises(InterruptedRunError, match="stopped after 8"):
+        extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(4))
+    torn = tmp_path / "out/.extractor-partial" / what
+    os.truncate(torn, max(torn.stat().st_size - cut, 0))
+    report = extract(photos, "mean", tmp_path / "out", batch_size=2)
+    assert report.resumed in (0, 2, 4, 6)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
+def test_a_damaged_batch_is_computed_again(photos: Path, tmp_path: Path, what: str) -> None:
+    extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
+    draw = random.Random(0)
+    for turn in range(20):
+        out = tmp_path / f"out{turn}"
+        with pytest.raises(InterruptedRunError, match="stopped after 8"):
+            extract(photos, "mean", out, batch_size=2, stop=after(4))
+        damaged = out / ".extractor-partial" / what
+        data = bytearray(damaged.read_bytes())
+        place = draw.randrange(128, len(data)) if "npy" in what else data.index(b"\n") - 5
+        data[place] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(data)
+        extract(photos, "mean", out, batch_size=2)
+        assert content(out) == content(tmp_path / "undisturbed")
+
+
+# ---------------------------------------------------------------------------------------------
+# The real command
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of images, some of them bad, and the store of an undisturbed run."""
+    home = tmp_path_factory.mktemp("many")
+    (home / "in").mkdir()
+    for place in range(240):
+        path = home / "in" / f"{place:03d}.jpg"
+        if place % 50 == 7:
+            path.write_text("no image")
+        else:
+            noise(place, 60, 50).save(path)
+    done = subprocess.run(words(home, "undisturbed"), capture_output=True, check=False)
+    assert done.returncode == 3, done.stderr
+    return home / "in", home / "undisturbed"
+
+
+def words(home: Path, out: str) -> list[str]:
+    model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
+    sizes = ["-b", "4", "--shard-images", "50", "--image-size", "64"]
+    command = [sys.executable, "-m", "extractor", *model, *sizes, "--quiet"]
+    return [*command, str(home / "in"), "-o", str(home / out)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_a_run_that_is_ended_again_and_again_ends_as_an_undisturbed_one(
+    many: tuple[Path, Path], number: signal.Signals
+) -> None:
+    home = many[0].parent
+    out = home / f"out-{number.name}"
+    draw = random.Random(number)
+    ended = 0
+    while True:
+        with subprocess.Popen(words(home, out.name), stderr=subprocess.PIPE) as run:
+            partial = out / ".extractor-partial"
+            if ended < KILLS:
+                deadline = time.monotonic() + 60
+                while run.poll() is None and not partial.exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, 1.2))
+                run.send_signal(number)
+            assert run.stderr is not None
+            told = run.stderr.read().decode()
+        assert "Traceback" not in told
+        if run.returncode == 3:
+            break
+        # SIGTERM before the command has begun to listen ends it as it ends any process.
+        assert run.returncode in (-number, 143 if number is signal.SIGTERM else -number)
+        ended += 1
+        assert not (out / "store.json").exists()
+    assert content(out) == content(many[1])
+
+
+def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path]) -> None:
+    features = np.load(many[1] / "features/00000.npy")
+    assert features.shape == (49, 512)
+    assert len(np.unique(features, axis=0)) == 49
