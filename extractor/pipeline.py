@@ -304,8 +304,7 @@ def extract(
         ]
         resumed = min(store.done for store in stores)
         _fill(stores, sources, options, batch_size, progress, stop)
-        for store in stores:
-            store.check_any(named=len(stores) > 1)
+        _check_any_row(stores)
         reports = tuple(store.publish() for store in stores)
     first = targets[0].parts[0].backbone
     return Report(
@@ -422,19 +421,14 @@ class _Store:
             return f"the embedding holds {abs(row).max():.3g}, more than float16 does"
         return "the embedding holds NaN or infinity"
 
-    def check_any(self, *, named: bool) -> None:
-        """See whether any image has a row.
+    def discard(self) -> None:
+        """Keep nothing for another run."""
+        self._writer.discard()
 
-        Raises:
-            SourceError: none has.
-        """
-        if self.failed == len(self._sources):
-            self._writer.discard()
-            told = "; ".join(f"{path}: {reason}" for path, reason in self._first_failures)
-            which = f" of {self.target.name}" if named else ""
-            raise SourceError(
-                f"none of the {self.failed} images gives an embedding{which} ({told})"
-            )
+    @property
+    def first_failures(self) -> tuple[tuple[str, str], ...]:
+        """Path and reason of the first few images without a row."""
+        return tuple(self._first_failures)
 
     def publish(self) -> StoreReport:
         """Make it visible, and say what is in it."""
@@ -445,7 +439,7 @@ class _Store:
             failed=manifest.failed,
             shape=self.target.shape,
             backbone=str(self.target),
-            first_failures=tuple(self._first_failures),
+            first_failures=self.first_failures,
         )
 
     def _note(self, failures: Iterable[FailureRecord]) -> None:
@@ -526,6 +520,21 @@ def _fill(
                         progress(Progress(batch.stop, total, failed))
                     if stop is not None and stop() and batch.stop < total:
                         raise InterruptedRunError(batch.stop, total)
+
+
+def _check_any_row(stores: Sequence[_Store]) -> None:
+    """See whether every store has a row; if not, the next run would come to the same end.
+
+    Raises:
+        SourceError: one has none.
+    """
+    for store in stores:
+        if store.failed == store.done:
+            for each in stores:
+                each.discard()
+            told = "; ".join(f"{path}: {reason}" for path, reason in store.first_failures)
+            which = f" of {store.target.name}" if len(stores) > 1 else ""
+            raise SourceError(f"none of the {store.done} images gives an embedding{which} ({told})")
 
 
 def _stat(info: ImageInfo) -> tuple[int, int, int, int]:

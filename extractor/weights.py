@@ -52,6 +52,8 @@ PROBE_SECONDS = 3.0
 
 KEYS_SHOWN = 5
 
+PICKLE = b"\x80"  # begins every pickle of protocol 2 or later
+
 # What trainers put before the names of a network's tensors: DistributedDataParallel, Lightning and
 # many more, torch.compile.
 PREFIXES = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
@@ -267,7 +269,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
                 "it would run code that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
-        if re.search("unsupported operand", str(error), re.IGNORECASE):
+        if path.read_bytes()[:1] == PICKLE and "nsupported operand" in str(error):
             raise WeightsError(
                 f"{path} is refused: it is a pickle of something else than tensors, and reading it "
                 "would run code that came with the file. Save the state dict alone "
