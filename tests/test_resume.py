@@ -218,9 +218,14 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return home / "in", home / "undisturbed"
 
 
+def is_at_work(process: int, out: Path) -> bool:
+    lock = out / ".extractor-partial/lock"
+    return lock.exists() and f"process {process} " in lock.read_text()
+
+
 def words(home: Path, out: str) -> list[str]:
     model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
-    sizes = ["-b", "4", "--shard-images", "50", "--image-size", "64"]
+    sizes = ["-b", "4", "--shard-images", "50", "--image-size", "128"]
     command = [sys.executable, "-m", "extractor", *model, *sizes, "--quiet"]
     return [*command, str(home / "in"), "-o", str(home / out)]
 
@@ -235,10 +240,8 @@ def test_a_run_that_is_ended_again_and_again_ends_as_an_undisturbed_one(
     ended = midway = 0
     while True:
         with subprocess.Popen(words(home, out.name), stderr=subprocess.PIPE, env=ENV) as run:
-            partial = out / ".extractor-partial"
             if ended < KILLS:
-                deadline = time.monotonic() + 60
-                while run.poll() is None and not partial.exists() and time.monotonic() < deadline:
+                while run.poll() is None and not is_at_work(run.pid, out):
                     time.sleep(0.01)
                 time.sleep(draw.uniform(0, 0.5))
                 run.send_signal(number)
