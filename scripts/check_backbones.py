@@ -315,8 +315,8 @@ def _table(results: list[Result]) -> str:
         f"With {versions}, torch {torch.__version__}: {len(right)} of {len(results)} are right, "
         f"{len(by_value)} of them by value",
         f"(largest relative error {max((r.error or 0 for r in by_value), default=0):.1e}), "
-        f"{len(right) - len(by_value)} by shape alone, being too large for the memory",
-        "of the machine.",
+        f"{len(right) - len(by_value)} by shape alone: these are",
+        "large, and their values were not computed on the machine that made this table.",
         "",
         "| reference | models |",
         "|---|---|",
