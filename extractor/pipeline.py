@@ -363,8 +363,12 @@ class _Store:
         self._writer.__enter__()
         try:
             self.done = self._writer.begin(self._job)
+            changed = self._changed(self._writer.records_done(self._job.description))
+            if changed and self._overwrite:
+                self.done = self._writer.begin(self._job, anew=True)
+            elif changed:
+                raise self._changed_error(changed)
             self._note(self._writer.failures_done(self._job.description))
-            self._check_unchanged(self._writer.records_done(self._job.description))
         except BaseException:
             self._writer.__exit__()
             raise
@@ -468,15 +472,17 @@ class _Store:
             for one in store.failures
         )
 
-    def _check_unchanged(self, records: Iterable[ImageRecord]) -> None:
-        changed = [record.path for record in records if self._is_changed(record)]
-        if changed:
-            names = ", ".join(map(show, changed[:FAILURES_SHOWN]))
-            more = ", ..." if len(changed) > FAILURES_SHOWN else ""
-            raise StoreError(
-                f"{self._folder}: {len(changed)} of the images that have rows there changed or "
-                f"went since ({names}{more}); start anew with --overwrite, or choose another --out"
-            )
+    def _changed(self, records: Iterable[ImageRecord]) -> list[bytes]:
+        """Images that have rows and are no longer what they were when these were computed."""
+        return [record.path for record in records if self._is_changed(record)]
+
+    def _changed_error(self, changed: Sequence[bytes]) -> StoreError:
+        names = ", ".join(map(show, changed[:FAILURES_SHOWN]))
+        more = ", ..." if len(changed) > FAILURES_SHOWN else ""
+        return StoreError(
+            f"{self._folder}: {len(changed)} of the images that have rows there changed or went "
+            f"since ({names}{more}); start anew with --overwrite, or choose another --out"
+        )
 
     def _is_changed(self, record: ImageRecord) -> bool:
         try:

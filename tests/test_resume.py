@@ -164,6 +164,9 @@ def test_an_image_that_changed_since_is_told(photos: Path, tmp_path: Path, finis
     noise_file(photos / "00.png")
     with pytest.raises(StoreError, match=r"1 of the images .* changed or went since \(00.png\)"):
         extract(photos, "mean", out, batch_size=2)
+    assert extract(photos, "mean", out, batch_size=2, overwrite=True).resumed == 0
+    extract(photos, "mean", tmp_path / "anew", batch_size=2)
+    assert content(out) == content(tmp_path / "anew")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12, 40, 200])

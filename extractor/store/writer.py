@@ -130,8 +130,11 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self._give_up()
 
-    def begin(self, job: Job) -> int:
+    def begin(self, job: Job, *, anew: bool = False) -> int:
         """Take up what an interrupted run of the same job has done, or start anew.
+
+        Args:
+            anew: take up nothing.
 
         Returns:
             How many images, from the first on, are done.
@@ -141,7 +144,7 @@ class StoreWriter:
                 set; says what.
         """
         with _explained(self._out):
-            there = self._staged_job()
+            there = None if anew else self._staged_job()
             differ = there.differences(job) if there is not None else []
             if differ and not self._overwrite:
                 raise StoreError(
@@ -150,6 +153,7 @@ class StoreWriter:
                     "--overwrite, or choose another --out"
                 )
             if there is None or differ:
+                self._finished.clear()
                 self._start_anew()
                 write_whole(self._staging / JOB, job.to_json().encode())
                 sync_folder(self._staging)
