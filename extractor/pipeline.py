@@ -462,9 +462,11 @@ class _Store:
                 f"({'; '.join(differ[:5])}); replace it with --overwrite, or choose another --out"
             )
         columns = (map(os.fsencode, store.paths), store.column("size"), store.column("mtime_ns"))
-        self._check_unchanged(
+        changed = self._changed(
             ImageRecord(path, size, mtime, 0, 0) for path, size, mtime in zip(*columns, strict=True)
         )
+        if changed:
+            raise self._changed_error(changed)
         self._there = there
         self.done = there.images
         self._note(
