@@ -344,9 +344,9 @@ class Taps:
             if pooling.kind == "cls" and not (
                 layout.kind == "tokens" and layout.prefix and _has_class_token(network)
             ):
+                what = "tokens" if layout.kind == "tokens" else f"a {layout.kind}"
                 raise UsageError(
-                    f"pool cls: {name!r} of {model} gives a {layout.kind} without a class token; "
-                    "try avg"
+                    f"pool cls: {name!r} of {model} gives {what} without a class token; try avg"
                 )
             pooled = _pool(torch.zeros(1, *watch.shape), layout, pooling)
             taps.append(_Tap(layout, watch.calls))

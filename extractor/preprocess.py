@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any, NamedTuple
 
+from extractor.errors import UsageError
+
 __all__ = ["Geometry", "PixelChanges", "Preprocess"]
 
 RESIZE_MODES = ("shortest", "cover", "contain", "squash")
@@ -86,17 +88,21 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZE_MODES:
-            raise ValueError(f"resize: got {self.resize!r}, expected one of {RESIZE_MODES}")
+            raise UsageError(f"resize: got {self.resize!r}, expected one of {RESIZE_MODES}")
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(
+            raise UsageError(
                 f"interpolation: got {self.interpolation!r}, expected one of {INTERPOLATIONS}"
             )
-        if min(*self.input_size, *self.resize_size) < 1:
-            raise ValueError(f"sizes must be positive: {self.input_size}, {self.resize_size}")
-        if len(self.mean) != 3 or len(self.std) != 3 or len(self.fill) != 3:
-            raise ValueError("mean, std and fill: expected three numbers each (R, G, B)")
+        for name, size in (("input_size", self.input_size), ("resize_size", self.resize_size)):
+            if not _is_size(size):
+                raise UsageError(
+                    f"{name}: got {size!r}, expected (height, width) in pixels, both positive"
+                )
+        for name, values in (("mean", self.mean), ("std", self.std), ("fill", self.fill)):
+            if not _is_colour(values):
+                raise UsageError(f"{name}: got {values!r}, expected three numbers (R, G, B)")
         if min(self.std) <= 0:
-            raise ValueError(f"std: got {self.std}, expected positive numbers")
+            raise UsageError(f"std: got {self.std}, expected positive numbers")
 
     @classmethod
     def standard(
@@ -121,15 +127,22 @@ class Preprocess:
         The other arguments are those of :class:`PixelChanges`.
 
         Raises:
-            ValueError: a number out of its range, or a name that is none of those above.
+            UsageError: a number out of its range, or a name that is none of those above.
         """
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        if fit not in FITS:
-            raise ValueError(f"fit: got {fit!r}, expected one of {FITS}")
-        if not 0 < crop_pct <= MAX_CROP_PCT:
-            raise ValueError(
-                f"crop_pct: got {crop_pct}, expected a share above 0, at most {MAX_CROP_PCT}"
+        if not _is_size(size):
+            raise UsageError(
+                f"image_size: got {image_size!r}, expected a positive number of pixels, or "
+                "(height, width)"
             )
+        if fit not in FITS:
+            raise UsageError(f"fit: got {fit!r}, expected one of {FITS}")
+        if not (isinstance(crop_pct, (int, float, Fraction)) and 0 < crop_pct <= MAX_CROP_PCT):
+            raise UsageError(
+                f"crop_pct: got {crop_pct!r}, expected a share above 0, at most {MAX_CROP_PCT}"
+            )
+        if not _is_colour(mean):  # before the colour of the edges is worked out from it
+            raise UsageError(f"mean: got {mean!r}, expected three numbers (R, G, B)")
         height, width = (math.floor(edge / crop_pct) for edge in size)
         resize, fill = "shortest" if height == width else "cover", (0, 0, 0)
         if fit == "squash":
@@ -208,6 +221,24 @@ class Preprocess:
     def as_dict(self) -> dict[str, Any]:
         """The same as JSON types, for the manifest."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+
+def _is_size(value: object) -> bool:
+    """Whether it is (height, width), as whole positive numbers."""
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 2
+        and all(isinstance(edge, int) and edge is not True and edge > 0 for edge in value)
+    )
+
+
+def _is_colour(value: object) -> bool:
+    """Whether it is one finite number for each of R, G and B."""
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and all(isinstance(level, (int, float)) and math.isfinite(level) for level in value)
+    )
 
 
 def _crop_or_pad(length: int, wanted: int) -> tuple[int, int, int]:

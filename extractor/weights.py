@@ -53,6 +53,12 @@ PROBE_SECONDS = 3.0
 KEYS_SHOWN = 5
 
 PICKLE = b"\x80"  # begins every pickle of protocol 2 or later
+ZIP = b"PK"  # begins what torch.save writes today
+TEXT_BYTES = 512  # of a file, to see whether it is text
+TEXT_SHOWN = 40
+
+# How deep below a checkpoint state dicts are looked for, to be named in an error message.
+KEYS_NESTED = 4
 
 # What trainers put before the names of a network's tensors: DistributedDataParallel, Lightning and
 # many more, torch.compile.
@@ -235,17 +241,27 @@ def _reachable(url: str) -> bool:
 
 
 class MisfitError(WeightsError):
-    """Weights that were made for another model; ``state`` is what they hold."""
+    """Weights that do not fit a model.
 
-    def __init__(self, message: str, state: Mapping[str, torch.Tensor]) -> None:
+    Attributes:
+        state: what they hold.
+        foreign: whether they may be those of another model, after names and shapes; not where only
+            values are wrong.
+    """
+
+    def __init__(
+        self, message: str, state: Mapping[str, torch.Tensor], *, foreign: bool = True
+    ) -> None:
         super().__init__(message)
         self.state = state
+        self.foreign = foreign
 
 
 def read_checkpoint(path: Path, key: str | None = None) -> State:
     """The tensors of a ``.safetensors``, ``.pth``, ``.pt``, ``.tar`` or ``.bin`` file on the CPU.
 
-    No code in it is run. A state dict inside ``state_dict`` or ``model`` is unwrapped.
+    Which of them it is shows its content and not its name. No code in it is run. A state dict
+    inside ``state_dict`` or ``model`` is unwrapped.
 
     Args:
         key: which state dict to take from a checkpoint with several, such as ``model_ema``; dots
@@ -254,12 +270,15 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
     Raises:
         WeightsError: no such file, no checkpoint, one that needs code to be read, or no such key.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):  # to open a pipe would wait
+        raise WeightsError(f"cannot read weights {path}: is no regular file")
     try:
-        path.open("rb").close()
+        with path.open("rb") as file:
+            head = file.read(TEXT_BYTES)
     except OSError as error:
         raise WeightsError(f"cannot read weights {path}: {error.strerror}") from error
     try:
-        content = _read(path)
+        content = _read(path, head)
     except pickle.UnpicklingError as error:
         if needed := re.search(
             r"unsupported (?:global|class):? *(?:GLOBAL )?(\S*)", str(error), re.I
@@ -269,12 +288,13 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
                 "it would run code that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
-        if path.read_bytes()[:1] == PICKLE and "nsupported operand" in str(error):
+        if head[:1] == PICKLE and "nsupported operand" in str(error):
             raise WeightsError(
                 f"{path} is refused: it is a pickle of something else than tensors, and reading it "
                 "would run code that came with the file. Save the state dict alone "
                 "(torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
+        _refuse_text(path, head, error)
         raise WeightsError(
             f"{path} is no checkpoint that can be read without running code ({_reason(error)}); "
             "expected a .pth with a state dict, or .safetensors"
@@ -285,6 +305,7 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
                 f"{path} is refused: it is a TorchScript archive, which holds code. Save the state "
                 "dict alone (torch.save(model.state_dict(), ...)) or as .safetensors"
             ) from error
+        _refuse_text(path, head, error)
         raise WeightsError(
             f"{path} is no checkpoint that can be read ({_reason(error)}); expected a .pth with a "
             "state dict, or .safetensors"
@@ -292,23 +313,51 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
     return _state_dict(content, path, key)
 
 
-def _read(path: Path) -> object:
-    with path.open("rb") as file:
-        head = file.read(9)
-    # The format's own mark and not only the name: eight bytes of length, then a JSON object.
-    if path.suffix == ".safetensors" or head[8:] == b"{":
+def _read(path: Path, head: bytes) -> object:
+    # The format's own mark and not the name: eight bytes of length, then a JSON object.
+    marked = head[8:9] == b"{"
+    if marked or (path.suffix == ".safetensors" and not head.startswith((ZIP, PICKLE))):
         from safetensors.torch import load_file
 
         return load_file(path)
     # Trainers keep their command line beside the weights; it is plain data.
     allowed = getattr(torch.serialization, "safe_globals", None)
-    with allowed([argparse.Namespace]) if allowed else contextlib.nullcontext():
-        return torch.load(path, map_location="cpu", weights_only=True)
+    trusted = allowed([argparse.Namespace]) if allowed else contextlib.nullcontext()
+    with trusted, path.open("rb") as file:
+        # An open file and not its path: by the name, torch would take it for safetensors again.
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """What a reader said, but for torch's advice to read the file in a way that runs its code."""
+    _, _, detail = str(error).rpartition("WeightsUnpickler error:")
+    line = (detail.strip().splitlines() or [""])[0].partition(" Please use")[0]
+    if not line or "weights_only" in line:
+        return type(error).__name__
+    return f"{type(error).__name__}: {line[:200]}"
+
+
+def _refuse_text(path: Path, head: bytes, error: Exception) -> None:
+    """Say what a file is that is no checkpoint because it is text.
+
+    Raises:
+        WeightsError: it is.
+    """
+    text = head.decode("utf-8-sig", "replace").lstrip()
+    if text.lower().startswith(("<!doctype html", "<html")):
+        raise WeightsError(
+            f"{path} is a web page, not weights; fetch the file that the page is about"
+        ) from error
+    if text.startswith("version https://git-lfs"):
+        raise WeightsError(
+            f"{path} is a Git LFS pointer, not weights; fetch the file with git lfs pull"
+        ) from error
+    text = text.removesuffix("\ufffd")  # a letter that the limit cut in two
+    if text and all((c.isprintable() and c != "\ufffd") or c.isspace() for c in text):
+        raise WeightsError(
+            f"{path} is no checkpoint that can be read without running code: it is text that "
+            f"begins with {text[:TEXT_SHOWN]!r}; expected a .pth with a state dict, or .safetensors"
+        ) from error
 
 
 class State(dict[str, torch.Tensor]):
@@ -336,16 +385,21 @@ class State(dict[str, torch.Tensor]):
 
 
 def _state_dict(content: object, path: Path, wanted: str | None) -> State:
+    whole, taken = content, wanted or ""
     if wanted is not None:
-        content = _descend(content, wanted, path)
-    averaged = [key for key in EMA_KEYS if isinstance(_get(content, key), Mapping)]
+        content = _get_below(whole, wanted)
+        if not isinstance(content, Mapping):
+            raise WeightsError(f"{path} holds no state dict under {wanted!r}{_choices(whole)}")
+    averaged = [
+        name for key in EMA_KEYS for name in _names_below(_get(content, key), _join(taken, key))
+    ]
     for key in STATE_KEYS:
         if isinstance(_get(content, key), Mapping):
-            content = _get(content, key)
+            content, taken = _get(content, key), _join(taken, key)
             if averaged:
                 log.warning(
                     "%s: took %s; it holds averaged weights too, --weights-key %s takes them",
-                    *(path, key, averaged[0]),
+                    *(path, taken, averaged[0]),
                 )
     state = State(
         (str(key), value)
@@ -354,9 +408,11 @@ def _state_dict(content: object, path: Path, wanted: str | None) -> State:
     )
     state._metadata = dict(getattr(content, "_metadata", None) or {})
     if not state:
+        where = taken and f" under {taken!r}"
         raise WeightsError(
-            f"{path} holds no tensors by name, expected a state dict (or one under 'state_dict' or "
-            f"'model'), got {type(content).__name__}{_choices(content)}"
+            f"{path} holds no tensors by name{where}, expected a state dict (or one under "
+            f"'state_dict' or 'model'), got {type(content).__name__}"
+            f"{_choices(content, taken) or _choices(whole)}"
         )
     return state
 
@@ -365,24 +421,54 @@ def _get(content: object, key: str) -> object:
     return content.get(key) if isinstance(content, Mapping) else None
 
 
-def _descend(content: object, wanted: str, path: Path) -> object:
-    inner = content
-    for key in [wanted] if _get(content, wanted) is not None else wanted.split("."):
-        inner = _get(inner, key)
-    if not isinstance(inner, Mapping):
-        raise WeightsError(f"{path} holds no state dict under {wanted!r}{_choices(content)}")
-    return inner
+def _get_below(content: object, name: str) -> object:
+    """What lies under a dotted name; a key may have dots of its own."""
+    if not isinstance(content, Mapping):
+        return None
+    found = _get(content, name)
+    for dot in (place for place, letter in enumerate(name) if letter == "."):
+        if found is not None:
+            break
+        found = _get_below(_get(content, name[:dot]), name[dot + 1 :])
+    return found
 
 
-def _choices(content: object) -> str:
-    """What state dicts a checkpoint holds, for an error message."""
-    inner = content.items() if isinstance(content, Mapping) else ()
-    found = [str(key) for key, value in inner if isinstance(value, Mapping) and _holds_any(value)]
-    return f"; choose one of {', '.join(found)} with --weights-key" if found else ""
+def _join(above: str, key: str) -> str:
+    return f"{above}.{key}" if above else key
 
 
-def _holds_any(content: Mapping[object, object]) -> bool:
-    return any(isinstance(value, torch.Tensor) for value in content.values())
+def _choices(content: object, above: str = "") -> str:
+    """What state dicts a checkpoint holds, for an error message, as ``--weights-key`` takes them.
+
+    Args:
+        above: the name under which ``content`` lies.
+    """
+    found = _names_below(content, above)
+    return f"; choose one of {_some(found)} with --weights-key" if found else ""
+
+
+def _names_below(content: object, above: str) -> list[str]:
+    """Dotted names of the state dicts in a checkpoint, its own included; those near come first."""
+    found: list[str] = []
+    level = [(above, content)]
+    for _ in range(KEYS_NESTED):
+        deeper: list[tuple[str, object]] = []
+        for name, inner in level:
+            if _holds_any(inner):
+                found.append(name)
+            elif isinstance(inner, Mapping):
+                # The keys of an optimizer are numbers, which no name leads to.
+                named = ((key, value) for key, value in inner.items() if isinstance(key, str))
+                deeper += [(_join(name, key), value) for key, value in named]
+        level = deeper
+    return found
+
+
+def _holds_any(content: object) -> bool:
+    """Whether it is a state dict: more than a metric, or a count, kept as a tensor."""
+    return isinstance(content, Mapping) and any(
+        isinstance(value, torch.Tensor) and value.ndim > 0 for value in content.values()
+    )
 
 
 def without_prefixes(state: State, expected: Collection[str]) -> State:
@@ -428,8 +514,8 @@ def load_into(
         how: what is loaded into what, for the error message.
 
     Raises:
-        MisfitError: any other key is missing, unexpected, of another shape, quantised or not
-            finite; lists them.
+        MisfitError: any other key is missing, unexpected, of another shape, without values, sparse,
+            quantised or not finite; lists them.
     """
     expected = module.state_dict()
     removed = tuple(discarded)
@@ -447,24 +533,33 @@ def load_into(
         for key in both
         if given[key].shape != expected[key].shape
     ]
+    empty = [key for key in both if given[key].is_meta]
+    # What is computed with them below, and what copies them, knows plain tensors alone.
+    sparse = [
+        f"{key} {given[key].layout}" for key in both if given[key].layout is not torch.strided
+    ]
+    plain = [key for key in both if not given[key].is_meta and given[key].layout is torch.strided]
     integers = [
         f"{key} {given[key].dtype}"
-        for key in both
+        for key in plain
         if expected[key].is_floating_point() and not given[key].is_floating_point()
     ]
     broken = [
-        key for key in both if given[key].is_floating_point() and not given[key].isfinite().all()
+        key for key in plain if given[key].is_floating_point() and not given[key].isfinite().all()
     ]
     parts = (
         ("missing", missing),
         ("unexpected", unexpected),
         ("of another shape", misshapen),
+        ("without values", empty),
+        ("sparse", sparse),
         ("without fractions", integers),
         ("with NaN or infinity", broken),
     )
     if any(keys for _, keys in parts):
         told = "; ".join(f"{len(keys)} {what}: {_some(keys)}" for what, keys in parts if keys)
-        raise MisfitError(f"{how}: the weights do not fit. {told}", state)
+        foreign = bool(missing or unexpected or misshapen)
+        raise MisfitError(f"{how}: the weights do not fit. {told}", state, foreign=foreign)
     module.load_state_dict(given, strict=False)
 
 

@@ -273,7 +273,9 @@ def test_what_comes_before_the_prefix_tokens_has_none(
     tokens = hooked(network, "patch_embed", pixels)
     assert tokens.shape == (2, size[0] * size[1] // 256, 20)
     assert_close(backbone.at_layers(["patch_embed"])(pixels), tokens.mean(1))
-    with pytest.raises(UsageError, match=r"pool cls: 'patch_embed' .* without a class token"):
+    with pytest.raises(
+        UsageError, match=r"pool cls: 'patch_embed' .* gives tokens without a class"
+    ):
         backbone.at_layers(["patch_embed"], "cls")
 
 

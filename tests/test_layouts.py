@@ -171,6 +171,20 @@ def test_safetensors_are_known_by_their_content(suffix: str, tmp_path: Path) -> 
     assert_close(loaded(TIMM, path), embeddings(trained))
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_checkpoint_of_torch_is_known_by_its_content(zipped: bool, tmp_path: Path) -> None:
+    trained, path = network(TIMM), tmp_path / "w.safetensors"
+    torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    assert_close(loaded(TIMM, path), embeddings(trained))
+
+
+def test_code_in_what_is_named_safetensors_does_not_run(tmp_path: Path) -> None:
+    torch.save({"a": noise(2), "hook": Bomb(tmp_path / "ran")}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="refused: it holds more than tensors"):
+        loaded(TIMM, tmp_path / "w.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("tag", ["mps", "cuda:0"])
 def test_tensors_that_were_saved_on_another_device_are_read_on_the_cpu(
     tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -263,9 +277,75 @@ def test_a_key_chooses_a_state_dict(
 def test_a_key_that_is_not_there_lists_those_that_are(
     key: str, averaged: tuple[Path, nn.Module, nn.Module]
 ) -> None:
-    match = rf"no state dict under '{key}'; choose one of model, model_ema, a\.b with --weights-key"
+    match = (
+        rf"no state dict under '{key}'; choose one of model, model_ema, a\.b, "
+        r"nested\.teacher\.state_dict with --weights-key"
+    )
     with pytest.raises(WeightsError, match=match):
         loaded(TIMM, averaged[0], key)
+
+
+# Where trainers put the averaged weights when they do not lie right under a key of their own, and
+# what is beside them there.
+DEEP: dict[str, Callable[[Tensors, Tensors], tuple[str, object]]] = {
+    "module": lambda plain, ema: ("ema.module", {"model": plain, "ema": {"module": ema}}),
+    "counts": lambda plain, ema: (
+        "ema.shadow",
+        {"model": plain, "ema": {"decay": torch.tensor(0.99), "updates": 3, "shadow": ema}},
+    ),
+    "below a key": lambda plain, ema: (
+        "net.ema.module",
+        {"net": {"model": plain, "ema": {"module": ema}}, "optimizer": {"state": {0: ema}}},
+    ),
+    "dots": lambda plain, ema: ("ema.a.b", {"state_dict": plain, "ema": {"a.b": ema}}),
+    "state_dict": lambda plain, ema: (
+        "ema.state_dict",
+        {"model": plain, "ema": {"state_dict": ema}},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", DEEP)
+def test_the_key_that_is_told_for_averaged_weights_takes_them(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, ema = network(TIMM), network(TIMM, seed=4)
+    key, content = DEEP[layout](plain.state_dict(), ema.state_dict())
+    torch.save(content, tmp_path / "w.pth")
+    outer = "net" if layout == "below a key" else None
+    assert_close(loaded(TIMM, tmp_path / "w.pth", outer), embeddings(plain))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.endswith(f"it holds averaged weights too, --weights-key {key} takes them")
+    assert_close(loaded(TIMM, tmp_path / "w.pth", key), embeddings(ema))
+
+
+def test_averages_of_something_else_than_weights_are_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {"model": network(TIMM).state_dict(), "ema": {"decay": torch.tensor(0.99)}}
+    torch.save(content, tmp_path / "w.pth")
+    loaded(TIMM, tmp_path / "w.pth")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("key", ["ema", "run.ema", None])
+def test_a_key_above_state_dicts_names_them_from_the_top(key: str | None, tmp_path: Path) -> None:
+    state = network(TIMM).state_dict()
+    inner = {"ema": {"module": state, "other": {"b": state}, "epoch": 3}}
+    torch.save({"run": inner} if key == "run.ema" else inner, tmp_path / "w.pth")
+    top = "run.ema" if key == "run.ema" else "ema"
+    names = [f"{top}.module", f"{top}.other.b"]
+    match = rf"holds no tensors by name.*; choose one of {', '.join(names)} with --weights-key"
+    with pytest.raises(WeightsError, match=match):
+        loaded(TIMM, tmp_path / "w.pth", key)
+    for name in names:
+        assert loaded(TIMM, tmp_path / "w.pth", name).shape == (2, 96)
+
+
+def test_a_key_of_many_dots_is_looked_up_at_once(tmp_path: Path) -> None:
+    torch.save({"a": {"b": {"c": noise(2)}}}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"under 'a\.a.*; choose one of a\.b with"):
+        read_checkpoint(tmp_path / "w.pth", ".".join("a" * 200))
 
 
 def test_a_checkpoint_of_two_networks_says_which_there_are(tmp_path: Path) -> None:
@@ -424,3 +504,42 @@ def test_broken_weights_of_the_right_model_do_not_advise_the_same_model(tmp_path
     with pytest.raises(MisfitError, match=r"1 with NaN or infinity: conv1\.0\.weight") as raised:
         loaded(TIMM, tmp_path / "w.pth")
     assert "They are those of" not in str(raised.value)
+
+
+def infinite(value: torch.Tensor) -> torch.Tensor:
+    return value * torch.inf
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.int8)
+
+
+def complex_(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.complex64)
+
+
+def empty(value: torch.Tensor) -> torch.Tensor:
+    return value.to("meta")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (infinite, r"1 with NaN or infinity: conv1\.weight"),
+        (whole, r"1 without fractions: conv1\.weight torch\.int8"),
+        (complex_, r"1 without fractions: conv1\.weight torch\.complex64"),
+        (empty, r"1 without values: conv1\.weight"),
+        (torch.Tensor.to_sparse, r"1 sparse: conv1\.weight torch\.sparse_coo"),
+    ],
+)
+def test_wrong_values_do_not_advise_a_model_with_the_same_names(
+    spoil: Callable[[torch.Tensor], torch.Tensor], match: str, tmp_path: Path
+) -> None:
+    state = torchvision.models.resnet18().state_dict()  # timm's has the same names and shapes
+    state["conv1.weight"] = spoil(state["conv1.weight"])
+    torch.save(state, tmp_path / "w.pth")
+    match += r"\. Names and shapes are right: check how these values were made$"
+    for model in ("timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(MisfitError, match=match):
+            load_backbone(model, weights=tmp_path / "w.pth", device="cpu")

@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from timm.models._hub import save_for_hf
 from torch import nn
 
-from extractor import FeatureStore, cli, weights
+from extractor import FeatureStore, cli, load_backbone, weights
 from extractor.backbones import targets
+from extractor.errors import WeightsError
 
 SQUEEZENET = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
 
@@ -203,12 +204,23 @@ def test_show_takes_models_by_place_with_their_weights(
         ("torchvision:test_vit", "unknown model 'torchvision:test_vit'"),
         ("keras:resnet50", "unknown library 'keras'"),
         ("nowhere.py:f", "there is no file nowhere.py"),
+        ("vit_tiny_patch16_224.nosuch", "timm:vit_tiny_patch16_224: unknown weights 'nosuch'"),
+        ("timm:resnet18.nosuch", "timm:resnet18: unknown weights 'nosuch'; expected default, "),
     ],
 )
 def test_show_of_an_unknown_model_is_an_error(
     name: str, match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert match in run(capsys, "models", "show", name, code=1)
+
+
+def test_show_of_an_unknown_tag_says_what_loading_it_says(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(WeightsError, match="unknown weights 'nosuch'") as raised:
+        load_backbone("resnet18.nosuch", device="cpu")
+    told = run(capsys, "models", "show", "resnet18.nosuch", code=1)
+    assert str(raised.value) in told
 
 
 # ---------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,27 @@ def test_several_heads_are_all_replaced() -> None:
 def test_a_head_that_is_none_is_an_error(head: object, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         backbone(classifier(), head)
+
+
+@pytest.mark.parametrize("head", [5, ["3", 4], b"3", {"3"}, object()])
+def test_a_head_that_is_no_name_is_wrong_usage(head: object) -> None:
+    with pytest.raises(UsageError, match=r"head: got .*, expected the dotted name of a module"):
+        backbone(classifier(), head)
+
+
+@pytest.mark.parametrize("preprocess", [None, 224, nn.Identity()])
+def test_a_transform_that_is_none_of_ours_is_wrong_usage(preprocess: Any) -> None:
+    match = r"preprocess: got .*, expected a Preprocess; try Preprocess\.standard\(224\)"
+    module = classifier()
+    with pytest.raises(UsageError, match=match):
+        backbone(module, "3", preprocess)
+    assert isinstance(module[3], nn.Linear)  # it is as it was
+
+
+@pytest.mark.parametrize("module", [5, None, nn.Linear, "resnet50", torch.zeros(3)])
+def test_what_is_no_module_is_wrong_usage(module: Any) -> None:
+    with pytest.raises(UsageError, match=r"module: got .*, expected a torch\.nn\.Module"):
+        backbone(module, None)
 
 
 def test_a_map_is_no_embedding() -> None:
@@ -363,6 +385,27 @@ def test_weights_that_do_not_fit_a_function_are_an_error(file: Path, tmp_path: P
         load(file, "bare", weights=tmp_path / "nowhere.pth")
 
 
+@pytest.mark.parametrize("name", ["w.pth", "pipe"])
+def test_a_pipe_is_refused_as_weights_and_nobody_waits_for_it(
+    name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(name)
+    for model in (f"{file}:bare", "resnet18", "torchvision:resnet18"):
+        for path in (name, str(tmp_path / name), os.devnull):
+            with pytest.raises(WeightsError, match=f"weights {path}: is no regular file"):
+                load_backbone(model, weights=path, device="cpu")
+
+
+def test_a_folder_with_the_name_of_a_tag_hides_no_tag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nosuch").mkdir()
+    with pytest.raises(WeightsError, match="unknown weights 'nosuch'"):
+        load_backbone("resnet18", weights="nosuch", device="cpu")
+
+
 @pytest.mark.parametrize("weights", ["random", "a1_in1k"])
 def test_a_function_makes_its_own_weights(weights: str, file: Path) -> None:
     with pytest.raises(UsageError, match="makes its own weights"):
@@ -379,6 +422,16 @@ def test_what_a_function_draws_follows_the_seed(file: Path) -> None:
         return load(file, "drawn", seed=seed).provenance.sha256
 
     assert digest(0) == digest(0) != digest(1)
+
+
+def test_the_seed_of_a_function_is_kept(file: Path, photos: Path, tmp_path: Path) -> None:
+    assert load(file, "drawn").provenance.seed == 0
+    assert load(file, "drawn", seed=7).provenance.seed == 7
+    store = extract(
+        photos, f"{file}:drawn", tmp_path / "out", seed=7, image_size=8, device="cpu"
+    ).store
+    assert store.manifest.description.backbone["seed"] == 7
+    assert backbone(classifier(), "3").provenance.seed is None  # nothing was seeded here
 
 
 def test_pixels_of_a_function_can_be_changed(file: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +21,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from extractor import decode
 from extractor.backbones import from_timm, from_torchvision
+from extractor.errors import UsageError
 from extractor.preprocess import INTERPOLATIONS, RESIZE_MODES, Preprocess
 
 Pixels = npt.NDArray[np.uint8]
@@ -296,19 +299,48 @@ VALID: dict[str, Any] = {
             r"interpolation: got 'BICUBIC', expected one of .*'bicubic'",
         ),
         ({"interpolation": "random"}, r"interpolation: got 'random'"),
-        ({"input_size": (0, 224)}, r"sizes must be positive: \(0, 224\)"),
-        ({"input_size": (224, -1)}, r"sizes must be positive: \(224, -1\)"),
-        ({"resize_size": (256, 0)}, r"sizes must be positive: .*\(256, 0\)"),
-        ({"mean": (0.5,)}, r"mean, std and fill: expected three numbers"),
-        ({"std": (0.5, 0.5)}, r"mean, std and fill: expected three numbers"),
-        ({"fill": (0, 0, 0, 0)}, r"mean, std and fill: expected three numbers"),
+        ({"input_size": (0, 224)}, r"input_size: got \(0, 224\), expected \(height, width\)"),
+        ({"input_size": (224, -1)}, r"input_size: got \(224, -1\), expected .* positive"),
+        ({"resize_size": (256, 0)}, r"resize_size: got \(256, 0\), expected .* positive"),
+        ({"input_size": 224}, r"input_size: got 224, expected \(height, width\)"),
+        ({"resize_size": (256,)}, r"resize_size: got \(256,\), expected \(height, width\)"),
+        ({"resize_size": (256.0, 256)}, r"resize_size: got \(256\.0, 256\), expected"),
+        ({"mean": (0.5,)}, r"mean: got \(0\.5,\), expected three numbers"),
+        ({"mean": 0.5}, r"mean: got 0\.5, expected three numbers"),
+        ({"std": (0.5, 0.5)}, r"std: got \(0\.5, 0\.5\), expected three numbers"),
+        ({"std": (0.5, 0.5, math.nan)}, r"std: got \(0\.5, 0\.5, nan\), expected three numbers"),
+        ({"fill": (0, 0, 0, 0)}, r"fill: got \(0, 0, 0, 0\), expected three numbers"),
         ({"std": (0.2, 0.0, 0.2)}, r"std: got \(0\.2, 0\.0, 0\.2\), expected positive"),
         ({"std": (0.2, 0.2, -0.2)}, r"std: got .*, expected positive"),
     ],
 )
 def test_values_that_cannot_be_meant_are_refused(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UsageError, match=message):
         Preprocess(**{**VALID, **wrong})
+
+
+@pytest.mark.parametrize("size", [0, -3, "x", None, 2.5, True, (8, 0), (8,), (8, 8, 8), (8, "x")])
+def test_an_image_size_that_is_none_is_refused(size: Any) -> None:
+    match = f"image_size: got {size!r}, expected a positive number of pixels, or (height, width)"
+    with pytest.raises(UsageError, match=f"^{re.escape(match)}$"):
+        Preprocess.standard(size)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"crop_pct": 0}, r"crop_pct: got 0, expected a share above 0, at most 2\.0"),
+        ({"crop_pct": "x"}, r"crop_pct: got 'x', expected a share"),
+        ({"crop_pct": math.nan}, r"crop_pct: got nan, expected a share"),
+        ({"fit": "x"}, r"fit: got 'x', expected one of .*'crop'"),
+        ({"interpolation": 3}, r"interpolation: got 3, expected one of .*'bicubic'"),
+        ({"mean": 0.5, "fit": "pad"}, r"mean: got 0\.5, expected three numbers"),
+        ({"std": "abc"}, r"std: got 'abc', expected three numbers"),
+    ],
+)
+def test_a_usual_transform_of_such_values_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Preprocess.standard(224, **wrong)
 
 
 @pytest.mark.parametrize("resize", RESIZE_MODES)

@@ -77,6 +77,77 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
         weights.read_checkpoint(tmp_path)
 
 
+def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pth")
+    for path in (tmp_path / "w.pth", Path(os.devnull)):
+        with pytest.raises(WeightsError, match=f"cannot read weights {path}: is no regular file"):
+            weights.read_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"<!DOCTYPE html>\n<html><body>", r"is a web page, not weights; fetch the file"),
+        (
+            "\ufeff\n  <HTML lang='de'>\u00e4".encode(),
+            r"is a web page, not weights; fetch the file",
+        ),
+        (b"<html><body>caf\xe9", r"is a web page, not weights; fetch the file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            r"is a Git LFS pointer, not weights; fetch the file with git lfs pull$",
+        ),
+        (
+            b"<?xml version='1.0'?><Error>",
+            r"it is text that begins with \"<\?xml version='1\.0'\?>",
+        ),
+        (b'{"a": 1}', r"it is text that begins with '\{\"a\": 1\}'; expected"),
+        (b"hello", r"it is text that begins with 'hello'; expected a \.pth"),
+        ((255 * "x ").encode() + "x\u00e4".encode() * 9, "it is text that begins with 'x x"),
+    ],
+)
+def test_what_text_a_file_holds_instead_of_weights_is_said(
+    content: bytes, match: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=match) as raised:
+        weights.read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x1f\x8b\x08 gzip",
+        b"\x93NUMPY\x01\x00",
+        b"<\x00!\x00D\x00",
+        b"}\xff\xfe.",
+        bytes(range(256)),
+        pickle.dumps({"a": list(range(9))}, 2)[:-4],
+        b"ctarfile\nopen\n(tR.",
+    ],
+)
+def test_no_error_advises_to_read_a_file_in_a_way_that_runs_its_code(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"w\.pth is (refused|no checkpoint)") as raised:
+        weights.read_checkpoint(tmp_path / "w.pth")
+    for advice in ("weights_only", "safe_globals", "trust", "it is text"):
+        assert advice not in str(raised.value)
+
+
+def test_torchs_own_words_are_kept_but_for_that_advice(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"\x1f\x8b\x08 gzip")
+    with pytest.raises(
+        WeightsError, match=r"code \(UnpicklingError: Unsupported operand 31\); exp"
+    ):
+        weights.read_checkpoint(tmp_path / "w.pth")
+    assert weights._reason(RuntimeError("Cannot use ``weights_only=True`` with")) == "RuntimeError"
+
+
 def test_misfits_are_listed_by_name_and_shape() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     state = module.state_dict()
@@ -118,6 +189,49 @@ def test_quantised_and_broken_weights_are_refused() -> None:
         WeightsError,
         match=r"1 without fractions: weight torch\.int8; 1 with NaN or infinity: bias",
     ):
+        weights.load_into(nn.Linear(2, 2), state, discarded=[], how="a into b")
+
+
+def test_misfits_of_names_and_shapes_are_told_from_those_of_values() -> None:
+    right = nn.Linear(2, 2).state_dict()
+    for state, foreign in (
+        ({**right, "bias": torch.full((2,), torch.nan)}, False),
+        ({**right, "bias": torch.ones(2, dtype=torch.complex64)}, False),
+        ({**right, "bias": torch.ones(2, device="meta")}, False),
+        ({"weight": right["weight"]}, True),
+        ({**right, "more": torch.ones(2)}, True),
+        ({**right, "bias": torch.full((3,), torch.nan)}, True),
+    ):
+        with pytest.raises(weights.MisfitError, match="do not fit") as raised:
+            weights.load_into(nn.Linear(2, 2), state, discarded=[], how="a into b")
+        assert raised.value.foreign is foreign
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:Validating sparse tensor")
+def test_weights_without_values_and_sparse_ones_are_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    state = module.state_dict()
+    state["0.weight"] = state["0.weight"].to_sparse()
+    state["1.weight"] = state["1.weight"].to_sparse_csr()
+    state["1.bias"] = torch.zeros(4, device="meta")
+    state["2.num_batches_tracked"] = state["2.num_batches_tracked"].to("meta")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="do not fit") as raised:
+        weights.load_into(
+            module, weights.read_checkpoint(tmp_path / "w.pth"), discarded=[], how="a into b"
+        )
+    assert str(raised.value) == (
+        "a into b: the weights do not fit. 2 without values: 1.bias, 2.num_batches_tracked; "
+        "2 sparse: 0.weight torch.sparse_coo, 1.weight torch.sparse_csr"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize", "ignore:TypedStorage")
+def test_tensors_of_torchs_quantisation_are_refused(tmp_path: Path) -> None:
+    weight = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    torch.save({"weight": weight, "bias": torch.zeros(2)}, tmp_path / "w.pth")
+    state = weights.read_checkpoint(tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"1 without fractions: weight torch\.qint8$"):
         weights.load_into(nn.Linear(2, 2), state, discarded=[], how="a into b")
 
 

@@ -38,7 +38,7 @@ class Provenance:
         source: address of the weights, or the name of a local file; empty for others.
         revision: commit of the hub's repository, where there is one.
         key: which state dict of a checkpoint with several, where one was asked for.
-        seed: of random weights, None for all others.
+        seed: of random weights, or that a function of the user's ran with; None for all others.
     """
 
     model: str
@@ -120,10 +120,18 @@ class Backbone:
 
         Raises:
             ModelError: no such head, or no vector for each image without it.
-            DeviceError, UsageError: as :func:`extractor.load_backbone`.
+            DeviceError, UsageError: as :func:`extractor.load_backbone`; UsageError too for an
+                argument of another type.
         """
+        if not isinstance(module, nn.Module):
+            raise UsageError(f"module: got {module!r:.80}, expected a torch.nn.Module")
+        if not isinstance(preprocess, Preprocess):
+            raise UsageError(
+                f"preprocess: got {preprocess!r:.80}, expected a Preprocess; try "
+                "Preprocess.standard(224)"
+            )
+        names = _head_names(head)
         target, dtype = resolve_device(device), resolve_precision(precision)
-        names = (head,) if isinstance(head, str) else tuple(head or ())
         model = f"module:{name or type(module).__name__}"
         digest = weights.sha256_of_state(module.state_dict())
         heads.replace_with_identity(module, names)
@@ -247,6 +255,15 @@ class Backbone:
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         return replace(self, module=module, device=device, dtype=dtype)
+
+
+def _head_names(head: object) -> tuple[str, ...]:
+    names = () if head is None else (head,) if isinstance(head, str) else head
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise UsageError(
+            f"head: got {head!r:.80}, expected the dotted name of a module, a list of such, or None"
+        )
+    return tuple(names)
 
 
 def _vector(given: object, output: Output) -> object:

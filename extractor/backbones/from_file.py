@@ -72,7 +72,8 @@ def build(model: str, options: Options) -> Backbone:
         )
     else:
         raise ModelError(f"{model} returned {made!r:.80}, expected a Backbone or a torch.nn.Module")
-    provenance = replace(backbone.provenance, model=label, library="file")
+    # The seed that the code ran with, whatever it asked for by itself: with it, it runs again.
+    provenance = replace(backbone.provenance, model=label, library="file", seed=options.seed)
     if chosen is not None:
         weights.load_into(
             backbone.module,

@@ -15,13 +15,23 @@ from torch import nn
 from extractor import heads, weights
 from extractor.backbones import shared
 from extractor.backbones.backbone import Backbone
-from extractor.errors import ExtractorError, ModelError, WeightsError
+from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
 from extractor.layers import POOLED_FEATURES, Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.trial import first_line
 
-__all__ = ["SCHEMES", "build", "fetch", "has", "known_weights", "names", "outline", "version"]
+__all__ = [
+    "SCHEMES",
+    "build",
+    "fetch",
+    "full_name",
+    "has",
+    "known_weights",
+    "names",
+    "outline",
+    "version",
+]
 
 # Names of models that are places and not architectures: a repository of the hub, a folder.
 SCHEMES = (shared.HUB, "local-dir:")
@@ -142,10 +152,12 @@ def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
             **source.arguments,
         )
     except RuntimeError as error:
+        told, signs = str(error), ("Missing key", "Unexpected key", "size mismatch")
         raise weights.MisfitError(
             f"{source.found.path} into {source.name}: the weights do not fit: "
-            f"{' '.join(str(error).split())[:400]}",
+            f"{' '.join(told.split())[:400].rstrip('. ')}",
             state,
+            foreign=any(sign in told for sign in signs),
         ) from error
     config: Any = module.pretrained_cfg
     config.pop("state_dict", None)
@@ -179,10 +191,10 @@ def _output(module: nn.Module) -> Output:
 def _source(name: str, wanted: str) -> _Source:
     if name.startswith(SCHEMES):
         return _placed(name, wanted)
-    full_name = _full_name(name, wanted)
+    own_name = full_name(name, wanted)
     chosen = shared.chosen_file(wanted)
-    found = _fetch(full_name) if chosen is None and wanted != "random" else chosen
-    return _Source(f"timm:{_architecture(full_name)}", full_name, found, own=chosen is None)
+    found = _fetch(own_name) if chosen is None and wanted != "random" else chosen
+    return _Source(f"timm:{_architecture(own_name)}", own_name, found, own=chosen is None)
 
 
 def _placed(name: str, wanted: str) -> _Source:
@@ -247,8 +259,12 @@ def _tags(architecture: str) -> list[str]:
     return [full.partition(".")[2] for full in pretrained]
 
 
-def _full_name(name: str, wanted: str) -> str:
-    """``architecture[.tag]``, the tag from the name or, before it, from the weights asked for."""
+def full_name(name: str, wanted: str = "default") -> str:
+    """``architecture[.tag]``, the tag from the name or, before it, from the weights asked for.
+
+    Raises:
+        WeightsError: timm has no such tag.
+    """
     architecture, _, tag = name.partition(".")
     given = wanted in ("default", "random") or wanted.startswith(shared.HUB)
     if not given and shared.chosen_file(wanted) is None:
@@ -321,11 +337,14 @@ def _preprocess(config: Mapping[str, Any]) -> Preprocess:
     """timm's evaluation transform (``timm.data.create_transform``) as numbers."""
     _, height, width = config["input_size"]
     fits = {"squash": "squash", "border": "pad"}
-    return Preprocess.standard(
-        (height, width),
-        crop_pct=config["crop_pct"],
-        fit=fits.get(config["crop_mode"], "crop"),
-        interpolation=config["interpolation"],
-        mean=tuple(config["mean"]),
-        std=tuple(config["std"]),
-    )
+    try:
+        return Preprocess.standard(
+            (height, width),
+            crop_pct=config["crop_pct"],
+            fit=fits.get(config["crop_mode"], "crop"),
+            interpolation=config["interpolation"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+    except UsageError as error:  # it is the configuration that is wrong, and not the call
+        raise ValueError(str(error)) from error

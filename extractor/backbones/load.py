@@ -104,6 +104,11 @@ def load(model: str, options: Options) -> Backbone:
     try:
         backbone = BUILDERS[library](name, options)
     except weights_room.MisfitError as error:
+        if not error.foreign:
+            advice = "Names and shapes are right: check how these values were made"
+            raise weights_room.MisfitError(
+                f"{error}. {advice}", error.state, foreign=False
+            ) from error
         asked = f"{library}:{name.partition('.')[0]}"
         likely = [one for one in Catalog.read().models_with(error.state) if one != asked]
         advice = (

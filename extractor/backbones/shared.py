@@ -54,10 +54,15 @@ def chosen_file(wanted: str) -> weights.WeightsFile | None:
         return weights.find_hub_file(repository, weights.hub_filenames(), tag="", how=wanted)
     path = Path(wanted)
     looks_like_one = path.suffix in SUFFIXES
-    if not (looks_like_one or os.sep in wanted or path.is_file()):
+    # A folder may well have the name of a tag; a pipe or a device is meant as a file.
+    if not (looks_like_one or os.sep in wanted or (path.exists() and not path.is_dir())):
         return None
     if not path.is_file():
-        what = "is a folder, expected a file" if path.is_dir() else "no such file"
+        what = "no such file"
+        if path.is_dir():
+            what = "is a folder, expected a file"
+        elif path.exists():
+            what = "is no regular file; copy what it gives into one"
         raise WeightsError(f"weights {wanted}: {what}")
     return weights.WeightsFile(path)
 

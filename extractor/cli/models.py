@@ -155,7 +155,8 @@ def _whole(name: str) -> dict[str, Any]:
     if library == "file" or own_name.startswith(from_timm.SCHEMES):
         backbone, known = load.load_backbone(name, device="cpu"), []
     else:
-        own_name = own_name.partition(".")[0] if library == "timm" else own_name
+        if library == "timm":  # with a tag, which must be one that there is
+            own_name = from_timm.full_name(own_name).partition(".")[0]
         backbone = outline(library, own_name)
         known = (from_timm if library == "timm" else from_torchvision).known_weights(own_name)
     return {
