@@ -47,7 +47,8 @@ from extractor.store import (
     StoreWriter,
 )
 from extractor.store.format import MANIFEST, listing_digest
-from extractor.store.writer import ShardWriter, check_place, finish_publishing
+from extractor.store.place import check_place, finish_publishing
+from extractor.store.shard import ShardWriter
 
 __all__ = [
     "BatchPlan",

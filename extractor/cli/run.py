@@ -240,7 +240,7 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
     options = options_of(parsed)
     # Whatever can be wrong is found before torch is loaded, which takes seconds.
     from extractor.sources import list_images
-    from extractor.store.writer import check_place
+    from extractor.store.place import check_place
 
     models = parsed.model or [DEFAULT_MODEL]
     if not all(models) or parsed.out == "":

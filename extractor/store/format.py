@@ -16,7 +16,10 @@ __all__ = [
     "FAILURES",
     "FEATURES",
     "IMAGES",
+    "JOB",
+    "JOURNAL",
     "MANIFEST",
+    "REPLACED",
     "STAGING",
     "Description",
     "FileEntry",
@@ -37,6 +40,9 @@ IMAGES = "images"
 FAILURES = "failures.jsonl"
 # What a run builds before it becomes visible; hidden, so that no tool takes it for a result.
 STAGING = ".extractor-partial"
+JOB = "job.json"  # in it: what the run was asked for
+JOURNAL = "journal"  # in it: what it has done of each shard
+REPLACED = "replaced.json"  # in it: the old manifest, while the new store takes its place
 
 
 def features_name(shard: int) -> str:

@@ -36,7 +36,7 @@ from extractor.store import (
     StoreWriter,
 )
 from extractor.store.format import STAGING
-from extractor.store.writer import finish_publishing, recover
+from extractor.store.place import finish_publishing, recover
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
 Checked = Callable[[Path], "np.ndarray | None"]

@@ -1,0 +1,174 @@
+"""The folder of a store: whether one may be written there, and how it takes its place."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from extractor.errors import StoreError
+from extractor.store.files import sync_folder
+from extractor.store.format import (
+    FAILURES,
+    FEATURES,
+    IMAGES,
+    JOB,
+    JOURNAL,
+    MANIFEST,
+    REPLACED,
+    STAGING,
+    Manifest,
+)
+from extractor.store.lock import Lock
+
+__all__ = ["check_place", "clear", "explained", "finish_publishing", "recover"]
+
+
+def finish_publishing(out: Path) -> None:
+    """Publish the store of a run that was complete when it died, and clear what it left.
+
+    What an interrupted run has done, and the next one goes on with, is not touched.
+
+    Raises:
+        StoreError: another run is at work there, or the place cannot be written.
+    """
+    staging = out / STAGING
+    complete = (staging / MANIFEST).is_file()
+    if not complete and ((staging / JOB).is_file() or not staging.is_dir()):
+        return
+    with explained(out):
+        _check_staging(staging)
+        with Lock(staging / "lock"):
+            recover(out)
+            clear(staging)
+            (staging / "lock").unlink(missing_ok=True)
+            staging.rmdir()
+
+
+def check_place(out: Path, *, overwrite: bool, locked: bool = False) -> None:
+    """See whether a store may be written to ``out``; changes nothing.
+
+    Args:
+        locked: see, too, whether another run is at work there.
+
+    Raises:
+        StoreError: it is a file, holds a finished store that may not be replaced, or other files.
+    """
+    with explained(out):
+        if not out.exists():
+            if out.is_symlink():
+                raise StoreError(f"{out} is a link that leads nowhere; choose another --out")
+            return
+        if not out.is_dir():
+            raise StoreError(
+                f"{out} is a file, expected a folder for the store; choose another --out"
+            )
+        _check_staging(out / STAGING)
+        if locked:
+            Lock(out / STAGING / "lock").check()
+        if (out / MANIFEST).is_file():
+            there = Manifest.from_json((out / MANIFEST).read_bytes(), str(out / MANIFEST))
+            if not overwrite:
+                raise StoreError(
+                    f"{out} holds a finished store: {there.rows} rows of "
+                    f"{there.description.made_with}; replace it with --overwrite, or choose "
+                    "another --out"
+                )
+            _check_only(out, there)
+        elif any(name != STAGING for name in os.listdir(out)) and not _is_published_halfway(out):
+            raise StoreError(
+                f"{out} is not empty and holds no store; nothing in it was touched, choose "
+                "another --out"
+            )
+
+
+def _check_staging(staging: Path) -> None:
+    """Refuse to take for our own a staging folder that we did not make."""
+    named = (FAILURES, MANIFEST, JOB)
+    ours = {"lock", FEATURES, IMAGES, JOURNAL, REPLACED, *named}
+    ours |= {f"{name}.partial" for name in named}
+    if staging.is_symlink() or (staging.is_dir() and not ours.issuperset(os.listdir(staging))):
+        raise StoreError(
+            f"{staging} is not what a run of this program leaves there; move it away, or choose "
+            "another --out"
+        )
+
+
+def _check_only(out: Path, there: Manifest) -> None:
+    """Refuse to replace a store in whose folders someone has put files of their own."""
+    listed = set(_files_of(there))
+    for folder in (FEATURES, IMAGES):
+        if (out / folder).is_symlink():
+            raise StoreError(f"{out / folder} is a link, expected a folder; choose another --out")
+        if (out / folder).is_dir():
+            foreign = sorted({f"{folder}/{name}" for name in os.listdir(out / folder)} - listed)
+            if foreign:
+                raise StoreError(
+                    f"{out} holds files that are not the store's ({', '.join(foreign[:5])}); move "
+                    "them away, or choose another --out"
+                )
+
+
+def recover(out: Path) -> None:
+    """Bring a store that is complete but not yet published to its place; else do nothing.
+
+    Every step may be repeated: a run that dies in here leaves the rest to the next one. The old
+    manifest goes first and the new one comes last, so that at no time it lists files that are not
+    its own.
+    """
+    staging = out / STAGING
+    if not (staging / MANIFEST).is_file():
+        return
+    new = Manifest.from_json((staging / MANIFEST).read_bytes(), str(staging / MANIFEST))
+    (staging / JOB).unlink(missing_ok=True)  # there is nothing left to go on with
+    replaced = staging / REPLACED
+    if (out / MANIFEST).is_file():
+        os.replace(out / MANIFEST, replaced)
+        sync_folder(out)
+    for folder in (FEATURES, IMAGES):
+        (out / folder).mkdir(exist_ok=True)
+    names = _files_of(new)
+    for name in names:
+        if (staging / name).is_file():
+            os.replace(staging / name, out / name)
+    if replaced.is_file():
+        old = Manifest.from_json(replaced.read_bytes(), str(replaced))
+        for name in set(_files_of(old)) - set(names):
+            (out / name).unlink(missing_ok=True)
+    for folder in (FEATURES, IMAGES):
+        sync_folder(out / folder)
+    sync_folder(out)
+    os.replace(staging / MANIFEST, out / MANIFEST)
+    sync_folder(out)
+
+
+def _files_of(manifest: Manifest) -> list[str]:
+    shards = [entry.name for shard in manifest.shards for entry in (shard.features, shard.index)]
+    return [*shards, manifest.failures.name]
+
+
+def _is_published_halfway(out: Path) -> bool:
+    return (out / STAGING / MANIFEST).is_file()
+
+
+def clear(staging: Path) -> None:
+    """Remove whatever a run that died has left, but for the lock."""
+    for entry in os.scandir(staging):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != "lock":
+            os.unlink(entry.path)
+
+
+@contextlib.contextmanager
+def explained(out: Path) -> Iterator[None]:
+    """Turn what the file system says into a :class:`StoreError`."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the store {out}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}; nothing that was there is lost"
+        ) from error
