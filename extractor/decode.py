@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
 import io
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TypeAlias
 
@@ -16,6 +18,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from extractor.errors import DecodeError
+from extractor.options import MAX_PIXELS
 from extractor.preprocess import Geometry, Preprocess
 
 __all__ = [
@@ -24,7 +27,9 @@ __all__ = [
     "ImageInfo",
     "ImageSource",
     "decode_into",
+    "digest_of",
     "looks_like_image",
+    "open_regular",
     "readable_suffixes",
 ]
 
@@ -54,14 +59,16 @@ class EncodedImage:
 class ImageInfo:
     """What was seen while one image was decoded.
 
-    ``size`` in bytes and ``mtime_ns`` are those of the open file (-1 where there is none);
-    ``width`` and ``height`` in pixels as the image is looked at, after its EXIF orientation.
+    ``size`` in bytes, ``mtime_ns`` and ``sha256`` are those of the open file (-1, -1 and nothing
+    where there is none); ``width`` and ``height`` in pixels as the image is looked at, after its
+    EXIF orientation.
     """
 
     size: int
     mtime_ns: int
     width: int
     height: int
+    sha256: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,24 @@ class Failure:
     """Why one image has no row: a short word for programs and a sentence for people.
 
     A value and not the exception itself, which would keep the decoder's frames, and with them
-    whole images, alive.
+    whole images, alive. ``size`` and ``mtime_ns`` are those of the file, -1 where there is none.
     """
 
     reason: str
     message: str
+    size: int = -1
+    mtime_ns: int = -1
+
+
+_Pictures: TypeAlias = Sequence[tuple[Preprocess, npt.NDArray[np.uint8]]]
 
 
 def decode_into(
     source: ImageSource,
     preprocesses: Sequence[Preprocess],
     outs: Sequence[npt.NDArray[np.uint8]],
+    *,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageInfo:
     """Decode one image once, orient, resize and crop it into each of ``outs``; say what it was.
 
@@ -88,6 +102,7 @@ def decode_into(
             ``(H, W, 1 | 3 | 4)`` in RGB order.
         preprocesses: how each of the pictures is made.
         outs: for each, ``(height, width, 3)`` uint8 of its ``input_size``, written in place, RGB.
+        max_pixels: of the image before it is resized; one that declares more is not decoded.
 
     Raises:
         DecodeError: this image has no pixels to give; ``outs`` may have been touched.
@@ -101,19 +116,40 @@ def decode_into(
     pictures = tuple(zip(preprocesses, outs, strict=True))
     if not isinstance(source, (str, bytes, os.PathLike, EncodedImage, Image.Image, np.ndarray)):
         raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
-    try:
-        if isinstance(source, Image.Image):
-            return _place(source, pictures, size=-1, mtime_ns=-1)
-        if isinstance(source, np.ndarray):
-            return _place(_from_array(source), pictures, size=-1, mtime_ns=-1)
+    if isinstance(source, (str, bytes, os.PathLike)):
+        return _decode_file(source, pictures, max_pixels)
+    with _decode_errors():
         if isinstance(source, EncodedImage):
             with _identify(io.BytesIO(source.data)) as image:
-                return _place(image, pictures, size=len(source.data), mtime_ns=-1)
-        with _open_regular(source) as file:
+                return ImageInfo(len(source.data), -1, *_place(image, pictures, max_pixels))
+        image = source if isinstance(source, Image.Image) else _from_array(source)
+        return ImageInfo(-1, -1, *_place(image, pictures, max_pixels))
+
+
+def _decode_file(
+    path: str | bytes | os.PathLike[str], pictures: _Pictures, max_pixels: int
+) -> ImageInfo:
+    status = None
+    try:
+        with _decode_errors(), open_regular(path) as file:
             status = os.fstat(file.fileno())
             whole = status.st_size <= READ_WHOLE_BYTES
-            with _identify(io.BytesIO(file.read()) if whole else file) as image:
-                return _place(image, pictures, size=status.st_size, mtime_ns=status.st_mtime_ns)
+            content = file.read() if whole else b""
+            digest = hashlib.sha256(content) if whole else _digest_of(file)
+            with _identify(io.BytesIO(content) if whole else file) as image:
+                width, height = _place(image, pictures, max_pixels)
+            return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest.digest())
+    except DecodeError as error:
+        with contextlib.suppress(OSError, ValueError):
+            status = status or os.stat(path)
+            error.size, error.mtime_ns = status.st_size, status.st_mtime_ns
+        raise
+
+
+@contextlib.contextmanager
+def _decode_errors() -> Iterator[None]:
+    try:
+        yield
     except DecodeError:
         raise
     except OSError as error:
@@ -129,6 +165,23 @@ def decode_into(
         raise DecodeError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
+def digest_of(path: bytes) -> bytes:
+    """SHA-256 of a regular file; nothing where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return _digest_of(file).digest()
+    except (OSError, DecodeError):
+        return b""
+
+
+def _digest_of(file: IO[bytes]) -> hashlib._Hash:
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    file.seek(0)
+    return digest
+
+
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
     """Every file ending, in lower case with its dot, of a format that is decoded here."""
@@ -141,7 +194,7 @@ def readable_suffixes() -> frozenset[str]:
 def looks_like_image(path: bytes) -> bool:
     """Whether the content of a file, whatever its name, is an image that can be decoded here."""
     try:
-        with _open_regular(path) as file, Image.open(file, formats=_signed_formats()):
+        with open_regular(path) as file, Image.open(file, formats=_signed_formats()):
             return True
     except Exception:  # no image, for whatever reason
         return False
@@ -159,7 +212,7 @@ def _signed_formats() -> tuple[str, ...]:
     return tuple(name for name in _formats() if Image.OPEN[name][1] is not None)
 
 
-def _open_regular(path: str | bytes | os.PathLike[str]) -> IO[bytes]:
+def open_regular(path: str | bytes | os.PathLike[str]) -> IO[bytes]:
     """Open a regular file; a pipe, a device or a folder is refused without waiting for it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -212,20 +265,22 @@ def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _place(
-    image: Image.Image,
-    pictures: Sequence[tuple[Preprocess, npt.NDArray[np.uint8]]],
-    *,
-    size: int,
-    mtime_ns: int,
-) -> ImageInfo:
+def _place(image: Image.Image, pictures: _Pictures, max_pixels: int) -> tuple[int, int]:
+    """Draw all pictures of an image; returns its width and height, the right way up."""
+    pixels = image.width * image.height
+    if pixels > max_pixels:
+        raise DecodeError(
+            "too-large",
+            f"{image.width} x {image.height} are {pixels} pixels, more than the {max_pixels} that "
+            "are allowed; see --max-pixels",
+        )
     image.load()  # some formats turn themselves while they load, so ask for sizes after it
     orientation = _orientation(image)
     width, height = image.size[::-1] if orientation >= 5 else image.size
     rgb = _to_rgb(image)
     for preprocess, out in pictures:
         _draw(rgb, orientation, preprocess, preprocess.geometry(width, height), out)
-    return ImageInfo(size, mtime_ns, width, height)
+    return width, height
 
 
 def _draw(

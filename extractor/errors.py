@@ -30,12 +30,14 @@ class DecodeError(ExtractorError):
     """One image cannot be turned into pixels.
 
     ``reason`` is a short machine-readable word (``not-an-image``, ``truncated``, ...), the
-    message is for people.
+    message is for people. ``size`` and ``mtime_ns`` are those of the file, -1 where there is none.
     """
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+        self.size = -1
+        self.mtime_ns = -1
 
 
 class ModelError(ExtractorError):

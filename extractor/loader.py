@@ -182,4 +182,4 @@ class BatchLoader:
         except DecodeError as error:
             for out in outs:
                 out[...] = 0
-            return Failure(error.reason, str(error))
+            return Failure(error.reason, str(error), error.size, error.mtime_ns)

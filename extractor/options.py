@@ -38,8 +38,10 @@ GEM_POWER = 3.0  # of Radenovic et al., Fine-tuning CNN Image Retrieval with No 
 # Far beyond what gains anything; a typing error should not take the machine down.
 MAX_BATCH_SIZE = 65_536
 MAX_WORKERS = 1_024
-MAX_SHARDS = 100_000  # five digits in a shard's name, so that name order is row order
+MAX_PIXELS = 200_000_000  # of an image before it is resized
+CHECKS = ("stat", "content")
 MAX_IMAGE_SIZE = 16_384
+MAX_SECONDS = 1e6
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class Options:
         workers: decoding threads; None means one for each core that the process may use.
         shard_images: images, failed ones included, that one shard of the store answers for.
         overwrite: replace the store that is already there, once the new one is complete.
+        check: how images that have rows already are compared with what they were: ``stat``, by
+            size and time of modification, or ``content``, by the SHA-256 of their bytes.
+        keep_missing: keep the rows of images that are no longer there.
+        retry_failed: try images again that failed, although they are unchanged.
+        max_pixels: of an image before it is resized; one that declares more fails.
+        image_timeout: seconds after which the decoding of an image is given up.
 
     Raises:
         UsageError: a value out of its range.
@@ -128,6 +136,11 @@ class Options:
     workers: int | None = None
     shard_images: int = 65_536
     overwrite: bool = False
+    check: str = "stat"
+    keep_missing: bool = False
+    retry_failed: bool = False
+    max_pixels: int = MAX_PIXELS
+    image_timeout: float = 60.0
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, PRECISIONS)
@@ -136,6 +149,9 @@ class Options:
         _within("batch size", self.batch_size, 1, MAX_BATCH_SIZE)
         _within("number of workers", self.workers, 1, MAX_WORKERS)
         _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
+        _one_of("check", self.check, CHECKS)
+        _within("max pixels", self.max_pixels, 1, 2**63 - 1)
+        _number_within("image timeout", self.image_timeout, 0, MAX_SECONDS)
         if not self.weights:
             raise UsageError("weights: got an empty name; try default, random, a tag or a file")
         if self.weights_key == "":

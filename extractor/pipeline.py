@@ -2,53 +2,41 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
 from extractor.backbones import Backbone, Model, Target, check_models, load_targets
-from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
+from extractor.current import current_images
+from extractor.decode import EncodedImage, Failure, ImageSource
 from extractor.description import describe
 from extractor.devices import available_cores, device_errors
-from extractor.errors import (
-    DecodeError,
-    InterruptedRunError,
-    SourceError,
-    StoreError,
-    UsageError,
-)
+from extractor.errors import DecodeError, InterruptedRunError, SourceError, UsageError
+from extractor.filling import Filling, StoreReport
 from extractor.inference import embed, pictures_of
 from extractor.loader import BatchLoader
 from extractor.options import (
     DEFAULT_MODEL,
-    MAX_SHARDS,
     Options,
     default_batch_size,
     planned_stores,
     store_folders,
 )
-from extractor.sources import ImageList, Input, list_images, show
-from extractor.store import (
-    FailureRecord,
-    FeatureStore,
-    ImageRecord,
-    Job,
-    Manifest,
-    StoreWriter,
-)
-from extractor.store.format import MANIFEST, listing_digest
-from extractor.store.place import check_place, finish_publishing
-from extractor.store.shard import ShardWriter
+from extractor.sources import ImageList, Input, list_images
+from extractor.store import FeatureStore
+from extractor.store.format import MAX_SHARDS
+from extractor.store.place import check_place
 
 __all__ = [
     "BatchPlan",
@@ -62,9 +50,6 @@ __all__ = [
 
 _DEFAULT = Options()
 
-# Failed images whose reasons stand in an error message or a report; the store lists them all.
-FAILURES_SHOWN = 5
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -73,31 +58,6 @@ class Progress:
     done: int
     total: int
     failed: int
-
-
-@dataclass(frozen=True)
-class StoreReport:
-    """What one run put into one store.
-
-    Attributes:
-        out: folder of the store.
-        rows, failed: images with a row and those without.
-        shape: of one embedding: ``(dim,)``, or the axes of a map or of tokens.
-        backbone: the model and its weights in a few words.
-        first_failures: path and reason of the first few failed images.
-    """
-
-    out: Path
-    rows: int
-    failed: int
-    shape: tuple[int, ...]
-    backbone: str
-    first_failures: tuple[tuple[str, str], ...]
-
-    @property
-    def store(self) -> FeatureStore:
-        """The store, opened."""
-        return FeatureStore.open(self.out)
 
 
 @dataclass(frozen=True)
@@ -170,7 +130,7 @@ class Report:
         return self._only.store
 
     @property
-    def failures(self) -> list[dict[str, str]]:
+    def failures(self) -> list[dict[str, Any]]:
         """Every image that failed in the one store with its reason, read from it."""
         return self.store.failures
 
@@ -225,6 +185,11 @@ def extract(
     workers: int | None = _DEFAULT.workers,
     shard_images: int = _DEFAULT.shard_images,
     overwrite: bool = _DEFAULT.overwrite,
+    check: str = _DEFAULT.check,
+    keep_missing: bool = _DEFAULT.keep_missing,
+    retry_failed: bool = _DEFAULT.retry_failed,
+    max_pixels: int = _DEFAULT.max_pixels,
+    image_timeout: float = _DEFAULT.image_timeout,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Report:
@@ -276,6 +241,11 @@ def extract(
         workers=workers,
         shard_images=shard_images,
         overwrite=overwrite,
+        check=check,
+        keep_missing=keep_missing,
+        retry_failed=retry_failed,
+        max_pixels=max_pixels,
+        image_timeout=image_timeout,
     )
     models = [model] if isinstance(model, (str, Backbone)) else list(model)
     place = None if out is None else os.fspath(out)
@@ -293,17 +263,14 @@ def extract(
     folders = [Path(folder) for folder in store_folders(place, [one.name for one in targets])]
     loaded = time.perf_counter()
     batch_size = _batch_size(targets, options)
-    listing = listing_digest(sources.paths)
-    jobs = [
-        Job(describe(target, options, sources.root, batch_size), len(sources), listing)
-        for target in targets
-    ]
+    current = functools.cache(lambda: current_images(sources, content=options.check == "content"))
     with ExitStack() as stack:
-        stores = [
-            stack.enter_context(_Store(folder, target, job, sources, overwrite=overwrite))
-            for folder, target, job in zip(folders, targets, jobs, strict=True)
-        ]
-        resumed = min(store.done for store in stores)
+        stores = []
+        for folder, target in zip(folders, targets, strict=True):
+            description = describe(target, options, sources.root, batch_size)
+            filling = Filling(folder, target, description, sources, current, options)
+            stores.append(stack.enter_context(filling))
+        to_do = max(len(store.todo) - store.done for store in stores)
         _fill(stores, sources, options, batch_size, progress, stop)
         _check_any_row(stores)
         reports = tuple(store.publish() for store in stores)
@@ -311,7 +278,7 @@ def extract(
     return Report(
         stores=reports,
         images=len(sources),
-        resumed=resumed,
+        resumed=len(sources) - to_do,
         passed_over=sources.passed_over,
         device=str(first.device),
         precision=first.precision,
@@ -329,225 +296,88 @@ def _check_planned(models: Sequence[Model], place: str | None, options: Options)
     names = planned_stores(typed, options)
     if names is not None and len(typed) == len(models):
         for folder in store_folders(place, names):
-            check_place(Path(folder), overwrite=True, locked=True)
-
-
-class _Store:
-    """One of the stores of a run: taken up where an interrupted run left it, filled, published.
-
-    Attributes:
-        target: what it holds.
-        done: images, from the first on, that have been dealt with.
-        failed: of these, how many have no row.
-    """
-
-    def __init__(
-        self, folder: Path, target: Target, job: Job, sources: ImageList, *, overwrite: bool
-    ) -> None:
-        self.target = target
-        self.done = 0
-        self.failed = 0
-        self._folder = folder
-        self._job = job
-        self._sources = sources
-        self._overwrite = overwrite
-        self._first_failures: list[tuple[str, str]] = []
-        self._there: Manifest | None = None  # a finished store that is what was asked for
-        self._writer = StoreWriter(folder, overwrite=overwrite)
-        self._shard: ShardWriter | None = None
-
-    def __enter__(self) -> _Store:
-        finish_publishing(self._folder)
-        if not self._overwrite and (self._folder / MANIFEST).is_file():
-            self._take_finished()
-            return self
-        self._writer.__enter__()
-        try:
-            self.done = self._writer.begin(self._job)
-            changed = self._changed(self._writer.records_done(self._job.description))
-            if changed and self._overwrite:
-                self.done = self._writer.begin(self._job, anew=True)
-            elif changed:
-                raise self._changed_error(changed)
-            self._note(self._writer.failures_done(self._job.description))
-        except BaseException:
-            self._writer.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if not self.is_finished:
-            self._writer.__exit__()
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether it was there, complete, before the run."""
-        return self._there is not None
-
-    @contextmanager
-    def shard(self, number: int) -> Iterator[None]:
-        """Open a shard for :meth:`append`; it counts once this is left without an error."""
-        if self._writer.is_finished(number):
-            yield  # another store of the run is behind
-            return
-        with self._writer.shard(number, self._job.description) as self._shard:
-            yield
-            self._shard.finish()
-        self._shard = None
-
-    def append(
-        self,
-        batch: BatchPlan,
-        rows: npt.NDArray[np.float32],
-        outcomes: Sequence[ImageInfo | Failure],
-    ) -> None:
-        """Part the rows to keep, with their records, from the failures."""
-        if batch.start < self.done or self._shard is None:
-            return
-        kept, records, failures = [], [], []
-        with np.errstate(over="ignore"):  # beyond what float16 holds is seen as not finite
-            stored = rows.astype(self._job.description.dtype, copy=False)
-        finite = np.asarray(np.isfinite(stored).reshape(len(rows), -1).all(axis=1))
-        paths = self._sources.paths[batch.start : batch.stop]
-        for i, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
-            if isinstance(outcome, ImageInfo) and not finite[i]:
-                outcome = Failure("not-finite", self._not_finite(rows[i]))
-            if isinstance(outcome, Failure):
-                failures.append(FailureRecord(path, outcome.reason, outcome.message))
-            else:
-                kept.append(i)
-                records.append(ImageRecord(path, *_stat(outcome)))
-        self._shard.append(stored[kept], records, failures)
-        self._note(failures)
-        self.done = batch.stop
-
-    def _not_finite(self, row: npt.NDArray[np.float32]) -> str:
-        if np.isfinite(row).all():
-            return f"the embedding holds {abs(row).max():.3g}, more than float16 does"
-        return "the embedding holds NaN or infinity"
-
-    def discard(self) -> None:
-        """Keep nothing for another run."""
-        self._writer.discard()
-
-    @property
-    def first_failures(self) -> tuple[tuple[str, str], ...]:
-        """Path and reason of the first few images without a row."""
-        return tuple(self._first_failures)
-
-    def publish(self) -> StoreReport:
-        """Make it visible, and say what is in it."""
-        manifest = self._there or self._writer.publish(self._job)
-        return StoreReport(
-            out=self._folder,
-            rows=manifest.rows,
-            failed=manifest.failed,
-            shape=self.target.shape,
-            backbone=str(self.target),
-            first_failures=self.first_failures,
-        )
-
-    def _note(self, failures: Iterable[FailureRecord]) -> None:
-        for failure in failures:
-            self.failed += 1
-            if len(self._first_failures) < FAILURES_SHOWN:
-                self._first_failures.append((show(failure.path), failure.message))
-
-    def _take_finished(self) -> None:
-        store = FeatureStore.open(self._folder)
-        there = store.manifest
-        differ = Job(there.description, there.images, there.listing).differences(self._job)
-        if differ:
-            raise StoreError(
-                f"{self._folder} holds a finished store of something else "
-                f"({'; '.join(differ[:5])}); replace it with --overwrite, or choose another --out"
-            )
-        columns = (map(os.fsencode, store.paths), store.column("size"), store.column("mtime_ns"))
-        changed = self._changed(
-            ImageRecord(path, size, mtime, 0, 0) for path, size, mtime in zip(*columns, strict=True)
-        )
-        if changed:
-            raise self._changed_error(changed)
-        self._there = there
-        self.done = there.images
-        self._note(
-            FailureRecord(os.fsencode(one["path"]), one["error"], one["message"])
-            for one in store.failures
-        )
-
-    def _changed(self, records: Iterable[ImageRecord]) -> list[bytes]:
-        """Images that have rows and are no longer what they were when these were computed."""
-        return [record.path for record in records if self._is_changed(record)]
-
-    def _changed_error(self, changed: Sequence[bytes]) -> StoreError:
-        names = ", ".join(map(show, changed[:FAILURES_SHOWN]))
-        more = ", ..." if len(changed) > FAILURES_SHOWN else ""
-        return StoreError(
-            f"{self._folder}: {len(changed)} of the images that have rows there changed or went "
-            f"since ({names}{more}); start anew with --overwrite, or choose another --out"
-        )
-
-    def _is_changed(self, record: ImageRecord) -> bool:
-        try:
-            status = os.stat(os.path.join(self._sources.root, record.path))
-        except OSError:
-            return True
-        return (status.st_size, status.st_mtime_ns) != (record.size, record.mtime_ns)
+            check_place(Path(folder), occupied=True, locked=True)
 
 
 def _fill(
-    stores: Sequence[_Store],
+    stores: Sequence[Filling],
     sources: ImageList,
     options: Options,
     batch_size: int,
     progress: Callable[[Progress], None] | None,
     stop: Callable[[], bool] | None,
 ) -> None:
-    """Compute what is left, shard by shard in order, into all stores that are not finished."""
-    unfinished = [store for store in stores if not store.is_finished]
-    if not unfinished:
+    """Compute what is left; stores that lack the same images share one pass over them."""
+    passes: dict[str, list[Filling]] = {}
+    for store in stores:
+        if store.done < len(store.todo):
+            passes.setdefault(store.listing, []).append(store)
+    if not passes:
         return
-    total = len(sources)
-    done = min(store.done for store in unfinished)
-    if progress is not None:
-        progress(Progress(done, total, max(store.failed for store in unfinished)))
-    whole = plan_batches(total, shard_images=options.shard_images, batch_size=batch_size)
-    plan = [batch for batch in whole if batch.stop > done]
-    targets = [store.target for store in unfinished]
-    wanted = ([sources.full_path(i) for i in range(b.start, b.stop)] for b in plan)
+    left = sum(_left(group) for group in passes.values())
+    total = max(len(sources), left)
+
+    def tell() -> None:
+        if progress is not None:
+            left = sum(_left(group) for group in passes.values())
+            progress(Progress(total - left, total, max(store.failed for store in stores)))
+
+    def go_on() -> None:
+        tell()
+        left = sum(_left(group) for group in passes.values())
+        if stop is not None and stop() and left:
+            raise InterruptedRunError(total - left, total)
+
+    tell()
+    for group in passes.values():
+        _fill_together(group, sources, options, batch_size, go_on)
+
+
+def _left(group: Sequence[Filling]) -> int:
+    return max(len(store.todo) - store.done for store in group)
+
+
+def _fill_together(
+    stores: Sequence[Filling],
+    sources: ImageList,
+    options: Options,
+    batch_size: int,
+    after_batch: Callable[[], None],
+) -> None:
+    """Compute the images that all of some stores lack, shard by shard in order."""
+    todo = stores[0].todo
+    done = min(store.done for store in stores)
+    whole = plan_batches(len(todo), shard_images=options.shard_images, batch_size=batch_size)
+    batches = [batch for batch in whole if batch.stop > done]
+    targets = [store.target for store in stores]
+    wanted = ([sources.full_path(i) for i in todo[b.start : b.stop]] for b in batches)
     with _loader(wanted, targets, options, batch_size) as loader:
-        computed = zip(plan, embed(targets, loader, normalize=options.normalize), strict=True)
-        for number, batches in itertools.groupby(computed, key=lambda pair: pair[0].shard):
+        computed = zip(batches, embed(targets, loader, normalize=options.normalize), strict=True)
+        for number, part in itertools.groupby(computed, key=lambda pair: pair[0].shard):
             with ExitStack() as stack:
-                for store in unfinished:
+                for store in stores:
                     stack.enter_context(store.shard(number))
-                for batch, embedded in batches:
-                    for store, rows in zip(unfinished, embedded.rows, strict=True):
-                        store.append(batch, rows, embedded.outcomes)
-                    if progress is not None:
-                        failed = max(store.failed for store in unfinished)
-                        progress(Progress(batch.stop, total, failed))
-                    if stop is not None and stop() and batch.stop < total:
-                        raise InterruptedRunError(batch.stop, total)
+                for batch, embedded in part:
+                    for store, rows in zip(stores, embedded.rows, strict=True):
+                        store.append(batch.start, rows, embedded.outcomes)
+                    after_batch()
 
 
-def _check_any_row(stores: Sequence[_Store]) -> None:
+def _check_any_row(stores: Sequence[Filling]) -> None:
     """See whether every store has a row; if not, the next run would come to the same end.
 
     Raises:
         SourceError: one has none.
     """
     for store in stores:
-        if store.failed == store.done:
+        if not store.rows:
             for each in stores:
                 each.discard()
             told = "; ".join(f"{path}: {reason}" for path, reason in store.first_failures)
             which = f" of {store.target.name}" if len(stores) > 1 else ""
-            raise SourceError(f"none of the {store.done} images gives an embedding{which} ({told})")
-
-
-def _stat(info: ImageInfo) -> tuple[int, int, int, int]:
-    return info.size, info.mtime_ns, info.width, info.height
+            raise SourceError(
+                f"none of the {store.failed} images gives an embedding{which} ({told})"
+            )
 
 
 def _batch_size(targets: Sequence[Target], options: Options) -> int:

@@ -17,11 +17,12 @@ import pytest
 from models import mean_pixel
 from pictures import noise
 
-from extractor import extract
+from extractor import FeatureStore, extract
 from extractor.backbones import targets
 from extractor.errors import InterruptedRunError, StoreError
 from extractor.options import Options
 from extractor.pipeline import Progress
+from extractor.store.verify import verify
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
@@ -109,11 +110,6 @@ def test_several_stores_go_on_side_by_side(photos: Path, tmp_path: Path) -> None
         (lambda photos: {"dtype": "float16"}, r'embedding.dtype: "float32" there, "float16" now'),
         (lambda photos: {"normalize": True}, r"embedding.normalized: false there, true now"),
         (lambda photos: {"shard_images": 9}, r"shard_images: 65536 there, 9 now"),
-        (
-            lambda photos: noise_file(photos / "new.png"),
-            r"images: 11 there, 12 now, not the same paths",
-        ),
-        (lambda photos: remove_one(photos), r"images: 11 there, 10 now"),
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
@@ -149,23 +145,35 @@ def noise_file(path: Path) -> None:
     noise(1, 9, 9).save(path)
 
 
-def remove_one(photos: Path) -> None:
-    (photos / "00.png").unlink()
-
-
+@pytest.mark.parametrize("shard_images", [3, 100])
 @pytest.mark.parametrize("finished", [False, True])
-def test_an_image_that_changed_since_is_told(photos: Path, tmp_path: Path, finished: bool) -> None:
+def test_images_that_changed_meanwhile_are_computed_and_no_others(
+    photos: Path, tmp_path: Path, finished: bool, shard_images: int
+) -> None:
     out = tmp_path / "out"
+    settings = {"batch_size": 2, "shard_images": shard_images}
     if finished:
-        extract(photos, "mean", out, batch_size=2)
+        extract(photos, "mean", out, **settings)
     else:
-        with pytest.raises(InterruptedRunError, match="stopped after 4"):
-            extract(photos, "mean", out, batch_size=2, stop=after(2))
+        with pytest.raises(InterruptedRunError, match=r"stopped after [56] of 11"):
+            extract(photos, "mean", out, **settings, stop=after(3))
+    done = 11 if finished else 6 if shard_images == 100 else 5
     noise_file(photos / "00.png")
-    with pytest.raises(StoreError, match=r"1 of the images .* changed or went since \(00.png\)"):
-        extract(photos, "mean", out, batch_size=2)
-    assert extract(photos, "mean", out, batch_size=2, overwrite=True).resumed == 0
-    extract(photos, "mean", tmp_path / "anew", batch_size=2)
+    noise_file(photos / "000.png")
+    gone = sorted(path for path in photos.rglob("*") if path.is_file())[3]
+    gone.unlink()
+    told: list[Progress] = []
+    report = extract(photos, "mean", out, **settings, progress=told.append)
+    assert (report.resumed, told[0].done) == (done - 2, done - 2)
+    assert (report.stores[0].changed, report.stores[0].gone) == (1, 1)
+    extract(photos, "mean", tmp_path / "anew", **settings)
+    store, anew = (FeatureStore.open(folder) for folder in (out, tmp_path / "anew"))
+    assert len(store) == len(anew) == 11
+    for path in anew.paths:
+        assert np.array_equal(store[store.index_of(path)], anew[anew.index_of(path)]), path
+    assert not list(verify(out))
+    assert store.manifest.listing == anew.manifest.listing
+    extract(photos, "mean", out, **settings, overwrite=True)
     assert content(out) == content(tmp_path / "anew")
 
 

@@ -13,6 +13,7 @@ from extractor.cli import environment
 from extractor.cli.console import Bar, logging_to, print_lines
 from extractor.errors import SourceError, UsageError
 from extractor.options import (
+    CHECKS,
     DEFAULT_MODEL,
     DTYPES,
     POOLS,
@@ -193,6 +194,37 @@ def build_parser() -> argparse.ArgumentParser:
         help="decoding threads (default: one a core)",
     )
 
+    group = parser.add_argument_group("images that are there already, and hostile ones")
+    group.add_argument(
+        "--check",
+        choices=CHECKS,
+        default=default.check,
+        help="how an image is compared with what it was: stat, by size and time, or content, by "
+        "SHA-256 (default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep-missing",
+        action="store_true",
+        help="keep the rows of images that are no longer there",
+    )
+    group.add_argument(
+        "--retry-failed", action="store_true", help="try unchanged images again that failed"
+    )
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        default=default.max_pixels,
+        metavar="N",
+        help="an image of more fails before it is decoded (default: %(default)s)",
+    )
+    group.add_argument(
+        "--image-timeout",
+        type=float,
+        default=default.image_timeout,
+        metavar="SECONDS",
+        help="after which the decoding of an image is given up (default: %(default)g)",
+    )
+
     group = parser.add_argument_group("the run")
     group.add_argument(
         "--max-failure-rate",
@@ -246,7 +278,7 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
     if not all(models) or parsed.out == "":
         raise UsageError("got an empty name, expected a model and a folder for the store")
     for folder in store_folders(parsed.out, planned_stores(models, options) or []):
-        check_place(Path(folder), overwrite=True, locked=True)
+        check_place(Path(folder), occupied=True, locked=True)
     images = _read_list(parsed.list) if parsed.list else list_images(parsed.inputs)
 
     bar = Bar(quiet=parsed.quiet)

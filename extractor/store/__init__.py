@@ -1,4 +1,4 @@
-"""The store: a folder of plain ``.npy`` files, their index and a manifest. Needs no torch."""
+"""The store of embeddings: its format, the writer and the reader (``docs/store-format.md``)."""
 
 from extractor.store.array import ShardedArray
 from extractor.store.format import Description, Manifest

@@ -12,7 +12,39 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["ShardedArray"]
+__all__ = ["KeptRows", "ShardedArray"]
+
+
+class KeptRows:
+    """Some rows of an array, in order, as an array of their own; reads only what is asked for.
+
+    >>> rows = KeptRows(np.arange(8).reshape(4, 2), np.array([True, False, False, True]))
+    >>> rows.shape, rows[1], rows[:].tolist()
+    ((2, 2), array([6, 7]), [[0, 1], [6, 7]])
+    """
+
+    def __init__(self, array: npt.NDArray[Any], kept: npt.NDArray[np.bool_]):
+        self._array = array
+        self._rows = np.flatnonzero(kept)
+        self.shape: tuple[int, ...] = (len(self._rows), *array.shape[1:])
+        self.ndim = array.ndim
+        self.dtype = array.dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        return (self._array[row] for row in self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._array[self._rows[index]]
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("rows with gaps between them cannot be one array without a copy")
+        return np.asarray(self[:], dtype=dtype)
 
 
 class ShardedArray:
@@ -28,7 +60,11 @@ class ShardedArray:
     """
 
     def __init__(
-        self, parts: Sequence[npt.NDArray[Any]], *, row_shape: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        parts: Sequence[npt.NDArray[Any] | KeptRows],
+        *,
+        row_shape: tuple[int, ...],
+        dtype: np.dtype[Any],
     ):
         for part in parts:
             if part.shape[1:] != row_shape or part.ndim == 0 or part.dtype != dtype:
@@ -74,7 +110,8 @@ class ShardedArray:
             return np.asarray(self._parts[0], dtype=dtype)
         if copy is False:
             raise ValueError("several shards cannot be one array without a copy")
-        whole = np.concatenate(self._parts) if self._parts else np.empty(self.shape, self.dtype)
+        parts = [np.asarray(part) for part in self._parts]
+        whole = np.concatenate(parts) if parts else np.empty(self.shape, self.dtype)
         return whole if dtype is None else whole.astype(dtype, copy=False)
 
     def __getitem__(self, index: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -9,6 +10,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from extractor.errors import StoreError
 
@@ -19,6 +23,7 @@ __all__ = [
     "JOB",
     "JOURNAL",
     "MANIFEST",
+    "MAX_SHARDS",
     "REPLACED",
     "STAGING",
     "Description",
@@ -29,10 +34,12 @@ __all__ = [
     "features_name",
     "images_name",
     "listing_digest",
+    "ranges",
 ]
 
 FORMAT = "extractor-store"
 VERSION = 1
+MAX_SHARDS = 100_000  # five digits in a shard's name, so that name order is row order
 
 MANIFEST = "store.json"
 FEATURES = "features"
@@ -55,6 +62,17 @@ def images_name(shard: int) -> str:
     return f"{IMAGES}/{shard:05d}.parquet"
 
 
+def ranges(mask: npt.NDArray[np.bool_]) -> str:
+    """The places of the true values, as text.
+
+    >>> ranges(np.array([True, False, True, True, True]))
+    '0,2-4'
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8)))
+    pairs = edges.reshape(-1, 2).tolist()
+    return ",".join(f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in pairs)
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of the store: its name inside it, its size and its SHA-256."""
@@ -72,6 +90,8 @@ class ShardEntry:
         shard: number in the file names, counted from 0 over all shards that were planned.
         images: images of the sorted list that fell to this shard, failed ones included.
         rows: images that have a row; at least 1, since a shard without rows has no files.
+        retired: rows that no longer count, as ranges such as ``"0,7-12"``: their images changed or
+            went since.
     """
 
     shard: int
@@ -79,6 +99,7 @@ class ShardEntry:
     rows: int
     features: FileEntry
     index: FileEntry
+    retired: str = ""
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= self.images:
@@ -86,6 +107,29 @@ class ShardEntry:
         names = (features_name(self.shard), images_name(self.shard))
         if (self.features.name, self.index.name) != names:
             raise ValueError(f"shard {self.shard}: files {self.features.name}, {self.index.name}")
+        self.live_mask()
+
+    def live_mask(self) -> npt.NDArray[np.bool_]:
+        """``(rows,)``, which rows count.
+
+        Raises:
+            ValueError: :attr:`retired` is not what :func:`ranges` writes.
+        """
+        live = np.ones(self.rows, bool)
+        last = -1
+        for part in filter(None, self.retired.split(",")):
+            first, dash, end = part.partition("-")
+            start, stop = int(first), int(end if dash else first) + 1
+            if not last < start < stop <= self.rows:
+                raise ValueError(f"shard {self.shard}: retired {part!r} of {self.rows} rows")
+            live[start:stop] = False
+            last = stop
+        return live
+
+    @functools.cached_property
+    def live_rows(self) -> int:
+        """How many rows count."""
+        return int(np.count_nonzero(self.live_mask()))
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> ShardEntry:
@@ -187,9 +231,9 @@ class Manifest:
     """``store.json``: what the store holds and how it was made.
 
     Attributes:
-        images: images that were asked for; rows and failures together.
-        listing: SHA-256 of their paths, see :func:`listing_digest`.
-        rows: images that have a row.
+        images: images that the store answers for; rows and failures together.
+        listing: SHA-256 of their sorted paths, see :func:`listing_digest`.
+        rows: images that have a row; retired rows do not count.
         created: end of the run, ISO 8601 in UTC.
     """
 
@@ -204,7 +248,7 @@ class Manifest:
     def __post_init__(self) -> None:
         if self.failures.name != FAILURES:
             raise ValueError(f"failures in {self.failures.name!r}")
-        total = sum(shard.rows for shard in self.shards)
+        total = sum(shard.live_rows for shard in self.shards)
         if total != self.rows or self.rows > self.images:
             raise ValueError(f"{self.rows} rows of {self.images} images, shards hold {total}")
         numbers = [shard.shard for shard in self.shards]
@@ -216,6 +260,21 @@ class Manifest:
         """Images without a row."""
         return self.images - self.rows
 
+    @property
+    def retired(self) -> int:
+        """Rows in the files that no longer count."""
+        return sum(shard.rows for shard in self.shards) - self.rows
+
+    @property
+    def next_shard(self) -> int:
+        """The number that no shard has, nor any behind it."""
+        return self.shards[-1].shard + 1 if self.shards else 0
+
+    @property
+    def checksum(self) -> str:
+        """What the last line but one of its text says: SHA-256 of all the rest."""
+        return checksum(self.to_json())
+
     def to_json(self) -> str:
         """The text of ``store.json``, ASCII, with the keys in a fixed order."""
         description = asdict(self.description)
@@ -224,7 +283,12 @@ class Manifest:
             "version": VERSION,
             "created": self.created,
             **description,
-            "counts": {"images": self.images, "rows": self.rows, "failures": self.failed},
+            "counts": {
+                "images": self.images,
+                "rows": self.rows,
+                "failures": self.failed,
+                "retired": self.retired,
+            },
             "listing": self.listing,
             "shards": [asdict(shard) for shard in self.shards],
             "failures": asdict(self.failures),

@@ -5,12 +5,49 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from extractor.store.journal import ImageRecord
 
-__all__ = ["index_bytes", "read_index"]
+__all__ = ["Images", "index_bytes", "read_column", "read_images"]
+
+DIGEST_BYTES = 32  # of a SHA-256
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a shard's rows, column by column: what tells whether they are still the same.
+
+    Attributes:
+        paths: relative to the root.
+        sizes: ``(rows,)`` int64, bytes of the files.
+        mtimes: ``(rows,)`` int64, nanoseconds.
+        digests: SHA-256 of the files; empty where it was not taken.
+    """
+
+    paths: Sequence[bytes]
+    sizes: npt.NDArray[np.int64]
+    mtimes: npt.NDArray[np.int64]
+    digests: Sequence[bytes]
+
+    @classmethod
+    def of(cls, records: Sequence[ImageRecord]) -> Images:
+        """The columns of records."""
+        return cls(
+            [record.path for record in records],
+            np.array([record.size for record in records], np.int64),
+            np.array([record.mtime_ns for record in records], np.int64),
+            [record.sha256 for record in records],
+        )
+
+    def __len__(self) -> int:
+        return len(self.paths)
 
 
 def index_bytes(records: Sequence[ImageRecord]) -> bytes:
@@ -23,6 +60,7 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
     with contextlib.suppress(UnicodeDecodeError):
         paths = [record.path.decode() for record in records]
         kind = pa.string()
+    digests = [record.sha256 or None for record in records]
     table = pa.table(
         {
             "path": pa.array(paths, kind),
@@ -30,6 +68,7 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
             "mtime_ns": pa.array([record.mtime_ns for record in records], pa.int64()),
             "width": pa.array([record.width for record in records], pa.int32()),
             "height": pa.array([record.height for record in records], pa.int32()),
+            "sha256": pa.array(digests, pa.binary(DIGEST_BYTES)),
         }
     )
     content = io.BytesIO()
@@ -37,11 +76,32 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
     return content.getvalue()
 
 
-def read_index(path: Path) -> Iterator[ImageRecord]:
-    """The rows of a shard's index."""
+def read_column(path: Path, name: str) -> list[Any]:
+    """One column of a shard's index.
+
+    Raises:
+        OSError, KeyError, pyarrow.ArrowException: the file, the column is not there, or damaged.
+    """
+    return list(_read(path, [name]).column(name).to_pylist())
+
+
+def read_images(path: Path, *, digests: bool = True) -> Images:
+    """What a shard's index says of its images; raises as :func:`read_column`.
+
+    Args:
+        digests: read them, too; else they are empty.
+    """
+    table = _read(path, ["path", "size", "mtime_ns", *(["sha256"] if digests else [])])
+    return Images(
+        [os.fsencode(name) for name in table.column("path").to_pylist()],
+        table.column("size").to_numpy(),
+        table.column("mtime_ns").to_numpy(),
+        [one or b"" for one in table.column("sha256").to_pylist()] if digests else [],
+    )
+
+
+def _read(path: Path, names: list[str]) -> Any:
     import pyarrow.parquet as pq
 
     with path.open("rb") as file:
-        columns = pq.read_table(file).to_pydict()
-    for name, *rest in zip(*columns.values(), strict=True):
-        yield ImageRecord(os.fsencode(name), *rest)
+        return pq.read_table(file, columns=names)

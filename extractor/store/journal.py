@@ -6,10 +6,10 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 __all__ = ["BatchEntry", "FailureRecord", "ImageRecord", "Journal", "read_journal"]
 
@@ -18,21 +18,40 @@ SYNC_SECONDS = 10.0
 
 
 class ImageRecord(NamedTuple):
-    """One row of a shard's index; ``path`` relative to the root, sizes in bytes and pixels."""
+    """One row of a shard's index; ``path`` relative to the root, sizes in bytes and pixels.
+
+    ``sha256`` is that of the bytes of the file, 32 of them; none where it was not taken.
+    """
 
     path: bytes
     size: int
     mtime_ns: int
     width: int
     height: int
+    sha256: bytes = b""
 
 
 class FailureRecord(NamedTuple):
-    """One image without a row: its path, a word for programs and a sentence for people."""
+    """One image without a row: its path, a word for programs and a sentence for people.
+
+    ``size`` and ``mtime_ns`` are those of the file when it failed, -1 where they were not to be
+    had.
+    """
 
     path: bytes
     reason: str
     message: str
+    size: int = -1
+    mtime_ns: int = -1
+
+    def to_list(self) -> list[str | int]:
+        """What JSON can hold."""
+        return [os.fsdecode(self.path), *self[1:]]
+
+    @classmethod
+    def from_list(cls, values: Sequence[Any]) -> FailureRecord:
+        """What :meth:`to_list` made."""
+        return cls(os.fsencode(values[0]), *values[1:])
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,10 @@ class BatchEntry:
     def to_line(self) -> bytes:
         """One line of JSON; a line without its end was torn."""
         content = {
-            "records": [[os.fsdecode(one.path), *one[1:]] for one in self.records],
-            "failures": [[os.fsdecode(one.path), *one[1:]] for one in self.failures],
+            "records": [
+                [os.fsdecode(one.path), *one[1:5], one.sha256.hex()] for one in self.records
+            ],
+            "failures": [one.to_list() for one in self.failures],
             "checksum": self.checksum,
         }
         return json.dumps(content, ensure_ascii=True).encode() + b"\n"
@@ -68,8 +89,11 @@ class BatchEntry:
             raise ValueError("a torn line")
         try:
             content = json.loads(line)
-            records = [ImageRecord(os.fsencode(one[0]), *one[1:]) for one in content["records"]]
-            failures = [FailureRecord(os.fsencode(one[0]), *one[1:]) for one in content["failures"]]
+            records = [
+                ImageRecord(os.fsencode(path), size, mtime, width, height, bytes.fromhex(digest))
+                for path, size, mtime, width, height, digest in content["records"]
+            ]
+            failures = [FailureRecord.from_list(one) for one in content["failures"]]
             return cls(records, failures, int(content["checksum"]))
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(f"a damaged line: {error}") from error
@@ -145,9 +169,3 @@ class Journal:
     def close(self) -> None:
         """Close the journal; the rows stay open."""
         self._file.close()
-
-
-def failures_of(entries: Sequence[BatchEntry]) -> Iterator[FailureRecord]:
-    """The failures of batches, in order."""
-    for entry in entries:
-        yield from entry.failures

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from extractor.errors import StoreError
-from extractor.store.files import sync_folder
+from extractor.store.files import sync_folder, write_whole
 from extractor.store.format import (
     FAILURES,
     FEATURES,
@@ -23,7 +23,7 @@ from extractor.store.format import (
 )
 from extractor.store.lock import Lock
 
-__all__ = ["check_place", "clear", "explained", "finish_publishing", "recover"]
+__all__ = ["check_place", "clear", "explained", "finish_publishing", "locate", "recover"]
 
 
 def finish_publishing(out: Path) -> None:
@@ -47,10 +47,11 @@ def finish_publishing(out: Path) -> None:
             staging.rmdir()
 
 
-def check_place(out: Path, *, overwrite: bool, locked: bool = False) -> None:
+def check_place(out: Path, *, occupied: bool, locked: bool = False) -> None:
     """See whether a store may be written to ``out``; changes nothing.
 
     Args:
+        occupied: a finished store may be there, to be extended or replaced.
         locked: see, too, whether another run is at work there.
 
     Raises:
@@ -70,7 +71,7 @@ def check_place(out: Path, *, overwrite: bool, locked: bool = False) -> None:
             Lock(out / STAGING / "lock").check()
         if (out / MANIFEST).is_file():
             there = Manifest.from_json((out / MANIFEST).read_bytes(), str(out / MANIFEST))
-            if not overwrite:
+            if not occupied:
                 raise StoreError(
                     f"{out} holds a finished store: {there.rows} rows of "
                     f"{there.description.made_with}; replace it with --overwrite, or choose "
@@ -86,8 +87,8 @@ def check_place(out: Path, *, overwrite: bool, locked: bool = False) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Refuse to take for our own a staging folder that we did not make."""
-    named = (FAILURES, MANIFEST, JOB)
-    ours = {"lock", FEATURES, IMAGES, JOURNAL, REPLACED, *named}
+    named = (FAILURES, MANIFEST, JOB, REPLACED)
+    ours = {"lock", FEATURES, IMAGES, JOURNAL, *named}
     ours |= {f"{name}.partial" for name in named}
     if staging.is_symlink() or (staging.is_dir() and not ours.issuperset(os.listdir(staging))):
         raise StoreError(
@@ -98,7 +99,7 @@ def _check_staging(staging: Path) -> None:
 
 def _check_only(out: Path, there: Manifest) -> None:
     """Refuse to replace a store in whose folders someone has put files of their own."""
-    listed = set(_files_of(there))
+    listed = set(_files_of(there)) | set(_leftovers(out))
     for folder in (FEATURES, IMAGES):
         if (out / folder).is_symlink():
             raise StoreError(f"{out / folder} is a link, expected a folder; choose another --out")
@@ -114,34 +115,68 @@ def _check_only(out: Path, there: Manifest) -> None:
 def recover(out: Path) -> None:
     """Bring a store that is complete but not yet published to its place; else do nothing.
 
-    Every step may be repeated: a run that dies in here leaves the rest to the next one. The old
-    manifest goes first and the new one comes last, so that at no time it lists files that are not
-    its own.
+    Every step may be repeated: a run that dies in here leaves the rest to the next one. Where the
+    new store extends the old one, the old manifest stands until the new one takes its place in
+    one step. Where it replaces it, files of the same name hold something else, so the old manifest
+    goes first and the new one comes last: at no time does a manifest list files that are not its
+    own. Who reads a store looks for all of it in the staging folder first (:func:`locate`).
     """
     staging = out / STAGING
-    if not (staging / MANIFEST).is_file():
-        return
-    new = Manifest.from_json((staging / MANIFEST).read_bytes(), str(staging / MANIFEST))
-    (staging / JOB).unlink(missing_ok=True)  # there is nothing left to go on with
     replaced = staging / REPLACED
-    if (out / MANIFEST).is_file():
-        os.replace(out / MANIFEST, replaced)
+    if (staging / MANIFEST).is_file():
+        new = Manifest.from_json((staging / MANIFEST).read_bytes(), str(staging / MANIFEST))
+        (staging / JOB).unlink(missing_ok=True)  # there is nothing left to go on with
+        if (out / MANIFEST).is_file():
+            content = (out / MANIFEST).read_bytes()
+            if _extends(new, Manifest.from_json(content, str(out / MANIFEST))):
+                write_whole(replaced, content)
+            else:
+                os.replace(out / MANIFEST, replaced)
+                sync_folder(out)
+        for folder in (FEATURES, IMAGES):
+            (out / folder).mkdir(exist_ok=True)
+        for name in _files_of(new):
+            if (staging / name).is_file():
+                os.replace(staging / name, out / name)
+        for folder in (FEATURES, IMAGES):
+            sync_folder(out / folder)
         sync_folder(out)
-    for folder in (FEATURES, IMAGES):
-        (out / folder).mkdir(exist_ok=True)
-    names = _files_of(new)
-    for name in names:
-        if (staging / name).is_file():
-            os.replace(staging / name, out / name)
-    if replaced.is_file():
-        old = Manifest.from_json(replaced.read_bytes(), str(replaced))
-        for name in set(_files_of(old)) - set(names):
+        os.replace(staging / MANIFEST, out / MANIFEST)
+        sync_folder(out)
+    if replaced.is_file() and (out / MANIFEST).is_file():
+        new = Manifest.from_json((out / MANIFEST).read_bytes(), str(out / MANIFEST))
+        for name in sorted(set(_leftovers(out)) - set(_files_of(new))):
             (out / name).unlink(missing_ok=True)
-    for folder in (FEATURES, IMAGES):
-        sync_folder(out / folder)
-    sync_folder(out)
-    os.replace(staging / MANIFEST, out / MANIFEST)
-    sync_folder(out)
+        replaced.unlink()
+
+
+def locate(out: Path, name: str) -> Path:
+    """Where a file of the newest complete store is, while it may be on its way to its place.
+
+    The new manifest stands in the staging folder from the moment on in which all is complete; each
+    file of it lies there or, already, in its place.
+    """
+    staged = out / STAGING / name
+    return staged if (out / STAGING / MANIFEST).is_file() and staged.is_file() else out / name
+
+
+def _leftovers(out: Path) -> list[str]:
+    """Files of the store that was replaced last, if a run died before they were removed."""
+    replaced = out / STAGING / REPLACED
+    if not replaced.is_file():
+        return []
+    return _files_of(Manifest.from_json(replaced.read_bytes(), str(replaced)))
+
+
+def _extends(new: Manifest, old: Manifest) -> bool:
+    """Whether no file of the old shards gets other bytes under its name."""
+    entries = [entry for shard in old.shards for entry in (shard.features, shard.index)]
+    before = {entry.name: entry for entry in entries}
+    return all(
+        before.get(entry.name, entry) == entry
+        for shard in new.shards
+        for entry in (shard.features, shard.index)
+    )
 
 
 def _files_of(manifest: Manifest) -> list[str]:

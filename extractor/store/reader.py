@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 from pathlib import Path
@@ -12,10 +13,15 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.array import ShardedArray
-from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest
+from extractor.store.array import KeptRows, ShardedArray
+from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
+from extractor.store.index import read_column
+from extractor.store.place import locate
 
 __all__ = ["FeatureStore"]
+
+# A store that is replaced again and again, each time while it is being opened, is not to be had.
+OPEN_ATTEMPTS = 10
 
 
 class FeatureStore:
@@ -29,7 +35,8 @@ class FeatureStore:
 
     Attributes:
         path: folder of the store.
-        manifest: how it was made, and what it must hold.
+        manifest: how it was made, and what it must hold. Rows of images that changed or went since
+            are still in its files, but not in the store.
         features: ``(N, dim)``, memory-mapped; indexed like a numpy array. Layers that were kept
             as maps ``(channels, height, width)`` or tokens have these axes instead of dim.
     """
@@ -44,13 +51,27 @@ class FeatureStore:
     def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
         """Open a store and check that every file that it lists is there in its full size.
 
+        A run that is at work there does not disturb: what is opened is the last complete state.
+
         Raises:
             StoreError: no finished store, one of an unknown version, or one with damaged files.
         """
         folder = Path(path)
-        name = folder / MANIFEST
+        for attempt in range(OPEN_ATTEMPTS):
+            before = _identity(folder)
+            try:
+                return cls._open(folder)
+            except StoreError:
+                # It may have been replaced while it was being opened.
+                if attempt == OPEN_ATTEMPTS - 1 or _identity(folder) == before:
+                    raise
+        raise AssertionError("unreachable")
+
+    @classmethod
+    def _open(cls, folder: Path) -> FeatureStore:
+        name = locate(folder, MANIFEST)
         try:
-            identity = _identity(name)
+            identity = _identity(folder)
             manifest = Manifest.from_json(name.read_bytes(), str(name))
         except (FileNotFoundError, NotADirectoryError) as error:
             started = (folder / STAGING).is_dir()
@@ -60,7 +81,8 @@ class FeatureStore:
             raise StoreError(f"cannot read {name}: {error.strerror}") from error
         row, dtype = manifest.description.shape, np.dtype(manifest.description.dtype)
         parts = [
-            _map(folder, shard.features, (shard.rows, *row), dtype) for shard in manifest.shards
+            _live(_map(folder, shard.features, (shard.rows, *row), dtype), shard)
+            for shard in manifest.shards
         ]
         for shard in manifest.shards:
             _check_size(folder, shard.index)
@@ -87,40 +109,39 @@ class FeatureStore:
         return self.manifest.description.root
 
     @property
-    def failures(self) -> list[dict[str, str]]:
+    def failures(self) -> list[dict[str, Any]]:
         """The images that have no row: ``path``, ``error`` and ``message`` of each."""
         entry = self.manifest.failures
-        self._check_unchanged()
+        self._check_unchanged(entry)
         _check_size(self.path, entry)
-        with (self.path / entry.name).open(encoding="ascii") as lines:
+        with locate(self.path, entry.name).open(encoding="ascii") as lines:
             failures = [json.loads(line) for line in lines]
-        self._check_unchanged()
+        self._check_unchanged(entry)
         return failures
 
     def column(self, name: str) -> list[Any]:
-        """One column of the index: ``path``, ``size``, ``mtime_ns``, ``width`` or ``height``.
+        """One column of the index: ``path``, ``size``, ``mtime_ns``, ``width``, ``height``,
+        ``sha256``.
 
         Raises:
             StoreError: a file of the index is damaged, or the store was replaced meanwhile.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self._check_unchanged()
         values: list[Any] = []
         for shard in self.manifest.shards:
+            path = locate(self.path, shard.index.name)
             try:
                 _check_size(self.path, shard.index)
-                with (self.path / shard.index.name).open("rb") as file:
-                    table = pq.read_table(file, columns=[name])
-                column = table.column(name)
+                column = read_column(path, name)
             except (OSError, KeyError, pa.ArrowException) as error:
-                raise StoreError(f"{self.path / shard.index.name}: {error}") from error
+                raise StoreError(f"{path}: {error}") from error
             if len(column) != shard.rows:
-                raise StoreError(
-                    f"{self.path / shard.index.name} has {len(column)} rows, expected {shard.rows}"
-                )
-            values.extend(column.to_pylist())
+                raise StoreError(f"{path} has {len(column)} rows, expected {shard.rows}")
+            if shard.retired:
+                column = list(itertools.compress(column, shard.live_mask()))
+            values.extend(column)
         self._check_unchanged()
         return values
 
@@ -155,39 +176,59 @@ class FeatureStore:
         shape = " x ".join(str(axis) for axis in self.features.shape)
         return f"FeatureStore({str(self.path)!r}: {shape}, {made_with})"
 
-    def _check_unchanged(self) -> None:
+    def _check_unchanged(self, *entries: FileEntry) -> None:
+        """See that the files of the shards, and further ones, are still those of this store."""
+        now = _identity(self.path)
+        if now == self._identity:
+            return
         try:
-            unchanged = _identity(self.path / MANIFEST) == self._identity
-        except OSError:
-            unchanged = False
-        if not unchanged:
+            name = locate(self.path, MANIFEST)
+            manifest = Manifest.from_json(name.read_bytes(), str(name))
+        except (OSError, StoreError):
+            there = set()
+        else:
+            there = _files(manifest) | {manifest.failures}
+        if not there.issuperset(_files(self.manifest) | set(entries)):
             raise StoreError(f"{self.path} was replaced since it was opened; open it again")
+        self._identity = now  # it was extended
 
 
-def _identity(path: Path) -> tuple[int, int, int]:
-    status = path.stat()
+def _files(manifest: Manifest) -> set[FileEntry]:
+    return {entry for shard in manifest.shards for entry in (shard.features, shard.index)}
+
+
+def _identity(folder: Path) -> tuple[int, int, int] | None:
+    """What tells one manifest from another; None where there is none."""
+    try:
+        status = locate(folder, MANIFEST).stat()
+    except OSError:
+        return None
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 def _check_size(folder: Path, entry: FileEntry) -> None:
+    path = locate(folder, entry.name)
     try:
-        size = (folder / entry.name).stat().st_size
+        size = path.stat().st_size
     except OSError as error:
-        raise StoreError(f"{folder / entry.name} is missing from the store") from error
+        raise StoreError(f"{path} is missing from the store") from error
     if size != entry.bytes:
-        raise StoreError(f"{folder / entry.name} has {size} bytes, expected {entry.bytes}")
+        raise StoreError(f"{path} has {size} bytes, expected {entry.bytes}")
 
 
 def _map(
     folder: Path, entry: FileEntry, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
     _check_size(folder, entry)
+    path = locate(folder, entry.name)
     try:
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(folder / entry.name, mode="r")
+        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # numpy parses the header as Python, and raises what that raises
-        raise StoreError(f"{folder / entry.name} is damaged: {error}") from error
+        raise StoreError(f"{path} is damaged: {error}") from error
     if array.shape != shape or array.dtype != dtype:
-        raise StoreError(
-            f"{folder / entry.name} holds {array.shape} {array.dtype}, expected {shape} {dtype}"
-        )
+        raise StoreError(f"{path} holds {array.shape} {array.dtype}, expected {shape} {dtype}")
     return array
+
+
+def _live(array: npt.NDArray[Any], shard: ShardEntry) -> npt.NDArray[Any] | KeptRows:
+    return KeptRows(array, shard.live_mask()) if shard.retired else array

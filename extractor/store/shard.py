@@ -39,20 +39,19 @@ class FinishedShard:
     failures: Sequence[FailureRecord]
 
     def to_json(self) -> str:
-        failures = [[os.fsdecode(one.path), *one[1:]] for one in self.failures]
         entry = None if self.entry is None else asdict(self.entry)
         content = {
             "shard": self.shard,
             "images": self.images,
             "entry": entry,
-            "failures": failures,
+            "failures": [one.to_list() for one in self.failures],
         }
         return json.dumps(content, ensure_ascii=True) + "\n"
 
     @classmethod
     def from_json(cls, text: bytes) -> FinishedShard:
         content = json.loads(text)
-        failures = [FailureRecord(os.fsencode(one[0]), *one[1:]) for one in content["failures"]]
+        failures = [FailureRecord.from_list(one) for one in content["failures"]]
         entry = None if content["entry"] is None else ShardEntry.from_mapping(content["entry"])
         return cls(content["shard"], content["images"], entry, failures)
 
@@ -171,6 +170,13 @@ class ShardWriter:
             (self._staging / journal_name(self._number)).unlink()
         self._finished[self._number] = done
         return entry
+
+    def discard(self) -> None:
+        """Remove a shard that answers for no image."""
+        self._journal.close()
+        self._file.close()
+        self._beside.unlink()
+        (self._staging / journal_name(self._number)).unlink()
 
     def _header(self, rows: int) -> bytes:
         # numpy pads the header so that its length does not change with the number of rows.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +25,7 @@ from extractor.store.format import (
     ShardEntry,
     checksum,
 )
-from extractor.store.index import read_index
+from extractor.store.index import Images, read_column, read_images
 
 __all__ = ["verify", "verify_images"]
 
@@ -75,17 +77,25 @@ def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
     manifest = Manifest.from_json((folder / MANIFEST).read_bytes(), str(folder / MANIFEST))
     top = os.fsencode(root or manifest.description.root)
     for shard in manifest.shards:
-        for record in read_index(folder / shard.index.name):
-            shown = ascii(os.fsdecode(record.path))
-            try:
-                status = os.stat(os.path.join(top, record.path))
-            except OSError as error:
-                yield f"image {shown}: {error.strerror}"
-                continue
-            if status.st_size != record.size:
-                yield f"image {shown}: {status.st_size} bytes, {record.size} when it was read"
-            elif status.st_mtime_ns != record.mtime_ns:
-                yield f"image {shown}: changed since it was read"
+        images = read_images(folder / shard.index.name)
+        for row in np.flatnonzero(shard.live_mask()):
+            path = images.paths[int(row)]
+            problem = _image(Path(os.fsdecode(os.path.join(top, path))), images, int(row))
+            if problem:
+                yield f"image {os.fsdecode(path)!a}: {problem}"
+
+
+def _image(path: Path, images: Images, row: int) -> str:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "is no regular file any more"
+        now = describe(path, "")
+    except OSError as error:
+        return error.strerror or str(error)
+    if now.bytes != images.sizes[row]:
+        return f"{now.bytes} bytes, {images.sizes[row]} when it was read"
+    same = now.sha256 == images.digests[row].hex()
+    return "" if same else "its bytes changed since it was read"
 
 
 def _manifest(text: bytes) -> Iterator[str]:
@@ -150,7 +160,7 @@ def _rows(folder: Path, shard: ShardEntry, manifest: Manifest) -> Iterator[str]:
 def _index(folder: Path, shard: ShardEntry, seen: dict[bytes, int]) -> Iterator[str]:
     name = shard.index.name
     try:
-        paths = [record.path for record in read_index(folder / name)]
+        paths = [os.fsencode(path) for path in read_column(folder / name, "path")]
     except Exception as error:  # whatever a reader of Parquet says of damaged bytes
         yield f"{name}: cannot be read: {error}"
         return
@@ -158,7 +168,7 @@ def _index(folder: Path, shard: ShardEntry, seen: dict[bytes, int]) -> Iterator[
         yield f"{name}: {len(paths)} rows, expected {shard.rows}"
     if paths != sorted(paths):
         yield f"{name}: its paths are not in order"
-    for path in paths:
+    for path in itertools.compress(paths, shard.live_mask()):
         if path in seen:
             yield f"{name}: {os.fsdecode(path)!a} has a row in shard {seen[path]} already"
         seen[path] = shard.shard

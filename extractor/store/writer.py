@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -20,43 +19,54 @@ from extractor.store.format import (
     JOB,
     JOURNAL,
     MANIFEST,
+    MAX_SHARDS,
+    REPLACED,
     STAGING,
     Description,
     Manifest,
+    ShardEntry,
     images_name,
+    ranges,
 )
-from extractor.store.index import read_index
-from extractor.store.journal import FailureRecord, ImageRecord
+from extractor.store.growth import Held, Plan
+from extractor.store.index import Images, read_images
+from extractor.store.journal import FailureRecord
 from extractor.store.lock import Lock
 from extractor.store.place import check_place, clear, explained, recover
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
-__all__ = ["Job", "StoreWriter"]
+__all__ = ["Job", "StoreWriter", "failure_lines", "read_failures"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is asked for; one that is the same goes on where an interrupted one stopped.
+    """What a run has to compute; one that is the same goes on where an interrupted one stopped.
 
     Attributes:
         images: how many there are.
         listing: digest of their paths, :func:`extractor.store.format.listing_digest`.
+        first: number of the first shard that they come to.
+        base: checksum of the manifest that is extended; empty where none is.
     """
 
     description: Description
     images: int
     listing: str
+    first: int = 0
+    base: str = ""
 
-    def differences(self, other: Job) -> list[str]:
-        """What an interrupted run was asked for otherwise, each with both sides."""
-        differ = self.description.differences(other.description)
-        if (self.images, self.listing) != (other.images, other.listing):
-            differ.append(f"images: {self.images} there, {other.images} now, not the same paths")
-        return differ
+    def __post_init__(self) -> None:
+        if self.first + -(-self.images // self.description.shard_images) > MAX_SHARDS:
+            raise StoreError(
+                f"{self.images} images in shards of {self.description.shard_images}, behind the "
+                f"{self.first} that are there, are more than {MAX_SHARDS} shards; use a larger "
+                "--shard-images, or extract compact"
+            )
 
     def to_json(self) -> str:
         """The text of ``job.json``."""
-        content = {**asdict(self.description), "images": self.images, "listing": self.listing}
+        own = {"images": self.images, "listing": self.listing, "first": self.first}
+        content = {**asdict(self.description), **own, "base": self.base}
         return json.dumps(content, ensure_ascii=True) + "\n"
 
     @classmethod
@@ -68,7 +78,13 @@ class Job:
         """
         content = json.loads(text)
         described = {key: content[key] for key in Description.__dataclass_fields__}
-        return cls(Description(**described), content["images"], content["listing"])
+        own = [content[key] for key in ("images", "listing", "first", "base")]
+        return cls(Description(**described), *own)
+
+    def images_of(self, shard: int) -> int:
+        """How many images come to one of its shards."""
+        size = self.description.shard_images
+        return min(max(self.images - (shard - self.first) * size, 0), size)
 
 
 class StoreWriter:
@@ -81,23 +97,28 @@ class StoreWriter:
     Args:
         out: folder of the store; made where it is not there.
         overwrite: a finished store in ``out`` may be replaced, and an interrupted run thrown away.
+        extend: a finished store in ``out`` may be extended.
 
     Raises:
         StoreError: ``out`` cannot be written, is in use, or holds something else.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+    def __init__(self, out: Path, *, overwrite: bool = False, extend: bool = False) -> None:
         self._out = out
         self._overwrite = overwrite
+        self._occupied = overwrite or extend
         self._staging = out / STAGING
         self._lock = Lock(self._staging / "lock")
         self._made: list[Path] = []  # folders that were not there before
         self._prepared = False
         self._keep = False
         self._finished: dict[int, FinishedShard] = {}
+        self._staged: Job | None = None
+        self._sealed = False
+        self._base: Manifest | None = None
 
     def __enter__(self) -> StoreWriter:
-        check_place(self._out, overwrite=self._overwrite)
+        check_place(self._out, occupied=self._occupied)
         with explained(self._out):
             try:
                 self._make_folders()
@@ -107,7 +128,7 @@ class StoreWriter:
                 raise
             try:
                 recover(self._out)
-                check_place(self._out, overwrite=self._overwrite)
+                check_place(self._out, occupied=self._occupied)
             except BaseException:
                 self._give_up()
                 raise
@@ -116,38 +137,146 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self._give_up()
 
-    def begin(self, job: Job, *, anew: bool = False) -> int:
-        """Take up what an interrupted run of the same job has done, or start anew.
+    # -- what is there
 
-        Args:
-            anew: take up nothing.
-
-        Returns:
-            How many images, from the first on, are done.
+    def take_up(self, description: Description) -> None:
+        """See what is there of the store that a description speaks of.
 
         Raises:
-            StoreError: an interrupted run was asked for something else, and ``overwrite`` is not
-                set; says what.
+            StoreError: a finished store or an interrupted run of something else is there, and
+                ``overwrite`` is not set; says what differs.
         """
         with explained(self._out):
-            there = None if anew else self._staged_job()
-            differ = there.differences(job) if there is not None else []
-            if differ and not self._overwrite:
+            if not self._overwrite and (self._out / MANIFEST).is_file():
+                name = self._out / MANIFEST
+                self._base = Manifest.from_json(name.read_bytes(), str(name))
+                self._check_same(self._base.description, description, "a finished store of")
+            staged = self._staged_job()
+            if staged is None:
+                return
+            base = self._base.checksum if self._base is not None else ""
+            if self._overwrite and (staged.base or staged.description.differences(description)):
+                return
+            self._check_same(staged.description, description, "an interrupted run of")
+            if staged.base != base:
                 raise StoreError(
-                    f"{self._out} holds an interrupted run that was asked for something else "
-                    f"({'; '.join(differ[:5])}); repeat what it was asked for, or start anew with "
-                    "--overwrite, or choose another --out"
+                    f"{self._out} holds an interrupted run that does not extend the store that is "
+                    f"there; repeat it with --overwrite, or give it up: rm -r {self._staging}"
                 )
-            if there is None or differ:
+            self._staged = staged
+            self._prepared = self._keep = True
+            self._load_finished()
+
+    def _check_same(self, there: Description, now: Description, what: str) -> None:
+        differ = there.differences(now)
+        if differ:
+            raise StoreError(
+                f"{self._out} holds {what} something else ({'; '.join(differ[:5])}); repeat what "
+                "it was asked for, start anew with --overwrite, or choose another --out"
+            )
+
+    @property
+    def base(self) -> Manifest | None:
+        """Of the finished store that is extended."""
+        return self._base
+
+    @property
+    def has_staged(self) -> bool:
+        """Whether an interrupted run has left something to go on with."""
+        return self._staged is not None
+
+    def held(self, *, planned: bool, digests: bool) -> Held:
+        """What has been computed so far, published or staged.
+
+        Args:
+            planned: also what an interrupted run has done of what it had to compute last.
+            digests: those of the files, too.
+        """
+        shards: dict[int, Images] = {}
+        live = {}
+        failures: list[FailureRecord] = []
+        new_failures: list[FailureRecord] = []
+        with explained(self._out):
+            if self._base is not None:
+                for entry in self._base.shards:
+                    index = self._out / entry.index.name
+                    shards[entry.shard] = read_images(index, digests=digests)
+                    live[entry.shard] = entry.live_mask()
+                failures = read_failures(self._out / FAILURES)
+            first = self._staged.first if self._staged is not None else 0
+            for number, one in sorted(self._finished.items()):
+                if planned or number < first or self._sealed:
+                    new_failures.extend(one.failures)
+                    if one.entry is not None:
+                        index = self._staging / images_name(number)
+                        shards[number] = read_images(index, digests=digests)
+            if planned and (shard := self._in_progress()) is not None:
+                with shard:
+                    shards[self._next_shard()] = Images.of(
+                        [record for entry in shard.entries for record in entry.records]
+                    )
+                    new_failures.extend(f for entry in shard.entries for f in entry.failures)
+        return Held(shards, live, failures, new_failures)
+
+    def done_of(self, job: Job) -> int | None:
+        """How many images of a job, from the first on, an interrupted run has done.
+
+        None where that was another job, or its shards are not the beginning of this one.
+        """
+        if self._staged is None or self._sealed:
+            return None
+        if replace(self._staged, description=job.description) != job:
+            return None
+        done = 0
+        planned = [one for number, one in sorted(self._finished.items()) if number >= job.first]
+        for number, finished in enumerate(planned, job.first):
+            if (finished.shard, finished.images) != (number, job.images_of(number)):
+                return None
+            done += finished.images
+        with explained(self._out):
+            shard = self._in_progress()
+            if shard is None:
+                return done
+            number = self._next_shard()
+            with shard:
+                if shard.images > job.images_of(number):
+                    return None
+                if shard.images and shard.images == job.images_of(number):
+                    shard.finish()  # the run died before it could
+            return done + shard.images
+
+    def seal(self) -> None:
+        """Keep what an interrupted run has done for good: what is left is planned anew."""
+        with explained(self._out):
+            if (shard := self._in_progress()) is not None:
+                with shard:
+                    if shard.images:
+                        shard.finish()
+                    else:
+                        shard.discard()
+        self._sealed = True
+
+    def begin(self, job: Job) -> None:
+        """Begin what is to be computed, behind what is there already, if anything is."""
+        with explained(self._out):
+            if not self._prepared:
                 self._finished.clear()
                 self._start_anew()
-                write_whole(self._staging / JOB, job.to_json().encode())
-                sync_folder(self._staging)
-            else:
-                self._prepared = True
-                self._take_up()
+            write_whole(self._staging / JOB, job.to_json().encode())
+            sync_folder(self._staging)
+            self._staged = job
+            self._sealed = False
             self._keep = True
-            return self._images_done(job)
+
+    @property
+    def first_shard(self) -> int:
+        """The number of the first shard of what is to be computed."""
+        if self._staged is not None and not self._sealed:
+            return self._staged.first
+        base = self._base.next_shard if self._base is not None else 0
+        return max(base, self._next_shard())
+
+    # -- what is added
 
     def discard(self) -> None:
         """Keep nothing of what was done: going on there would come to the same end."""
@@ -164,50 +293,20 @@ class StoreWriter:
                 self._start_anew()
             return ShardWriter(self._staging, number, description, self._finished)
 
-    def records_done(self, description: Description) -> Iterator[ImageRecord]:
-        """The images that an interrupted run has given rows, as they were then."""
-        with explained(self._out):
-            for number, finished in sorted(self._finished.items()):
-                if finished.entry is not None:
-                    yield from read_index(self._staging / images_name(number))
-            number = self._next_shard()
-            if (self._staging / journal_name(number)).exists():
-                with ShardWriter(self._staging, number, description, self._finished) as shard:
-                    for entry in shard.entries:
-                        yield from entry.records
+    def publish(self, job: Job, plan: Plan | None = None, *, listing: str = "") -> Manifest:
+        """Complete the store, make it visible and return its manifest.
 
-    def failures_done(self, description: Description) -> Iterator[FailureRecord]:
-        """The images that an interrupted run has found without a row."""
-        with explained(self._out):
-            for _, finished in sorted(self._finished.items()):
-                yield from finished.failures
-            number = self._next_shard()
-            if (self._staging / journal_name(number)).exists():
-                with ShardWriter(self._staging, number, description, self._finished) as shard:
-                    for entry in shard.entries:
-                        yield from entry.failures
-
-    def publish(self, job: Job) -> Manifest:
-        """Complete the store, make it visible and return its manifest."""
+        Args:
+            plan: what of that which was there before goes on counting.
+            listing: digest of all paths of the store; that of the job where it is all of them.
+        """
         with explained(self._out):
             if not self._prepared:
                 self._start_anew()
-            finished = [one for _, one in sorted(self._finished.items())]
-            failures = "".join(map(_failure_line, itertools.chain(*(f.failures for f in finished))))
-            write_whole(self._staging / FAILURES, failures.encode("ascii"))
-            shards = tuple(one.entry for one in finished if one.entry is not None)
-            manifest = Manifest(
-                job.description,
-                job.images,
-                job.listing,
-                sum(shard.rows for shard in shards),
-                shards,
-                describe(self._staging / FAILURES, FAILURES),
-                datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            )
+            manifest = self._manifest(job, plan, listing or job.listing)
             for folder in (self._staging / FEATURES, self._staging / IMAGES):
                 sync_folder(folder)
-            check_place(self._out, overwrite=self._overwrite)
+            check_place(self._out, occupied=self._occupied)
             with undisturbed():
                 # From here on the new store is complete: if this run dies, the next finishes it.
                 write_whole(self._staging / MANIFEST, manifest.to_json().encode())
@@ -217,6 +316,25 @@ class StoreWriter:
                 self._keep = False
                 self._give_up()
         return manifest
+
+    def _manifest(self, job: Job, plan: Plan | None, listing: str) -> Manifest:
+        finished = [one for _, one in sorted(self._finished.items())]
+        base = self._base.shards if self._base is not None else ()
+        new = [one.entry for one in finished if one.entry is not None]
+        shards = [_still_live(entry, plan) for entry in (*base, *new)]
+        failures = list(plan.failures) if plan is not None else []
+        failures += [f for one in finished if one.shard >= job.first for f in one.failures]
+        write_whole(self._staging / FAILURES, failure_lines(sorted(failures)))
+        rows = sum(shard.live_rows for shard in shards)
+        return Manifest(
+            job.description,
+            rows + len(failures),
+            listing,
+            rows,
+            tuple(shard for shard in shards if shard.live_rows),
+            describe(self._staging / FAILURES, FAILURES),
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
 
     # -- what is staged
 
@@ -235,7 +353,7 @@ class StoreWriter:
         except (ValueError, KeyError, TypeError):  # it died before it had begun
             return None
 
-    def _take_up(self) -> None:
+    def _load_finished(self) -> None:
         for name in (FEATURES, IMAGES, JOURNAL):
             (self._staging / name).mkdir(exist_ok=True)
         for path in sorted((self._staging / JOURNAL).glob("*.done")):
@@ -244,17 +362,14 @@ class StoreWriter:
                 self._finished[finished.shard] = finished
 
     def _next_shard(self) -> int:
-        return max(self._finished, default=-1) + 1
+        first = self._staged.first if self._staged is not None else 0
+        return max(max(self._finished, default=-1) + 1, first)
 
-    def _images_done(self, job: Job) -> int:
-        done = sum(finished.images for finished in self._finished.values())
+    def _in_progress(self) -> ShardWriter | None:
         number = self._next_shard()
-        if not (self._staging / journal_name(number)).exists():
-            return done
-        with ShardWriter(self._staging, number, job.description, self._finished) as shard:
-            if shard.images == min(job.description.shard_images, job.images - done):
-                shard.finish()  # the run died before it could
-            return done + shard.images
+        if self._staged is None or not (self._staging / journal_name(number)).exists():
+            return None
+        return ShardWriter(self._staging, number, self._staged.description, self._finished)
 
     def _has_work(self) -> bool:
         journals = (self._staging / JOURNAL).glob("*.jsonl")
@@ -280,7 +395,8 @@ class StoreWriter:
 
     def _give_up(self) -> None:
         with contextlib.suppress(OSError):  # what is left is cleared by the next run
-            complete = (self._staging / MANIFEST).is_file()  # the next run publishes it
+            # The next run publishes what is complete, and removes what was replaced.
+            complete = any((self._staging / name).is_file() for name in (MANIFEST, REPLACED))
             staged = not self._prepared and self._staged_job() is not None
             if complete or staged or (self._keep and self._has_work()):
                 self._lock.__exit__()
@@ -292,10 +408,37 @@ class StoreWriter:
         self._unmake_folders()
 
 
-def _failure_line(failure: FailureRecord) -> str:
-    entry = {
-        "path": os.fsdecode(failure.path),
-        "error": failure.reason,
-        "message": failure.message,
-    }
-    return json.dumps(entry, ensure_ascii=True) + "\n"
+def _still_live(entry: ShardEntry, plan: Plan | None) -> ShardEntry:
+    live = plan.live.get(entry.shard) if plan is not None else None
+    return entry if live is None else replace(entry, retired=ranges(~live))
+
+
+def failure_lines(failures: Iterable[FailureRecord]) -> bytes:
+    """The content of ``failures.jsonl``."""
+    lines = []
+    for failure in failures:
+        entry = {
+            "path": os.fsdecode(failure.path),
+            "error": failure.reason,
+            "message": failure.message,
+            "size": failure.size,
+            "mtime_ns": failure.mtime_ns,
+        }
+        lines.append(json.dumps(entry, ensure_ascii=True) + "\n")
+    return "".join(lines).encode("ascii")
+
+
+def read_failures(path: Path) -> list[FailureRecord]:
+    """What :func:`failure_lines` made.
+
+    Raises:
+        StoreError: something else.
+    """
+    keys = ("error", "message", "size", "mtime_ns")
+    try:
+        entries = [json.loads(line) for line in path.read_bytes().splitlines()]
+        return [
+            FailureRecord(os.fsencode(one["path"]), *(one[key] for key in keys)) for one in entries
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path} is damaged: {error}") from error

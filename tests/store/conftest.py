@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from extractor.store import (
     Job,
     StoreWriter,
 )
+from extractor.store.place import locate
 
 
 def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Description:
@@ -42,7 +44,10 @@ def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Des
 
 
 def _records(names: Sequence[bytes]) -> list[ImageRecord]:
-    return [ImageRecord(name, 100 + i, 10**18 + i, 20 + i, 30 + i) for i, name in enumerate(names)]
+    return [
+        ImageRecord(name, 100 + i, 10**18 + i, 20 + i, 30 + i, sha256(b"x" * (100 + i)).digest())
+        for i, name in enumerate(names)
+    ]
 
 
 def _names(shard: int, rows: int) -> list[bytes]:
@@ -104,7 +109,7 @@ def _checked(out: Path) -> np.ndarray | None:
     manifest = store.manifest
     entries = [entry for shard in manifest.shards for entry in (shard.features, shard.index)]
     for entry in [*entries, manifest.failures]:
-        content = (out / entry.name).read_bytes()
+        content = locate(out, entry.name).read_bytes()
         assert len(content) == entry.bytes
         assert hashlib.sha256(content).hexdigest() == entry.sha256, entry.name
     return np.array(store.features)

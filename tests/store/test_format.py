@@ -73,8 +73,15 @@ def test_the_keys_of_the_text_have_a_fixed_order(content: dict[str, Any]) -> Non
     ]
     assert content["format"] == "extractor-store"
     assert content["version"] == 1
-    assert content["counts"] == {"images": 5, "rows": 3, "failures": 2}
-    assert list(content["shards"][0]) == ["shard", "images", "rows", "features", "index"]
+    assert content["counts"] == {"images": 5, "rows": 3, "failures": 2, "retired": 0}
+    assert list(content["shards"][0]) == [
+        "shard",
+        "images",
+        "rows",
+        "features",
+        "index",
+        "retired",
+    ]
     assert content["shards"][1]["features"] == {
         "name": "features/00003.npy",
         "bytes": 152,

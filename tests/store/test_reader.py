@@ -170,7 +170,7 @@ def test_an_image_without_a_row_is_a_key_error(out: Path, name: str) -> None:
 
 def test_failures_are_listed(out: Path) -> None:
     assert FeatureStore.open(out).failures == [
-        {"path": "9.jpg", "error": "empty", "message": "no bytes"}
+        {"path": "9.jpg", "error": "empty", "message": "no bytes", "size": -1, "mtime_ns": -1}
     ]
 
 
@@ -383,7 +383,7 @@ def test_a_store_replaced_while_it_opens_is_never_mixed(
     assert len(moments) == 1
 
 
-def test_a_store_that_is_just_being_replaced_is_refused(
+def test_a_store_that_goes_while_it_is_opened_is_refused(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_open = builtins.open
@@ -394,7 +394,7 @@ def test_a_store_that_is_just_being_replaced_is_refused(
         return plain_open(file, *args, **options)
 
     monkeypatch.setattr(builtins, "open", late)
-    with pytest.raises(StoreError, match="replaced"):
+    with pytest.raises(StoreError, match=r"there is no store.json"):
         FeatureStore.open(out)
 
 

@@ -124,13 +124,13 @@ def test_images_that_changed_or_went_are_found(
     for name, size in (("0", 100), ("1", 3), ("2", 102)):
         path = tmp_path / "in/0" / f"{name}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x" * size)
-        os.utime(path, ns=(10**18, 10**18 + int(name) * (name != "2")))
+        path.write_bytes((b"y" if name == "2" else b"x") * size)
+        os.utime(path, ns=(10**18, 10**18 + int(name)))
     parts = [np.ones((4, 3), np.float32)]
     store = write_store(tmp_path / "store", parts, root=str(tmp_path / "in"))
     assert list(verify_images(store)) == [
         "image '0/1.jpg': 3 bytes, 101 when it was read",
-        "image '0/2.jpg': changed since it was read",
+        "image '0/2.jpg': its bytes changed since it was read",
         "image '0/3.jpg': No such file or directory",
     ]
     (tmp_path / "in").rename(tmp_path / "moved")

@@ -1,0 +1,295 @@
+"""One of the stores of a run: what is there already, what is to be done, and the rows that come."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.backbones import Target
+from extractor.decode import Failure, ImageInfo
+from extractor.options import Options
+from extractor.sources import ImageList, show
+from extractor.store import Description, FailureRecord, FeatureStore, ImageRecord, Job, StoreWriter
+from extractor.store.format import listing_digest
+from extractor.store.growth import Current, Held, Plan, plan
+from extractor.store.place import finish_publishing
+from extractor.store.shard import ShardWriter
+
+__all__ = ["Filling", "StoreReport"]
+
+log = logging.getLogger(__name__)
+
+# Failed images whose reasons stand in an error message or a report; the store lists them all.
+FAILURES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """What one run put into one store.
+
+    Attributes:
+        out: folder of the store.
+        rows, failed: images with a row and those without.
+        added: of the rows, how many are new.
+        changed, gone: rows that were retired, since their images are others now, or are no longer
+            asked for.
+        shape: of one embedding: ``(dim,)``, or the axes of a map or of tokens.
+        backbone: the model and its weights in a few words.
+        first_failures: path and reason of the first few failed images.
+    """
+
+    out: Path
+    rows: int
+    failed: int
+    added: int
+    changed: int
+    gone: int
+    shape: tuple[int, ...]
+    backbone: str
+    first_failures: tuple[tuple[str, str], ...]
+
+    @property
+    def store(self) -> FeatureStore:
+        """The store, opened."""
+        return FeatureStore.open(self.out)
+
+
+class Filling:
+    """One store while a run fills it: taken up as it was left, extended, published.
+
+    A context manager; leaving it without :meth:`publish` keeps what is done for the next run.
+
+    Attributes:
+        target: what it holds.
+        todo: places in the list of images of those that have to be computed, ascending.
+        done: how many of these, from the first on, are dealt with.
+        rows, failed: images with a row and images without.
+        is_finished: nothing had to be done, and nothing was.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        target: Target,
+        description: Description,
+        sources: ImageList,
+        current: Callable[[], Current],
+        options: Options,
+    ) -> None:
+        self.target = target
+        self.todo: Sequence[int] = ()
+        self.done = 0
+        self.rows = 0
+        self.failed = 0
+        self.is_finished = False
+        self._folder = folder
+        self._description = description
+        self._sources = sources
+        self._current = current
+        self._options = options
+        self._added = 0
+        self._first_failures: list[tuple[str, str]] = []
+        self._writer = StoreWriter(folder, overwrite=options.overwrite, extend=True)
+        self._shard: ShardWriter | None = None
+
+    def __enter__(self) -> Filling:
+        finish_publishing(self._folder)
+        self._writer.__enter__()
+        try:
+            self._prepare()
+        except BaseException:
+            self._writer.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.__exit__()
+
+    # -- what is there
+
+    def _prepare(self) -> None:
+        """Compare what is there with the images, and plan what is left to do."""
+        writer = self._writer
+        writer.take_up(self._description)
+        held = self._held(planned=False)
+        self._plan = self._compare(held)
+        self._job = self._job_of(self._plan)
+        done = writer.done_of(self._job) if self._goes_on(held) else None
+        if done is None and writer.has_staged:
+            log.warning(
+                "%s: the images are not those of the interrupted run; what it did is kept where an "
+                "image is still the same, and the rest is computed",
+                self._folder,
+            )
+            writer.seal()
+            held = self._held(planned=False)
+            self._plan = self._compare(held)
+            self._job = self._job_of(self._plan)
+        elif done is None and self._is_complete(held):
+            self.is_finished = True
+        if done is None and self._plan.todo:
+            writer.begin(self._job)
+        self.todo = self._plan.todo
+        self.done = done or 0
+        self.rows = self._plan.rows
+        self._note(self._plan.failures)
+        if self.done:
+            self._take_over(self._held(planned=True))
+
+    def _held(self, *, planned: bool) -> Held:
+        return self._writer.held(planned=planned, digests=self._options.check == "content")
+
+    def _compare(self, held: Held) -> Plan:
+        if not (held.shards or held.failures or held.new_failures):
+            return Plan(range(len(self._sources)), {}, (), (), 0, 0)
+        options = self._options
+        return plan(
+            self._current(), held, keep_missing=options.keep_missing, retry=options.retry_failed
+        )
+
+    def _job_of(self, made: Plan) -> Job:
+        base = self._writer.base
+        return Job(
+            self._description,
+            len(made.todo),
+            listing_digest(self._sources.paths[i] for i in made.todo),
+            self._writer.first_shard,
+            base.checksum if base is not None else "",
+        )
+
+    def _goes_on(self, known: Held) -> bool:
+        """Whether what an interrupted run has done is of images that are still the same."""
+        if not self._writer.has_staged:
+            return False
+        held = self._held(planned=True)
+        whole = self._compare(held)
+        fresh = [live for shard, live in whole.live.items() if shard >= self._job.first]
+        failures = len(whole.failures) - len(self._plan.failures)
+        return all(live.all() for live in fresh) and failures == len(held.new_failures) - len(
+            known.new_failures
+        )
+
+    def _is_complete(self, held: Held) -> bool:
+        """Whether the store that is there is already what is asked for."""
+        same = all(
+            np.array_equal(live, held.live[shard]) for shard, live in self._plan.live.items()
+        )
+        unchanged = same and list(self._plan.failures) == list(held.failures)
+        return self._writer.base is not None and not self._plan.todo and unchanged
+
+    def _take_over(self, held: Held) -> None:
+        """Count what an interrupted run has done of what is to be done."""
+        known = {failure.path for failure in self._plan.failures}
+        failures = [one for one in held.new_failures if one.path not in known]
+        self._note(failures)
+        self.rows += self.done - len(failures)
+        self._added += self.done - len(failures)
+
+    # -- what comes
+
+    @contextmanager
+    def shard(self, place: int) -> Iterator[None]:
+        """Open a shard for :meth:`append`; it counts once this is left without an error.
+
+        Args:
+            place: among those to be done, counted from 0.
+        """
+        number = self._job.first + place
+        if self._writer.is_finished(number):
+            yield  # another store of the run is behind
+            return
+        with self._writer.shard(number, self._description) as self._shard:
+            yield
+            self._shard.finish()
+        self._shard = None
+
+    def append(
+        self,
+        start: int,
+        rows: npt.NDArray[np.float32],
+        outcomes: Sequence[ImageInfo | Failure],
+    ) -> None:
+        """Part the rows to keep, with their records, from the failures.
+
+        Args:
+            start: place of the first of the images in :attr:`todo`.
+        """
+        if start < self.done or self._shard is None:
+            return
+        kept, records, failures = [], [], []
+        with np.errstate(over="ignore"):  # beyond what float16 holds is seen as not finite
+            stored = rows.astype(self._description.dtype, copy=False)
+        finite = np.asarray(np.isfinite(stored).reshape(len(rows), -1).all(axis=1))
+        paths = [self._sources.paths[i] for i in self.todo[start : start + len(outcomes)]]
+        for i, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
+            if isinstance(outcome, ImageInfo) and not finite[i]:
+                why = _not_finite(rows[i])
+                outcome = Failure("not-finite", why, outcome.size, outcome.mtime_ns)
+            if isinstance(outcome, Failure):
+                what = (outcome.reason, outcome.message, outcome.size, outcome.mtime_ns)
+                failures.append(FailureRecord(path, *what))
+            else:
+                kept.append(i)
+                records.append(_record(path, outcome))
+        self._shard.append(stored[kept], records, failures)
+        self._note(failures)
+        self.rows += len(records)
+        self._added += len(records)
+        self.done = start + len(outcomes)
+
+    def discard(self) -> None:
+        """Keep nothing for another run."""
+        self._writer.discard()
+
+    @property
+    def listing(self) -> str:
+        """Digest of the paths of what is to be done."""
+        return self._job.listing
+
+    @property
+    def first_failures(self) -> tuple[tuple[str, str], ...]:
+        """Path and reason of the first few images without a row."""
+        return tuple(self._first_failures)
+
+    def publish(self) -> StoreReport:
+        """Make it visible, and say what is in it."""
+        if not self.is_finished:
+            listing = listing_digest(self._all_paths())
+            self._writer.publish(self._job, self._plan, listing=listing)
+        return StoreReport(
+            out=self._folder,
+            rows=self.rows,
+            failed=self.failed,
+            added=self._added,
+            changed=self._plan.changed,
+            gone=self._plan.gone,
+            shape=self.target.shape,
+            backbone=str(self.target),
+            first_failures=self.first_failures,
+        )
+
+    def _all_paths(self) -> Iterable[bytes]:
+        missing = self._plan.missing
+        return sorted([*self._sources.paths, *missing]) if missing else self._sources.paths
+
+    def _note(self, failures: Iterable[FailureRecord]) -> None:
+        for failure in failures:
+            self.failed += 1
+            if len(self._first_failures) < FAILURES_SHOWN:
+                self._first_failures.append((show(failure.path), failure.message))
+
+
+def _record(path: bytes, info: ImageInfo) -> ImageRecord:
+    return ImageRecord(path, info.size, info.mtime_ns, info.width, info.height, info.sha256)
+
+
+def _not_finite(row: npt.NDArray[np.float32]) -> str:
+    if np.isfinite(row).all():
+        return f"the embedding holds {abs(row).max():.3g}, more than float16 does"
+    return "the embedding holds NaN or infinity"
