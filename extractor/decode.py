@@ -9,6 +9,7 @@ import io
 import os
 import stat
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, TypeAlias
@@ -26,6 +27,8 @@ __all__ = [
     "Failure",
     "ImageInfo",
     "ImageSource",
+    "PixelBudget",
+    "allow_pixels",
     "decode_into",
     "digest_of",
     "looks_like_image",
@@ -85,6 +88,51 @@ class Failure:
     mtime_ns: int = -1
 
 
+class PixelBudget:
+    """How many pixels may be in decoders at a time, over all threads that share it.
+
+    So the memory of a run is bounded, whatever the files say and however many threads there are.
+    """
+
+    def __init__(self, max_pixels: int) -> None:
+        self.max_pixels = max_pixels
+        self._left = max_pixels
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def claim(self, width: int, height: int) -> Iterator[None]:
+        """Wait until an image fits in with those that are being decoded.
+
+        Raises:
+            DecodeError: it never will.
+        """
+        pixels = width * height
+        if pixels > self.max_pixels:
+            raise DecodeError(
+                "too-large",
+                f"{width} x {height} are {pixels} pixels, more than the {self.max_pixels} that are "
+                "allowed; see --max-pixels",
+            )
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._left += pixels
+                self._changed.notify_all()
+
+
+def allow_pixels(max_pixels: int) -> None:
+    """Let Pillow itself refuse what declares more, also inside of formats that hold others.
+
+    Its own limit is lower than our default. It is a setting of the whole process, so a program
+    decides it, not a library.
+    """
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2 or 1  # Pillow warns above it and refuses twice as much
+
+
 _Pictures: TypeAlias = Sequence[tuple[Preprocess, npt.NDArray[np.uint8]]]
 
 
@@ -92,8 +140,7 @@ def decode_into(
     source: ImageSource,
     preprocesses: Sequence[Preprocess],
     outs: Sequence[npt.NDArray[np.uint8]],
-    *,
-    max_pixels: int = MAX_PIXELS,
+    budget: PixelBudget | None = None,
 ) -> ImageInfo:
     """Decode one image once, orient, resize and crop it into each of ``outs``; say what it was.
 
@@ -102,7 +149,8 @@ def decode_into(
             ``(H, W, 1 | 3 | 4)`` in RGB order.
         preprocesses: how each of the pictures is made.
         outs: for each, ``(height, width, 3)`` uint8 of its ``input_size``, written in place, RGB.
-        max_pixels: of the image before it is resized; one that declares more is not decoded.
+        budget: what images may hold before they are resized; one that declares more is not
+            decoded. Calls that share one wait for each other where they would exceed it together.
 
     Raises:
         DecodeError: this image has no pixels to give; ``outs`` may have been touched.
@@ -114,20 +162,21 @@ def decode_into(
                 f"out: got {out.dtype} {out.shape}, expected uint8 {(*preprocess.input_size, 3)}"
             )
     pictures = tuple(zip(preprocesses, outs, strict=True))
+    budget = budget or PixelBudget(MAX_PIXELS)
     if not isinstance(source, (str, bytes, os.PathLike, EncodedImage, Image.Image, np.ndarray)):
         raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     if isinstance(source, (str, bytes, os.PathLike)):
-        return _decode_file(source, pictures, max_pixels)
+        return _decode_file(source, pictures, budget)
     with _decode_errors():
         if isinstance(source, EncodedImage):
             with _identify(io.BytesIO(source.data)) as image:
-                return ImageInfo(len(source.data), -1, *_place(image, pictures, max_pixels))
+                return ImageInfo(len(source.data), -1, *_place(image, pictures, budget))
         image = source if isinstance(source, Image.Image) else _from_array(source)
-        return ImageInfo(-1, -1, *_place(image, pictures, max_pixels))
+        return ImageInfo(-1, -1, *_place(image, pictures, budget))
 
 
 def _decode_file(
-    path: str | bytes | os.PathLike[str], pictures: _Pictures, max_pixels: int
+    path: str | bytes | os.PathLike[str], pictures: _Pictures, budget: PixelBudget
 ) -> ImageInfo:
     status = None
     try:
@@ -137,7 +186,7 @@ def _decode_file(
             content = file.read() if whole else b""
             digest = hashlib.sha256(content) if whole else _digest_of(file)
             with _identify(io.BytesIO(content) if whole else file) as image:
-                width, height = _place(image, pictures, max_pixels)
+                width, height = _place(image, pictures, budget)
             return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest.digest())
     except DecodeError as error:
         with contextlib.suppress(OSError, ValueError):
@@ -265,21 +314,15 @@ def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _place(image: Image.Image, pictures: _Pictures, max_pixels: int) -> tuple[int, int]:
+def _place(image: Image.Image, pictures: _Pictures, budget: PixelBudget) -> tuple[int, int]:
     """Draw all pictures of an image; returns its width and height, the right way up."""
-    pixels = image.width * image.height
-    if pixels > max_pixels:
-        raise DecodeError(
-            "too-large",
-            f"{image.width} x {image.height} are {pixels} pixels, more than the {max_pixels} that "
-            "are allowed; see --max-pixels",
-        )
-    image.load()  # some formats turn themselves while they load, so ask for sizes after it
-    orientation = _orientation(image)
-    width, height = image.size[::-1] if orientation >= 5 else image.size
-    rgb = _to_rgb(image)
-    for preprocess, out in pictures:
-        _draw(rgb, orientation, preprocess, preprocess.geometry(width, height), out)
+    with budget.claim(image.width, image.height):
+        image.load()  # some formats turn themselves while they load, so ask for sizes after it
+        orientation = _orientation(image)
+        width, height = image.size[::-1] if orientation >= 5 else image.size
+        rgb = _to_rgb(image)
+        for preprocess, out in pictures:
+            _draw(rgb, orientation, preprocess, preprocess.geometry(width, height), out)
     return width, height
 
 
@@ -363,22 +406,26 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _to_levels(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float64]:
+def _to_levels(values: npt.NDArray[np.generic]) -> npt.NDArray[np.float32]:
     """32-bit grey values as levels 0..255.
 
     The range is not in the file, so the usual ones are tried: 0..1 (floats only), 0..255 (floats
     only), 0..65535; whatever lies outside is stretched from its least to its greatest value.
     """
-    levels = np.nan_to_num(values.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    levels = values.astype(np.float32)
+    np.nan_to_num(levels, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
     least, greatest = float(levels.min()), float(levels.max())
     floating = values.dtype.kind == "f"
     if least >= 0 and floating and greatest <= 1:
-        return levels * 255
-    if least >= 0 and floating and greatest <= 255:
-        return levels
-    if least >= 0 and greatest <= 65_535:
-        return levels / 256
-    return (levels - least) * (255 / (greatest - least or 1))
+        levels *= 255
+    elif least >= 0 and floating and greatest <= 255:
+        pass
+    elif least >= 0 and greatest <= 65_535:
+        levels /= 256
+    else:
+        levels -= least
+        levels *= 255 / (greatest - least or 1)
+    return levels
 
 
 def _grey(levels: npt.NDArray[np.generic]) -> Image.Image:

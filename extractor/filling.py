@@ -16,7 +16,7 @@ from extractor.decode import Failure, ImageInfo
 from extractor.options import Options
 from extractor.sources import ImageList, show
 from extractor.store import Description, FailureRecord, FeatureStore, ImageRecord, Job, StoreWriter
-from extractor.store.format import listing_digest
+from extractor.store.format import STAGING, listing_digest
 from extractor.store.growth import Current, Held, Plan, plan
 from extractor.store.place import finish_publishing
 from extractor.store.shard import ShardWriter
@@ -110,6 +110,11 @@ class Filling:
 
     def __exit__(self, *_: object) -> None:
         self._writer.__exit__()
+
+    @property
+    def staging(self) -> Path:
+        """Where it keeps what is done until it is published."""
+        return self._folder / STAGING
 
     # -- what is there
 

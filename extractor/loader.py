@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from extractor.decode import Failure, ImageInfo, ImageSource, decode_into
-from extractor.errors import DecodeError
+from extractor.decode import Failure, ImageInfo, ImageSource, PixelBudget, decode_into
+from extractor.errors import DecodeError, SourceError
+from extractor.isolation import InFlight, decode_apart
+from extractor.options import Options
 
 if TYPE_CHECKING:
     import torch
 
     from extractor.preprocess import Preprocess
 
+_DEFAULT = Options()
+
 __all__ = ["Batch", "BatchLoader"]
 
 # One buffer is being filled, one is ready, one is on its way to the device, and one is slack for
 # an image that takes long. More only costs memory: what bounds a run is a rate, not a queue.
 BUFFERS = 4
+# Decoders that hang and are left to themselves, each with its thread and a buffer. So many mean
+# that it is the disk that hangs, and not the images.
+MAX_ABANDONED = 32
+# What threads that still decode get to come to an end when a run does.
+PATIENCE_SECONDS = 2.0
 
 
 class Batch:
@@ -51,9 +63,46 @@ class Batch:
         self._pending = len(sources)
         self._owner = owner
 
+    def _settle(self, position: int, outcome: ImageInfo | Failure) -> None:
+        self.outcomes[position] = outcome
+        self._pending -= 1
+        if isinstance(outcome, Failure):
+            for rows in self._rows:
+                rows[position] = 0
+
+    def _move(self, pictures: tuple[torch.Tensor, ...]) -> None:
+        """Leave the buffers to a thread that may still write to them."""
+        for picture, rows in zip(pictures, self._rows, strict=True):
+            picture.numpy()[...] = rows
+        self.pictures = pictures
+        self._rows = [picture.numpy() for picture in pictures]
+
     def release(self) -> None:
         """Give the buffers back; ``pictures`` will be overwritten from now on."""
         self._owner._give_back(self.pictures)
+
+
+class _Task:
+    """One image while a thread decodes it."""
+
+    def __init__(self, batch: Batch, position: int) -> None:
+        self.batch = batch
+        self.position = position
+        self.outs = [rows[position] for rows in batch._rows]
+        self._rows = batch._rows
+        self.begun = time.monotonic()
+        self.is_abandoned = False
+
+    @property
+    def source(self) -> ImageSource:
+        return self.batch._sources[self.position]
+
+    def settle(self, outcome: ImageInfo | Failure) -> None:
+        """Hand the image over; into new buffers where the batch has moved meanwhile."""
+        if self._rows is not self.batch._rows:
+            for out, rows in zip(self.outs, self.batch._rows, strict=True):
+                rows[self.position] = out
+        self.batch._settle(self.position, outcome)
 
 
 class BatchLoader:
@@ -68,6 +117,13 @@ class BatchLoader:
         batch_size: rows of every batch, whatever number of images it holds.
         workers: decoding threads, at least 1.
         pin: page-lock the buffers, so that copies to a CUDA device can run beside the computation.
+        max_pixels: that may be in decoders at a time; an image of more fails.
+        image_timeout: seconds after which an image fails and its thread is left to itself.
+        suspects: paths of files that are decoded in a process of their own.
+        in_flight: where threads note the files that they decode.
+
+    Raises:
+        SourceError: while it is iterated: so many decoders hang that it must be the disk.
     """
 
     def __init__(
@@ -78,26 +134,39 @@ class BatchLoader:
         batch_size: int,
         workers: int,
         pin: bool = False,
+        max_pixels: int = _DEFAULT.max_pixels,
+        image_timeout: float = _DEFAULT.image_timeout,
+        suspects: Collection[bytes] = (),
+        in_flight: InFlight | None = None,
     ) -> None:
-        import torch
-
         self._plan = iter(batches)
         self._preprocesses = tuple(preprocesses)
         self._batch_size = batch_size
-        shapes = [(batch_size, *preprocess.input_size, 3) for preprocess in preprocesses]
-        self._free = [
-            tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
-            for _ in range(BUFFERS)
-        ]
+        self._pin = pin
+        self._budget = PixelBudget(max_pixels)
+        self._timeout = image_timeout
+        self._suspects = frozenset(suspects)
+        self._in_flight_file = in_flight
+        self._free = [self._buffers() for _ in range(BUFFERS)]
         self._in_flight: deque[Batch] = deque()
+        self._tasks: set[_Task] = set()
         self._changed = threading.Condition()
         self._planned = False  # the plan has no more batches
         self._closed = False
         self._broken: BaseException | None = None
-        self._threads = [
-            threading.Thread(target=self._work, name=f"decode-{i}", daemon=True)
-            for i in range(workers)
-        ]
+        self._abandoned = 0
+        self._threads = [self._thread(slot) for slot in range(workers)]
+
+    def _thread(self, slot: int) -> threading.Thread:
+        name = f"decode-{slot}"
+        return threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
+
+    def _buffers(self) -> tuple[torch.Tensor, ...]:
+        import torch
+
+        shapes = [(self._batch_size, *one.input_size, 3) for one in self._preprocesses]
+        pin = self._pin
+        return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
 
     def __enter__(self) -> BatchLoader:
         for thread in self._threads:
@@ -108,14 +177,17 @@ class BatchLoader:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        deadline = time.monotonic() + PATIENCE_SECONDS
         for thread in self._threads:
-            thread.join()
+            # One that hangs dies with the process; it holds what it writes to.
+            thread.join(max(deadline - time.monotonic(), 0.01))
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches in order; each holds a buffer until it is released."""
         while True:
             with self._changed:
-                self._changed.wait_for(self._first_is_decided)
+                while not self._changed.wait_for(self._first_is_decided, self._until_timeout()):
+                    self._abandon_late()
                 if self._broken is not None:
                     raise self._broken
                 if not self._in_flight:
@@ -128,27 +200,51 @@ class BatchLoader:
             return True
         return self._in_flight[0]._pending == 0 if self._in_flight else self._planned
 
+    def _until_timeout(self) -> float:
+        begun = min((task.begun for task in self._tasks), default=time.monotonic())
+        return max(begun + self._timeout - time.monotonic(), 0.0) + 0.001
+
+    def _abandon_late(self) -> None:
+        """Give up what takes too long: the image fails, and another thread takes over."""
+        now = time.monotonic()
+        for task in [task for task in self._tasks if now - task.begun >= self._timeout]:
+            self._tasks.discard(task)
+            task.is_abandoned = True
+            self._abandoned += 1
+            if self._abandoned > MAX_ABANDONED:
+                self._broken = SourceError(
+                    f"{self._abandoned} images were not read and decoded within {self._timeout:g} "
+                    "s each; see whether their disk answers, or raise --image-timeout"
+                )
+                return
+            task.batch._move(self._buffers())
+            told = f"not decoded within {self._timeout:g} s"
+            task.batch._settle(task.position, Failure("timeout", told, *_stat(task.source)))
+            self._threads.append(self._thread(len(self._threads)))
+            self._threads[-1].start()
+
     def _give_back(self, pictures: tuple[torch.Tensor, ...]) -> None:
         with self._changed:
             self._free.append(pictures)
             self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _work(self, slot: int) -> None:
         try:
-            while (claim := self._claim()) is not None:
-                batch, position = claim
-                outcome = self._decode(batch, position)
+            while (task := self._claim()) is not None:
+                outcome = self._decode(task, slot)
                 with self._changed:
-                    batch.outcomes[position] = outcome
-                    batch._pending -= 1
-                    if not batch._pending:
+                    if task.is_abandoned:
+                        return
+                    self._tasks.discard(task)
+                    task.settle(outcome)
+                    if not task.batch._pending:
                         self._changed.notify_all()
         except BaseException as error:  # a fault of this program or of the plan, not of an image
             with self._changed:
                 self._broken = error
                 self._changed.notify_all()
 
-    def _claim(self) -> tuple[Batch, int] | None:
+    def _claim(self) -> _Task | None:
         """The next image that no thread has yet; waits for a free buffer to open a batch."""
         with self._changed:
             while True:
@@ -157,7 +253,9 @@ class BatchLoader:
                 newest = self._in_flight[-1] if self._in_flight else None
                 if newest is not None and newest._claimed < len(newest.outcomes):
                     newest._claimed += 1
-                    return newest, newest._claimed - 1
+                    task = _Task(newest, newest._claimed - 1)
+                    self._tasks.add(task)
+                    return task
                 if self._planned:
                     return None
                 if not self._free:
@@ -175,11 +273,31 @@ class BatchLoader:
             raise ValueError(f"a batch of {len(sources)} images, expected 1 to {self._batch_size}")
         self._in_flight.append(Batch(self._free.pop(), sources, self))
 
-    def _decode(self, batch: Batch, position: int) -> ImageInfo | Failure:
-        outs = [rows[position] for rows in batch._rows]
+    def _decode(self, task: _Task, slot: int) -> ImageInfo | Failure:
+        source = task.source
         try:
-            return decode_into(batch._sources[position], self._preprocesses, outs)
+            if isinstance(source, bytes) and source in self._suspects:
+                return decode_apart(
+                    source,
+                    self._preprocesses,
+                    task.outs,
+                    max_pixels=self._budget.max_pixels,
+                    timeout_seconds=self._timeout,
+                )
+            if not isinstance(source, bytes) or self._in_flight_file is None:
+                return decode_into(source, self._preprocesses, task.outs, self._budget)
+            self._in_flight_file.note(slot, source)
+            try:
+                return decode_into(source, self._preprocesses, task.outs, self._budget)
+            finally:
+                self._in_flight_file.note(slot, b"")
         except DecodeError as error:
-            for out in outs:
-                out[...] = 0
             return Failure(error.reason, str(error), error.size, error.mtime_ns)
+
+
+def _stat(source: ImageSource) -> tuple[int, int]:
+    if isinstance(source, (str, bytes, os.PathLike)):
+        with contextlib.suppress(OSError, ValueError):
+            status = os.stat(source)
+            return status.st_size, status.st_mtime_ns
+    return -1, -1

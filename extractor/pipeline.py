@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from extractor.devices import available_cores, device_errors
 from extractor.errors import DecodeError, InterruptedRunError, SourceError, UsageError
 from extractor.filling import Filling, StoreReport
 from extractor.inference import embed, pictures_of
-from extractor.loader import BatchLoader
+from extractor.isolation import InFlight, Suspects
+from extractor.loader import MAX_ABANDONED, BatchLoader
 from extractor.options import (
     DEFAULT_MODEL,
     Options,
@@ -33,9 +35,9 @@ from extractor.options import (
     planned_stores,
     store_folders,
 )
-from extractor.sources import ImageList, Input, list_images
+from extractor.sources import ImageList, Input, list_images, show
 from extractor.store import FeatureStore
-from extractor.store.format import MAX_SHARDS
+from extractor.store.format import IN_FLIGHT, MAX_SHARDS
 from extractor.store.place import check_place
 
 __all__ = [
@@ -47,6 +49,8 @@ __all__ = [
     "extract",
     "plan_batches",
 ]
+
+log = logging.getLogger(__name__)
 
 _DEFAULT = Options()
 
@@ -351,7 +355,12 @@ def _fill_together(
     batches = [batch for batch in whole if batch.stop > done]
     targets = [store.target for store in stores]
     wanted = ([sources.full_path(i) for i in todo[b.start : b.stop]] for b in batches)
-    with _loader(wanted, targets, options, batch_size) as loader:
+    suspects = _suspects(stores)
+    in_flight = InFlight(stores[0].staging / IN_FLIGHT, _workers(options) + MAX_ABANDONED)
+    with (
+        in_flight,
+        _loader(wanted, targets, options, batch_size, suspects, in_flight) as loader,
+    ):
         computed = zip(batches, embed(targets, loader, normalize=options.normalize), strict=True)
         for number, part in itertools.groupby(computed, key=lambda pair: pair[0].shard):
             with ExitStack() as stack:
@@ -361,6 +370,20 @@ def _fill_together(
                     for store, rows in zip(stores, embedded.rows, strict=True):
                         store.append(batch.start, rows, embedded.outcomes)
                     after_batch()
+
+
+def _suspects(stores: Sequence[Filling]) -> set[bytes]:
+    """Images that are decoded apart, since a run died while it decoded them."""
+    every: set[bytes] = set()
+    for store in stores:
+        known, new = Suspects(store.staging).load()
+        every.update(known)
+        if new:
+            log.warning(
+                "the last run died while it decoded %s; decoded in a process of their own now",
+                ", ".join(map(show, new)),
+            )
+    return every
 
 
 def _check_any_row(stores: Sequence[Filling]) -> None:
@@ -392,6 +415,8 @@ def _loader(
     targets: Sequence[Target],
     options: Options,
     batch_size: int,
+    suspects: Collection[bytes] = (),
+    in_flight: InFlight | None = None,
 ) -> BatchLoader:
     device = targets[0].parts[0].backbone.device
     with device_errors(device):
@@ -399,9 +424,17 @@ def _loader(
             batches,
             pictures_of(targets),
             batch_size=batch_size,
-            workers=options.workers or available_cores(),
+            workers=_workers(options),
             pin=device.type == "cuda",
+            max_pixels=options.max_pixels,
+            image_timeout=options.image_timeout,
+            suspects=suspects,
+            in_flight=in_flight,
         )
+
+
+def _workers(options: Options) -> int:
+    return options.workers or available_cores()
 
 
 # ---------------------------------------------------------------------------------------------

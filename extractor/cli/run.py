@@ -284,9 +284,11 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
     bar = Bar(quiet=parsed.quiet)
     with bar, logging_to(bar.write):
         from extractor import pipeline
+        from extractor.decode import allow_pixels
         from extractor.devices import keep_freed_memory
 
         keep_freed_memory()
+        allow_pixels(options.max_pixels)
 
         def show(progress: Progress) -> None:
             stopping.graceful = True  # from now on a batch is worth waiting for

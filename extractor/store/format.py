@@ -20,12 +20,14 @@ __all__ = [
     "FAILURES",
     "FEATURES",
     "IMAGES",
+    "IN_FLIGHT",
     "JOB",
     "JOURNAL",
     "MANIFEST",
     "MAX_SHARDS",
     "REPLACED",
     "STAGING",
+    "SUSPECTS",
     "Description",
     "FileEntry",
     "Manifest",
@@ -49,6 +51,8 @@ FAILURES = "failures.jsonl"
 STAGING = ".extractor-partial"
 JOB = "job.json"  # in it: what the run was asked for
 JOURNAL = "journal"  # in it: what it has done of each shard
+IN_FLIGHT = "in-flight"  # in it: the images that are being decoded
+SUSPECTS = "suspects.json"  # in it: those during whose decoding a run died
 REPLACED = "replaced.json"  # in it: the old manifest, while the new store takes its place
 
 

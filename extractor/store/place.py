@@ -14,11 +14,13 @@ from extractor.store.format import (
     FAILURES,
     FEATURES,
     IMAGES,
+    IN_FLIGHT,
     JOB,
     JOURNAL,
     MANIFEST,
     REPLACED,
     STAGING,
+    SUSPECTS,
     Manifest,
 )
 from extractor.store.lock import Lock
@@ -87,8 +89,8 @@ def check_place(out: Path, *, occupied: bool, locked: bool = False) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Refuse to take for our own a staging folder that we did not make."""
-    named = (FAILURES, MANIFEST, JOB, REPLACED)
-    ours = {"lock", FEATURES, IMAGES, JOURNAL, *named}
+    named = (FAILURES, MANIFEST, JOB, REPLACED, SUSPECTS)
+    ours = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, *named}
     ours |= {f"{name}.partial" for name in named}
     if staging.is_symlink() or (staging.is_dir() and not ours.issuperset(os.listdir(staging))):
         raise StoreError(
