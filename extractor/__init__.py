@@ -16,7 +16,7 @@ from extractor.version import __version__
 if TYPE_CHECKING:
     from extractor.backbones import Backbone, load_backbone
     from extractor.errors import ExtractorError
-    from extractor.pipeline import Extractor, Report, extract
+    from extractor.pipeline import Extractor, extract
     from extractor.preprocess import Preprocess
     from extractor.store import FeatureStore
 
@@ -39,7 +39,7 @@ _HOMES = {
     "ExtractorError": "extractor.errors",
     "FeatureStore": "extractor.store",
     "Preprocess": "extractor.preprocess",
-    "Report": "extractor.pipeline",
+    "Report": "extractor.report",
     "extract": "extractor.pipeline",
     "load_backbone": "extractor.backbones",
 }

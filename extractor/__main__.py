@@ -1,6 +1,6 @@
 """``python -m extractor`` is the command ``extract``."""
 
-from extractor.cli import main
+from extractor.cli import process
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(process())

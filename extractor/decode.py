@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import io
 import os
+import re
 import stat
 import struct
 import threading
@@ -43,7 +45,17 @@ ImageSource: TypeAlias = (
 
 # Formats that Pillow names but does not decode by itself: metadata only (BUFR, GRIB, HDF5, MPEG,
 # WMF outside Windows), and EPS, for which it would run Ghostscript on a file of unknown origin.
-NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+# IPTC holds any other file, of whatever size.
+NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
+
+# Begin files that hold images in other formats, which Pillow decodes to see how large they are:
+# Windows icons and cursors, Apple icons.
+_HOLD_OTHERS = (b"\0\0\1\0", b"\0\0\2\0", b"icns")
+
+# How the decoders say that a file ends too early.
+_ENDS_EARLY = re.compile("trunca|not enough", re.IGNORECASE)
+
+JPEG2000_DATA = b"\xff\x93"  # begins the pixels of each tile; a file without any is cut
 
 # Larger files are read by Pillow piece by piece and not into memory first.
 READ_WHOLE_BYTES = 64 * 2**20
@@ -113,15 +125,23 @@ class PixelBudget:
                 f"{width} x {height} are {pixels} pixels, more than the {self.max_pixels} that are "
                 "allowed; see --max-pixels",
             )
-        with self._changed:
-            self._changed.wait_for(lambda: self._left >= pixels)
-            self._left -= pixels
+        self.take(pixels)
         try:
             yield
         finally:
-            with self._changed:
-                self._left += pixels
-                self._changed.notify_all()
+            self.give_back(pixels)
+
+    def take(self, pixels: int) -> None:
+        """Wait until there is room for so many, and take it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._left >= pixels)
+            self._left -= pixels
+
+    def give_back(self, pixels: int) -> None:
+        """Let others have what was taken."""
+        with self._changed:
+            self._left += pixels
+            self._changed.notify_all()
 
 
 def allow_pixels(max_pixels: int) -> None:
@@ -130,7 +150,7 @@ def allow_pixels(max_pixels: int) -> None:
     Its own limit is lower than our default. It is a setting of the whole process, so a program
     decides it, not a library.
     """
-    Image.MAX_IMAGE_PIXELS = max_pixels // 2 or 1  # Pillow warns above it and refuses twice as much
+    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow refuses what is more than twice as much
 
 
 _Pictures: TypeAlias = Sequence[tuple[Preprocess, npt.NDArray[np.uint8]]]
@@ -169,7 +189,7 @@ def decode_into(
         return _decode_file(source, pictures, budget)
     with _decode_errors():
         if isinstance(source, EncodedImage):
-            with _identify(io.BytesIO(source.data)) as image:
+            with _identified(io.BytesIO(source.data), budget) as image:
                 return ImageInfo(len(source.data), -1, *_place(image, pictures, budget))
         image = source if isinstance(source, Image.Image) else _from_array(source)
         return ImageInfo(-1, -1, *_place(image, pictures, budget))
@@ -185,7 +205,7 @@ def _decode_file(
             whole = status.st_size <= READ_WHOLE_BYTES
             content = file.read() if whole else b""
             digest = hashlib.sha256(content) if whole else _digest_of(file)
-            with _identify(io.BytesIO(content) if whole else file) as image:
+            with _identified(io.BytesIO(content) if whole else file, budget) as image:
                 width, height = _place(image, pictures, budget)
             return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest.digest())
     except DecodeError as error:
@@ -204,7 +224,7 @@ def _decode_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno is not None:
             raise DecodeError("unreadable", error.strerror or str(error)) from error
-        reason = "truncated" if "truncated" in str(error) else "corrupt"
+        reason = "truncated" if _ENDS_EARLY.search(str(error)) else "corrupt"
         raise DecodeError(reason, str(error)) from error
     except Image.DecompressionBombError as error:
         raise DecodeError("too-large", str(error)) from error
@@ -267,6 +287,11 @@ def open_regular(path: str | bytes | os.PathLike[str]) -> IO[bytes]:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:  # no path can hold a zero byte
         raise DecodeError("unreadable", str(error)) from error
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            raise
+        kind = _kind(os.stat(path).st_mode)
+        raise DecodeError("not-a-file", f"expected a regular file, got {kind}") from error
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
@@ -288,9 +313,30 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
+@contextlib.contextmanager
+def _identified(file: IO[bytes], budget: PixelBudget) -> Iterator[Image.Image]:
+    """The image in a file, not yet decoded; what has to be decoded for that claims its pixels."""
+    head = file.read(4)
+    file.seek(0)
+    inner = budget.max_pixels if head in _HOLD_OTHERS else 0
+    budget.take(inner)
+    try:
+        with _identify(file) as image:
+            if inner:
+                image.load()
+                budget.give_back(inner)
+                inner = 0
+            yield image
+    finally:
+        budget.give_back(inner)
+
+
 def _identify(file: IO[bytes]) -> Image.Image:
     try:
-        return Image.open(file, formats=_formats())
+        image = Image.open(file, formats=_formats())
+        if image.format == "JPEG2000":
+            _check_data(file)
+        return image
     except UnidentifiedImageError:
         file.seek(0)
         head = file.read(16)
@@ -299,6 +345,19 @@ def _identify(file: IO[bytes]) -> Image.Image:
         raise DecodeError(
             "not-an-image", f"no image format that is decoded here starts with {head!r}"
         ) from None
+
+
+def _check_data(file: IO[bytes]) -> None:
+    """The decoder makes a grey picture of a JPEG 2000 file that is cut behind its header."""
+    place = file.tell()
+    file.seek(0)
+    tail = b""
+    while block := file.read(2**20):
+        if JPEG2000_DATA in tail + block:
+            file.seek(place)
+            return
+        tail = block[-1:]
+    raise DecodeError("truncated", "the file ends behind its header")
 
 
 def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:

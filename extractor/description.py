@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-import platform
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from extractor.backbones import Backbone, Target
 from extractor.layers import Output
 from extractor.options import Options, join_names
+from extractor.record import software_versions
 from extractor.store import Description
-from extractor.version import __version__
 
 __all__ = ["describe"]
-
-LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
 
 
 def describe(target: Target, options: Options, root: bytes, batch_size: int) -> Description:
     """All that the manifest keeps of one store's making."""
-    versions = {"extractor": __version__, **{name: metadata.version(name) for name in LIBRARIES}}
     first = target.parts[0].backbone
     several = len(target.backbones) > 1
     return Description(
@@ -46,13 +41,13 @@ def describe(target: Target, options: Options, root: bytes, batch_size: int) -> 
         },
         root=os.fsdecode(root),
         shard_images=options.shard_images,
-        software={"python": platform.python_version(), **versions},
+        software=software_versions(),
     )
 
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:
     return {
-        **asdict(backbone.provenance),
+        **backbone.provenance.as_dict(),
         "heads": list(backbone.heads),
         "bypassed": list(backbone.bypassed),
     }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,50 +14,20 @@ import numpy.typing as npt
 from extractor.backbones import Target
 from extractor.decode import Failure, ImageInfo
 from extractor.options import Options
+from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.sources import ImageList, show
-from extractor.store import Description, FailureRecord, FeatureStore, ImageRecord, Job, StoreWriter
+from extractor.store import Description, FailureRecord, ImageRecord, Job, StoreWriter
 from extractor.store.format import STAGING, listing_digest
 from extractor.store.growth import Current, Held, Plan, plan
 from extractor.store.place import finish_publishing
 from extractor.store.shard import ShardWriter
 
-__all__ = ["Filling", "StoreReport"]
+__all__ = ["Filling"]
 
 log = logging.getLogger(__name__)
 
-# Failed images whose reasons stand in an error message or a report; the store lists them all.
-FAILURES_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class StoreReport:
-    """What one run put into one store.
-
-    Attributes:
-        out: folder of the store.
-        rows, failed: images with a row and those without.
-        added: of the rows, how many are new.
-        changed, gone: rows that were retired, since their images are others now, or are no longer
-            asked for.
-        shape: of one embedding: ``(dim,)``, or the axes of a map or of tokens.
-        backbone: the model and its weights in a few words.
-        first_failures: path and reason of the first few failed images.
-    """
-
-    out: Path
-    rows: int
-    failed: int
-    added: int
-    changed: int
-    gone: int
-    shape: tuple[int, ...]
-    backbone: str
-    first_failures: tuple[tuple[str, str], ...]
-
-    @property
-    def store(self) -> FeatureStore:
-        """The store, opened."""
-        return FeatureStore.open(self.out)
+# Of one image, in the journal and the index together, about.
+INDEX_BYTES = 300
 
 
 class Filling:
@@ -95,11 +65,13 @@ class Filling:
         self._options = options
         self._added = 0
         self._first_failures: list[tuple[str, str]] = []
-        self._writer = StoreWriter(folder, overwrite=options.overwrite, extend=True)
+        self._writer = StoreWriter(
+            folder, overwrite=options.overwrite, extend=True, lock=options.lock
+        )
         self._shard: ShardWriter | None = None
 
     def __enter__(self) -> Filling:
-        finish_publishing(self._folder)
+        finish_publishing(self._folder, lock=self._options.lock)
         self._writer.__enter__()
         try:
             self._prepare()
@@ -116,6 +88,12 @@ class Filling:
         """Where it keeps what is done until it is published."""
         return self._folder / STAGING
 
+    @property
+    def bytes_to_come(self) -> int:
+        """About what the rows that are left to do will take on the disk."""
+        row = math.prod(self._description.shape) * np.dtype(self._description.dtype).itemsize
+        return (len(self.todo) - self.done) * (row + INDEX_BYTES)
+
     # -- what is there
 
     def _prepare(self) -> None:
@@ -127,11 +105,7 @@ class Filling:
         self._job = self._job_of(self._plan)
         done = writer.done_of(self._job) if self._goes_on(held) else None
         if done is None and writer.has_staged:
-            log.warning(
-                "%s: the images are not those of the interrupted run; what it did is kept where an "
-                "image is still the same, and the rest is computed",
-                self._folder,
-            )
+            self._tell_what_changed()
             writer.seal()
             held = self._held(planned=False)
             self._plan = self._compare(held)
@@ -180,18 +154,25 @@ class Filling:
             known.new_failures
         )
 
+    def _tell_what_changed(self) -> None:
+        whole = self._compare(self._held(planned=True))
+        log.warning(
+            "%s: the images are no longer those of the interrupted run (of those that it had done, "
+            "%d changed and %d are gone; %d are to be computed); what it did of others is kept, "
+            "--overwrite starts anew",
+            *(self._folder, whole.changed, whole.gone, len(whole.todo)),
+        )
+
     def _is_complete(self, held: Held) -> bool:
         """Whether the store that is there is already what is asked for."""
-        same = all(
-            np.array_equal(live, held.live[shard]) for shard, live in self._plan.live.items()
-        )
-        unchanged = same and list(self._plan.failures) == list(held.failures)
-        return self._writer.base is not None and not self._plan.todo and unchanged
+        plan = self._plan
+        return self._writer.base is not None and not plan.todo and not plan.changes(held)
 
     def _take_over(self, held: Held) -> None:
         """Count what an interrupted run has done of what is to be done."""
         known = {failure.path for failure in self._plan.failures}
-        failures = [one for one in held.new_failures if one.path not in known]
+        # Not those that an earlier run found, and that were mended since.
+        failures = [one for one in self._compare(held).failures if one.path not in known]
         self._note(failures)
         self.rows += self.done - len(failures)
         self._added += self.done - len(failures)

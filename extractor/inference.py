@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from extractor.loader import Batch
 from extractor.preprocess import Preprocess
 
 __all__ = ["Embedded", "embed", "pictures_of"]
+
+log = logging.getLogger(__name__)
 
 # Batches that a GPU may have been given before the first one's rows are waited for: while one
 # computes, the next one's pixels move. More would only hold more buffers.
@@ -92,9 +95,39 @@ class _Step:
         if len(devices) != 1:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
         (self.device,) = devices
+        self._part = 0  # images at a time where the device takes no whole batch
         places = {one.picture: place for place, one in enumerate(pictures_of(targets))}
         self._picture = [places[backbone.preprocess.picture] for backbone in self._backbones]
         self._normalise = [_Normalise(backbone) for backbone in self._backbones]
+
+    def in_parts(self, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """As calling it, but in parts as large as the device's memory takes.
+
+        Where it runs out, parts of half the size are tried, and kept from then on.
+
+        Raises:
+            torch.cuda.OutOfMemoryError: a single image does not fit.
+        """
+        while True:
+            size = self._part or len(pictures[0])
+            starts = range(0, len(pictures[0]), size)
+            try:
+                parts = [
+                    self([one[start : start + size] for one in pictures], lambda: None)
+                    for start in starts
+                ]
+            except torch.cuda.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self._part = (size + 1) // 2
+            else:
+                return [torch.cat(rows) for rows in zip(*parts, strict=True)]
+            # Outside of the handler, which would keep the tensors of the failed pass alive.
+            torch.cuda.empty_cache()
+            log.warning(
+                "%s is out of memory with %d images at a time; going on with %d",
+                *(self.device, size, self._part),
+            )
 
     def __call__(
         self, pictures: Sequence[torch.Tensor], taken: Callable[[], None]
@@ -170,7 +203,7 @@ def _launch(step: _Step, batch: Batch, copies: torch.cuda.Stream) -> _Flight:
             # Allocated on the copy stream, read on this one: not to be reused before both are done.
             picture.record_stream(compute)
         host_rows = []
-        for rows in step(pictures, lambda: None):
+        for rows in step.in_parts(pictures):
             host_rows.append(torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True))
             host_rows[-1].copy_(rows, non_blocking=True)
         copied_out.record()

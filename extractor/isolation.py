@@ -7,6 +7,8 @@ there and decodes these images in a process of their own.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import mmap
 import os
@@ -16,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +26,19 @@ import numpy.typing as npt
 from extractor.decode import ImageInfo, PixelBudget, allow_pixels, decode_into
 from extractor.errors import DecodeError
 from extractor.preprocess import Preprocess
+from extractor.store.files import write_whole
 from extractor.store.format import IN_FLIGHT, SUSPECTS
+from extractor.store.place import explained
 
 __all__ = ["InFlight", "Suspects", "decode_apart"]
 
 SLOT_BYTES = 8192  # two for a length, and a path, which Linux does not take longer than 4095
 LENGTH_BYTES = 2
+
+# What a process gets to start, beside the time for the image.
+START_SECONDS = 10.0
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class InFlight:
@@ -42,8 +52,10 @@ class InFlight:
         self._slots = slots
 
     def __enter__(self) -> InFlight:
-        with self._path.open("w+b") as file:
-            file.truncate(self._slots * SLOT_BYTES)
+        with explained(self._path.parent.parent), self._path.open("w+b") as file:
+            # Written and not only made that long: on a full disk, to touch it would be fatal.
+            file.write(bytes(self._slots * SLOT_BYTES))
+            file.flush()
             self._map = mmap.mmap(file.fileno(), self._slots * SLOT_BYTES)
         return self
 
@@ -95,9 +107,9 @@ class Suspects:
             known = []
         every = sorted({*known, *new})
         if new:
-            beside = self._path.with_name(self._path.name + ".partial")
-            beside.write_text(json.dumps([os.fsdecode(path) for path in every]))
-            os.replace(beside, self._path)
+            with explained(self._path.parent.parent):
+                content = json.dumps([os.fsdecode(path) for path in every])
+                write_whole(self._path, content.encode("ascii"))
         return every, new
 
 
@@ -115,7 +127,7 @@ def decode_apart(
         DecodeError: as there; ``timeout`` or ``crashed`` where the process came to no end, or to a
             bad one.
     """
-    task = pickle.dumps((path, tuple(preprocesses), max_pixels))
+    task = pickle.dumps((os.path.abspath(path), tuple(preprocesses), max_pixels))
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     try:
@@ -124,20 +136,20 @@ def decode_apart(
             input=task,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            timeout=timeout_seconds,
+            timeout=timeout_seconds + START_SECONDS,
             check=False,
+            cwd=package,  # Python looks for modules there first
             env={**os.environ, "PYTHONPATH": found},
             start_new_session=True,  # Ctrl-C is for us, not for the image
         )
     except subprocess.TimeoutExpired:
         raise _ended(path, "timeout", f"not decoded within {timeout_seconds:g} s") from None
+    outs = list(outs)
     head, _, pixels = done.stdout.partition(b"\n")
-    if done.returncode != 0:
-        how = f"exit code {done.returncode}"
-        if done.returncode < 0:
-            how = signal.Signals(-done.returncode).name
-        raise _ended(path, "crashed", f"the decoder ended its process ({how})")
-    result = json.loads(head)
+    result = _answer(head)
+    if done.returncode != 0 or result is None or ("info" in result and len(pixels) != _bytes(outs)):
+        told = _how_it_ended(done.returncode)
+        raise _ended(path, "crashed", f"the decoder ended its process ({told})")
     if "reason" in result:
         error = DecodeError(result["reason"], result["message"])
         error.size, error.mtime_ns = result["size"], result["mtime_ns"]
@@ -148,6 +160,27 @@ def decode_apart(
         start += out.size
     size, mtime_ns, width, height = result["info"]
     return ImageInfo(size, mtime_ns, width, height, bytes.fromhex(result["sha256"]))
+
+
+def _answer(head: bytes) -> dict[str, Any] | None:
+    try:
+        answer = json.loads(head)
+    except ValueError:  # it came to its end without one
+        return None
+    return answer if isinstance(answer, dict) and ("info" in answer or "reason" in answer) else None
+
+
+def _bytes(outs: Iterable[npt.NDArray[np.uint8]]) -> int:
+    return sum(out.nbytes for out in outs)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def _ended(path: bytes, reason: str, message: str) -> DecodeError:
@@ -162,6 +195,11 @@ def _ended(path: bytes, reason: str, message: str) -> DecodeError:
 
 def main() -> None:
     """Decode the image that standard input names, and write it to standard output."""
+    with contextlib.suppress(OSError, AttributeError):  # where there is no prctl
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # not to outlive the run
+    # What a library prints is not to be taken for the answer.
+    answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     path, preprocesses, max_pixels = pickle.load(sys.stdin.buffer)
     allow_pixels(max_pixels)
     outs = [np.empty((*one.input_size, 3), np.uint8) for one in preprocesses]
@@ -176,9 +214,10 @@ def main() -> None:
             "info": [info.size, info.mtime_ns, info.width, info.height],
             "sha256": info.sha256.hex(),
         }
-    sys.stdout.buffer.write(json.dumps(told).encode() + b"\n")
-    for out in outs:
-        sys.stdout.buffer.write(out.tobytes())
+    with answer:
+        answer.write(json.dumps(told).encode() + b"\n")
+        for out in outs:
+            answer.write(out.tobytes())
 
 
 if __name__ == "__main__":

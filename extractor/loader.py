@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -89,9 +90,19 @@ class _Task:
         self.batch = batch
         self.position = position
         self.outs = [rows[position] for rows in batch._rows]
+        self.claimed = 0  # pixels of the budget
         self._rows = batch._rows
         self.begun = time.monotonic()
         self.is_abandoned = False
+
+    @contextlib.contextmanager
+    def not_timed(self) -> Iterator[None]:
+        """Let no time pass, while others are waited for."""
+        self.begun = math.inf
+        try:
+            yield
+        finally:
+            self.begun = time.monotonic()
 
     @property
     def source(self) -> ImageSource:
@@ -103,6 +114,25 @@ class _Task:
             for out, rows in zip(self.outs, self.batch._rows, strict=True):
                 rows[self.position] = out
         self.batch._settle(self.position, outcome)
+
+
+class _TaskBudget(PixelBudget):
+    """The budget of all threads as one image sees it: waiting for it is no hanging."""
+
+    def __init__(self, shared: PixelBudget, task: _Task) -> None:
+        super().__init__(shared.max_pixels)
+        self._shared = shared
+        self._task = task
+
+    def take(self, pixels: int) -> None:
+        with self._task.not_timed():
+            self._shared.take(pixels)
+        self._task.claimed += pixels
+
+    def give_back(self, pixels: int) -> None:
+        if not self._task.is_abandoned:  # else it was given back then
+            self._task.claimed -= pixels
+            self._shared.give_back(pixels)
 
 
 class BatchLoader:
@@ -146,6 +176,7 @@ class BatchLoader:
         self._budget = PixelBudget(max_pixels)
         self._timeout = image_timeout
         self._suspects = frozenset(suspects)
+        self._one_apart = threading.Lock()
         self._in_flight_file = in_flight
         self._free = [self._buffers() for _ in range(BUFFERS)]
         self._in_flight: deque[Batch] = deque()
@@ -201,8 +232,9 @@ class BatchLoader:
         return self._in_flight[0]._pending == 0 if self._in_flight else self._planned
 
     def _until_timeout(self) -> float:
-        begun = min((task.begun for task in self._tasks), default=time.monotonic())
-        return max(begun + self._timeout - time.monotonic(), 0.0) + 0.001
+        now = time.monotonic()
+        begun = min([now, *(task.begun for task in self._tasks)])
+        return max(begun + self._timeout - now, 0.0) + 0.001
 
     def _abandon_late(self) -> None:
         """Give up what takes too long: the image fails, and another thread takes over."""
@@ -210,6 +242,7 @@ class BatchLoader:
         for task in [task for task in self._tasks if now - task.begun >= self._timeout]:
             self._tasks.discard(task)
             task.is_abandoned = True
+            self._budget.give_back(task.claimed)
             self._abandoned += 1
             if self._abandoned > MAX_ABANDONED:
                 self._broken = SourceError(
@@ -229,6 +262,7 @@ class BatchLoader:
             self._changed.notify_all()
 
     def _work(self, slot: int) -> None:
+        task = None
         try:
             while (task := self._claim()) is not None:
                 outcome = self._decode(task, slot)
@@ -241,8 +275,9 @@ class BatchLoader:
                         self._changed.notify_all()
         except BaseException as error:  # a fault of this program or of the plan, not of an image
             with self._changed:
-                self._broken = error
-                self._changed.notify_all()
+                if task is None or not task.is_abandoned:
+                    self._broken = error
+                    self._changed.notify_all()
 
     def _claim(self) -> _Task | None:
         """The next image that no thread has yet; waits for a free buffer to open a batch."""
@@ -277,18 +312,20 @@ class BatchLoader:
         source = task.source
         try:
             if isinstance(source, bytes) and source in self._suspects:
-                return decode_apart(
-                    source,
-                    self._preprocesses,
-                    task.outs,
-                    max_pixels=self._budget.max_pixels,
-                    timeout_seconds=self._timeout,
-                )
+                with task.not_timed(), self._one_apart:  # it has a clock of its own
+                    return decode_apart(
+                        source,
+                        self._preprocesses,
+                        task.outs,
+                        max_pixels=self._budget.max_pixels,
+                        timeout_seconds=self._timeout,
+                    )
+            budget = _TaskBudget(self._budget, task)
             if not isinstance(source, bytes) or self._in_flight_file is None:
-                return decode_into(source, self._preprocesses, task.outs, self._budget)
+                return decode_into(source, self._preprocesses, task.outs, budget)
             self._in_flight_file.note(slot, source)
             try:
-                return decode_into(source, self._preprocesses, task.outs, self._budget)
+                return decode_into(source, self._preprocesses, task.outs, budget)
             finally:
                 self._in_flight_file.note(slot, b"")
         except DecodeError as error:

@@ -103,13 +103,16 @@ class Options:
         batch_size: images in a forward pass; None chooses by device.
         workers: decoding threads; None means one for each core that the process may use.
         shard_images: images, failed ones included, that one shard of the store answers for.
-        overwrite: replace the store that is already there, once the new one is complete.
+        overwrite: compute all anew, and replace the store that is there once that is complete.
         check: how images that have rows already are compared with what they were: ``stat``, by
             size and time of modification, or ``content``, by the SHA-256 of their bytes.
         keep_missing: keep the rows of images that are no longer there.
         retry_failed: try images again that failed, although they are unchanged.
-        max_pixels: of an image before it is resized; one that declares more fails.
+        max_pixels: of an image before it is resized; one that declares more fails. It is also what
+            all threads decode at a time. Pillow's own limit holds as well; the command raises it.
         image_timeout: seconds after which the decoding of an image is given up.
+        max_failure_rate: share of the images that may fail without a word in the exit code.
+        lock: refuse to write where no file can be locked, and a second run would go unseen.
 
     Raises:
         UsageError: a value out of its range.
@@ -141,8 +144,14 @@ class Options:
     retry_failed: bool = False
     max_pixels: int = MAX_PIXELS
     image_timeout: float = 60.0
+    max_failure_rate: float = 0.0
+    lock: bool = True
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
+            raise UsageError(
+                f"device: got {self.device!r}, expected auto, cpu, cuda, cuda:N or mps"
+            )
         _one_of("precision", self.precision, PRECISIONS)
         _one_of("dtype", self.dtype, DTYPES)
         _within("seed", self.seed, 0, 2**63 - 1)
@@ -152,6 +161,11 @@ class Options:
         _one_of("check", self.check, CHECKS)
         _within("max pixels", self.max_pixels, 1, 2**63 - 1)
         _number_within("image timeout", self.image_timeout, 0, MAX_SECONDS)
+        if not (math.isfinite(self.max_failure_rate) and 0 <= self.max_failure_rate <= 1):
+            raise UsageError(
+                f"failure rate: got {self.max_failure_rate}, expected a share from 0 to 1, such as "
+                "0.01"
+            )
         if not self.weights:
             raise UsageError("weights: got an empty name; try default, random, a tag or a file")
         if self.weights_key == "":
@@ -297,13 +311,6 @@ def store_folders(out: str | None, names: Sequence[str]) -> list[str]:
     if out is not None and len(names) == 1:
         return [out]
     return [f"{DEFAULT_OUT if out is None else out.rstrip('/') or '/'}/{name}" for name in names]
-
-
-def check_failure_rate(rate: float) -> float:
-    """The share of failed images that a caller accepts, from 0 to 1, checked."""
-    if not (math.isfinite(rate) and 0 <= rate <= 1):
-        raise UsageError(f"failure rate: got {rate}, expected a share from 0 to 1, such as 0.01")
-    return rate
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +24,18 @@ from extractor.current import current_images
 from extractor.decode import EncodedImage, Failure, ImageSource
 from extractor.description import describe
 from extractor.devices import available_cores, device_errors
-from extractor.errors import DecodeError, InterruptedRunError, SourceError, UsageError
-from extractor.filling import Filling, StoreReport
-from extractor.inference import embed, pictures_of
+from extractor.errors import (
+    DecodeError,
+    InterruptedRunError,
+    SourceError,
+    StoreError,
+    UsageError,
+)
+from extractor.filling import Filling
+from extractor.inference import Embedded, embed, pictures_of
 from extractor.isolation import InFlight, Suspects
 from extractor.loader import MAX_ABANDONED, BatchLoader
+from extractor.mending import Mender
 from extractor.options import (
     DEFAULT_MODEL,
     Options,
@@ -35,8 +43,9 @@ from extractor.options import (
     planned_stores,
     store_folders,
 )
+from extractor.record import request_of, write_record
+from extractor.report import Progress, Report
 from extractor.sources import ImageList, Input, list_images, show
-from extractor.store import FeatureStore
 from extractor.store.format import IN_FLIGHT, MAX_SHARDS
 from extractor.store.place import check_place
 
@@ -45,7 +54,6 @@ __all__ = [
     "Extractor",
     "Progress",
     "Report",
-    "StoreReport",
     "extract",
     "plan_batches",
 ]
@@ -53,90 +61,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _DEFAULT = Options()
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is, in images; ``failed`` of the ``done`` ones have no row."""
-
-    done: int
-    total: int
-    failed: int
-
-
-@dataclass(frozen=True)
-class Report:
-    """What one run did.
-
-    Attributes:
-        stores: that it filled, in the order of models and layers.
-        images: that were asked for.
-        resumed: of those, how many an earlier run had done already.
-        passed_over: files in the folders that are no images.
-        device, precision: that computed.
-        seconds: of the whole run.
-        load_seconds: of those, until the models were ready.
-    """
-
-    stores: tuple[StoreReport, ...]
-    images: int
-    resumed: int
-    passed_over: int
-    device: str
-    precision: str
-    seconds: float
-    load_seconds: float
-
-    @property
-    def images_per_second(self) -> float:
-        """Images, failed ones included, a second since the models were ready."""
-        return (self.images - self.resumed) / max(self.seconds - self.load_seconds, 1e-9)
-
-    @property
-    def failure_rate(self) -> float:
-        """Share of the images that have no row, from 0 to 1; of several stores in the worst."""
-        return max(store.failed for store in self.stores) / self.images
-
-    @property
-    def _only(self) -> StoreReport:
-        if len(self.stores) != 1:
-            raise UsageError(f"this run filled {len(self.stores)} stores; look at report.stores")
-        return self.stores[0]
-
-    @property
-    def out(self) -> Path:
-        """Folder of the one store."""
-        return self._only.out
-
-    @property
-    def rows(self) -> int:
-        """Images that have a row in the one store."""
-        return self._only.rows
-
-    @property
-    def failed(self) -> int:
-        """Images without a row in the one store."""
-        return self._only.failed
-
-    @property
-    def dim(self) -> int:
-        """Numbers in one embedding of the one store."""
-        return math.prod(self._only.shape)
-
-    @property
-    def first_failures(self) -> tuple[tuple[str, str], ...]:
-        """Path and reason of the first few failed images of the one store."""
-        return self._only.first_failures
-
-    @property
-    def store(self) -> FeatureStore:
-        """The one store, opened."""
-        return self._only.store
-
-    @property
-    def failures(self) -> list[dict[str, Any]]:
-        """Every image that failed in the one store with its reason, read from it."""
-        return self.store.failures
 
 
 class BatchPlan(NamedTuple):
@@ -194,6 +118,8 @@ def extract(
     retry_failed: bool = _DEFAULT.retry_failed,
     max_pixels: int = _DEFAULT.max_pixels,
     image_timeout: float = _DEFAULT.image_timeout,
+    max_failure_rate: float = _DEFAULT.max_failure_rate,
+    lock: bool = _DEFAULT.lock,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Report:
@@ -217,12 +143,14 @@ def extract(
     The other arguments are the fields of :class:`extractor.options.Options`.
 
     A run that is stopped, killed or fails keeps what it has done, and the same call goes on there.
+    On a finished store it computes the images that are new or changed, and retires the rows of
+    those that changed or went.
 
     Raises:
         InterruptedRunError: ``stop`` said so.
         ExtractorError: nothing usable was added; one of its children says what went wrong.
     """
-    started = time.perf_counter()
+    clock = _Stages()
     options = Options(
         weights=os.fspath(weights),
         weights_key=weights_key,
@@ -250,6 +178,8 @@ def extract(
         retry_failed=retry_failed,
         max_pixels=max_pixels,
         image_timeout=image_timeout,
+        max_failure_rate=max_failure_rate,
+        lock=lock,
     )
     models = [model] if isinstance(model, (str, Backbone)) else list(model)
     place = None if out is None else os.fspath(out)
@@ -258,6 +188,7 @@ def extract(
     check_models(models, options)
     _check_planned(models, place, options)
     sources = images if isinstance(images, ImageList) else list_images(images)
+    clock.ended("list")
     if len(sources) > MAX_SHARDS * shard_images:
         raise UsageError(
             f"{len(sources)} images in shards of {shard_images} are more than {MAX_SHARDS} "
@@ -265,7 +196,7 @@ def extract(
         )
     targets = load_targets(models, options)
     folders = [Path(folder) for folder in store_folders(place, [one.name for one in targets])]
-    loaded = time.perf_counter()
+    clock.ended("load")
     batch_size = _batch_size(targets, options)
     current = functools.cache(lambda: current_images(sources, content=options.check == "content"))
     with ExitStack() as stack:
@@ -275,20 +206,51 @@ def extract(
             filling = Filling(folder, target, description, sources, current, options)
             stores.append(stack.enter_context(filling))
         to_do = max(len(store.todo) - store.done for store in stores)
-        _fill(stores, sources, options, batch_size, progress, stop)
+        _check_room(stores)
+        clock.ended("compare")
+        run = _Run(sources, models, targets, options, batch_size)
+        run.fill(stores, progress or _nothing, stop or _never)
         _check_any_row(stores)
+        clock.ended("compute")
         reports = tuple(store.publish() for store in stores)
+    clock.ended("publish")
     first = targets[0].parts[0].backbone
-    return Report(
+    report = Report(
         stores=reports,
         images=len(sources),
         resumed=len(sources) - to_do,
         passed_over=sources.passed_over,
         device=str(first.device),
         precision=first.precision,
-        seconds=time.perf_counter() - started,
-        load_seconds=loaded - started,
+        seconds=sum(clock.seconds.values()),
+        load_seconds=clock.seconds["list"] + clock.seconds["load"],
+        accepted_failure_rate=options.max_failure_rate,
     )
+    typed = [one for one in models if isinstance(one, str)]
+    write_record(
+        report,
+        request_of(typed, options) if len(typed) == len(models) else None,
+        weights=[b.provenance.file for target in targets for b in target.backbones],
+        options=options,
+        started=clock.started,
+        seconds=clock.seconds,
+    )
+    return report
+
+
+class _Stages:
+    """Takes the time of the stages of a run, one after the other."""
+
+    def __init__(self) -> None:
+        self.started = datetime.now(timezone.utc)
+        self.seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
+
+    def ended(self, stage: str) -> None:
+        """Count the time since the stage before to this one."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._begun
+        self._begun = now
 
 
 def _check_planned(models: Sequence[Model], place: str | None, options: Options) -> None:
@@ -303,73 +265,143 @@ def _check_planned(models: Sequence[Model], place: str | None, options: Options)
             check_place(Path(folder), occupied=True, locked=True)
 
 
-def _fill(
-    stores: Sequence[Filling],
-    sources: ImageList,
-    options: Options,
-    batch_size: int,
-    progress: Callable[[Progress], None] | None,
-    stop: Callable[[], bool] | None,
-) -> None:
-    """Compute what is left; stores that lack the same images share one pass over them."""
-    passes: dict[str, list[Filling]] = {}
-    for store in stores:
-        if store.done < len(store.todo):
-            passes.setdefault(store.listing, []).append(store)
-    if not passes:
-        return
-    left = sum(_left(group) for group in passes.values())
-    total = max(len(sources), left)
+def _nothing(progress: Progress) -> None:
+    """Tell nobody."""
 
-    def tell() -> None:
-        if progress is not None:
-            left = sum(_left(group) for group in passes.values())
-            progress(Progress(total - left, total, max(store.failed for store in stores)))
 
-    def go_on() -> None:
-        tell()
-        left = sum(_left(group) for group in passes.values())
-        if stop is not None and stop() and left:
-            raise InterruptedRunError(total - left, total)
+def _never() -> bool:
+    return False
 
-    tell()
-    for group in passes.values():
-        _fill_together(group, sources, options, batch_size, go_on)
+
+class _Run:
+    """Computes what the stores of one run lack."""
+
+    def __init__(
+        self,
+        sources: ImageList,
+        models: Sequence[Model],
+        targets: Sequence[Target],
+        options: Options,
+        batch_size: int,
+    ) -> None:
+        self._sources = sources
+        self._models = models
+        self._targets = targets
+        self._options = options
+        self._batch_size = batch_size
+
+    def fill(
+        self,
+        stores: Sequence[Filling],
+        progress: Callable[[Progress], None],
+        stop: Callable[[], bool],
+    ) -> None:
+        """Compute what is left; stores that lack the same images share one pass over them."""
+        passes: dict[str, list[Filling]] = {}
+        for store in stores:
+            if store.done < len(store.todo):
+                passes.setdefault(store.listing, []).append(store)
+        if not passes:
+            return
+        total = max(len(self._sources), sum(map(_left, passes.values())))
+
+        def done() -> int:
+            return total - sum(map(_left, passes.values()))
+
+        def after_batch() -> None:
+            progress(Progress(done(), total, max(store.failed for store in stores)))
+            if stop() and done() < total:
+                raise InterruptedRunError(done(), total)
+
+        suspects = _suspects([store for group in passes.values() for store in group])
+        progress(Progress(done(), total, max(store.failed for store in stores)))
+        for group in passes.values():
+            self._fill_together(group, suspects, after_batch)
+
+    def _fill_together(
+        self,
+        stores: Sequence[Filling],
+        suspects: Collection[bytes],
+        after_batch: Callable[[], None],
+    ) -> None:
+        """Compute the images that all of some stores lack, shard by shard in order."""
+        todo, options = stores[0].todo, self._options
+        done = min(store.done for store in stores)
+        whole = plan_batches(
+            len(todo), shard_images=options.shard_images, batch_size=self._batch_size
+        )
+        batches = [batch for batch in whole if batch.stop > done]
+        targets = [store.target for store in stores]
+
+        def images_of(batch: BatchPlan) -> list[ImageSource]:
+            return [self._sources.full_path(i) for i in todo[batch.start : batch.stop]]
+
+        mend = self._mender(targets)
+        slots = _workers(options) + MAX_ABANDONED
+        with ExitStack() as stack:
+            in_flight = stack.enter_context(InFlight(stores[0].staging / IN_FLIGHT, slots))
+            loader = _loader(
+                map(images_of, batches), targets, options, self._batch_size, suspects, in_flight
+            )
+            stack.enter_context(loader)
+            computed = embed(targets, loader, normalize=options.normalize)
+            pairs = zip(batches, computed, strict=True)
+            for number, part in itertools.groupby(pairs, key=lambda pair: pair[0].shard):
+                with ExitStack() as shards:
+                    for store in stores:
+                        shards.enter_context(store.shard(number))
+                    for batch, embedded in part:
+                        mended = mend(functools.partial(images_of, batch), embedded)
+                        for store, rows in zip(stores, mended.rows, strict=True):
+                            store.append(batch.start, rows, mended.outcomes)
+                        after_batch()
+
+    def _mender(
+        self, targets: Sequence[Target]
+    ) -> Callable[[Callable[[], Sequence[ImageSource]], Embedded], Embedded]:
+        """What mends the rows of a batch, given its images; nothing where none can be wanting."""
+        half = targets[0].parts[0].backbone.precision != "float32"
+        if not half or not all(isinstance(model, str) for model in self._models):
+            return lambda _, embedded: embedded
+        options = replace(self._options, precision="float32")
+
+        def load() -> list[Target]:
+            again = load_targets(self._models, options)
+            return [again[self._targets.index(target)] for target in targets]
+
+        mender = Mender(
+            load,
+            lambda targets, batches: _loader(batches, targets, options, 1),
+            normalize=options.normalize,
+        )
+        return lambda images, embedded: mender.mend(images, embedded)
 
 
 def _left(group: Sequence[Filling]) -> int:
     return max(len(store.todo) - store.done for store in group)
 
 
-def _fill_together(
-    stores: Sequence[Filling],
-    sources: ImageList,
-    options: Options,
-    batch_size: int,
-    after_batch: Callable[[], None],
-) -> None:
-    """Compute the images that all of some stores lack, shard by shard in order."""
-    todo = stores[0].todo
-    done = min(store.done for store in stores)
-    whole = plan_batches(len(todo), shard_images=options.shard_images, batch_size=batch_size)
-    batches = [batch for batch in whole if batch.stop > done]
-    targets = [store.target for store in stores]
-    wanted = ([sources.full_path(i) for i in todo[b.start : b.stop]] for b in batches)
-    suspects = _suspects(stores)
-    in_flight = InFlight(stores[0].staging / IN_FLIGHT, _workers(options) + MAX_ABANDONED)
-    with (
-        in_flight,
-        _loader(wanted, targets, options, batch_size, suspects, in_flight) as loader,
-    ):
-        computed = zip(batches, embed(targets, loader, normalize=options.normalize), strict=True)
-        for number, part in itertools.groupby(computed, key=lambda pair: pair[0].shard):
-            with ExitStack() as stack:
-                for store in stores:
-                    stack.enter_context(store.shard(number))
-                for batch, embedded in part:
-                    for store, rows in zip(stores, embedded.rows, strict=True):
-                        store.append(batch.start, rows, embedded.outcomes)
-                    after_batch()
+def _check_room(stores: Sequence[Filling]) -> None:
+    """See whether there is room for what is to come, before hours are spent on it.
+
+    Raises:
+        StoreError: there is not, as far as the file system tells; quotas it does not.
+    """
+    needed: dict[int, int] = {}
+    for store in stores:
+        device = store.staging.stat().st_dev
+        needed[device] = needed.get(device, 0) + store.bytes_to_come
+    for store in stores:
+        wanted, free = needed[store.staging.stat().st_dev], shutil.disk_usage(store.staging).free
+        if wanted > free:
+            raise StoreError(
+                f"{store.staging.parent}: about {_size(wanted)} are needed and {_size(free)} are "
+                "free; make room and repeat the command, or choose another --out"
+            )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _suspects(stores: Sequence[Filling]) -> set[bytes]:

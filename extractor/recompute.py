@@ -78,12 +78,21 @@ def _backbone(
     device: str,
 ) -> Backbone:
     model = made["model"]
-    if made["weights"] in ("file", "given") and weights is None:
+    own_code = made["library"] == "file"
+    if own_code and (weights is None or ".py:" not in weights):
+        raise StoreError(
+            f"the rows were made by {model}, which is code of your own; name it with "
+            "--weights PATH/FILE.py:FUNCTION"
+        )
+    if own_code:
+        model, weights = weights or "", None
+    elif made["weights"] in ("file", "given") and weights is None:
         raise StoreError(
             f"the rows were made with {made['source'] or 'a module of your own'}; name that file "
             "with --weights"
         )
-    wanted = weights or ("random" if made["weights"] == "random" else made["tag"] or "default")
+    known = {"random": "random"}.get(made["weights"], made["tag"] or "default")
+    wanted = weights or ("default" if own_code else known)
     size = tuple(pixels["input_size"])
     backbone = load_backbone(
         model,
@@ -94,6 +103,8 @@ def _backbone(
         bypass=made["bypassed"],
         device=device,
     )
+    if backbone.provenance.code != made.get("code", ""):
+        raise StoreError(f"the code of {model} is not what it was when the store was made")
     if backbone.provenance.sha256 != made["sha256"]:
         raise StoreError(
             f"the weights of {model} are others now: SHA-256 {backbone.provenance.sha256}, "

@@ -589,12 +589,14 @@ def sha256_of_weights(file: WeightsFile) -> str:
     """Hexadecimal SHA-256 of a weights file; of a cached one it is computed but once.
 
     It is kept beside the file, as ``<name>.sha256`` in the format of ``sha256sum``, and believed as
-    long as size and time of the file are those that stand with it.
+    long as size and times of the file are those that stand with it.
     """
     if not file.url:
         return sha256_of_file(file.path)
     status = file.path.stat()
-    stamp = f"# size={status.st_size} mtime_ns={status.st_mtime_ns}"
+    # The time of change, which no copy can set, tells a file that took another one's place.
+    times = f"mtime_ns={status.st_mtime_ns} ctime_ns={status.st_ctime_ns}"
+    stamp = f"# size={status.st_size} {times}"
     beside = file.path.with_name(file.path.name + ".sha256")
     with contextlib.suppress(OSError, ValueError):
         line, mark = beside.read_text("ascii").splitlines()

@@ -192,7 +192,7 @@ def test_half_precision_stays_near_float32(precision: str, device: str) -> None:
 
 
 def test_absent_devices_are_errors() -> None:
-    with pytest.raises(DeviceError, match="device 'tpu' is unknown; expected auto, cpu"):
+    with pytest.raises(UsageError, match="device: got 'tpu', expected auto, cpu"):
         load_backbone("resnet18", weights="random", device="tpu")
     if not torch.cuda.is_available():
         with pytest.raises(DeviceError, match=r"device cuda: .*--device cpu"):

@@ -54,12 +54,33 @@ def test_a_flag_without_a_value_can_be_off(text: str) -> None:
         ("DTYPE", "float64"),
         ("IMAGE_SIZE", "big"),
         ("MEAN", "1,2"),
-        ("MAX_FAILURE_RATE", ""),
+        ("MAX_FAILURE_RATE", "1%"),
     ],
 )
 def test_a_value_that_no_flag_takes_is_wrong_usage(name: str, text: str) -> None:
     with pytest.raises(UsageError, match=f"EXTRACTOR_{name}: got '{text}'"):
         parsed(["x"], **{f"EXTRACTOR_{name}": text})
+
+
+def test_an_empty_variable_is_none(tmp_path: Path) -> None:
+    assert parsed(["x"], EXTRACTOR_MAX_FAILURE_RATE="", EXTRACTOR_OUT="", EXTRACTOR_LAYER="") == (
+        parsed(["x"])
+    )
+
+
+def test_a_variable_that_is_no_flag_is_told(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    monkeypatch.setenv("EXTRACTOR_BACTH_SIZE", "3")
+    monkeypatch.setenv("EXTRACTOR_TEST_SOMETHING", "3")
+    assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (
+        "extract: warning: EXTRACTOR_BACTH_SIZE is no flag; did you mean EXTRACTOR_BATCH_SIZE?\n"
+    )
 
 
 def test_the_command_heeds_the_environment(

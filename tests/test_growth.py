@@ -34,7 +34,7 @@ from extractor.pipeline import Report
 from extractor.store.format import STAGING, listing_digest
 from extractor.store.verify import verify
 
-EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "30"))
+EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "40"))
 STEPS = 12
 # Several shards and several batches a shard, even of few images.
 SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "device": "cpu"}
@@ -149,11 +149,12 @@ def check_files(out: Path) -> None:
 
 
 def published(out: Path) -> dict[str, bytes]:
-    """Every file of a store, but for what a run is at work at."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file())
-    names = {path.relative_to(out): path for path in files}
+    """Every file of a store; not what a run is at work at, nor what it tells of itself."""
+    files = {path.relative_to(out): path for path in sorted(out.rglob("*")) if path.is_file()}
     return {
-        str(name): path.read_bytes() for name, path in names.items() if STAGING not in name.parts
+        str(name): path.read_bytes()
+        for name, path in files.items()
+        if STAGING not in name.parts and name.name != "run.json"
     }
 
 
@@ -163,8 +164,14 @@ def after(batches: int) -> Callable[[], bool]:
     return lambda: next(asked) >= batches
 
 
-def in_child(action: Callable[[], object], when: int) -> int:
-    """Run ``action`` in a process of its own that dies before its ``when``-th change of a file."""
+def in_child(
+    action: Callable[[], object], when: int, counts: Callable[[], bool] = lambda: True
+) -> int:
+    """Run ``action`` in a process of its own that dies before its ``when``-th change of a file.
+
+    Args:
+        counts: is asked before every change whether it is one of them.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -172,7 +179,7 @@ def in_child(action: Callable[[], object], when: int) -> int:
             fsync = os.fsync
 
             def step() -> None:
-                if next(steps) == when:
+                if counts() and next(steps) == when:
                     os._exit(DIED)
 
             def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -201,6 +208,9 @@ def in_child(action: Callable[[], object], when: int) -> int:
 
 NAMES = ["a.png", "b.png", "c.png", "d/a.png", "d/ü b.png", "e.png", "f.png", "g.png", "z.png"]
 
+CHANGES_OF_IMAGES = ["write", "mend", "spoil", "touch", "delete", "restore"]
+FIRST = ["", "mend", *NAMES]
+
 
 class Growth(RuleBasedStateMachine):
     """Changes images and runs over them; what the store must hold is worked out beside it."""
@@ -228,43 +238,20 @@ class Growth(RuleBasedStateMachine):
         for name in NAMES[:7]:
             self.folder.write(name, corrupt=name in bad)
 
-    @rule(name=st.sampled_from(NAMES), corrupt=st.sampled_from([False, False, True]))
-    def add_or_change(self, name: str, corrupt: bool) -> None:
-        self.folder.write(name, corrupt=corrupt)
-        self.done = 0
-
-    @precondition(lambda self: self.folder.corrupt)
-    @rule(data=st.data())
-    def mend(self, data: st.DataObject) -> None:
-        for name in data.draw(st.sets(st.sampled_from(sorted(self.folder.corrupt)), min_size=1)):
-            self.folder.write(name)
-        self.done = 0
-
-    @precondition(lambda self: self.folder.colours)
-    @rule(data=st.data())
-    def spoil(self, data: st.DataObject) -> None:
-        for name in data.draw(st.sets(st.sampled_from(sorted(self.folder.colours)), min_size=1)):
-            self.folder.write(name, corrupt=True)
-        self.done = 0
-
-    @precondition(lambda self: self.folder.files)
-    @rule(data=st.data())
-    def touch(self, data: st.DataObject) -> None:
-        self.folder.touch(data.draw(st.sampled_from(sorted(self.folder.files))))
-        self.done = 0
-
-    @precondition(lambda self: self.folder.files)
-    @rule(data=st.data())
-    def delete(self, data: st.DataObject) -> None:
-        for name in data.draw(st.sets(st.sampled_from(sorted(self.folder.files)), min_size=1)):
-            self.folder.delete(name)
-        self.done = 0
-
-    @precondition(lambda self: self.folder.past)
-    @rule(data=st.data())
-    def restore(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.folder.past)))
-        self.folder.restore(name, data.draw(st.sampled_from(self.folder.past[name])))
+    @rule(what=st.sampled_from(CHANGES_OF_IMAGES), data=st.data())
+    def change_images(self, what: str, data: st.DataObject) -> None:
+        folder = self.folder
+        names = {"write": NAMES, "mend": folder.corrupt, "spoil": folder.colours}
+        names["restore"] = folder.past
+        candidates = sorted(names.get(what, folder.files))
+        some = st.sets(st.sampled_from(candidates), min_size=1) if candidates else st.just(set())
+        for name in sorted(data.draw(some)):
+            if what == "restore":
+                folder.restore(name, data.draw(st.sampled_from(folder.past[name])))
+            elif what in ("touch", "delete"):
+                getattr(folder, what)(name)
+            else:
+                folder.write(name, corrupt=what == "spoil")
         self.done = 0
 
     # -- the runs
@@ -281,15 +268,32 @@ class Growth(RuleBasedStateMachine):
     @rule()
     def run_anew(self) -> None:
         self.known.clear()
+        self.done = 0
         self.whole_run(overwrite=True)
 
-    @rule(batches=st.integers(1, 4), keep=st.booleans(), retry=st.booleans())
-    def run_stopped(self, batches: int, keep: bool, retry: bool) -> None:
+    @rule(
+        first=st.sampled_from(FIRST),
+        batches=st.integers(1, 4),
+        keep=st.booleans(),
+        retry=st.booleans(),
+    )
+    def run_stopped(self, first: str, batches: int, keep: bool, retry: bool) -> None:
+        self.change(first)
         self.whole_run(keep_missing=keep, retry_failed=retry, stop=after(batches))
 
-    @rule(when=st.integers(1, 110), keep=st.sampled_from([False, False, True]))
-    def run_killed(self, when: int, keep: bool) -> None:
-        code = in_child(lambda: self.extract(keep_missing=keep), when)
+    @rule(
+        first=st.sampled_from(FIRST),
+        when=st.integers(1, 120),
+        publishing=st.booleans(),
+        keep=st.sampled_from([False, False, True]),
+    )
+    def run_killed(self, first: str, when: int, publishing: bool, keep: bool) -> None:
+        self.change(first)
+        if publishing:  # few steps, each with a state of its own
+            staged, when = self.out / STAGING / "store.json", when % 16 + 1
+            code = in_child(lambda: self.extract(keep_missing=keep), when, staged.exists)
+        else:
+            code = in_child(lambda: self.extract(keep_missing=keep), when)
         assert code in (0, DIED, SOURCE_ERROR)
         left = self.expected(keep)
         assert (code == SOURCE_ERROR) <= self.may_fail(keep)
@@ -304,12 +308,21 @@ class Growth(RuleBasedStateMachine):
             self.begun.clear()
         self.view = now
 
+    def change(self, what: str) -> None:
+        """Change images right before a run, so that there is something to do."""
+        names = {"": [], "mend": sorted(self.folder.corrupt)}.get(what, [what])
+        for name in names:
+            self.folder.write(name)
+        self.done = 0 if names else self.done
+
     def extract(self, **options: Any) -> Report:
         return extract(self.folder.place, "mean", self.out, **SIZES, **options)
 
     def whole_run(self, **options: Any) -> None:
         keep = options.get("keep_missing", False)
         before = published(self.out)
+        staged = [self.out / STAGING / name for name in ("store.json", "replaced.json")]
+        is_halfway = any(path.exists() for path in staged)
         expected = self.expected(keep)
         if options.get("retry_failed"):
             self.done = 0  # of these, some may be done again
@@ -322,7 +335,9 @@ class Growth(RuleBasedStateMachine):
             self.done = 0
             assert self.may_fail(keep)
         if report is None:
-            assert published(self.out) == before
+            # A run that died while it published is brought to its end first.
+            assert is_halfway or published(self.out) == before
+            assert view(self.out) == self.view
             assert stopped_after >= self.done
             self.done = stopped_after
             self.begin_all()
@@ -397,3 +412,381 @@ def test_a_store_follows_its_folder_whatever_happens(tmp_path: Path) -> None:
             database=None,
         ),
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# One law each
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Seven images: three shards, the last of them with one."""
+    made = Folder(tmp_path / "in")
+    for name in NAMES[:7]:
+        made.write(name)
+    return made
+
+
+def run(folder: Folder, out: Path, **options: Any) -> Report:
+    return extract(folder.place, "mean", out, **SIZES, **options)
+
+
+def test_only_new_and_changed_images_are_computed(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    folder.write("c.png")
+    folder.write("z.png")
+    folder.delete("a.png")
+    report = run(folder, out)
+    (store,) = report.stores
+    assert (report.resumed, store.added, store.changed, store.gone) == (5, 2, 1, 1)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_a_run_without_a_change_leaves_every_file_as_it_is(folder: Folder, tmp_path: Path) -> None:
+    folder.write("b.png", corrupt=True)
+    run(folder, tmp_path / "out")
+
+    def stamps() -> dict[str, tuple[int, int]]:
+        files = {name: (tmp_path / "out" / name).stat() for name in published(tmp_path / "out")}
+        return {name: (status.st_ino, status.st_mtime_ns) for name, status in files.items()}
+
+    before = stamps()
+    assert run(folder, tmp_path / "out").resumed == 7
+    assert stamps() == before
+    check_files(tmp_path / "out")
+
+
+def test_with_content_a_touched_image_is_not_computed_again(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    for name in folder.files:
+        folder.touch(name)
+    before = published(out)
+    assert run(folder, out, check="content").resumed == 7
+    assert published(out) == before
+    assert run(folder, out).resumed == 0
+
+
+def test_with_content_a_change_of_the_same_size_and_time_is_found(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    path = folder.place / "b.bmp"
+    for colour in [(1, 2, 3), (4, 5, 6)]:
+        Image.new("RGB", (5, 5), colour).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+        if colour == (1, 2, 3):
+            run(folder, out)
+    assert run(folder, out).resumed == 8  # sizes and times do not tell
+    assert view(out) == {**folder.colours, "b.bmp": (1, 2, 3)}
+    report = run(folder, out, check="content")
+    assert (report.resumed, report.stores[0].changed) == (7, 1)
+    assert view(out) == {**folder.colours, "b.bmp": (4, 5, 6)}
+    check_files(out)
+
+
+def test_an_image_that_comes_back_unchanged_has_its_old_row_again(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    was = folder.files["b.png"]
+    for change in (lambda: folder.delete("b.png"), lambda: folder.write("b.png")):
+        change()
+        run(folder, out)
+        assert view(out) == folder.colours
+        folder.restore("b.png", was)
+        report = run(folder, out)
+        assert (report.resumed, report.stores[0].added) == (7, 0)
+        assert view(out) == folder.colours
+        check_files(out)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_failed_image_is_tried_again_when_that_is_asked_for(
+    folder: Folder, tmp_path: Path, retry: bool
+) -> None:
+    out = tmp_path / "out"
+    folder.write("b.png", corrupt=True)
+    folder.write("e.png", corrupt=True)
+    run(folder, out)
+    report = run(folder, out, retry_failed=retry)
+    assert (report.resumed, report.rows, report.failed) == (5 if retry else 7, 5, 2)
+    # What made it fail is over, and nothing of the file tells.
+    path = folder.place / "b.png"
+    was = path.stat()
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "right.ppm")
+    right = (tmp_path / "right.ppm").read_bytes()
+    path.write_bytes(b"y" * len(right))
+    os.utime(path, ns=(was.st_mtime_ns, was.st_mtime_ns))
+    assert run(folder, out).resumed == 6  # another size
+    path.write_bytes(right)
+    os.utime(path, ns=(was.st_mtime_ns, was.st_mtime_ns))
+    assert run(folder, out, retry_failed=retry).failed == (1 if retry else 2)
+    expected = {**folder.colours, "b.png": (9, 8, 7)} if retry else folder.colours
+    assert view(out) == expected
+    check_files(out)
+
+
+@pytest.mark.parametrize("change", ["touch", "write"])
+def test_a_failed_image_is_tried_again_once_its_file_is_another(
+    folder: Folder, tmp_path: Path, change: str
+) -> None:
+    out = tmp_path / "out"
+    folder.write("b.png", corrupt=True)
+    run(folder, out)
+    getattr(folder, change)("b.png")
+    report = run(folder, out)
+    assert (report.resumed, report.failed) == (6, 1 if change == "touch" else 0)
+    assert names_of_failures(out) == sorted(folder.corrupt)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_image_is_tried_again_once_it_can_be_read(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (folder.place / "b.png").chmod(0)
+    run(folder, out)
+    assert names_of_failures(out) == ["b.png"]
+    assert run(folder, out).resumed == 7  # it still cannot
+    (folder.place / "b.png").chmod(0o644)
+    report = run(folder, out)
+    assert (report.resumed, report.failed) == (6, 0)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_a_link_that_leads_nowhere_is_tried_again_once_it_leads_to_an_image(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (folder.place / "link.png").symlink_to(tmp_path / "later.png")
+    run(folder, out)
+    assert names_of_failures(out) == ["link.png"]
+    assert run(folder, out).resumed == 8
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "later.png")
+    report = run(folder, out)
+    assert (report.resumed, report.failed) == (7, 0)
+    assert view(out) == {**folder.colours, "link.png": (9, 8, 7)}
+
+
+def test_rows_of_missing_images_are_kept_until_a_run_that_does_not_keep_them(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before = view(out)
+    assert before is not None
+    folder.delete("a.png")
+    folder.delete("d/a.png")
+    folder.write("b.png")
+    report = run(folder, out, keep_missing=True)
+    (store,) = report.stores
+    assert (report.rows, store.added, store.changed, store.gone) == (7, 1, 1, 0)
+    kept = {name: before[name] for name in ("a.png", "d/a.png")}
+    assert view(out) == {**folder.colours, **kept}
+    check_files(out)
+    folder.write("a.png")  # one of them is there again, as another
+    run(folder, out, keep_missing=True)
+    assert view(out) == {**folder.colours, "d/a.png": before["d/a.png"]}
+    report = run(folder, out)
+    assert (report.rows, report.stores[0].gone, report.stores[0].added) == (6, 1, 0)
+    assert view(out) == folder.colours
+    # What was given up is not kept later.
+    run(folder, out, keep_missing=True)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_rows_of_missing_images_alone_are_a_store(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before = view(out)
+    assert before is not None
+    for name in list(folder.files)[1:]:
+        folder.delete(name)
+    folder.write("a.png", corrupt=True)
+    report = run(folder, out, keep_missing=True)
+    assert (report.rows, report.failed) == (6, 1)
+    del before["a.png"]
+    assert view(out) == before
+    check_files(out)
+
+
+def test_a_reader_reads_its_rows_and_paths_while_its_store_grows(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    folder.write("f.png", corrupt=True)
+    run(folder, out)
+    old = folder.colours
+    reader = FeatureStore.open(out)
+    for name in ("b.png", "g.png"):  # one of a shard retires, one comes
+        folder.write(name)
+        run(folder, out)
+    assert view(out) == folder.colours
+    assert len(reader) == len(old)
+    assert dict(zip(reader.paths, reader.column("mtime_ns"), strict=True)).keys() == old.keys()
+    for name, colour in old.items():
+        assert np.allclose(reader[reader.index_of(name)], normalised(colour), atol=1e-4), name
+
+
+def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path: Path) -> None:
+    models = ["mean", "small"]
+    settings = {**SIZES, "shard_images": 2}
+    places = [tmp_path / "out" / model for model in models]
+    for change in [lambda: None, lambda: folder.write("c.png"), lambda: folder.delete("a.png")]:
+        change()
+        extract(folder.place, ["mean"], places[0], **settings)  # finished, the other is not
+        if places[1].exists():
+            for name in ("z.png", "g.png", "e.png"):
+                folder.write(name)
+            with pytest.raises(InterruptedRunError, match=r"stopped after \d of \d"):
+                extract(folder.place, ["small"], places[1], **settings, stop=after(1))
+        report = extract(folder.place, models, tmp_path / "out", **settings)
+        for place, store in zip(places, report.stores, strict=True):
+            assert view(place) == folder.colours
+            assert (store.rows, store.failed) == (len(folder.files), 0)
+            check_files(place)
+        assert extract(folder.place, models, tmp_path / "out", **settings).resumed == len(
+            folder.files
+        )
+
+
+def test_two_stores_that_lack_different_images_end_alike(folder: Folder, tmp_path: Path) -> None:
+    models = ["mean", "small"]
+    folder.write("b.png", corrupt=True)
+    extract(folder.place, models, tmp_path / "out", **SIZES)
+    folder.write("b.png")
+    folder.write("z.png", corrupt=True)
+    extract(folder.place, ["small"], tmp_path / "out/small", **SIZES)
+    folder.write("c.png")
+    report = extract(folder.place, models, tmp_path / "out", **SIZES)
+    assert [store.added for store in report.stores] == [2, 1]
+    assert report.resumed == 5  # the worst of them
+    for model in models:
+        assert view(tmp_path / "out" / model) == folder.colours
+        assert names_of_failures(tmp_path / "out" / model) == ["z.png"]
+        check_files(tmp_path / "out" / model)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_folder_in_which_nothing_is_an_image_any_more_changes_nothing(
+    folder: Folder, tmp_path: Path, interrupted: bool
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before, old = published(out), view(out)
+    if interrupted:
+        for name in list(folder.files):
+            folder.write(name)
+        with pytest.raises(InterruptedRunError, match="stopped after 3 of 7"):
+            run(folder, out, stop=after(2))
+    for name in list(folder.files):
+        folder.write(name, corrupt=True)
+    for _ in range(2):
+        with pytest.raises(SourceError, match="none of the 7 images gives an embedding"):
+            run(folder, out)
+        assert published(out) == before
+        check_files(out)
+    assert view(out) == old
+    folder.write("b.png")
+    report = run(folder, out)
+    assert (report.rows, report.failed) == (1, 6)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_shards_of_which_no_row_counts_vanish(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+
+    def shards() -> list[int]:
+        numbers = [shard.shard for shard in FeatureStore.open(out).manifest.shards]
+        for name in ("features", "images"):
+            assert [int(path.stem) for path in sorted((out / name).iterdir())] == numbers
+        return numbers
+
+    assert shards() == [0, 1, 2]
+    for name in ("b.png", "a.png", "c.png"):
+        assert 0 in shards()
+        folder.write(name)
+        run(folder, out)
+        assert view(out) == folder.colours
+        check_files(out)
+    assert 0 not in shards()
+    was = shards()
+    folder.delete("z.png" if "z.png" in folder.files else "f.png")
+    run(folder, out)
+    assert 2 in was  # it held f.png alone
+    assert 2 not in shards()
+    check_files(out)
+
+
+def test_what_an_interrupted_run_has_done_is_kept_where_it_is_still_right(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError, match="stopped after 5 of 7"):
+        run(folder, out, stop=after(3))
+    folder.write("a.png")
+    folder.write("z.png")
+    folder.write("b.png", corrupt=True)
+    report = run(folder, out)
+    assert (report.resumed, report.rows, report.failed) == (3, 7, 1)
+    assert view(out) == folder.colours
+    assert names_of_failures(out) == ["b.png"]
+    check_files(out)
+
+
+def test_an_image_that_an_interrupted_run_found_corrupt_may_be_mended(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        folder.write(name, corrupt=True)
+    with pytest.raises(InterruptedRunError, match="stopped after 2 of 7"):
+        run(folder, out, stop=after(1))
+    for name in list(folder.files):
+        folder.write(name, corrupt=name not in ("a.png", "b.png"))
+    with pytest.raises(InterruptedRunError, match="stopped after 2 of 7"):
+        run(folder, out, stop=after(1))
+    report = run(folder, out)
+    assert (report.resumed, report.rows, report.failed) == (2, 2, 5)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_a_run_goes_on_where_one_died_at_any_step_of_growing(tmp_path: Path) -> None:
+    template = Folder(tmp_path / "in")
+    for name in NAMES[:4]:
+        template.write(name)
+    run(template, tmp_path / "template")
+    old = view(tmp_path / "template")
+    for name in ("a.png", "b.png", "e.png"):
+        template.write(name)
+    template.delete("c.png")  # of the first shard no row is left
+    outcomes = []
+    for when in itertools.count(1):
+        out = tmp_path / "out"
+        shutil.copytree(tmp_path / "template", out)
+        code = in_child(lambda out=out: run(template, out), when)
+        found = view(out)
+        outcomes.append((code, found == template.colours))
+        assert found in (old, template.colours), when
+        report = run(template, out)
+        assert report.rows == len(template.colours), when
+        assert view(out) == template.colours, when
+        check_files(out)
+        shutil.rmtree(out)
+        if code != DIED:
+            break
+    assert code == 0
+    assert len(outcomes) > 40
+    stages = [stage for stage, _ in itertools.groupby(outcomes)]
+    assert stages == [(DIED, False), (DIED, True), (0, True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from pictures import colour
 from torch import nn
 
 from extractor import Backbone, FeatureStore, cli, extract, load_backbone
-from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
+from extractor.errors import ExtractorError, ModelError, StoreError, UsageError, WeightsError
 from extractor.preprocess import Preprocess
+from extractor.recompute import recompute
 from extractor.weights import MisfitError
 
 PREPROCESS = Preprocess((8, 8), "squash", (8, 8), "bilinear", MEAN, STD)
@@ -49,10 +51,14 @@ def backbone(module: nn.Module, head: Any, preprocess: Preprocess = PREPROCESS) 
 
 
 @pytest.fixture(autouse=True)
-def own_imports(monkeypatch: pytest.MonkeyPatch) -> None:
+def own_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """What a user's file adds to the interpreter goes with the test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", dict(sys.modules))
+    yield
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and tmp_path in Path(file).parents:
+            del sys.modules[name]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,3 +444,22 @@ def test_pixels_of_a_function_can_be_changed(file: Path) -> None:
     made = load(file, "bare", image_size=(32, 64), mean=(0.0, 0.0, 0.0))
     assert made.preprocess.input_size == (32, 64)
     assert made.preprocess.mean == (0, 0, 0)
+
+
+def test_other_code_is_another_network(file: Path, photos: Path, tmp_path: Path) -> None:
+    (file.parent / "beside_it.py").write_text("FACTOR = 1\n")
+    text = file.read_text()
+    file.write_text(f"from beside_it import FACTOR\n{text}")
+    settings = {"image_size": 8, "device": "cpu", "batch_size": 4}
+    out = tmp_path / "out"
+    made = extract(photos, f"{file}:bare", out, **settings)
+    assert extract(photos, f"{file}:bare", out, **settings).resumed == made.rows
+    name = f"{file}:bare"
+    assert list(recompute(made.store, 3, weights=name, device="cpu")) == []
+    with pytest.raises(StoreError, match=r"code of your own; name it with --weights PATH"):
+        list(recompute(made.store, 3, device="cpu"))
+    (file.parent / "beside_it.py").write_text("FACTOR = 2\n")
+    with pytest.raises(StoreError, match=r"backbone.code: .* there, .* now"):
+        extract(photos, name, out, **settings)
+    with pytest.raises(StoreError, match=r"code of .* is not what it was"):
+        list(recompute(made.store, 3, weights=name, device="cpu"))

@@ -144,10 +144,10 @@ def test_every_image_is_opened_and_decoded_once(
             opened.append(arguments)
         return open_image(*arguments, **keywords)
 
-    def count_decode(source: Any, preprocesses: Any, outs: Any) -> ImageInfo:
+    def count_decode(source: Any, preprocesses: Any, *rest: Any) -> ImageInfo:
         with lock:
             decoded.append((Path(str(source, "utf8")).name, len(preprocesses)))
-        return decode_into(source, preprocesses, outs)
+        return decode_into(source, preprocesses, *rest)
 
     monkeypatch.setattr(PIL.Image, "open", count_open)
     monkeypatch.setattr(loader, "decode_into", count_decode)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,9 @@ class Provenance:
         revision: commit of the hub's repository, where there is one.
         key: which state dict of a checkpoint with several, where one was asked for.
         seed: of random weights, or that a function of the user's ran with; None for all others.
+        code: SHA-256 of a file of the user's that made the network, and of what it imported from
+            its folder; empty for all others.
+        file: where the weights lie on this machine, which is nothing for a manifest.
     """
 
     model: str
@@ -51,6 +55,16 @@ class Provenance:
     revision: str = ""
     key: str = ""
     seed: int | None = None
+    code: str = ""
+    file: str = field(default="", compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What a manifest says of it."""
+        described = asdict(self)
+        del described["file"]
+        if not self.code:
+            del described["code"]
+        return described
 
     def __str__(self) -> str:
         what = self.tag or (f"seed {self.seed}" if self.weights == "random" else self.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import logging
 import re
@@ -73,7 +74,13 @@ def build(model: str, options: Options) -> Backbone:
     else:
         raise ModelError(f"{model} returned {made!r:.80}, expected a Backbone or a torch.nn.Module")
     # The seed that the code ran with, whatever it asked for by itself: with it, it runs again.
-    provenance = replace(backbone.provenance, model=label, library="file", seed=options.seed)
+    provenance = replace(
+        backbone.provenance,
+        model=label,
+        library="file",
+        seed=options.seed,
+        code=_digest_of_code(path.resolve()),
+    )
     if chosen is not None:
         weights.load_into(
             backbone.module,
@@ -126,6 +133,21 @@ def _call(code: Callable[[], object], what: str) -> object:
         if isinstance(error, SyntaxError):  # says itself where
             where = ""
         raise ModelError(f"{what} failed: {type(error).__name__}: {error}{where}") from error
+
+
+def _digest_of_code(path: Path) -> str:
+    """SHA-256 of a file and of what was imported from its folder, but for installed packages."""
+    folder = path.parent
+    files = {path}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and folder in Path(file).parents and "site-packages" not in Path(file).parts:
+            files.add(Path(file))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(folder)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _import_from(folder: Path) -> None:

@@ -105,6 +105,7 @@ def provenance(
         found.url or found.path.name,
         found.revision,
         options.weights_key or "",
+        file=str(found.path),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import traceback
 import warnings
@@ -9,10 +10,11 @@ from collections.abc import Sequence
 
 from extractor.cli import models, run, stores
 from extractor.cli.console import say
-from extractor.cli.signals import EndedError, Stopping
+from extractor.cli.events import Events
+from extractor.cli.signals import NAMES, EndedError, Stopping
 from extractor.errors import ExtractorError, InterruptedRunError, UsageError
 
-__all__ = ["main"]
+__all__ = ["main", "process"]
 
 # Exit codes of what went wrong.
 FAILED = 1
@@ -24,6 +26,7 @@ VERBS = {
     "download": models.download,
     "info": stores.info,
     "verify": stores.verify,
+    "compact": stores.compact,
 }
 
 
@@ -33,29 +36,50 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = VERBS.get(words[0]) if words else None
     # Of libraries, about code that the user did not write.
     warnings.simplefilter("ignore")
-    stopping = Stopping()
+    stopping, events = Stopping(), Events()
     with stopping.listening():
         try:
-            return run.extract(words, stopping) if verb is None else verb(words[1:])
+            return run.extract(words, stopping, events) if verb is None else verb(words[1:])
         except InterruptedRunError as error:
-            say(
-                f"extract: {stopping.how}; {error.done} of {error.total} images are done and kept, "
-                "the same command goes on there"
-            )
-            return stopping.exit_code
+            kept = f"{error.done} of {error.total} images are done and kept"
+            return _interrupted(stopping, events, kept, done=error.done, total=error.total)
         except UsageError as error:
-            return _complain(error, WRONG_USAGE)
+            return _complain(error, WRONG_USAGE, events)
         except ExtractorError as error:
-            return _complain(error, FAILED)
+            return _complain(error, FAILED, events)
         except (EndedError, KeyboardInterrupt):
-            say(f"extract: {stopping.how}; what was done is kept, the same command goes on there")
-            return stopping.exit_code
-        except Exception:
-            traceback.print_exc()
-            say("extract: this is a fault of the program; please report it with the lines above")
+            return _interrupted(stopping, events, "what was done is kept")
+        except Exception as error:
+            told = "this is a fault of the program; please report it with the lines above"
+            if events.wanted:
+                told = traceback.format_exc()
+                events.write("error", kind=type(error).__name__, message=told, exit_code=FAILED)
+            else:
+                traceback.print_exc()
+                say(f"extract: {told}")
             return FAILED
 
 
-def _complain(error: ExtractorError, code: int) -> int:
-    say(f"extract: {error}")
+def process() -> int:
+    """The command as a process: what ends it after its work is done changes no exit code."""
+    for number in NAMES:  # until main listens, which is at once, and again when it is done
+        signal.signal(number, signal.SIG_IGN)
+    return main()
+
+
+def _complain(error: ExtractorError, code: int, events: Events) -> int:
+    if events.wanted:
+        events.write("error", kind=type(error).__name__, message=str(error), exit_code=code)
+    else:
+        say(f"extract: {error}")
     return code
+
+
+def _interrupted(stopping: Stopping, events: Events, kept: str, **counts: int) -> int:
+    message = f"{stopping.how}; {kept}, the same command goes on there"
+    if events.wanted:
+        code = {"exit_code": stopping.exit_code}
+        events.write("interrupted", message=message, **counts, **code)
+    else:
+        say(f"extract: {message}")
+    return stopping.exit_code

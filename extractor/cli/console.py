@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from extractor.pipeline import Progress
+    from extractor.report import Progress
 
-__all__ = ["Bar", "logging_to", "print_lines", "printable", "say"]
+__all__ = ["Bar", "logging_to", "print_lines", "printable", "say", "warn"]
 
 
 class Bar:
@@ -53,8 +53,9 @@ class Bar:
         self._bar.set_postfix(failed=progress.failed, refresh=False)
         self._bar.update(progress.done - self._bar.n)
 
-    def write(self, text: str) -> None:
-        """Print a line on stderr above the bar."""
+    def warn(self, message: str) -> None:
+        """Print a warning on stderr above the bar."""
+        text = f"extract: warning: {message}"
         if self._bar is not None:
             self._bar.write(printable(text), file=sys.stderr)
         else:
@@ -72,7 +73,7 @@ class _Handler(logging.Handler):
         self._write = write
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._write(f"extract: {record.levelname.lower()}: {record.getMessage()}")
+        self._write(record.getMessage())
 
 
 @contextmanager
@@ -100,6 +101,11 @@ def print_lines(lines: Sequence[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
             say(f"extract: cannot print the result: {error.strerror}")
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    say(f"extract: warning: {message}")
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from extractor.cli.console import logging_to, print_lines, say
+from extractor.cli.console import logging_to, print_lines, say, warn
 from extractor.errors import ModelError, WeightsError
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def list_models(arguments: Sequence[str]) -> int:
         parser.add_argument("name", help="of the model, as for --model")
         parser.add_argument("--json", action="store_true", help="for programs")
         parsed = parser.parse_args(arguments[1:])
-        with logging_to(say):
+        with logging_to(warn):
             found = _whole(parsed.name)
         print_lines([json.dumps(found, indent=2)] if parsed.json else _page(found))
         return 0
     parsed = parser.parse_args(arguments)
-    with logging_to(say):
+    with logging_to(warn):
         rows = _rows(parsed.glob)
     print_lines([json.dumps(rows, indent=2)] if parsed.json else _table(rows))
     return 0
@@ -74,7 +74,7 @@ def download(arguments: Sequence[str]) -> int:
     from extractor.weights import sha256_of_weights
 
     failed = 0
-    with logging_to(say):
+    with logging_to(warn):
         for name in parsed.names:
             try:
                 found = load.fetch(name, parsed.weights)

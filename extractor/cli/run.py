@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extractor.cli import environment
-from extractor.cli.console import Bar, logging_to, print_lines
+from extractor.cli.console import Bar, logging_to, print_lines, warn
+from extractor.cli.events import Events
 from extractor.errors import SourceError, UsageError
 from extractor.options import (
     CHECKS,
@@ -19,7 +20,6 @@ from extractor.options import (
     POOLS,
     PRECISIONS,
     Options,
-    check_failure_rate,
     planned_stores,
     store_folders,
 )
@@ -28,13 +28,10 @@ from extractor.version import __version__
 
 if TYPE_CHECKING:
     from extractor.cli.signals import Stopping
-    from extractor.pipeline import Progress, Report
+    from extractor.report import Progress, Report
     from extractor.sources import ImageList
 
 __all__ = ["build_parser", "extract"]
-
-OK = 0
-SOME_IMAGES_FAILED = 3
 
 DESCRIPTION = """\
 Turn images into embeddings: load a pretrained timm or torchvision backbone, put nn.Identity where
@@ -58,6 +55,7 @@ other commands (a folder of such a name is written ./models):
   extract download NAME...                          fetch weights, for a machine without network
   extract info STORE                                how a store was made
   extract verify STORE                              whether every byte of it is right
+  extract compact STORE                             rewrite it without rows of images that went
 
 Every flag can stand in the environment: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.
 
@@ -105,7 +103,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="which state dict of a checkpoint with several, such as model_ema",
     )
     parser.add_argument(
-        "--seed", type=int, default=default.seed, help="of random weights (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=default.seed,
+        help="of random weights, and of what a FILE.py:FUNCTION draws (default: %(default)s)",
     )
     parser.add_argument(
         "-o",
@@ -229,9 +230,18 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-failure-rate",
         type=float,
-        default=0.0,
+        default=default.max_failure_rate,
         metavar="R",
         help="exit with 0 if no more than this share of the images failed, 0 to 1 (default: 0)",
+    )
+    group.add_argument(
+        "--no-lock",
+        dest="lock",
+        action="store_false",
+        help="write where files cannot be locked; see to it yourself that no second run does",
+    )
+    group.add_argument(
+        "--log-json", action="store_true", help="one JSON object a line on stderr, no bar"
     )
     group.add_argument("--quiet", action="store_true", help="no bar and no summary, only errors")
     parser.add_argument("--version", action="version", version=f"extract {__version__}")
@@ -255,14 +265,16 @@ def _three(text: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def extract(arguments: Sequence[str], stopping: Stopping) -> int:
+def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int:
     """Run the main job and return its exit code.
 
     Raises:
         ExtractorError: it failed.
     """
     parsed = environment.parse(build_parser(), arguments)
-    accepted = check_failure_rate(parsed.max_failure_rate)
+    events.wanted = parsed.log_json
+    for odd in parsed.odd_variables:
+        (events.warning if events.wanted else warn)(odd)
     if bool(parsed.inputs) == bool(parsed.list):
         raise UsageError(
             "expected folders or images, or --list FILE, but not both; try: extract images/"
@@ -271,6 +283,7 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
         )
     options = options_of(parsed)
     # Whatever can be wrong is found before torch is loaded, which takes seconds.
+    from extractor.record import nothing_to_do
     from extractor.sources import list_images
     from extractor.store.place import check_place
 
@@ -280,9 +293,26 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
     for folder in store_folders(parsed.out, planned_stores(models, options) or []):
         check_place(Path(folder), occupied=True, locked=True)
     images = _read_list(parsed.list) if parsed.list else list_images(parsed.inputs)
+    events.start(len(images), models, __version__)
+    report = nothing_to_do(images, models, parsed.out, options)
+    if report is None:
+        report = _compute(images, models, parsed, options, stopping, events)
+    events.end(report)
+    if not parsed.quiet:
+        print_lines(summary(report))
+    return report.exit_code
 
-    bar = Bar(quiet=parsed.quiet)
-    with bar, logging_to(bar.write):
+
+def _compute(
+    images: ImageList,
+    models: Sequence[str],
+    parsed: argparse.Namespace,
+    options: Options,
+    stopping: Stopping,
+    events: Events,
+) -> Report:
+    bar = Bar(quiet=parsed.quiet or events.wanted)
+    with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
         from extractor import pipeline
         from extractor.decode import allow_pixels
         from extractor.devices import keep_freed_memory
@@ -293,8 +323,9 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
         def show(progress: Progress) -> None:
             stopping.graceful = True  # from now on a batch is worth waiting for
             bar.update(progress)
+            events.progress(progress)
 
-        report = pipeline.extract(
+        return pipeline.extract(
             images,
             models,
             parsed.out,
@@ -302,9 +333,6 @@ def extract(arguments: Sequence[str], stopping: Stopping) -> int:
             progress=show,
             stop=stopping,
         )
-    if not parsed.quiet:
-        print_lines(summary(report))
-    return OK if report.failure_rate <= accepted else SOME_IMAGES_FAILED
 
 
 def options_of(parsed: argparse.Namespace) -> Options:
@@ -345,9 +373,14 @@ def summary(report: Report) -> list[str]:
         shape = " x ".join(str(axis) for axis in store.shape)
         lines += [
             ("model", store.backbone),
-            ("rows", f"{store.rows} of {report.images} images, {shape} numbers each"),
+            ("rows", f"{store.rows} of {store.rows + store.failed} images, {shape} numbers each"),
             ("store", f"{store.out}"),
         ]
+        if 0 < store.added < store.rows or store.changed or store.gone:
+            lines.append(("new", f"{store.added} rows"))
+        if store.changed or store.gone:
+            of = f"{store.changed} images that changed, {store.gone} that are no longer there"
+            lines.append(("retired", f"rows of {of}; extract compact removes them"))
         if store.failed:
             where = f"listed in {store.out}/failures.jsonl"
             lines.append(("failed", f"{store.failed} images, {where}"))
@@ -355,17 +388,18 @@ def summary(report: Report) -> list[str]:
             if store.failed > len(store.first_failures):
                 lines.append(("", "..."))
     if report.resumed == report.images:
-        lines.append(("nothing to do", "all of it was there already"))
-    elif report.resumed:
-        lines.append(("resumed", f"{report.resumed} images were done already"))
-    lines += [
-        ("device", f"{report.device}, {report.precision}"),
-        (
-            "time",
-            f"{report.seconds:.1f} s, of these {report.load_seconds:.1f} s to load the model; then "
-            f"{report.images_per_second:.1f} images/s",
-        ),
-    ]
+        changed = any(store.changed or store.gone for store in report.stores)
+        what = "to compute" if changed else "to do"
+        lines.append((f"nothing {what}", "all of it was there already"))
+        lines.append(("time", f"{report.seconds:.1f} s"))
+    else:
+        if report.resumed:
+            lines.append(("resumed", f"{report.resumed} images were done already"))
+        time = f"{report.seconds:.1f} s, of these {report.load_seconds:.1f} s to load the model"
+        lines += [
+            ("device", f"{report.device}, {report.precision}"),
+            ("time", f"{time}; then {report.images_per_second:.1f} images/s"),
+        ]
     if report.passed_over:
         lines.append(("passed over", f"{report.passed_over} files that are no images"))
     return [f"{name:13} {text}" for name, text in lines]

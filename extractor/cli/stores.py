@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from extractor.cli.console import logging_to, print_lines, say
+from extractor.cli.console import logging_to, print_lines, warn
 from extractor.errors import UsageError
 
 if TYPE_CHECKING:
     from extractor.store import FeatureStore
 
-__all__ = ["info", "verify"]
+__all__ = ["compact", "info", "verify"]
 
 # Problems that are printed; a store that was cut may have one for each row.
 SHOWN = 100
@@ -45,9 +45,10 @@ def _page(store: FeatureStore) -> list[str]:
     what = embedding.get("layer") and f" {embedding['layer']}, pool {embedding['pool'] or 'none'}"
     lines = [("store", str(store.path)), ("made", manifest.created)]
     for part in parts:
+        weights = f"{part.get('weights')} {part.get('tag', '')}"
         lines += [
             ("model", f"{part['model']} ({part.get('library', '')} {part.get('library_version')})"),
-            ("weights", f"{part.get('weights')} {part.get('tag', '')}, sha256 {part['sha256']}"),
+            ("weights", f"{weights.rstrip()}, sha256 {part['sha256']}"),
             ("identity", ", ".join([*part.get("heads", []), *part.get("bypassed", [])]) or "none"),
         ]
     unit = ", unit length" if embedding.get("normalized") else ""
@@ -55,11 +56,40 @@ def _page(store: FeatureStore) -> list[str]:
         ("embedding", f"{embedding['definition']}{what or ''}, {shape}, {made.dtype}{unit}"),
         ("computed", ", ".join(f"{key} {value}" for key, value in made.computation.items())),
         ("images", f"{manifest.images}: {manifest.rows} rows, {manifest.failed} failures"),
+        ("retired", f"{manifest.retired} rows; extract compact removes them"),
         ("root", ascii(made.root)[1:-1]),
         ("shards", f"{len(manifest.shards)}, of {made.shard_images} images"),
         ("software", ", ".join(f"{key} {value}" for key, value in made.software.items())),
     ]
+    lines = [line for line in lines if line[0] != "retired" or manifest.retired]
     return [f"{name:10} {text}" for name, text in lines]
+
+
+def compact(arguments: Sequence[str]) -> int:
+    """Rewrite a store without retired rows; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="extract compact",
+        description="Rewrite a store without the rows of images that changed or went since, sorted "
+        "by path as a fresh one. The old store stands until the new one is complete, so there must "
+        "be room for both.",
+    )
+    parser.add_argument("store", metavar="STORE", help="its folder")
+    parser.add_argument(
+        "--no-lock", dest="lock", action="store_false", help="where files cannot be locked"
+    )
+    parsed = parser.parse_args(arguments)
+    from extractor.record import follow
+    from extractor.store.compact import compact as rewrite
+
+    folder = Path(parsed.store)
+    before, after = rewrite(folder, lock=parsed.lock)
+    if after.checksum == before.checksum:
+        print_lines([f"{folder} is compact: {after.rows} rows"])
+        return 0
+    follow(folder, before, after)
+    shards = f"{len(before.shards)} shards are {len(after.shards)}"
+    print_lines([f"{folder}: {after.rows} rows, {before.retired} retired ones removed, {shards}"])
+    return 0
 
 
 def verify(arguments: Sequence[str]) -> int:
@@ -88,7 +118,7 @@ def verify(arguments: Sequence[str]) -> int:
     if not problems and parsed.recompute:
         from extractor.recompute import recompute
 
-        with logging_to(say):
+        with logging_to(warn):
             store = FeatureStore.open(folder)
             problems += recompute(
                 store, parsed.recompute, weights=parsed.weights, device=parsed.device

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
+import logging
 import os
 import signal
 import threading
@@ -12,7 +15,12 @@ from pathlib import Path
 
 from extractor.store.format import FileEntry
 
-__all__ = ["describe", "sync_folder", "undisturbed", "write_whole"]
+__all__ = ["NOT_SUPPORTED", "describe", "sync", "sync_folder", "undisturbed", "write_whole"]
+
+log = logging.getLogger(__name__)
+
+# What file systems answer that know no fsync, or no locks.
+NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -21,7 +29,7 @@ def write_whole(path: Path, content: bytes) -> None:
     with beside.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno())
     os.replace(beside, path)
 
 
@@ -29,9 +37,27 @@ def sync_folder(path: Path) -> None:
     """Make the names in a folder last."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int) -> None:
+    """Bring an open file to the disk; where no file system does that, say so once and go on.
+
+    A killed process loses nothing there either, but a power cut may.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+        _warn_of_no_sync(error.strerror or "")
+
+
+@functools.cache
+def _warn_of_no_sync(why: str) -> None:
+    log.warning("files cannot be brought to the disk there (%s); mind power cuts", why)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ __all__ = [
     "MANIFEST",
     "MAX_SHARDS",
     "REPLACED",
+    "RUN",
     "STAGING",
     "SUSPECTS",
     "Description",
@@ -37,6 +38,7 @@ __all__ = [
     "images_name",
     "listing_digest",
     "ranges",
+    "with_checksum",
 ]
 
 FORMAT = "extractor-store"
@@ -47,6 +49,7 @@ MANIFEST = "store.json"
 FEATURES = "features"
 IMAGES = "images"
 FAILURES = "failures.jsonl"
+RUN = "run.json"
 # What a run builds before it becomes visible; hidden, so that no tool takes it for a result.
 STAGING = ".extractor-partial"
 JOB = "job.json"  # in it: what the run was asked for
@@ -298,8 +301,7 @@ class Manifest:
             "failures": asdict(self.failures),
             "checksum": "",
         }
-        text = json.dumps(content, indent=2, ensure_ascii=True) + "\n"
-        return text.replace(_CHECKSUM.format(""), _CHECKSUM.format(checksum(text)))
+        return with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
 
     @classmethod
     def from_json(cls, text: str | bytes, name: str) -> Manifest:
@@ -340,9 +342,14 @@ _CHECKSUM = '  "checksum": "{}"\n'
 
 
 def checksum(text: str) -> str:
-    """SHA-256 of a manifest's text without its own checksum."""
+    """SHA-256 of a text without its own checksum, which stands in its last line but one."""
     blank = re.sub(_CHECKSUM.format("[0-9a-f]*") + r"\}\n\Z", _CHECKSUM.format("") + "}\n", text)
     return hashlib.sha256(blank.encode()).hexdigest()
+
+
+def with_checksum(text: str) -> str:
+    """A text that ends with its own checksum, where that was empty before."""
+    return text.replace(_CHECKSUM.format(""), _CHECKSUM.format(checksum(text)))
 
 
 def listing_digest(paths: Iterable[bytes]) -> str:

@@ -75,6 +75,11 @@ class Plan:
     gone: int
     changed: int
 
+    def changes(self, held: Held) -> bool:
+        """Whether other rows count, or other failures stand, than in a published store."""
+        same = all(np.array_equal(live, held.live[shard]) for shard, live in self.live.items())
+        return not same or list(self.failures) != list(held.failures)
+
     @property
     def rows(self) -> int:
         """How many rows count, before any is computed."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from extractor.store.files import sync
+
 __all__ = ["BatchEntry", "FailureRecord", "ImageRecord", "Journal", "read_journal"]
 
 # What a power cut may cost; a killed process loses nothing that was handed to the kernel.
@@ -162,8 +164,8 @@ class Journal:
 
     def sync(self) -> None:
         """Bring all to the disk, the rows before what tells of them."""
-        os.fsync(self._features.fileno())
-        os.fsync(self._file.fileno())
+        sync(self._features.fileno())
+        sync(self._file.fileno())
         self._synced = self._clock()
 
     def close(self) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 from pathlib import Path
 
 from extractor.errors import StoreError
+from extractor.store.files import NOT_SUPPORTED
 
 __all__ = ["Lock"]
 
@@ -15,12 +17,16 @@ __all__ = ["Lock"]
 class Lock:
     """Holds a file locked while the process lives, and says in it who does.
 
+    Args:
+        required: refuse where the file system knows no locks.
+
     Raises:
         StoreError: on entry, when another process holds it; does not wait.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, required: bool = True) -> None:
         self._path = path
+        self._required = required
         self._descriptor: int | None = None
 
     def __enter__(self) -> Lock:
@@ -65,6 +71,15 @@ class Lock:
                 f"{place} is being written by {holder or 'another process'}; wait for it, or "
                 "choose another --out"
             ) from error
+        except OSError as error:
+            if error.errno not in {*NOT_SUPPORTED, errno.ENOLCK}:
+                raise
+            if self._required:
+                raise StoreError(
+                    f"{self._path.parent.parent}: no file can be locked there ({error.strerror}), "
+                    "so a second run would go unseen; choose another --out, or say --no-lock and "
+                    "see to it yourself"
+                ) from error
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:

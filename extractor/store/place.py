@@ -28,10 +28,13 @@ from extractor.store.lock import Lock
 __all__ = ["check_place", "clear", "explained", "finish_publishing", "locate", "recover"]
 
 
-def finish_publishing(out: Path) -> None:
+def finish_publishing(out: Path, *, lock: bool = True) -> None:
     """Publish the store of a run that was complete when it died, and clear what it left.
 
     What an interrupted run has done, and the next one goes on with, is not touched.
+
+    Args:
+        lock: refuse where files cannot be locked.
 
     Raises:
         StoreError: another run is at work there, or the place cannot be written.
@@ -42,7 +45,7 @@ def finish_publishing(out: Path) -> None:
         return
     with explained(out):
         _check_staging(staging)
-        with Lock(staging / "lock"):
+        with Lock(staging / "lock", required=lock):
             recover(out)
             clear(staging)
             (staging / "lock").unlink(missing_ok=True)
@@ -63,6 +66,11 @@ def check_place(out: Path, *, occupied: bool, locked: bool = False) -> None:
         if not out.exists():
             if out.is_symlink():
                 raise StoreError(f"{out} is a link that leads nowhere; choose another --out")
+            above = next(folder for folder in out.absolute().parents if folder.exists())
+            if not above.is_dir():
+                raise StoreError(f"{above} is a file, expected a folder; choose another --out")
+            if not os.access(above, os.W_OK):
+                raise StoreError(f"nothing can be written to {above}; choose another --out")
             return
         if not out.is_dir():
             raise StoreError(
@@ -70,7 +78,7 @@ def check_place(out: Path, *, occupied: bool, locked: bool = False) -> None:
             )
         _check_staging(out / STAGING)
         if locked:
-            Lock(out / STAGING / "lock").check()
+            Lock(out / STAGING / "lock", required=False).check()
         if (out / MANIFEST).is_file():
             there = Manifest.from_json((out / MANIFEST).read_bytes(), str(out / MANIFEST))
             if not occupied:
@@ -101,7 +109,10 @@ def _check_staging(staging: Path) -> None:
 
 def _check_only(out: Path, there: Manifest) -> None:
     """Refuse to replace a store in whose folders someone has put files of their own."""
-    listed = set(_files_of(there)) | set(_leftovers(out))
+    listed = {*_files_of(there), *_leftovers(out)}
+    staged = out / STAGING / MANIFEST
+    if staged.is_file():  # a run died while it moved the new files to their places
+        listed.update(_files_of(Manifest.from_json(staged.read_bytes(), str(staged))))
     for folder in (FEATURES, IMAGES):
         if (out / folder).is_symlink():
             raise StoreError(f"{out / folder} is a link, expected a folder; choose another --out")

@@ -6,8 +6,9 @@ import functools
 import itertools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +21,17 @@ from extractor.store.place import locate
 
 __all__ = ["FeatureStore"]
 
+T = TypeVar("T")
+
 # A store that is replaced again and again, each time while it is being opened, is not to be had.
-OPEN_ATTEMPTS = 10
+ATTEMPTS = 10
+# How often files that seem to be missing are looked for while nothing was replaced: between
+# finding where one is and opening it, it may have moved.
+MOVES = 2
+
+
+class ReplacedError(StoreError):
+    """The store is another one than was opened."""
 
 
 class FeatureStore:
@@ -57,15 +67,7 @@ class FeatureStore:
             StoreError: no finished store, one of an unknown version, or one with damaged files.
         """
         folder = Path(path)
-        for attempt in range(OPEN_ATTEMPTS):
-            before = _identity(folder)
-            try:
-                return cls._open(folder)
-            except StoreError:
-                # It may have been replaced while it was being opened.
-                if attempt == OPEN_ATTEMPTS - 1 or _identity(folder) == before:
-                    raise
-        raise AssertionError("unreachable")
+        return _undisturbed(folder, lambda: cls._open(folder))
 
     @classmethod
     def _open(cls, folder: Path) -> FeatureStore:
@@ -87,7 +89,10 @@ class FeatureStore:
         for shard in manifest.shards:
             _check_size(folder, shard.index)
         store = cls(folder, manifest, ShardedArray(parts, row_shape=row, dtype=dtype), identity)
-        store._check_unchanged()
+        try:
+            store._check_unchanged()
+        except ReplacedError as error:
+            raise StoreError(str(error)) from error  # in the meantime: to be opened again
         return store
 
     @property
@@ -112,12 +117,19 @@ class FeatureStore:
     def failures(self) -> list[dict[str, Any]]:
         """The images that have no row: ``path``, ``error`` and ``message`` of each."""
         entry = self.manifest.failures
-        self._check_unchanged(entry)
-        _check_size(self.path, entry)
-        with locate(self.path, entry.name).open(encoding="ascii") as lines:
-            failures = [json.loads(line) for line in lines]
-        self._check_unchanged(entry)
-        return failures
+
+        def read() -> list[dict[str, Any]]:
+            self._check_unchanged(entry)
+            _check_size(self.path, entry)
+            try:
+                with locate(self.path, entry.name).open(encoding="ascii") as lines:
+                    failures = [json.loads(line) for line in lines]
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{self.path / entry.name}: {error}") from error
+            self._check_unchanged(entry)
+            return failures
+
+        return _undisturbed(self.path, read)
 
     def column(self, name: str) -> list[Any]:
         """One column of the index: ``path``, ``size``, ``mtime_ns``, ``width``, ``height``,
@@ -126,6 +138,9 @@ class FeatureStore:
         Raises:
             StoreError: a file of the index is damaged, or the store was replaced meanwhile.
         """
+        return _undisturbed(self.path, lambda: self._column(name))
+
+    def _column(self, name: str) -> list[Any]:
         import pyarrow as pa
 
         self._check_unchanged()
@@ -189,8 +204,23 @@ class FeatureStore:
         else:
             there = _files(manifest) | {manifest.failures}
         if not there.issuperset(_files(self.manifest) | set(entries)):
-            raise StoreError(f"{self.path} was replaced since it was opened; open it again")
+            raise ReplacedError(f"{self.path} was replaced since it was opened; open it again")
         self._identity = now  # it was extended
+
+
+def _undisturbed(folder: Path, read: Callable[[], T]) -> T:
+    """Read something of a store, again where a file of it moved to its place in between."""
+    for attempt in range(ATTEMPTS):
+        before = _identity(folder)
+        try:
+            return read()
+        except ReplacedError:
+            raise
+        except StoreError:
+            unchanged = _identity(folder) == before and attempt >= MOVES
+            if unchanged or attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
 
 
 def _files(manifest: Manifest) -> set[FileEntry]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extractor.store.files import describe, write_whole
+from extractor.store.files import describe, sync, write_whole
 from extractor.store.format import JOURNAL, Description, ShardEntry, features_name, images_name
 from extractor.store.index import index_bytes
 from extractor.store.journal import (
@@ -150,7 +150,7 @@ class ShardWriter:
                 self._file.seek(0)
                 self._file.write(self._header(len(records)))
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                sync(self._file.fileno())
                 self._file.close()
                 os.replace(self._beside, self._path)
                 index = images_name(self._number)

@@ -19,6 +19,7 @@ from extractor.store.format import (
     FEATURES,
     IMAGES,
     MANIFEST,
+    RUN,
     STAGING,
     FileEntry,
     Manifest,
@@ -49,7 +50,9 @@ def verify(folder: Path) -> Iterator[str]:
     except OSError as error:
         raise StoreError(f"{folder} is no finished store: {name}: {error.strerror}") from error
     manifest = Manifest.from_json(text, str(name))
-    yield from _manifest(text)
+    yield from _own_checksum(MANIFEST, text)
+    if (folder / RUN).exists():
+        yield from _own_checksum(RUN, (folder / RUN).read_bytes())
     yield from _extra(folder, manifest)
     seen: dict[bytes, int] = {}
     for shard in manifest.shards:
@@ -98,16 +101,16 @@ def _image(path: Path, images: Images, row: int) -> str:
     return "" if same else "its bytes changed since it was read"
 
 
-def _manifest(text: bytes) -> Iterator[str]:
+def _own_checksum(name: str, text: bytes) -> Iterator[str]:
     found = re.search(rb'"checksum": "([0-9a-f]{64})"\n\}\n\Z', text)
     if found is None:
-        yield f"{MANIFEST}: it does not end with its own checksum"
+        yield f"{name}: it does not end with its own checksum"
     elif checksum(text.decode("ascii", "replace")) != found.group(1).decode():
-        yield f"{MANIFEST}: it was changed, its own checksum does not fit"
+        yield f"{name}: it was changed, its own checksum does not fit"
 
 
 def _extra(folder: Path, manifest: Manifest) -> Iterator[str]:
-    listed = {manifest.failures.name, MANIFEST, FEATURES, IMAGES, STAGING}
+    listed = {manifest.failures.name, MANIFEST, RUN, FEATURES, IMAGES, STAGING}
     for shard in manifest.shards:
         listed |= {shard.features.name, shard.index.name}
     for below in ("", FEATURES, IMAGES):

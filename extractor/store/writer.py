@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from extractor.errors import StoreError
 from extractor.store.files import describe, sync_folder, undisturbed, write_whole
@@ -16,12 +19,14 @@ from extractor.store.format import (
     FAILURES,
     FEATURES,
     IMAGES,
+    IN_FLIGHT,
     JOB,
     JOURNAL,
     MANIFEST,
     MAX_SHARDS,
     REPLACED,
     STAGING,
+    SUSPECTS,
     Description,
     Manifest,
     ShardEntry,
@@ -35,7 +40,7 @@ from extractor.store.lock import Lock
 from extractor.store.place import check_place, clear, explained, recover
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
-__all__ = ["Job", "StoreWriter", "failure_lines", "read_failures"]
+__all__ = ["Job", "StoreWriter", "failure_lines", "published", "read_failures"]
 
 
 @dataclass(frozen=True)
@@ -98,17 +103,20 @@ class StoreWriter:
         out: folder of the store; made where it is not there.
         overwrite: a finished store in ``out`` may be replaced, and an interrupted run thrown away.
         extend: a finished store in ``out`` may be extended.
+        lock: refuse where files cannot be locked.
 
     Raises:
         StoreError: ``out`` cannot be written, is in use, or holds something else.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False, extend: bool = False) -> None:
+    def __init__(
+        self, out: Path, *, overwrite: bool = False, extend: bool = False, lock: bool = True
+    ) -> None:
         self._out = out
         self._overwrite = overwrite
         self._occupied = overwrite or extend
         self._staging = out / STAGING
-        self._lock = Lock(self._staging / "lock")
+        self._lock = Lock(self._staging / "lock", required=lock)
         self._made: list[Path] = []  # folders that were not there before
         self._prepared = False
         self._keep = False
@@ -193,16 +201,14 @@ class StoreWriter:
             digests: those of the files, too.
         """
         shards: dict[int, Images] = {}
-        live = {}
-        failures: list[FailureRecord] = []
+        live: Mapping[int, npt.NDArray[np.bool_]] = {}
+        failures: Sequence[FailureRecord] = ()
         new_failures: list[FailureRecord] = []
         with explained(self._out):
             if self._base is not None:
-                for entry in self._base.shards:
-                    index = self._out / entry.index.name
-                    shards[entry.shard] = read_images(index, digests=digests)
-                    live[entry.shard] = entry.live_mask()
-                failures = read_failures(self._out / FAILURES)
+                there = published(self._out, self._base, digests=digests)
+                shards |= there.shards
+                live, failures = there.live, there.failures
             first = self._staged.first if self._staged is not None else 0
             for number, one in sorted(self._finished.items()):
                 if planned or number < first or self._sealed:
@@ -398,7 +404,9 @@ class StoreWriter:
             # The next run publishes what is complete, and removes what was replaced.
             complete = any((self._staging / name).is_file() for name in (MANIFEST, REPLACED))
             staged = not self._prepared and self._staged_job() is not None
-            if complete or staged or (self._keep and self._has_work()):
+            suspects = any((self._staging / name).is_file() for name in (SUSPECTS, IN_FLIGHT))
+            known = self._has_work() or suspects
+            if complete or staged or (self._keep and known):
                 self._lock.__exit__()
                 return
             clear(self._staging)
@@ -411,6 +419,20 @@ class StoreWriter:
 def _still_live(entry: ShardEntry, plan: Plan | None) -> ShardEntry:
     live = plan.live.get(entry.shard) if plan is not None else None
     return entry if live is None else replace(entry, retired=ranges(~live))
+
+
+def published(out: Path, manifest: Manifest, *, digests: bool) -> Held:
+    """What a finished store holds.
+
+    Args:
+        digests: those of the files, too.
+    """
+    indexes = {one.shard: out / one.index.name for one in manifest.shards}
+    return Held(
+        {shard: read_images(path, digests=digests) for shard, path in indexes.items()},
+        {one.shard: one.live_mask() for one in manifest.shards},
+        read_failures(out / FAILURES),
+    )
 
 
 def failure_lines(failures: Iterable[FailureRecord]) -> bytes:

@@ -401,7 +401,7 @@ def test_a_store_that_goes_while_it_is_opened_is_refused(
 def test_a_store_replaced_while_its_names_are_read_is_never_mixed(
     out: Path, parts: list[np.ndarray], write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read_table = pq.read_table
+    parquet_file = pq.ParquetFile
     new = [[b"0/%d.new" % row for row in range(4)], [b"1/%d.new" % row for row in range(3)]]
     old = FeatureStore.open(out).paths
     store = FeatureStore.open(out)
@@ -411,9 +411,9 @@ def test_a_store_replaced_while_its_names_are_read_is_never_mixed(
         calls.append(args)
         if len(calls) == 2:
             write_store(out, parts, names=new, overwrite=True)
-        return read_table(*args, **options)
+        return parquet_file(*args, **options)
 
-    monkeypatch.setattr(pq, "read_table", late)
+    monkeypatch.setattr(pq, "ParquetFile", late)
     try:
         assert store.paths == old
     except StoreError as error:
