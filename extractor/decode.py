@@ -7,6 +7,7 @@ import errno
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import stat
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from extractor.errors import DecodeError
-from extractor.options import MAX_PIXELS
+from extractor.options import DECODE, MAX_PIXELS
 from extractor.preprocess import Geometry, Preprocess
 
 __all__ = [
@@ -59,6 +60,10 @@ JPEG2000_DATA = b"\xff\x93"  # begins the pixels of each tile; a file without an
 
 # Larger files are read by Pillow piece by piece and not into memory first.
 READ_WHOLE_BYTES = 64 * 2**20
+
+# Of the pixels that a picture has, along each edge, so many at least are decoded of a larger JPEG.
+# The mean difference to the whole is under 1 of 255 levels then (docs/performance.md).
+SHRINK_TO = 2
 
 EXIF_ORIENTATION = 0x0112
 
@@ -161,6 +166,7 @@ def decode_into(
     preprocesses: Sequence[Preprocess],
     outs: Sequence[npt.NDArray[np.uint8]],
     budget: PixelBudget | None = None,
+    how: str = DECODE,
 ) -> ImageInfo:
     """Decode one image once, orient, resize and crop it into each of ``outs``; say what it was.
 
@@ -171,6 +177,8 @@ def decode_into(
         outs: for each, ``(height, width, 3)`` uint8 of its ``input_size``, written in place, RGB.
         budget: what images may hold before they are resized; one that declares more is not
             decoded. Calls that share one wait for each other where they would exceed it together.
+        how: ``scaled`` lets libjpeg shrink what is much larger than all pictures, ``exact`` decodes
+            every pixel.
 
     Raises:
         DecodeError: this image has no pixels to give; ``outs`` may have been touched.
@@ -186,17 +194,17 @@ def decode_into(
     if not isinstance(source, (str, bytes, os.PathLike, EncodedImage, Image.Image, np.ndarray)):
         raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     if isinstance(source, (str, bytes, os.PathLike)):
-        return _decode_file(source, pictures, budget)
+        return _decode_file(source, pictures, budget, how)
     with _decode_errors():
         if isinstance(source, EncodedImage):
             with _identified(io.BytesIO(source.data), budget) as image:
-                return ImageInfo(len(source.data), -1, *_place(image, pictures, budget))
+                return ImageInfo(len(source.data), -1, *_place(image, pictures, budget, how))
         image = source if isinstance(source, Image.Image) else _from_array(source)
-        return ImageInfo(-1, -1, *_place(image, pictures, budget))
+        return ImageInfo(-1, -1, *_place(image, pictures, budget, how))
 
 
 def _decode_file(
-    path: str | bytes | os.PathLike[str], pictures: _Pictures, budget: PixelBudget
+    path: str | bytes | os.PathLike[str], pictures: _Pictures, budget: PixelBudget, how: str
 ) -> ImageInfo:
     status = None
     try:
@@ -206,7 +214,7 @@ def _decode_file(
             content = file.read() if whole else b""
             digest = hashlib.sha256(content) if whole else _digest_of(file)
             with _identified(io.BytesIO(content) if whole else file, budget) as image:
-                width, height = _place(image, pictures, budget)
+                width, height = _place(image, pictures, budget, how)
             return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest.digest())
     except DecodeError as error:
         with contextlib.suppress(OSError, ValueError):
@@ -373,31 +381,62 @@ def _from_array(array: npt.NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def _place(image: Image.Image, pictures: _Pictures, budget: PixelBudget) -> tuple[int, int]:
+def _place(
+    image: Image.Image, pictures: _Pictures, budget: PixelBudget, how: str
+) -> tuple[int, int]:
     """Draw all pictures of an image; returns its width and height, the right way up."""
     with budget.claim(image.width, image.height):
-        image.load()  # some formats turn themselves while they load, so ask for sizes after it
+        stored = image.size
+        shrunk = 1 if how == "exact" else _shrink(image, pictures)
+        image.load()
+        if shrunk == 1:
+            stored = image.size  # some formats turn themselves while they load
         orientation = _orientation(image)
-        width, height = image.size[::-1] if orientation >= 5 else image.size
+        width, height = stored[::-1] if orientation >= 5 else stored
         rgb = _to_rgb(image)
         for preprocess, out in pictures:
-            _draw(rgb, orientation, preprocess, preprocess.geometry(width, height), out)
+            geometry = preprocess.geometry(width, height)
+            left, top, right, bottom = _raw_box(geometry.box, orientation, *stored)
+            box = (left / shrunk, top / shrunk, right / shrunk, bottom / shrunk)
+            _draw(rgb, box, orientation, preprocess, geometry, out)
     return width, height
+
+
+def _shrink(image: Image.Image, pictures: _Pictures) -> int:
+    """Let libjpeg decode a JPEG at a half, a quarter or an eighth of its size; says by how much.
+
+    No picture is made of less than :data:`SHRINK_TO` times its pixels along each edge.
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return 1
+    width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
+    spare = math.inf
+    for preprocess, _ in pictures:
+        if preprocess.interpolation == "nearest":
+            return 1
+        (left, top, right, bottom), size = preprocess.geometry(width, height)[:2]
+        spare = min(spare, (right - left) / size[0], (bottom - top) / size[1])
+    scale = next((n for n in (8, 4, 2) if n * SHRINK_TO <= spare), 1)
+    if scale == 1:
+        return 1
+    stored_width, stored_height = image.size
+    drafted = image.draft(image.mode, (stored_width // scale, stored_height // scale))
+    return 1 if drafted is None else round(stored_width / drafted[1][2])
 
 
 def _draw(
     rgb: Image.Image,
+    box: tuple[float, float, float, float],
     orientation: int,
     preprocess: Preprocess,
     geometry: Geometry,
     out: npt.NDArray[np.uint8],
 ) -> None:
     """Resize the part of an image that one model sees, and turn it upright, into ``out``."""
-    raw_width, raw_height = rgb.size
     part = rgb.resize(
         geometry.size[::-1] if orientation >= 5 else geometry.size,
         Image.Resampling[preprocess.interpolation.upper()],
-        box=_raw_box(geometry.box, orientation, raw_width, raw_height),
+        box=box,
     )
     if orientation in _TURN:
         part = part.transpose(_TURN[orientation])

@@ -38,6 +38,7 @@ def describe(target: Target, options: Options, root: bytes, batch_size: int) -> 
             "precision": first.precision,
             "device": first.device.type,
             "batch_size": batch_size,
+            "decode": options.decode,
         },
         root=os.fsdecode(root),
         shard_images=options.shard_images,

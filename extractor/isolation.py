@@ -25,6 +25,7 @@ import numpy.typing as npt
 
 from extractor.decode import ImageInfo, PixelBudget, allow_pixels, decode_into
 from extractor.errors import DecodeError
+from extractor.options import DECODE
 from extractor.preprocess import Preprocess
 from extractor.store.files import write_whole
 from extractor.store.format import IN_FLIGHT, SUSPECTS
@@ -120,6 +121,7 @@ def decode_apart(
     *,
     max_pixels: int,
     timeout_seconds: float,
+    how: str = DECODE,
 ) -> ImageInfo:
     """Decode one file as :func:`extractor.decode.decode_into` does, in a process of its own.
 
@@ -127,7 +129,7 @@ def decode_apart(
         DecodeError: as there; ``timeout`` or ``crashed`` where the process came to no end, or to a
             bad one.
     """
-    task = pickle.dumps((os.path.abspath(path), tuple(preprocesses), max_pixels))
+    task = pickle.dumps((os.path.abspath(path), tuple(preprocesses), max_pixels, how))
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     found = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     try:
@@ -200,11 +202,11 @@ def main() -> None:
     # What a library prints is not to be taken for the answer.
     answer = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    path, preprocesses, max_pixels = pickle.load(sys.stdin.buffer)
+    path, preprocesses, max_pixels, how = pickle.load(sys.stdin.buffer)
     allow_pixels(max_pixels)
     outs = [np.empty((*one.input_size, 3), np.uint8) for one in preprocesses]
     try:
-        info = decode_into(path, preprocesses, outs, PixelBudget(max_pixels))
+        info = decode_into(path, preprocesses, outs, PixelBudget(max_pixels), how)
     except DecodeError as error:
         result = {"reason": error.reason, "message": str(error)}
         outs = []

@@ -149,6 +149,7 @@ class BatchLoader:
         pin: page-lock the buffers, so that copies to a CUDA device can run beside the computation.
         max_pixels: that may be in decoders at a time; an image of more fails.
         image_timeout: seconds after which an image fails and its thread is left to itself.
+        decode: ``scaled`` or ``exact``, see :func:`extractor.decode.decode_into`.
         suspects: paths of files that are decoded in a process of their own.
         in_flight: where threads note the files that they decode.
 
@@ -166,6 +167,7 @@ class BatchLoader:
         pin: bool = False,
         max_pixels: int = _DEFAULT.max_pixels,
         image_timeout: float = _DEFAULT.image_timeout,
+        decode: str = _DEFAULT.decode,
         suspects: Collection[bytes] = (),
         in_flight: InFlight | None = None,
     ) -> None:
@@ -175,6 +177,7 @@ class BatchLoader:
         self._pin = pin
         self._budget = PixelBudget(max_pixels)
         self._timeout = image_timeout
+        self._how = decode
         self._suspects = frozenset(suspects)
         self._one_apart = threading.Lock()
         self._in_flight_file = in_flight
@@ -318,14 +321,15 @@ class BatchLoader:
                         self._preprocesses,
                         task.outs,
                         max_pixels=self._budget.max_pixels,
+                        how=self._how,
                         timeout_seconds=self._timeout,
                     )
             budget = _TaskBudget(self._budget, task)
             if not isinstance(source, bytes) or self._in_flight_file is None:
-                return decode_into(source, self._preprocesses, task.outs, budget)
+                return decode_into(source, self._preprocesses, task.outs, budget, self._how)
             self._in_flight_file.note(slot, source)
             try:
-                return decode_into(source, self._preprocesses, task.outs, budget)
+                return decode_into(source, self._preprocesses, task.outs, budget, self._how)
             finally:
                 self._in_flight_file.note(slot, b"")
         except DecodeError as error:

@@ -40,6 +40,8 @@ MAX_BATCH_SIZE = 65_536
 MAX_WORKERS = 1_024
 MAX_PIXELS = 200_000_000  # of an image before it is resized
 CHECKS = ("stat", "content")
+DECODES = ("scaled", "exact")
+DECODE = DECODES[0]
 MAX_IMAGE_SIZE = 16_384
 MAX_SECONDS = 1e6
 
@@ -104,6 +106,8 @@ class Options:
         workers: decoding threads; None means one for each core that the process may use.
         shard_images: images, failed ones included, that one shard of the store answers for.
         overwrite: compute all anew, and replace the store that is there once that is complete.
+        decode: ``scaled`` lets libjpeg decode what is much larger than the model's input at a half,
+            a quarter or an eighth of its size; ``exact`` decodes every pixel.
         check: how images that have rows already are compared with what they were: ``stat``, by
             size and time of modification, or ``content``, by the SHA-256 of their bytes.
         keep_missing: keep the rows of images that are no longer there.
@@ -139,6 +143,7 @@ class Options:
     workers: int | None = None
     shard_images: int = 65_536
     overwrite: bool = False
+    decode: str = DECODE
     check: str = "stat"
     keep_missing: bool = False
     retry_failed: bool = False
@@ -158,6 +163,7 @@ class Options:
         _within("batch size", self.batch_size, 1, MAX_BATCH_SIZE)
         _within("number of workers", self.workers, 1, MAX_WORKERS)
         _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
+        _one_of("decode", self.decode, DECODES)
         _one_of("check", self.check, CHECKS)
         _within("max pixels", self.max_pixels, 1, 2**63 - 1)
         _number_within("image timeout", self.image_timeout, 0, MAX_SECONDS)

@@ -113,6 +113,7 @@ def extract(
     workers: int | None = _DEFAULT.workers,
     shard_images: int = _DEFAULT.shard_images,
     overwrite: bool = _DEFAULT.overwrite,
+    decode: str = _DEFAULT.decode,
     check: str = _DEFAULT.check,
     keep_missing: bool = _DEFAULT.keep_missing,
     retry_failed: bool = _DEFAULT.retry_failed,
@@ -173,6 +174,7 @@ def extract(
         workers=workers,
         shard_images=shard_images,
         overwrite=overwrite,
+        decode=decode,
         check=check,
         keep_missing=keep_missing,
         retry_failed=retry_failed,
@@ -460,6 +462,7 @@ def _loader(
             pin=device.type == "cuda",
             max_pixels=options.max_pixels,
             image_timeout=options.image_timeout,
+            decode=options.decode,
             suspects=suspects,
             in_flight=in_flight,
         )
@@ -514,6 +517,7 @@ class Extractor:
         normalize: bool = _DEFAULT.normalize,
         batch_size: int | None = _DEFAULT.batch_size,
         workers: int | None = _DEFAULT.workers,
+        decode: str = _DEFAULT.decode,
     ) -> None:
         self._process = os.getpid()
         self._options = Options(
@@ -535,6 +539,7 @@ class Extractor:
             normalize=normalize,
             batch_size=batch_size,
             workers=workers,
+            decode=decode,
         )
         targets = load_targets([model], self._options)
         if len(targets) != 1:

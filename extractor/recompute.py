@@ -42,8 +42,9 @@ def recompute(
     normalize = bool(store.manifest.description.embedding["normalized"])
     rows = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).astype(int))
     paths = [os.path.join(store.root, store.paths[row]) for row in rows]
+    how = str(store.manifest.description.computation["decode"])
     plan = iter([[path] for path in paths])
-    with BatchLoader(plan, pictures_of([target]), batch_size=1, workers=1) as loader:
+    with BatchLoader(plan, pictures_of([target]), batch_size=1, workers=1, decode=how) as loader:
         computed = embed([target], loader, normalize=normalize)
         for row, path, embedded in zip(rows, paths, computed, strict=True):
             (outcome,) = embedded.outcomes

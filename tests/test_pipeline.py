@@ -201,7 +201,12 @@ def test_the_manifest_says_how_to_repeat_the_vectors(photos: Path, tmp_path: Pat
     assert description.backbone["model"] == "test:mean"
     assert description.backbone["heads"] == ["fc"]
     assert description.embedding["definition"] == "pre-logits"
-    assert description.computation == {"precision": "float32", "device": "cpu", "batch_size": 7}
+    assert description.computation == {
+        "precision": "float32",
+        "device": "cpu",
+        "batch_size": 7,
+        "decode": "scaled",
+    }
     assert description.preprocess["resize"] == "squash"
     assert description.root == str(photos)
     assert description.software["torch"].startswith(torch.__version__.partition("+")[0])

@@ -88,7 +88,7 @@ def outline(name: str) -> Backbone:
     try:
         with torch.device("meta"):
             module = _network(name, entry)
-    except (RuntimeError, NotImplementedError):  # RegNet computes its widths with tensors
+    except RuntimeError:  # RegNet computes its widths with tensors
         module = _network(name, entry)
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)

@@ -15,6 +15,7 @@ from extractor.cli.events import Events
 from extractor.errors import SourceError, UsageError
 from extractor.options import (
     CHECKS,
+    DECODES,
     DEFAULT_MODEL,
     DTYPES,
     POOLS,
@@ -179,6 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
         choices=PRECISIONS,
         default=default.precision,
         help="of the model (default: %(default)s, which is float32)",
+    )
+    group.add_argument(
+        "--decode",
+        choices=DECODES,
+        default=default.decode,
+        help="scaled: of a JPEG much larger than the model's input no more pixels than needed; "
+        "exact: every pixel (default: %(default)s)",
     )
     group.add_argument(
         "-b",
