@@ -246,27 +246,33 @@ def test_a_run_that_is_ended_again_and_again_ends_as_an_undisturbed_one(
     many: tuple[Path, Path], number: signal.Signals
 ) -> None:
     home = many[0].parent
-    out = home / f"out-{number.name}"
     draw = random.Random(number)
-    ended = midway = 0
-    while True:
-        with subprocess.Popen(words(home, out.name), stderr=subprocess.PIPE, env=ENV) as run:
-            if ended < KILLS:
-                while run.poll() is None and not is_at_work(run.pid, out):
-                    time.sleep(0.01)
-                time.sleep(draw.uniform(0, 0.5))
-                run.send_signal(number)
-            assert run.stderr is not None
-            told = run.stderr.read().decode()
-        assert "Traceback" not in told
-        if run.returncode == 3:
-            break
-        # SIGTERM before the command has begun to listen ends it as it ends any process.
-        assert run.returncode in (-number, 143 if number is signal.SIGTERM else -number)
-        ended += 1
-        midway += not (out / "store.json").exists()
-    assert midway >= KILLS // 2
-    assert content(out) == content(many[1])
+    midway = stores = 0
+    while midway < KILLS:  # a store takes some of them, and then the next one begins
+        stores += 1
+        assert stores <= KILLS, "no run was ended before it was done"
+        out = home / f"out-{number.name}-{stores}"
+        while (code := ended_run(home, out, number, draw, midway < KILLS)) != 3:
+            # SIGTERM before the command has begun to listen ends it as it ends any process.
+            assert code in (-number, 143 if number is signal.SIGTERM else -number)
+            midway += not (out / "store.json").exists()
+        assert content(out) == content(many[1])
+
+
+def ended_run(
+    home: Path, out: Path, number: signal.Signals, draw: random.Random, is_ended: bool
+) -> int:
+    """Run the command, and end it at a random instant of its work; returns its exit code."""
+    with subprocess.Popen(words(home, out.name), stderr=subprocess.PIPE, env=ENV) as run:
+        if is_ended:
+            while run.poll() is None and not is_at_work(run.pid, out):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
+            run.send_signal(number)
+        assert run.stderr is not None
+        told = run.stderr.read().decode()
+    assert "Traceback" not in told
+    return run.returncode
 
 
 def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path]) -> None:
