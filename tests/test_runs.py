@@ -161,6 +161,21 @@ def test_other_weights_under_the_same_name_are_seen(
     assert len(loaded) == 2
 
 
+@pytest.mark.parametrize("again", ["the same", "grown"])
+def test_a_damaged_index_is_told_in_a_sentence(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], again: str
+) -> None:
+    out = tmp_path / "out"
+    assert run(photos, out) == 0
+    name = out / "images/00000.parquet"
+    name.write_bytes(b"x" * name.stat().st_size)
+    if again == "grown":
+        noise(1, 9, 9).save(photos / "new.png")
+    capsys.readouterr()
+    assert run(photos, out) == 1
+    assert "images/00000.parquet cannot be read" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", [-1, 130])
 def test_a_damaged_store_is_not_made_compact(photos: Path, tmp_path: Path, place: int) -> None:
     out = tmp_path / "out"

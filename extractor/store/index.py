@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from extractor.errors import StoreError
 from extractor.store.journal import ImageRecord
 
 __all__ = ["Images", "index_bytes", "read_column", "read_images"]
@@ -80,7 +81,7 @@ def read_column(path: Path, name: str) -> list[Any]:
     """One column of a shard's index.
 
     Raises:
-        OSError, KeyError, pyarrow.ArrowException: the file, the column is not there, or damaged.
+        StoreError: the file or the column is not there, or damaged.
     """
     return list(_read(path, [name]).column(name).to_pylist())
 
@@ -101,9 +102,17 @@ def read_images(path: Path, *, digests: bool = True) -> Images:
 
 
 def _read(path: Path, names: list[str]) -> Any:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with path.open("rb") as file:
-        # read_table starts threads, which abort some processes that end soon after (2 of 100).
-        parquet = pq.ParquetFile(file, pre_buffer=False)
-        return parquet.read(columns=names, use_threads=False)
+    try:
+        with path.open("rb") as file:
+            # read_table starts threads, which abort some processes that end soon after (2 of 100).
+            parquet = pq.ParquetFile(file, pre_buffer=False)
+            table = parquet.read(columns=names, use_threads=False)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    missing = set(names) - set(table.column_names)
+    if missing:
+        raise StoreError(f"{path} has no column {', '.join(sorted(missing))}")
+    return table

@@ -141,17 +141,12 @@ class FeatureStore:
         return _undisturbed(self.path, lambda: self._column(name))
 
     def _column(self, name: str) -> list[Any]:
-        import pyarrow as pa
-
         self._check_unchanged()
         values: list[Any] = []
         for shard in self.manifest.shards:
+            _check_size(self.path, shard.index)
             path = locate(self.path, shard.index.name)
-            try:
-                _check_size(self.path, shard.index)
-                column = read_column(path, name)
-            except (OSError, KeyError, pa.ArrowException) as error:
-                raise StoreError(f"{path}: {error}") from error
+            column = read_column(path, name)
             if len(column) != shard.rows:
                 raise StoreError(f"{path} has {len(column)} rows, expected {shard.rows}")
             if shard.retired:

@@ -298,7 +298,7 @@ def test_an_index_that_is_no_parquet_is_refused(out: Path) -> None:
     name.write_bytes(b"\0" * name.stat().st_size)
     store = FeatureStore.open(out)
     assert store[0].shape == (3,)
-    with pytest.raises(StoreError, match=r"images/00001\.parquet: .*[Pp]arquet"):
+    with pytest.raises(StoreError, match=r"images/00001\.parquet cannot be read: .*[Pp]arquet"):
         store.paths  # noqa: B018
 
 
