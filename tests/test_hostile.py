@@ -84,6 +84,7 @@ class Hanging:
         preprocesses: Sequence[Preprocess],
         outs: Sequence[np.ndarray],
         budget: PixelBudget,
+        *how: str,
     ) -> ImageInfo:
         level = int(source[0, 0])  # type: ignore[index,call-overload]
         if level in self._levels:
@@ -95,7 +96,7 @@ class Hanging:
                 out[...] = 255
             self.came_back.append(level)
             return ImageInfo(-1, -1, 5, 5)
-        return decode_into(source, preprocesses, outs, budget)
+        return decode_into(source, preprocesses, outs, budget, *how)
 
 
 @pytest.fixture
@@ -234,6 +235,7 @@ def test_waiting_for_the_budget_is_no_hanging(monkeypatch: pytest.MonkeyPatch) -
         preprocesses: Sequence[Preprocess],
         outs: Sequence[np.ndarray],
         budget: PixelBudget,
+        *how: str,
     ) -> ImageInfo:
         with budget.claim(5, 5):
             time.sleep(0.1)  # in time, each of them
