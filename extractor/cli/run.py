@@ -185,8 +185,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--decode",
         choices=DECODES,
         default=default.decode,
-        help="scaled: a JPEG much larger than the model's input at a half, a quarter or an eighth of "
-        "its size; exact: every pixel (default: %(default)s)",
+        help="scaled: a JPEG much larger than the model's input at a half, a quarter or an eighth "
+        "of its size; exact: every pixel (default: %(default)s)",
     )
     group.add_argument(
         "-b",
