@@ -103,23 +103,49 @@ class Filling:
         held = self._held(planned=False)
         self._plan = self._compare(held)
         self._job = self._job_of(self._plan)
-        done = writer.done_of(self._job) if self._goes_on(held) else None
-        if done is None and writer.has_staged:
-            self._tell_what_changed()
-            writer.seal()
-            held = self._held(planned=False)
-            self._plan = self._compare(held)
-            self._job = self._job_of(self._plan)
-        elif done is None and self._is_complete(held):
-            self.is_finished = True
+        done = None
+        if writer.has_staged:
+            done = self._go_on(held)
+        elif writer.base is not None and not self._plan.todo:
+            self.is_finished = not self._plan.changes(held)
         if done is None and self._plan.todo:
             writer.begin(self._job)
         self.todo = self._plan.todo
         self.done = done or 0
-        self.rows = self._plan.rows
+        self.rows += self._plan.rows
         self._note(self._plan.failures)
-        if self.done:
-            self._take_over(self._held(planned=True))
+
+    def _go_on(self, held: Held) -> int | None:
+        """Take up what an interrupted run has done; how much that is of what is to be done.
+
+        None where its images are no longer the same: what it did is kept for those that are, and
+        the rest is planned anew.
+        """
+        every = self._held(planned=True)
+        whole = self._compare(every)
+        fresh = [live for shard, live in whole.live.items() if shard >= self._job.first]
+        known = {failure.path for failure in self._plan.failures}
+        # Not those that an earlier run found, and that were mended since.
+        failures = [failure for failure in whole.failures if failure.path not in known]
+        same = all(live.all() for live in fresh) and len(failures) == len(every.new_failures) - len(
+            held.new_failures
+        )
+        done = self._writer.done_of(self._job) if same else None
+        if done is None:
+            log.warning(
+                "%s: the images are no longer those of the interrupted run (of those that it had "
+                "done, %d changed and %d are gone; %d are to be computed); what it did of others "
+                "is kept, --overwrite starts anew",
+                *(self._folder, whole.changed, whole.gone, len(whole.todo)),
+            )
+            self._writer.seal()
+            self._plan = whole
+            self._job = self._job_of(whole)
+            return None
+        self._note(failures)
+        self.rows += done - len(failures)
+        self._added += done - len(failures)
+        return done
 
     def _held(self, *, planned: bool) -> Held:
         return self._writer.held(planned=planned, digests=self._options.check == "content")
@@ -141,41 +167,6 @@ class Filling:
             self._writer.first_shard,
             base.checksum if base is not None else "",
         )
-
-    def _goes_on(self, known: Held) -> bool:
-        """Whether what an interrupted run has done is of images that are still the same."""
-        if not self._writer.has_staged:
-            return False
-        held = self._held(planned=True)
-        whole = self._compare(held)
-        fresh = [live for shard, live in whole.live.items() if shard >= self._job.first]
-        failures = len(whole.failures) - len(self._plan.failures)
-        return all(live.all() for live in fresh) and failures == len(held.new_failures) - len(
-            known.new_failures
-        )
-
-    def _tell_what_changed(self) -> None:
-        whole = self._compare(self._held(planned=True))
-        log.warning(
-            "%s: the images are no longer those of the interrupted run (of those that it had done, "
-            "%d changed and %d are gone; %d are to be computed); what it did of others is kept, "
-            "--overwrite starts anew",
-            *(self._folder, whole.changed, whole.gone, len(whole.todo)),
-        )
-
-    def _is_complete(self, held: Held) -> bool:
-        """Whether the store that is there is already what is asked for."""
-        plan = self._plan
-        return self._writer.base is not None and not plan.todo and not plan.changes(held)
-
-    def _take_over(self, held: Held) -> None:
-        """Count what an interrupted run has done of what is to be done."""
-        known = {failure.path for failure in self._plan.failures}
-        # Not those that an earlier run found, and that were mended since.
-        failures = [one for one in self._compare(held).failures if one.path not in known]
-        self._note(failures)
-        self.rows += self.done - len(failures)
-        self._added += self.done - len(failures)
 
     # -- what comes
 

@@ -120,7 +120,7 @@ class _TaskBudget(PixelBudget):
     """The budget of all threads as one image sees it: waiting for it is no hanging."""
 
     def __init__(self, shared: PixelBudget, task: _Task) -> None:
-        super().__init__(shared.max_pixels)
+        self.max_pixels = shared.max_pixels  # all else is the shared one's
         self._shared = shared
         self._task = task
 

@@ -19,7 +19,15 @@ from extractor.options import Options, planned_stores, split_model, store_folder
 from extractor.report import FAILURES_SHOWN, Report, StoreReport
 from extractor.sources import ImageList, show
 from extractor.store.files import write_whole
-from extractor.store.format import MANIFEST, RUN, STAGING, Manifest, checksum, with_checksum
+from extractor.store.format import (
+    MANIFEST,
+    RUN,
+    STAGING,
+    Manifest,
+    checksum,
+    listing_digest,
+    with_checksum,
+)
 from extractor.store.growth import plan
 from extractor.store.writer import published
 from extractor.version import __version__
@@ -195,6 +203,7 @@ def nothing_to_do(
     if names is None or request is None:
         return None
     started = datetime.now(timezone.utc)
+    listing = listing_digest(images.paths)
     found = []
     for folder in map(Path, store_folders(out, names)):
         try:
@@ -205,6 +214,10 @@ def nothing_to_do(
         if (folder / STAGING).exists() or not same_root:
             return None
         if _request_in(folder, manifest) != request:
+            return None
+        # Names that came or went are seen without a look at any file. Of images that are no longer
+        # there, and whose rows are kept, the manifest knows more.
+        if manifest.listing != listing and not options.keep_missing:
             return None
         found.append((folder, manifest))
     current = current_images(images, content=options.check == "content")

@@ -14,6 +14,7 @@ import pytest
 
 from extractor import cli
 from extractor.errors import StoreError
+from extractor.store.format import with_checksum
 from extractor.store.verify import verify, verify_images
 
 MUTATIONS = int(os.environ.get("EXTRACTOR_TEST_MUTATIONS", "150"))
@@ -25,7 +26,9 @@ def store(tmp_path: Path, write_store: Callable[..., Path]) -> Path:
     random = np.random.default_rng(0)
     parts = [random.normal(size=(rows, 5)).astype(np.float32) for rows in (7, 4)]
     failures = [(b"bad\xff.jpg", "empty", "no bytes"), (b"z.jpg", "corrupt", "\u00b5")]
-    return write_store(tmp_path / "store", parts, failures=failures)
+    out = write_store(tmp_path / "store", parts, failures=failures)
+    (out / "run.json").write_text(with_checksum('{\n  "process": 7,\n  "checksum": ""\n}\n'))
+    return out
 
 
 def problems(folder: Path) -> list[str]:
@@ -38,7 +41,7 @@ def test_a_store_as_it_was_written_is_right(store: Path) -> None:
 
 def test_every_flipped_byte_and_every_cut_tail_is_found(store: Path, tmp_path: Path) -> None:
     files = sorted(path.relative_to(store) for path in store.rglob("*") if path.is_file())
-    assert len(files) == 6
+    assert len(files) == 7
     draw = random.Random(0)
     for turn in range(MUTATIONS):
         copy = tmp_path / "copy"

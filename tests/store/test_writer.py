@@ -51,6 +51,19 @@ def saved(array: np.ndarray) -> bytes:
     return content.getvalue()
 
 
+@pytest.fixture
+def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every store is made at the same instant."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            assert tz is timezone.utc
+            return datetime(2024, 1, 2, 3, 4, 5, 678, tz)
+
+    monkeypatch.setattr(writer_module, "datetime", Clock)
+
+
 # ---- the files -----------------------------------------------------------------------------------
 
 
@@ -187,16 +200,8 @@ GOLDEN_FAILURES = (
 )
 
 
-def test_the_bytes_of_a_store_do_not_change(
-    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            assert tz is timezone.utc
-            return datetime(2024, 1, 2, 3, 4, 5, 678, tz)
-
-    monkeypatch.setattr(writer_module, "datetime", Clock)
+@pytest.mark.usefixtures("fixed_time")
+def test_the_bytes_of_a_store_do_not_change(tmp_path: Path, write_store: WriteStore) -> None:
     rows = np.array([[0, 1, -2], [0.5, 65280, 0.1]], np.float32)
     out = write_store(
         tmp_path / "out",
@@ -1051,19 +1056,13 @@ def run_job(out: Path, job: Job, records: list[ImageRecord]) -> None:
         writer.publish(job)
 
 
+@pytest.mark.usefixtures("fixed_time")
 def test_a_crash_at_any_step_of_a_run_is_gone_on_from(
     tmp_path: Path,
     describe_store: Callable[..., Description],
     make_records: MakeRecords,
     tree: Tree,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2024, 1, 2, 3, 4, 5, 678, tz)
-
-    monkeypatch.setattr(writer_module, "datetime", Clock)
     records = make_records([b"%d" % place for place in range(10)])
     job = Job(describe_store(), len(records), "0" * 64)
     run_job(tmp_path / "undisturbed", job, records)
@@ -1081,21 +1080,15 @@ def test_a_crash_at_any_step_of_a_run_is_gone_on_from(
     assert when > 40
 
 
+@pytest.mark.usefixtures("fixed_time")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.EROFS])
 def test_an_error_at_any_step_of_a_run_is_gone_on_from(
     tmp_path: Path,
     describe_store: Callable[..., Description],
     make_records: MakeRecords,
     tree: Tree,
-    monkeypatch: pytest.MonkeyPatch,
     code: int,
 ) -> None:
-    class Clock(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime(2024, 1, 2, 3, 4, 5, 678, tz)
-
-    monkeypatch.setattr(writer_module, "datetime", Clock)
     records = make_records([b"%d" % place for place in range(10)])
     job = Job(describe_store(), len(records), "0" * 64)
     run_job(tmp_path / "undisturbed", job, records)
