@@ -55,12 +55,15 @@ class Geometry(NamedTuple):
 
     The part ``box`` (left, top, right, bottom; fractions of a pixel count) of the image, resized
     to ``size`` (width, height), goes to ``at`` (left, top) in the model's picture. What it does not
-    cover is filled.
+    cover is filled. The same part, looked at otherwise: what lies from ``corner`` (left, top) on in
+    the whole image resized to ``whole`` (width, height).
     """
 
     box: tuple[float, float, float, float]
     size: tuple[int, int]
     at: tuple[int, int]
+    whole: tuple[int, int]
+    corner: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -202,11 +205,9 @@ class Preprocess:
     def geometry(self, width: int, height: int) -> Geometry:
         """Where the model's picture lies in an image of ``width`` x ``height`` pixels.
 
-        Only what the crop keeps is asked for: a very long image costs no more than a square one.
-
         >>> p = Preprocess((224, 224), "shortest", (256, 256), "bilinear", (0,) * 3, (1,) * 3)
-        >>> p.geometry(512, 256)
-        Geometry(box=(144.0, 16.0, 368.0, 240.0), size=(224, 224), at=(0, 0))
+        >>> p.geometry(512, 256).box, p.geometry(512, 256).size
+        ((144.0, 16.0, 368.0, 240.0), (224, 224))
         """
         resized_width, resized_height = self.resized(width, height)
         left, kept_width, at_left = _crop_or_pad(resized_width, self.input_size[1])
@@ -215,7 +216,11 @@ class Preprocess:
         right = min((left + kept_width) * x, width)  # rounding must not lead out of the image
         bottom = min((top + kept_height) * y, height)
         return Geometry(
-            (left * x, top * y, right, bottom), (kept_width, kept_height), (at_left, at_top)
+            box=(left * x, top * y, right, bottom),
+            size=(kept_width, kept_height),
+            at=(at_left, at_top),
+            whole=(resized_width, resized_height),
+            corner=(left, top),
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -683,7 +683,7 @@ class TestFailures:
             raise MemoryError
 
         image = photo(9, 9)
-        monkeypatch.setattr(Image.Image, "resize", full)
+        monkeypatch.setattr("extractor.resize.resize", full)
         assert reason(image) == "out-of-memory"
 
     def test_an_error_of_the_disk_is_unreadable(

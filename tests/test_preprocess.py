@@ -137,16 +137,18 @@ def by_axes(reference: Reference, image: Image.Image, first: str) -> npt.NDArray
 def assert_same_as_library(ours: Pixels, reference: Reference, image: Image.Image) -> None:
     """Pixel by pixel, but for the order of the axes.
 
-    Pillow resizes along one axis, rounds to whole levels, and resizes along the other. Which comes
-    first is for Pillow (13 and later) to choose by the sizes, so either order is the reference.
+    The filter goes along one axis, rounds to whole levels, and goes along the other. Which comes
+    first is for Pillow (13 and later) to choose by the sizes, and torch begins with the width, so
+    either order is the reference.
     """
     expected = levels(reference(image))
     assert ours.shape == expected.shape
     difference = np.abs(ours - expected)
-    assert difference.max() <= 2
-    if difference.mean() >= 0.1:
+    if difference.max() > 2 or difference.mean() >= 0.1:
         pictures = [by_axes(reference, image, first) for first in ("width", "height")]
-        assert min(np.abs(ours - expected).mean() for expected in pictures) < 0.1
+        difference = min((np.abs(ours - one) for one in pictures), key=np.mean)
+    assert difference.max() <= 2
+    assert difference.mean() < 0.1
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
@@ -226,7 +228,7 @@ def test_geometry_stays_inside_the_image_and_the_picture(case: str) -> None:
     random = np.random.default_rng(8)
     sizes = [(1, 1), (1, 50_000), (50_000, 1), *random.integers(1, 6000, (500, 2)).tolist()]
     for image_width, image_height in sizes:
-        (left, top, right, bottom), size, at = preprocess.geometry(image_width, image_height)
+        (left, top, right, bottom), size, at = preprocess.geometry(image_width, image_height)[:3]
         assert 0 <= left < right <= image_width
         assert 0 <= top < bottom <= image_height
         assert 1 <= size[0] <= width
@@ -241,8 +243,8 @@ def test_geometry_turns_with_the_image() -> None:
     upright = Preprocess((160, 256), "cover", (182, 292), "bicubic", MEAN, STD)
     lying = Preprocess((256, 160), "cover", (292, 182), "bicubic", MEAN, STD)
     for width, height in [(500, 375), (31, 900), (8, 8)]:
-        (left, top, right, bottom), size, at = upright.geometry(width, height)
-        assert lying.geometry(height, width) == (
+        (left, top, right, bottom), size, at = upright.geometry(width, height)[:3]
+        assert lying.geometry(height, width)[:3] == (
             (top, left, bottom, right),
             size[::-1],
             at[::-1],

@@ -166,7 +166,7 @@ def test_each_model_sees_its_own_picture(images: Path, tmp_path: Path) -> None:
                 squashed = image.resize(size[::-1], PIL.Image.Resampling.BICUBIC)
             levels = np.asarray(squashed, np.float32) / 255
             expected = ((levels - 0.5) / 0.5).mean(1).T.ravel()
-            np.testing.assert_allclose(row, expected, atol=1e-5)
+            np.testing.assert_allclose(row, expected, atol=0.004)  # a level or less
 
 
 def test_equal_pictures_are_made_once() -> None:
