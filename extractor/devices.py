@@ -17,7 +17,6 @@ __all__ = [
     "device_errors",
     "keep_freed_memory",
     "resolve_device",
-    "resolve_precision",
 ]
 
 
@@ -63,16 +62,6 @@ def _cuda(name: str, device: torch.device) -> torch.device:
     if index >= count:
         raise DeviceError(f"device {name}: only cuda:0 to cuda:{count - 1} are visible")
     return torch.device("cuda", index)
-
-
-def resolve_precision(name: str) -> torch.dtype:
-    """The floating-point type of the computation; ``auto`` is float32 for now."""
-    return {
-        "auto": torch.float32,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }[name]
 
 
 def available_cores() -> int:

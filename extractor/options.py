@@ -30,7 +30,7 @@ __all__ = [
 
 DEFAULT_MODEL = "resnet50"
 DEFAULT_OUT = "features"
-PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "mixed")
 DTYPES = ("float32", "float16")
 POOLS = ("avg", "max", "gem", "cls", "avg+max", "none")
 GEM_POWER = 3.0  # of Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation

@@ -24,7 +24,7 @@ def mean_pixel(device: str = "cpu", size: tuple[int, int] = (24, 32)) -> Backbon
     preprocess = Preprocess(size, "squash", size, "bilinear", MEAN, STD)
     provenance = Provenance("test:mean", "test", "1", "random", "", "0" * 64, seed=0)
     backbone = Backbone(MeanPixel(), (Output((3,)),), ("fc",), preprocess, provenance)
-    return backbone.to(torch.device(device), torch.float32)
+    return backbone.to(torch.device(device))
 
 
 def normalised(colour: tuple[int, int, int]) -> list[float]:

@@ -34,8 +34,8 @@ def far_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def load(model: str, options: Options) -> Backbone:
         loaded.append(options.precision)
-        dtype = torch.float16 if options.precision == "float16" else torch.float32
-        return replace(mean_pixel(), module=Far()).to(torch.device("cpu"), dtype)
+        precision = "float16" if options.precision == "float16" else "float32"
+        return replace(mean_pixel(), module=Far()).to(torch.device("cpu"), precision)
 
     monkeypatch.setattr(targets, "load", load)
     return loaded

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from extractor import heads, weights
-from extractor.devices import device_errors, resolve_device, resolve_precision
+from extractor.devices import device_errors, resolve_device
 from extractor.errors import ModelError, UsageError
 from extractor.layers import POOLED_FEATURES, Output, Taps, find_modules
 from extractor.options import Options, Pooling, parse_pooling
+from extractor.precision import convert, input_type, resolve_precision
 from extractor.preprocess import Preprocess
 from extractor.trial import shapes, trial
 from extractor.version import __version__
@@ -82,13 +83,16 @@ class Backbone:
     torch.Size([2, 512])
 
     Attributes:
-        module: the network in eval mode, on ``device`` and in ``dtype``.
+        module: the network in eval mode, on ``device`` and in ``precision``.
         outputs: what it gives for each image; one thing, but for several layers at once.
         heads: dotted names of the modules that are ``nn.Identity`` now.
         preprocess: the evaluation transform that belongs to these weights.
         provenance: where network and weights come from.
         bypassed: further modules that have an ``nn.Identity`` in their place.
         taps: takes the outputs from inside the network; None where it returns them itself.
+        precision: that it computes in, see :meth:`to`.
+        least_cosine: to its embeddings in float32, as far as it was measured for this precision.
+        is_compiled: whether ``torch.compile`` made the network faster.
     """
 
     module: nn.Module
@@ -99,7 +103,9 @@ class Backbone:
     bypassed: tuple[str, ...] = ()
     taps: Taps | None = None
     device: torch.device = CPU
-    dtype: torch.dtype = torch.float32
+    precision: str = "float32"
+    least_cosine: float | None = None
+    is_compiled: bool = False
 
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
@@ -145,7 +151,7 @@ class Backbone:
                 "Preprocess.standard(224)"
             )
         names = _head_names(head)
-        target, dtype = resolve_device(device), resolve_precision(precision)
+        target, numbers = resolve_device(device), resolve_precision(precision)
         model = f"module:{name or type(module).__name__}"
         digest = weights.sha256_of_state(module.state_dict())
         heads.replace_with_identity(module, names)
@@ -157,7 +163,9 @@ class Backbone:
                 "classifier with head=, or take a layer of it"
             )
         provenance = Provenance(model, "module", __version__, "given", "", digest)
-        return cls(module, (Output((shape[0],)),), names, preprocess, provenance).to(target, dtype)
+        return cls(module, (Output((shape[0],)),), names, preprocess, provenance).to(
+            target, numbers
+        )
 
     @property
     def dim(self) -> int:
@@ -165,9 +173,9 @@ class Backbone:
         return self._only.dim
 
     @property
-    def precision(self) -> str:
-        """Name of :attr:`dtype`, such as ``float32``."""
-        return str(self.dtype).removeprefix("torch.")
+    def dtype(self) -> torch.dtype:
+        """Of the pixels that the network takes; :meth:`embed` sees to it."""
+        return input_type(self.precision)
 
     @property
     def _only(self) -> Output:
@@ -256,19 +264,27 @@ class Backbone:
             replaced = heads.bypass(self.module, names, size, model)
         return replace(self, bypassed=(*self.bypassed, *replaced))
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> Backbone:
+    def to(self, device: torch.device, precision: str = "float32") -> Backbone:
         """The backbone on a device and in a precision; the module itself is moved, not copied.
+
+        Args:
+            precision: ``float32``, ``bfloat16``, ``float16``, or ``mixed``, which is bfloat16 but
+                for the first module, depthwise convolutions and normalisations.
 
         Raises:
             DeviceError: the device is full, busy or broken.
         """
         with device_errors(device):
-            module = self.module.to(device, dtype)
+            module = self.module.to(device)
+            if self.precision != "mixed":
+                convert(module, precision)
+            elif precision != "mixed":
+                raise UsageError("precision: mixed cannot be changed; load the backbone again")
             for parameter in module.parameters():
                 # Not Module.to(memory_format=...), which stumbles over weights of five axes.
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return replace(self, module=module, device=device, dtype=dtype)
+        return replace(self, module=module, device=device, precision=precision)
 
 
 def _head_names(head: object) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ def build(model: str, options: Options) -> Backbone:
         made = _call(_function(path, name), model)
     label = f"{path.name}:{name}"
     if isinstance(made, Backbone):
-        backbone = made.to(torch.device("cpu"), torch.float32)
+        backbone = made.to(torch.device("cpu"))
     elif isinstance(made, nn.Module):
         backbone = Backbone.from_module(
             made, head=None, preprocess=Preprocess.standard(IMAGE_SIZE), name=label, device="cpu"

@@ -13,10 +13,11 @@ from extractor import weights as weights_room
 from extractor.backbones import from_file, from_timm, from_torchvision
 from extractor.backbones.backbone import Backbone
 from extractor.backbones.catalog import Catalog
-from extractor.devices import device_errors, resolve_device, resolve_precision
+from extractor.devices import device_errors, resolve_device
 from extractor.errors import ModelError, UsageError
 from extractor.layers import Output
 from extractor.options import DEFAULT_MODEL, Options
+from extractor.precision import resolve_precision
 from extractor.trial import trial
 
 __all__ = ["adapt", "fetch", "load", "load_backbone", "resolve_name", "with_changes"]
@@ -63,7 +64,7 @@ def load_backbone(
         weights: ``default``, ``random``, a tag of the library (``a1_in1k``, ``IMAGENET1K_V1``),
             ``hf-hub:ORG/NAME``, or a file with a state dict.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        precision: ``auto`` (float32), ``float32``, ``bfloat16`` or ``float16``.
+        precision: ``auto`` (float32), ``float32``, ``bfloat16``, ``float16`` or ``mixed``.
 
     The other arguments are the fields of :class:`extractor.options.Options`.
 
@@ -96,7 +97,6 @@ def load_backbone(
 def load(model: str, options: Options) -> Backbone:
     """As :func:`load_backbone`, with its arguments in one value."""
     target = resolve_device(options.device)  # first: it is the cheapest to be wrong
-    dtype = resolve_precision(options.precision)
     library, name = resolve_name(model)
     if options.weights == "random" and library != "file":
         seed = options.seed
@@ -117,7 +117,8 @@ def load(model: str, options: Options) -> Backbone:
             else "Check that they were made for this model"
         )
         raise weights_room.MisfitError(f"{error}. {advice}", error.state) from error
-    return adapt(backbone.to(target, dtype), options)
+    backbone = adapt(backbone.to(target), options)
+    return backbone.to(target, resolve_precision(options.precision))
 
 
 def adapt(backbone: Backbone, options: Options) -> Backbone:
@@ -154,12 +155,12 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
         backbone = replace(backbone, preprocess=changed)
     device = backbone.device if options.device == "auto" else resolve_device(options.device)
     auto = options.precision == "auto"
-    dtype = backbone.dtype if auto else resolve_precision(options.precision)
-    moved = (device, dtype) != (backbone.device, backbone.dtype)
+    precision = backbone.precision if auto else options.precision
+    moved = (device, precision) != (backbone.device, backbone.precision)
     if moved or options.bypass:  # what is the user's stays as it is
         backbone = replace(backbone, module=copy.deepcopy(backbone.module))
     if moved:
-        backbone = backbone.to(device, dtype)
+        backbone = backbone.to(device, precision)
     return adapt(backbone, options)
 
 
