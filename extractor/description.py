@@ -13,13 +13,14 @@ from extractor.options import Options, join_names
 from extractor.record import software_versions
 from extractor.store import Description
 
-__all__ = ["describe"]
+__all__ = ["describe", "precision_of"]
 
 
 def describe(target: Target, options: Options, root: bytes, batch_size: int) -> Description:
     """All that the manifest keeps of one store's making."""
     first = target.parts[0].backbone
     several = len(target.backbones) > 1
+    cosines = [one.least_cosine for one in target.backbones if one.least_cosine is not None]
     return Description(
         backbone=_joined_backbones(target) if several else _backbone(first),
         embedding={
@@ -35,7 +36,9 @@ def describe(target: Target, options: Options, root: bytes, batch_size: int) -> 
             else first.preprocess.as_dict()
         ),
         computation={
-            "precision": first.precision,
+            "precision": precision_of(target),
+            "least_cosine": min(cosines, default=None),
+            "compiled": any(backbone.is_compiled for backbone in target.backbones),
             "device": first.device.type,
             "batch_size": batch_size,
             "decode": options.decode,
@@ -44,6 +47,12 @@ def describe(target: Target, options: Options, root: bytes, batch_size: int) -> 
         shard_images=options.shard_images,
         software=software_versions(),
     )
+
+
+def precision_of(target: Target) -> str:
+    """The precision of its backbones, joined where they differ."""
+    names = [backbone.precision for backbone in target.backbones]
+    return names[0] if len(set(names)) == 1 else join_names(names)
 
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:

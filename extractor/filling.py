@@ -17,12 +17,12 @@ from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.sources import ImageList, show
 from extractor.store import Description, FailureRecord, ImageRecord, Job, StoreWriter
-from extractor.store.format import STAGING, listing_digest
+from extractor.store.format import listing_digest
 from extractor.store.growth import Current, Held, Plan, plan
 from extractor.store.place import finish_publishing
 from extractor.store.shard import ShardWriter
 
-__all__ = ["Filling"]
+__all__ = ["Filling", "claimed"]
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +30,22 @@ log = logging.getLogger(__name__)
 INDEX_BYTES = 300
 
 
+@contextmanager
+def claimed(folder: Path, options: Options) -> Iterator[StoreWriter]:
+    """The place of a store, for this run alone; what is half done there is brought to its end.
+
+    Raises:
+        StoreError: it cannot be written, is in use, or holds something else.
+    """
+    finish_publishing(folder, lock=options.lock)
+    with StoreWriter(folder, overwrite=options.overwrite, extend=True, lock=options.lock) as writer:
+        yield writer
+
+
 class Filling:
     """One store while a run fills it: taken up as it was left, extended, published.
 
-    A context manager; leaving it without :meth:`publish` keeps what is done for the next run.
+    Without :meth:`publish`, what is done is kept for the next run.
 
     Attributes:
         target: what it holds.
@@ -41,11 +53,17 @@ class Filling:
         done: how many of these, from the first on, are dealt with.
         rows, failed: images with a row and images without.
         is_finished: nothing had to be done, and nothing was.
+
+    Args:
+        writer: of its place, see :func:`claimed`.
+
+    Raises:
+        StoreError: what is there is of something else.
     """
 
     def __init__(
         self,
-        folder: Path,
+        writer: StoreWriter,
         target: Target,
         description: Description,
         sources: ImageList,
@@ -58,35 +76,20 @@ class Filling:
         self.rows = 0
         self.failed = 0
         self.is_finished = False
-        self._folder = folder
         self._description = description
         self._sources = sources
         self._current = current
         self._options = options
         self._added = 0
         self._first_failures: list[tuple[str, str]] = []
-        self._writer = StoreWriter(
-            folder, overwrite=options.overwrite, extend=True, lock=options.lock
-        )
+        self._writer = writer
         self._shard: ShardWriter | None = None
-
-    def __enter__(self) -> Filling:
-        finish_publishing(self._folder, lock=self._options.lock)
-        self._writer.__enter__()
-        try:
-            self._prepare()
-        except BaseException:
-            self._writer.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._writer.__exit__()
+        self._prepare()
 
     @property
     def staging(self) -> Path:
         """Where it keeps what is done until it is published."""
-        return self._folder / STAGING
+        return self._writer.staging
 
     @property
     def bytes_to_come(self) -> int:
@@ -136,7 +139,7 @@ class Filling:
                 "%s: the images are no longer those of the interrupted run (of those that it had "
                 "done, %d changed and %d are gone; %d are to be computed); what it did of others "
                 "is kept, --overwrite starts anew",
-                *(self._folder, whole.changed, whole.gone, len(whole.todo)),
+                *(self._writer.out, whole.changed, whole.gone, len(whole.todo)),
             )
             self._writer.seal()
             self._plan = whole
@@ -240,7 +243,7 @@ class Filling:
             listing = listing_digest(self._all_paths())
             self._writer.publish(self._job, self._plan, listing=listing)
         return StoreReport(
-            out=self._folder,
+            out=self._writer.out,
             rows=self.rows,
             failed=self.failed,
             added=self._added,

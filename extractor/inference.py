@@ -19,7 +19,7 @@ from extractor.errors import UsageError
 from extractor.loader import Batch
 from extractor.preprocess import Preprocess
 
-__all__ = ["Embedded", "embed", "pictures_of"]
+__all__ = ["Embedded", "Normalise", "embed", "full_float32", "pictures_of"]
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +62,12 @@ def embed(
         DeviceError: the device is full, busy or broken.
     """
     step = _Step(targets, normalize)
-    with device_errors(step.device), _full_float32():
+    with device_errors(step.device), full_float32():
         run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
         yield from run(step, batches)
 
 
-class _Normalise:
+class Normalise:
     """From a picture to a backbone's input."""
 
     def __init__(self, backbone: Backbone) -> None:
@@ -102,7 +102,7 @@ class _Step:
         self._part = 0  # images at a time where the device takes no whole batch
         places = {one.picture: place for place, one in enumerate(pictures_of(targets))}
         self._picture = [places[backbone.preprocess.picture] for backbone in self._backbones]
-        self._normalise = [_Normalise(backbone) for backbone in self._backbones]
+        self._normalise = [Normalise(backbone) for backbone in self._backbones]
 
     def in_parts(self, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """As calling it, but in parts as large as the device's memory takes.
@@ -231,7 +231,7 @@ def _collect(batch: Batch, rows: Sequence[torch.Tensor]) -> Embedded:
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """Let float32 mean float32: convolutions on recent GPUs would round their inputs to TF32."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False

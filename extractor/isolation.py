@@ -37,7 +37,7 @@ SLOT_BYTES = 8192  # two for a length, and a path, which Linux does not take lon
 LENGTH_BYTES = 2
 
 # What a process gets to start, beside the time for the image.
-START_SECONDS = 60.0
+START_SECONDS = 30.0  # of which torch takes most
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 

@@ -17,12 +17,13 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from extractor.backbones import Backbone, Model, Target, check_models, load_targets
 from extractor.current import current_images
-from extractor.decode import EncodedImage, Failure, ImageSource
-from extractor.description import describe
+from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
+from extractor.description import describe, precision_of
 from extractor.devices import available_cores, device_errors
 from extractor.errors import (
     DecodeError,
@@ -31,7 +32,7 @@ from extractor.errors import (
     StoreError,
     UsageError,
 )
-from extractor.filling import Filling
+from extractor.filling import Filling, claimed
 from extractor.inference import Embedded, embed, pictures_of
 from extractor.isolation import InFlight, Suspects
 from extractor.loader import MAX_ABANDONED, BatchLoader
@@ -40,6 +41,7 @@ from extractor.options import (
     DEFAULT_MODEL,
     Options,
     default_batch_size,
+    join_names,
     planned_stores,
     store_folders,
 )
@@ -48,6 +50,8 @@ from extractor.report import Progress, Report
 from extractor.sources import ImageList, Input, list_images, show
 from extractor.store.format import IN_FLIGHT, MAX_SHARDS
 from extractor.store.place import check_place
+from extractor.store.writer import StoreWriter
+from extractor.tuning import Recorded, tune
 
 __all__ = [
     "BatchPlan",
@@ -107,6 +111,7 @@ def extract(
     seed: int = _DEFAULT.seed,
     device: str = _DEFAULT.device,
     precision: str = _DEFAULT.precision,
+    compile: str = _DEFAULT.compile,
     dtype: str = _DEFAULT.dtype,
     normalize: bool = _DEFAULT.normalize,
     batch_size: int | None = _DEFAULT.batch_size,
@@ -168,6 +173,7 @@ def extract(
         seed=seed,
         device=device,
         precision=precision,
+        compile=compile,
         dtype=dtype,
         normalize=normalize,
         batch_size=batch_size,
@@ -202,37 +208,49 @@ def extract(
     batch_size = _batch_size(targets, options)
     current = functools.cache(lambda: current_images(sources, content=options.check == "content"))
     with ExitStack() as stack:
-        stores = []
-        for folder, target in zip(folders, targets, strict=True):
-            description = describe(target, options, sources.root, batch_size)
-            filling = Filling(folder, target, description, sources, current, options)
-            stores.append(stack.enter_context(filling))
+        writers = [stack.enter_context(claimed(folder, options)) for folder in folders]
+        suspects = _suspects([writer.staging for writer in writers])
+        targets = _tuned(targets, models, writers, sources, options, batch_size, suspects)
+        clock.ended("tune")
+        stores = [
+            Filling(
+                writer,
+                target,
+                describe(target, options, sources.root, batch_size),
+                sources,
+                current,
+                options,
+            )
+            for writer, target in zip(writers, targets, strict=True)
+        ]
         to_do = max(len(store.todo) - store.done for store in stores)
         _check_room(stores)
         clock.ended("compare")
-        run = _Run(sources, models, targets, options, batch_size)
+        run = _Run(sources, models, targets, options, batch_size, suspects)
         run.fill(stores, progress or _nothing, stop or _never)
         _check_any_row(stores)
         clock.ended("compute")
         reports = tuple(store.publish() for store in stores)
     clock.ended("publish")
-    first = targets[0].parts[0].backbone
+    backbones = [backbone for target in targets for backbone in target.backbones]
     report = Report(
         stores=reports,
         images=len(sources),
         resumed=len(sources) - to_do,
         passed_over=sources.passed_over,
-        device=str(first.device),
-        precision=first.precision,
+        device=str(backbones[0].device),
+        precision=join_names(list(dict.fromkeys(map(precision_of, targets)))),
+        least_cosine=min((c for b in backbones if (c := b.least_cosine) is not None), default=None),
+        is_compiled=any(backbone.is_compiled for backbone in backbones),
         seconds=sum(clock.seconds.values()),
-        load_seconds=clock.seconds["list"] + clock.seconds["load"],
+        load_seconds=sum(clock.seconds[name] for name in ("list", "load", "tune")),
         accepted_failure_rate=options.max_failure_rate,
     )
     typed = [one for one in models if isinstance(one, str)]
     write_record(
         report,
         request_of(typed, options) if len(typed) == len(models) else None,
-        weights=[b.provenance.file for target in targets for b in target.backbones],
+        weights=[backbone.provenance.file for backbone in backbones],
         options=options,
         started=clock.started,
         seconds=clock.seconds,
@@ -285,12 +303,14 @@ class _Run:
         targets: Sequence[Target],
         options: Options,
         batch_size: int,
+        suspects: Collection[bytes],
     ) -> None:
         self._sources = sources
         self._models = models
         self._targets = targets
         self._options = options
         self._batch_size = batch_size
+        self._suspects = suspects
 
     def fill(
         self,
@@ -315,17 +335,11 @@ class _Run:
             if stop() and done() < total:
                 raise InterruptedRunError(done(), total)
 
-        suspects = _suspects([store for group in passes.values() for store in group])
         progress(Progress(done(), total, max(store.failed for store in stores)))
         for group in passes.values():
-            self._fill_together(group, suspects, after_batch)
+            self._fill_together(group, after_batch)
 
-    def _fill_together(
-        self,
-        stores: Sequence[Filling],
-        suspects: Collection[bytes],
-        after_batch: Callable[[], None],
-    ) -> None:
+    def _fill_together(self, stores: Sequence[Filling], after_batch: Callable[[], None]) -> None:
         """Compute the images that all of some stores lack, shard by shard in order."""
         todo, options = stores[0].todo, self._options
         done = min(store.done for store in stores)
@@ -343,7 +357,12 @@ class _Run:
         with ExitStack() as stack:
             in_flight = stack.enter_context(InFlight(stores[0].staging / IN_FLIGHT, slots))
             loader = _loader(
-                map(images_of, batches), targets, options, self._batch_size, suspects, in_flight
+                map(images_of, batches),
+                targets,
+                options,
+                self._batch_size,
+                self._suspects,
+                in_flight,
             )
             stack.enter_context(loader)
             computed = embed(targets, loader, normalize=options.normalize)
@@ -362,7 +381,7 @@ class _Run:
         self, targets: Sequence[Target]
     ) -> Callable[[Callable[[], Sequence[ImageSource]], Embedded], Embedded]:
         """What mends the rows of a batch, given its images; nothing where none can be wanting."""
-        half = targets[0].parts[0].backbone.precision != "float32"
+        half = any(b.precision != "float32" for target in targets for b in target.backbones)
         if not half or not all(isinstance(model, str) for model in self._models):
             return lambda _, embedded: embedded
         options = replace(self._options, precision="float32")
@@ -381,6 +400,53 @@ class _Run:
 
 def _left(group: Sequence[Filling]) -> int:
     return max(len(store.todo) - store.done for store in group)
+
+
+def _tuned(
+    targets: Sequence[Target],
+    models: Sequence[Model],
+    writers: Sequence[StoreWriter],
+    sources: ImageList,
+    options: Options,
+    batch_size: int,
+    suspects: Collection[bytes],
+) -> list[Target]:
+    """The targets in the precision that is taken, compiled where that pays."""
+    before = [
+        writer.before(describe(target, options, sources.root, batch_size))
+        for writer, target in zip(writers, targets, strict=True)
+    ]
+    left = max(len(sources) - (0 if one is None else one.images) for one in before)
+    pictures = pictures_of(targets)
+
+    def sample(count: int) -> list[torch.Tensor]:
+        spread = np.unique(np.linspace(0, len(sources) - 1, count).astype(int))
+        some = [sources.full_path(int(place)) for place in spread]
+        slots = _workers(options) + MAX_ABANDONED
+        with (
+            InFlight(writers[0].staging / IN_FLIGHT, slots) as in_flight,
+            _loader([some], targets, options, len(some), suspects, in_flight) as loader,
+        ):
+            (batch,) = loader
+            kept = [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
+            return [picture[torch.tensor(kept)] for picture in batch.pictures]
+
+    return tune(
+        targets,
+        [
+            None if one is None else Recorded.of(one.computation, same_run=one.is_interrupted)
+            for one in before
+        ],
+        # A backbone of the user's own is in the precision that it was given.
+        choose=options.precision == "auto" and all(isinstance(model, str) for model in models),
+        compile=options.compile,
+        images=left,
+        batch_size=batch_size,
+        sample=sample,
+        pictures_of=lambda backbone: [one.picture for one in pictures].index(
+            backbone.preprocess.picture
+        ),
+    )
 
 
 def _check_room(stores: Sequence[Filling]) -> None:
@@ -406,11 +472,11 @@ def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _suspects(stores: Sequence[Filling]) -> set[bytes]:
+def _suspects(staging: Iterable[Path]) -> set[bytes]:
     """Images that are decoded apart, since a run died while it decoded them."""
     every: set[bytes] = set()
-    for store in stores:
-        known, new = Suspects(store.staging).load()
+    for folder in staging:
+        known, new = Suspects(folder).load()
         every.update(known)
         if new:
             log.warning(

@@ -49,6 +49,7 @@ ONLY_HOW = frozenset(
     {
         "overwrite",
         "workers",
+        "compile",
         "check",
         "keep_missing",
         "retry_failed",
@@ -140,6 +141,8 @@ def write_record(
             "options": json.loads(json.dumps(asdict(options))),
             "device": report.device,
             "precision": report.precision,
+            "least_cosine": report.least_cosine,
+            "compiled": report.is_compiled,
             "counts": {
                 "images": report.images,
                 "resumed": report.resumed,
@@ -250,6 +253,8 @@ def nothing_to_do(
         passed_over=images.passed_over,
         device=str(computation["device"]),
         precision=str(computation["precision"]),
+        least_cosine=computation.get("least_cosine"),
+        is_compiled=bool(computation.get("compiled")),
         seconds=(datetime.now(timezone.utc) - started).total_seconds(),
         load_seconds=0.0,
         accepted_failure_rate=options.max_failure_rate,

@@ -68,8 +68,11 @@ class Report:
         resumed: of those, how many an earlier run had done already.
         passed_over: files in the folders that are no images.
         device, precision: that computed.
+        least_cosine: of the embeddings to those in float32, of the images that this precision was
+            tried with; None where it was not.
+        is_compiled: whether a network was compiled.
         seconds: of the whole run.
-        load_seconds: of those, until the models were ready.
+        load_seconds: of those, until the models were ready; listing, loading and tuning.
         accepted_failure_rate: share of images without a row that is no reason to complain.
     """
 
@@ -82,6 +85,8 @@ class Report:
     seconds: float
     load_seconds: float
     accepted_failure_rate: float = 0.0
+    least_cosine: float | None = None
+    is_compiled: bool = False
 
     @property
     def exit_code(self) -> int:

@@ -203,6 +203,8 @@ def test_the_manifest_says_how_to_repeat_the_vectors(photos: Path, tmp_path: Pat
     assert description.embedding["definition"] == "pre-logits"
     assert description.computation == {
         "precision": "float32",
+        "least_cosine": None,
+        "compiled": False,
         "device": "cpu",
         "batch_size": 7,
         "decode": "scaled",

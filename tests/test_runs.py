@@ -240,7 +240,8 @@ def test_run_json_says_what_was_asked_for_and_what_came_of_it(photos: Path, tmp_
     assert content["exit_code"] == 0
     assert content["options"]["max_failure_rate"] == 0.1
     assert content["request"]["models"] == ["mean"]
-    assert list(content["seconds"]) == ["list", "load", "compare", "compute", "publish"]
+    stages = ["list", "load", "tune", "compare", "compute", "publish"]
+    assert list(content["seconds"]) == stages
     assert content["started"] <= content["ended"]
     assert content["process"] == os.getpid()
     assert content["store"] == FeatureStore.open(tmp_path / "out").manifest.checksum

@@ -215,7 +215,10 @@ class Description:
         return f"{self.model} ({weights}, sha256 {str(self.backbone.get('sha256'))[:12]})"
 
 
-_UNIMPORTANT = {f"software.{name}" for name in ("python", "numpy", "pyarrow")}
+_UNIMPORTANT = {
+    *(f"software.{name}" for name in ("python", "numpy", "pyarrow")),
+    *(f"computation.{name}" for name in ("compiled", "least_cosine")),
+}
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +41,22 @@ from extractor.store.lock import Lock
 from extractor.store.place import check_place, clear, explained, recover
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
-__all__ = ["Job", "StoreWriter", "failure_lines", "published", "read_failures"]
+__all__ = ["Before", "Job", "StoreWriter", "failure_lines", "published", "read_failures"]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a run finds in its place.
+
+    Attributes:
+        computation: how the rows were computed, as a manifest says it.
+        images: that a finished store answers for.
+        is_interrupted: a run is there that did not come to its end.
+    """
+
+    computation: Mapping[str, Any]
+    images: int
+    is_interrupted: bool
 
 
 @dataclass(frozen=True)
@@ -182,6 +198,38 @@ class StoreWriter:
                 f"{self._out} holds {what} something else ({'; '.join(differ[:5])}); repeat what "
                 "it was asked for, start anew with --overwrite, or choose another --out"
             )
+
+    def before(self, description: Description) -> Before | None:
+        """What is there already and will be kept; None where nothing is.
+
+        Args:
+            description: of what comes; what it says of the computation does not count.
+
+        Raises:
+            StoreError: the store that is there cannot be read.
+        """
+        with explained(self._out):
+            staged = self._staged_job()
+            if staged is not None and not (
+                self._overwrite
+                and (staged.base or _made_otherwise(staged.description, description))
+            ):
+                return Before(staged.description.computation, 0, is_interrupted=True)
+            if self._overwrite or not (self._out / MANIFEST).is_file():
+                return None
+            name = self._out / MANIFEST
+            manifest = Manifest.from_json(name.read_bytes(), str(name))
+            return Before(manifest.description.computation, manifest.images, is_interrupted=False)
+
+    @property
+    def out(self) -> Path:
+        """Folder of the store."""
+        return self._out
+
+    @property
+    def staging(self) -> Path:
+        """Where what is done is kept until it is published."""
+        return self._staging
 
     @property
     def base(self) -> Manifest | None:
@@ -414,6 +462,11 @@ class StoreWriter:
             self._staging.rmdir()
         self._lock.__exit__()
         self._unmake_folders()
+
+
+def _made_otherwise(one: Description, other: Description) -> bool:
+    """Whether they differ in more than the computation."""
+    return any(not each.startswith("computation.") for each in one.differences(other))
 
 
 def _still_live(entry: ShardEntry, plan: Plan | None) -> ShardEntry:
