@@ -32,18 +32,21 @@ __all__ = [
     "ImageInfo",
     "ImageSource",
     "PixelBudget",
+    "ReadFile",
     "allow_pixels",
     "decode_into",
     "digest_of",
     "looks_like_image",
     "open_regular",
+    "read_file",
     "readable_suffixes",
 ]
 
-ImageSource: TypeAlias = (
-    "str | bytes | os.PathLike[str] | EncodedImage | Image.Image | npt.NDArray[np.uint8]"
-)
-"""A path (as ``bytes``, too: not every name is text), an encoded or a decoded image."""
+FilePath: TypeAlias = "str | bytes | os.PathLike[str]"
+"""As ``bytes``, too: not every name is text."""
+
+ImageSource: TypeAlias = "FilePath | ReadFile | EncodedImage | Image.Image | npt.NDArray[np.uint8]"
+"""A path, what :func:`read_file` read there, an encoded or a decoded image."""
 
 # Formats that Pillow names but does not decode by itself: metadata only (BUFR, GRIB, HDF5, MPEG,
 # WMF outside Windows), and EPS, for which it would run Ghostscript on a file of unknown origin.
@@ -79,6 +82,16 @@ class EncodedImage:
     """The bytes of an image file, told apart from a path given as bytes."""
 
     data: bytes
+
+
+@dataclass(frozen=True)
+class ReadFile:
+    """The bytes of an image file with its size and time of modification."""
+
+    path: FilePath
+    content: bytes
+    size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)
@@ -177,8 +190,8 @@ def decode_into(
     """Decode one image once, orient, resize and crop it into each of ``outs``; say what it was.
 
     Args:
-        source: a path, :class:`EncodedImage`, a PIL image, or a uint8 array ``(H, W)`` or
-            ``(H, W, 1 | 3 | 4)`` in RGB order.
+        source: a path or what was read there, :class:`EncodedImage`, a PIL image, or a uint8 array
+            ``(H, W)`` or ``(H, W, 1 | 3 | 4)`` in RGB order.
         preprocesses: how each of the pictures is made.
         outs: for each, ``(height, width, 3)`` uint8 of its ``input_size``, written in place, RGB.
         budget: what images may hold before they are resized; one that declares more is not
@@ -197,10 +210,14 @@ def decode_into(
             )
     pictures = tuple(zip(preprocesses, outs, strict=True))
     budget = budget or PixelBudget(MAX_PIXELS)
-    if not isinstance(source, (str, bytes, os.PathLike, EncodedImage, Image.Image, np.ndarray)):
-        raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     if isinstance(source, (str, bytes, os.PathLike)):
-        return _decode_file(source, pictures, budget, how)
+        source = read_file(source)
+    if isinstance(source, ReadFile):
+        return _decode_read(source, pictures, budget, how)
+    if isinstance(source, (str, bytes, os.PathLike)):
+        return _decode_large(source, pictures, budget, how)
+    if not isinstance(source, (EncodedImage, Image.Image, np.ndarray)):
+        raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     with _decode_errors():
         if isinstance(source, EncodedImage):
             with _identified(io.BytesIO(source.data), budget) as image:
@@ -209,22 +226,48 @@ def decode_into(
         return ImageInfo(-1, -1, *_place(image, pictures, budget, how))
 
 
-def _decode_file(
-    path: str | bytes | os.PathLike[str], pictures: _Pictures, budget: PixelBudget, how: str
-) -> ImageInfo:
-    status = None
+def read_file(path: FilePath, most: int = READ_WHOLE_BYTES) -> ReadFile | FilePath:
+    """The bytes of an image file; the path itself where they are more than ``most``.
+
+    Raises:
+        DecodeError: it cannot be read.
+    """
+    with _stat_known(path), _decode_errors(), open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        if status.st_size > min(most, READ_WHOLE_BYTES):
+            return path
+        return ReadFile(path, file.read(), status.st_size, status.st_mtime_ns)
+
+
+def _decode_read(file: ReadFile, pictures: _Pictures, budget: PixelBudget, how: str) -> ImageInfo:
     try:
-        with _decode_errors(), open_regular(path) as file:
-            status = os.fstat(file.fileno())
-            whole = status.st_size <= READ_WHOLE_BYTES
-            content = file.read() if whole else b""
-            digest = hashlib.sha256(content) if whole else _digest_of(file)
-            with _identified(io.BytesIO(content) if whole else file, budget) as image:
-                width, height = _place(image, pictures, budget, how)
-            return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest.digest())
+        with _decode_errors(), _identified(io.BytesIO(file.content), budget) as image:
+            width, height = _place(image, pictures, budget, how)
+    except DecodeError as error:
+        error.size, error.mtime_ns = file.size, file.mtime_ns
+        raise
+    digest = hashlib.sha256(file.content).digest()
+    return ImageInfo(file.size, file.mtime_ns, width, height, digest)
+
+
+def _decode_large(path: FilePath, pictures: _Pictures, budget: PixelBudget, how: str) -> ImageInfo:
+    """Decode a file that Pillow reads piece by piece."""
+    with _stat_known(path), _decode_errors(), open_regular(path) as file:
+        status = os.fstat(file.fileno())
+        digest = _digest_of(file).digest()
+        with _identified(file, budget) as image:
+            width, height = _place(image, pictures, budget, how)
+        return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest)
+
+
+@contextlib.contextmanager
+def _stat_known(path: FilePath) -> Iterator[None]:
+    """Let an error say which file it was that could not be decoded."""
+    try:
+        yield
     except DecodeError as error:
         with contextlib.suppress(OSError, ValueError):
-            status = status or os.stat(path)
+            status = os.stat(path)
             error.size, error.mtime_ns = status.st_size, status.st_mtime_ns
         raise
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from extractor.devices import device_errors
 from extractor.errors import UsageError
 from extractor.loader import Batch
 from extractor.preprocess import Preprocess
+from extractor.timing import Timer
 
 __all__ = ["Embedded", "Normalise", "embed", "full_float32", "pictures_of"]
 
@@ -49,7 +51,11 @@ def pictures_of(targets: Sequence[Target]) -> list[Preprocess]:
 
 
 def embed(
-    targets: Sequence[Target], batches: Iterable[Batch], *, normalize: bool
+    targets: Sequence[Target],
+    batches: Iterable[Batch],
+    *,
+    normalize: bool,
+    timer: Timer | None = None,
 ) -> Iterator[Embedded]:
     """Embed batches in order, and release each as soon as its pixels are no longer needed.
 
@@ -57,6 +63,7 @@ def embed(
         targets: what to compute; all on one device, and each backbone once a batch.
         batches: with the pictures that :func:`pictures_of` lists.
         normalize: scale every embedding to unit Euclidean length.
+        timer: sums what waiting for batches and the model take.
 
     Raises:
         DeviceError: the device is full, busy or broken.
@@ -64,7 +71,19 @@ def embed(
     step = _Step(targets, normalize)
     with device_errors(step.device), full_float32():
         run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
-        yield from run(step, batches)
+        timer = timer or Timer()
+        yield from run(step, _waited_for(batches, timer), timer)
+
+
+def _waited_for(batches: Iterable[Batch], timer: Timer) -> Iterator[Batch]:
+    """The same batches, with the time that they keep others waiting counted."""
+    iterator = iter(batches)
+    while True:
+        with timer.spent("idle"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 class Normalise:
@@ -158,24 +177,28 @@ class _Step:
         return torch.nn.functional.normalize(rows) if self._unit_length else rows
 
 
-def _embed_in_turn(step: _Step, batches: Iterable[Batch]) -> Iterator[Embedded]:
+def _embed_in_turn(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator[Embedded]:
     for batch in batches:
         with torch.inference_mode():
-            pictures = [picture.to(step.device) for picture in batch.pictures]
-            # Decoding goes on in these buffers while the last model computes.
-            rows = step(pictures, batch.release)
-        yield _collect(batch, [one.cpu() for one in rows])
+            with timer.spent("transfer"):
+                pictures = [picture.to(step.device) for picture in batch.pictures]
+            with timer.spent("model"):
+                # Decoding goes on in these buffers while the last model computes.
+                rows = [one.cpu() for one in step(pictures, batch.release)]
+        yield _collect(batch, rows)
 
 
 class _Flight(NamedTuple):
     batch: Batch
     pictures: list[torch.Tensor]
     rows: list[torch.Tensor]
+    begun: torch.cuda.Event
     copied_in: torch.cuda.Event
+    computing: torch.cuda.Event
     copied_out: torch.cuda.Event
 
 
-def _embed_cuda(step: _Step, batches: Iterable[Batch]) -> Iterator[Embedded]:
+def _embed_cuda(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator[Embedded]:
     """Keep the GPU fed: it computes one batch while the next one's pixels are on their way.
 
     All launches are asynchronous, so the host only waits for rows that are :data:`IN_FLIGHT`
@@ -187,41 +210,51 @@ def _embed_cuda(step: _Step, batches: Iterable[Batch]) -> Iterator[Embedded]:
         for batch in batches:
             flights.append(_launch(step, batch, copies))
             if len(flights) == IN_FLIGHT:
-                yield _land(flights.popleft())
+                yield _land(flights.popleft(), timer)
         while flights:
-            yield _land(flights.popleft())
+            yield _land(flights.popleft(), timer)
     finally:
         copies.synchronize()  # no buffer may go while a copy still reads it
 
 
 @torch.inference_mode()
 def _launch(step: _Step, batch: Batch, copies: torch.cuda.Stream) -> _Flight:
-    copied_in, copied_out = _event(), _event()
+    begun, copied_in, computing, copied_out = (_event() for _ in range(4))
     with torch.cuda.device(step.device):
         compute = torch.cuda.current_stream()
         with torch.cuda.stream(copies):
+            begun.record()
             pictures = [one.to(step.device, non_blocking=True) for one in batch.pictures]
             copied_in.record()
         compute.wait_event(copied_in)
         for picture in pictures:
             # Allocated on the copy stream, read on this one: not to be reused before both are done.
             picture.record_stream(compute)
+        computing.record()
         host_rows = []
         for rows in step.in_parts(pictures):
             host_rows.append(torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True))
             host_rows[-1].copy_(rows, non_blocking=True)
         copied_out.record()
-    return _Flight(batch, pictures, host_rows, copied_in, copied_out)
+    return _Flight(batch, pictures, host_rows, begun, copied_in, computing, copied_out)
 
 
 def _event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
-def _land(flight: _Flight) -> Embedded:
+def _land(flight: _Flight, timer: Timer) -> Embedded:
+    begun = time.perf_counter()
     flight.copied_in.synchronize()
     flight.batch.release()
     flight.copied_out.synchronize()
+    # As the device counts them; in a trace they stand where this thread waits for them.
+    for kind, first, last in (
+        ("transfer", flight.begun, flight.copied_in),
+        ("model", flight.computing, flight.copied_out),
+    ):
+        seconds = first.elapsed_time(last) / 1000
+        timer.add(kind, begun, time.perf_counter() - begun, counted=seconds)
     return _collect(flight.batch, flight.rows)
 
 

@@ -14,10 +14,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from extractor.decode import Failure, ImageInfo, ImageSource, PixelBudget, decode_into
+from extractor.decode import (
+    READ_WHOLE_BYTES,
+    Failure,
+    ImageInfo,
+    ImageSource,
+    PixelBudget,
+    ReadFile,
+    decode_into,
+    read_file,
+)
 from extractor.errors import DecodeError, SourceError
 from extractor.isolation import InFlight, decode_apart
 from extractor.options import Options
+from extractor.timing import Timer
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +44,14 @@ BUFFERS = 4
 # Decoders that hang and are left to themselves, each with its thread and a buffer. So many mean
 # that it is the disk that hangs, and not the images.
 MAX_ABANDONED = 32
+# Where files come slowly, threads of their own read them ahead: so many that the decoding threads
+# always find one. Larger files are left to these.
+MAX_READERS = 32
+READ_AHEAD_BYTES = 8 * 2**20
+SLOW_READ_SECONDS = 0.001
+SLOW_READ_SHARE = 0.25  # of the time that decoding takes
+OBSERVED = 16  # images between two looks at how slowly files come
+
 # What threads that still decode get to come to an end when a run does.
 PATIENCE_SECONDS = 2.0
 
@@ -84,16 +102,18 @@ class Batch:
 
 
 class _Task:
-    """One image while a thread decodes it."""
+    """One image while a thread reads or decodes it."""
 
     def __init__(self, batch: Batch, position: int) -> None:
         self.batch = batch
         self.position = position
+        self.given = batch._sources[position]
         self.outs = [rows[position] for rows in batch._rows]
         self.claimed = 0  # pixels of the budget
         self._rows = batch._rows
         self.begun = time.monotonic()
         self.is_abandoned = False
+        self.is_read_ahead = False
 
     @contextlib.contextmanager
     def not_timed(self) -> Iterator[None]:
@@ -103,10 +123,6 @@ class _Task:
             yield
         finally:
             self.begun = time.monotonic()
-
-    @property
-    def source(self) -> ImageSource:
-        return self.batch._sources[self.position]
 
     def settle(self, outcome: ImageInfo | Failure) -> None:
         """Hand the image over; into new buffers where the batch has moved meanwhile."""
@@ -152,6 +168,10 @@ class BatchLoader:
         decode: ``scaled`` or ``exact``, see :func:`extractor.decode.decode_into`.
         suspects: paths of files that are decoded in a process of their own.
         in_flight: where threads note the files that they decode.
+        timer: sums what reading and decoding take.
+
+    Attributes:
+        readers: threads that read ahead.
 
     Raises:
         SourceError: while it is iterated: so many decoders hang that it must be the disk.
@@ -170,6 +190,7 @@ class BatchLoader:
         decode: str = _DEFAULT.decode,
         suspects: Collection[bytes] = (),
         in_flight: InFlight | None = None,
+        timer: Timer | None = None,
     ) -> None:
         self._plan = iter(batches)
         self._preprocesses = tuple(preprocesses)
@@ -183,17 +204,31 @@ class BatchLoader:
         self._in_flight_file = in_flight
         self._free = [self._buffers() for _ in range(BUFFERS)]
         self._in_flight: deque[Batch] = deque()
-        self._tasks: set[_Task] = set()
-        self._changed = threading.Condition()
+        self._tasks: set[_Task] = set()  # that threads are at
+        self._ready: deque[_Task] = deque()  # that were read, and are not yet decoded
+        lock = threading.Lock()
+        self._changed = threading.Condition(lock)  # for who takes the batches
+        self._claimable = threading.Condition(lock)  # for who waits for a free buffer
+        self._decodable = threading.Condition(lock)  # for who waits for a file
         self._planned = False  # the plan has no more batches
         self._closed = False
         self._broken: BaseException | None = None
         self._abandoned = 0
-        self._threads = [self._thread(slot) for slot in range(workers)]
+        self._timer = timer or Timer()
+        self._workers = workers
+        self._slots = 0  # of decoding threads that were ever begun
+        self._settled = 0
+        self.readers = 0
+        self._threads = [self._decoder() for _ in range(workers)]
 
-    def _thread(self, slot: int) -> threading.Thread:
-        name = f"decode-{slot}"
+    def _decoder(self) -> threading.Thread:
+        name, slot = f"decode-{self._slots}", self._slots
+        self._slots += 1
         return threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
+
+    def _reader(self) -> threading.Thread:
+        self.readers += 1
+        return threading.Thread(target=self._read_ahead, name=f"read-{self.readers}", daemon=True)
 
     def _buffers(self) -> tuple[torch.Tensor, ...]:
         import torch
@@ -210,9 +245,9 @@ class BatchLoader:
     def __exit__(self, *_: object) -> None:
         with self._changed:
             self._closed = True
-            self._changed.notify_all()
+            self._wake_all()
         deadline = time.monotonic() + PATIENCE_SECONDS
-        for thread in self._threads:
+        for thread in list(self._threads):
             # One that hangs dies with the process; it holds what it writes to.
             thread.join(max(deadline - time.monotonic(), 0.01))
 
@@ -255,69 +290,176 @@ class BatchLoader:
                 return
             task.batch._move(self._buffers())
             told = f"not decoded within {self._timeout:g} s"
-            task.batch._settle(task.position, Failure("timeout", told, *_stat(task.source)))
-            self._threads.append(self._thread(len(self._threads)))
+            task.batch._settle(task.position, Failure("timeout", told, *_stat(task)))
+            self._threads.append(self._reader() if task.is_read_ahead else self._decoder())
             self._threads[-1].start()
+
+    def _wake_all(self) -> None:
+        for condition in (self._changed, self._claimable, self._decodable):
+            condition.notify_all()
 
     def _give_back(self, pictures: tuple[torch.Tensor, ...]) -> None:
         with self._changed:
             self._free.append(pictures)
-            self._changed.notify_all()
+            self._claimable.notify_all()
+
+    # -- threads that decode
 
     def _work(self, slot: int) -> None:
-        task = None
-        try:
-            while (task := self._claim()) is not None:
+        with self._faults_told() as current:
+            while (task := self._claim_decodable()) is not None:
+                current.append(task)
                 outcome = self._decode(task, slot)
                 with self._changed:
                     if task.is_abandoned:
                         return
-                    self._tasks.discard(task)
-                    task.settle(outcome)
-                    if not task.batch._pending:
-                        self._changed.notify_all()
-        except BaseException as error:  # a fault of this program or of the plan, not of an image
-            with self._changed:
-                if task is None or not task.is_abandoned:
-                    self._broken = error
-                    self._changed.notify_all()
+                    self._settle(task, outcome)
+                current.clear()
 
-    def _claim(self) -> _Task | None:
-        """The next image that no thread has yet; waits for a free buffer to open a batch."""
+    @contextlib.contextmanager
+    def _faults_told(self) -> Iterator[list[_Task]]:
+        """Tell who takes the batches of a fault of this program or of the plan."""
+        current: list[_Task] = []
+        try:
+            yield current
+        except BaseException as error:
+            with self._changed:
+                if not any(task.is_abandoned for task in current):
+                    self._broken = error
+                    self._wake_all()
+
+    def _settle(self, task: _Task, outcome: ImageInfo | Failure) -> None:
+        self._tasks.discard(task)
+        task.settle(outcome)
+        if not task.batch._pending:
+            self._changed.notify_all()
+        self._settled += 1
+        if self._settled % OBSERVED == 0:
+            self._observe()
+
+    def _observe(self) -> None:
+        """Begin threads that read ahead, if files come slowly."""
+        read, decode = (self._timer.seconds[kind] / self._settled for kind in ("read", "decode"))
+        if read < max(SLOW_READ_SECONDS, SLOW_READ_SHARE * decode) or self._closed:
+            return
+        wanted = min(math.ceil(self._workers * read / max(decode, 1e-6)), MAX_READERS)
+        for _ in range(wanted - self.readers):
+            self._threads.append(self._reader())
+            self._threads[-1].start()
+
+    def _claim_decodable(self) -> _Task | None:
+        """The next image for a decoding thread: one that was read, or any where none is."""
         with self._changed:
             while True:
                 if self._closed or self._broken is not None:
                     return None
-                newest = self._in_flight[-1] if self._in_flight else None
-                if newest is not None and newest._claimed < len(newest.outcomes):
-                    newest._claimed += 1
-                    task = _Task(newest, newest._claimed - 1)
+                if self._ready:
+                    task = self._ready.popleft()
+                    task.is_read_ahead = False
+                    task.begun = time.monotonic()
                     self._tasks.add(task)
                     return task
-                if self._planned:
+                if self.readers:
+                    if self._planned and not self._unread():
+                        return None
+                    self._decodable.wait()
+                elif self._can_claim():
+                    return self._claim()
+                elif self._planned:
                     return None
-                if not self._free:
-                    self._changed.wait()
-                    continue
-                self._open_batch()
+                else:
+                    self._claimable.wait()
+
+    def _unread(self) -> bool:
+        """Whether there is an image that some thread will have read."""
+        newest = self._in_flight[-1] if self._in_flight else None
+        unclaimed = newest is not None and newest._claimed < len(newest.outcomes)
+        return unclaimed or any(task.is_read_ahead for task in self._tasks)
+
+    def _can_claim(self) -> bool:
+        """Whether an image is left that no thread has; opens a batch where there is room."""
+        while True:
+            newest = self._in_flight[-1] if self._in_flight else None
+            if newest is not None and newest._claimed < len(newest.outcomes):
+                return True
+            if self._planned or not self._free:
+                return False
+            self._open_batch()
+
+    def _claim(self) -> _Task:
+        newest = self._in_flight[-1]
+        newest._claimed += 1
+        task = _Task(newest, newest._claimed - 1)
+        self._tasks.add(task)
+        return task
+
+    # -- threads that read ahead
+
+    def _read_ahead(self) -> None:
+        with self._faults_told() as current:
+            while (task := self._claim_unread()) is not None:
+                current.append(task)
+                failure = self._read(task, READ_AHEAD_BYTES)
+                with self._changed:
+                    if task.is_abandoned:
+                        return
+                    if failure is None:
+                        self._tasks.discard(task)
+                        self._ready.append(task)
+                        self._decodable.notify()
+                    else:
+                        self._settle(task, failure)
+                        self._decodable.notify_all()  # it may have been the last
+                current.clear()
+
+    def _claim_unread(self) -> _Task | None:
+        with self._changed:
+            while True:
+                if self._closed or self._broken is not None:
+                    return None
+                if self._can_claim():
+                    task = self._claim()
+                    task.is_read_ahead = True
+                    return task
+                if self._planned:
+                    self._decodable.notify_all()
+                    return None
+                self._claimable.wait()
+
+    def _read(self, task: _Task, most: int = READ_WHOLE_BYTES) -> Failure | None:
+        """Read the file of a task, where it is one; why that cannot be done."""
+        path = task.given
+        if not isinstance(path, (str, bytes, os.PathLike)) or path in self._suspects:
+            return None
+        begun = time.perf_counter()
+        try:
+            task.given = read_file(path, most)
+        except DecodeError as error:
+            return Failure(error.reason, str(error), error.size, error.mtime_ns)
+        finally:
+            self._timer.add("read", begun, time.perf_counter() - begun)
+        return None
 
     def _open_batch(self) -> None:
         sources = next(self._plan, None)
         if sources is None:
             self._planned = True
-            self._changed.notify_all()
+            self._wake_all()
             return
         if not 0 < len(sources) <= self._batch_size:
             raise ValueError(f"a batch of {len(sources)} images, expected 1 to {self._batch_size}")
         self._in_flight.append(Batch(self._free.pop(), sources, self))
 
     def _decode(self, task: _Task, slot: int) -> ImageInfo | Failure:
-        source = task.source
+        path = task.batch._sources[task.position]
+        if (failure := self._read(task)) is not None:
+            return failure
+        begun, used = time.perf_counter(), time.thread_time()
         try:
-            if isinstance(source, bytes) and source in self._suspects:
+            if isinstance(path, bytes) and path in self._suspects:
                 with task.not_timed(), self._one_apart:  # it has a clock of its own
                     return decode_apart(
-                        source,
+                        path,
                         self._preprocesses,
                         task.outs,
                         max_pixels=self._budget.max_pixels,
@@ -325,18 +467,25 @@ class BatchLoader:
                         timeout_seconds=self._timeout,
                     )
             budget = _TaskBudget(self._budget, task)
-            if not isinstance(source, bytes) or self._in_flight_file is None:
-                return decode_into(source, self._preprocesses, task.outs, budget, self._how)
-            self._in_flight_file.note(slot, source)
+            if not isinstance(path, bytes) or self._in_flight_file is None:
+                return decode_into(task.given, self._preprocesses, task.outs, budget, self._how)
+            self._in_flight_file.note(slot, path)
             try:
-                return decode_into(source, self._preprocesses, task.outs, budget, self._how)
+                return decode_into(task.given, self._preprocesses, task.outs, budget, self._how)
             finally:
                 self._in_flight_file.note(slot, b"")
         except DecodeError as error:
             return Failure(error.reason, str(error), error.size, error.mtime_ns)
+        finally:
+            task.given = b""  # its bytes are not needed any more
+            lasted, used = time.perf_counter() - begun, time.thread_time() - used
+            self._timer.add("decode", begun, lasted, counted=used)
 
 
-def _stat(source: ImageSource) -> tuple[int, int]:
+def _stat(task: _Task) -> tuple[int, int]:
+    source = task.batch._sources[task.position]
+    if isinstance(task.given, ReadFile):
+        return task.given.size, task.given.mtime_ns
     if isinstance(source, (str, bytes, os.PathLike)):
         with contextlib.suppress(OSError, ValueError):
             status = os.stat(source)

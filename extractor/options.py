@@ -123,6 +123,7 @@ class Options:
         image_timeout: seconds after which the decoding of an image is given up.
         max_failure_rate: share of the images that may fail without a word in the exit code.
         lock: refuse to write where no file can be locked, and a second run would go unseen.
+        profile: file for a trace of what each thread did when, for chrome://tracing or Perfetto.
 
     Raises:
         UsageError: a value out of its range.
@@ -158,6 +159,7 @@ class Options:
     image_timeout: float = 60.0
     max_failure_rate: float = 0.0
     lock: bool = True
+    profile: str | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
@@ -173,6 +175,8 @@ class Options:
         _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
         _one_of("decode", self.decode, DECODES)
         _one_of("check", self.check, CHECKS)
+        if self.profile is not None and not os.path.isdir(os.path.dirname(self.profile) or "."):
+            raise UsageError(f"profile: there is no folder for the file {self.profile!r}")
         _within("max pixels", self.max_pixels, 1, 2**63 - 1)
         _number_within("image timeout", self.image_timeout, 0, MAX_SECONDS)
         if not (math.isfinite(self.max_failure_rate) and 0 <= self.max_failure_rate <= 1):

@@ -51,6 +51,7 @@ from extractor.sources import ImageList, Input, list_images, show
 from extractor.store.format import IN_FLIGHT, MAX_SHARDS
 from extractor.store.place import check_place
 from extractor.store.writer import StoreWriter
+from extractor.timing import Spent, Timer
 from extractor.tuning import Recorded, tune
 
 __all__ = [
@@ -126,6 +127,7 @@ def extract(
     image_timeout: float = _DEFAULT.image_timeout,
     max_failure_rate: float = _DEFAULT.max_failure_rate,
     lock: bool = _DEFAULT.lock,
+    profile: str | os.PathLike[str] | None = None,
     progress: Callable[[Progress], None] | None = None,
     stop: Callable[[], bool] | None = None,
 ) -> Report:
@@ -188,6 +190,7 @@ def extract(
         image_timeout=image_timeout,
         max_failure_rate=max_failure_rate,
         lock=lock,
+        profile=None if profile is None else os.fspath(profile),
     )
     models = [model] if isinstance(model, (str, Backbone)) else list(model)
     place = None if out is None else os.fspath(out)
@@ -226,8 +229,13 @@ def extract(
         to_do = max(len(store.todo) - store.done for store in stores)
         _check_room(stores)
         clock.ended("compare")
-        run = _Run(sources, models, targets, options, batch_size, suspects)
-        run.fill(stores, progress or _nothing, stop or _never)
+        timer = Timer(trace=options.profile is not None)
+        run = _Run(sources, models, targets, options, batch_size, suspects, timer)
+        try:
+            run.fill(stores, progress or _nothing, stop or _never)
+        finally:
+            if options.profile is not None:
+                _write_profile(options.profile, timer)
         _check_any_row(stores)
         clock.ended("compute")
         reports = tuple(store.publish() for store in stores)
@@ -245,6 +253,7 @@ def extract(
         seconds=sum(clock.seconds.values()),
         load_seconds=sum(clock.seconds[name] for name in ("list", "load", "tune")),
         accepted_failure_rate=options.max_failure_rate,
+        spent=run.spent,
     )
     typed = [one for one in models if isinstance(one, str)]
     write_record(
@@ -285,6 +294,13 @@ def _check_planned(models: Sequence[Model], place: str | None, options: Options)
             check_place(Path(folder), occupied=True, locked=True)
 
 
+def _write_profile(file: str, timer: Timer) -> None:
+    try:
+        Path(file).write_text(timer.chrome_trace(), "utf-8")
+    except OSError as error:  # what was computed is worth more
+        log.warning("cannot write the profile %s: %s", file, error.strerror)
+
+
 def _nothing(progress: Progress) -> None:
     """Tell nobody."""
 
@@ -304,6 +320,7 @@ class _Run:
         options: Options,
         batch_size: int,
         suspects: Collection[bytes],
+        timer: Timer,
     ) -> None:
         self._sources = sources
         self._models = models
@@ -311,6 +328,21 @@ class _Run:
         self._options = options
         self._batch_size = batch_size
         self._suspects = suspects
+        self._timer = timer
+        self._computed = 0
+        self._readers = 0
+
+    @property
+    def spent(self) -> Spent:
+        """What the time went to."""
+        device = self._targets[0].parts[0].backbone.device
+        return Spent(
+            self._computed,
+            _workers(self._options),
+            self._readers,
+            device.type != "cpu",
+            dict(self._timer.seconds),
+        )
 
     def fill(
         self,
@@ -363,9 +395,10 @@ class _Run:
                 self._batch_size,
                 self._suspects,
                 in_flight,
+                self._timer,
             )
             stack.enter_context(loader)
-            computed = embed(targets, loader, normalize=options.normalize)
+            computed = embed(targets, loader, normalize=options.normalize, timer=self._timer)
             pairs = zip(batches, computed, strict=True)
             for number, part in itertools.groupby(pairs, key=lambda pair: pair[0].shard):
                 with ExitStack() as shards:
@@ -373,8 +406,11 @@ class _Run:
                         shards.enter_context(store.shard(number))
                     for batch, embedded in part:
                         mended = mend(functools.partial(images_of, batch), embedded)
-                        for store, rows in zip(stores, mended.rows, strict=True):
-                            store.append(batch.start, rows, mended.outcomes)
+                        with self._timer.spent("write"):
+                            for store, rows in zip(stores, mended.rows, strict=True):
+                                store.append(batch.start, rows, mended.outcomes)
+                        self._computed += len(mended.outcomes)
+                        self._readers = max(self._readers, loader.readers)
                         after_batch()
 
     def _mender(
@@ -517,6 +553,7 @@ def _loader(
     batch_size: int,
     suspects: Collection[bytes] = (),
     in_flight: InFlight | None = None,
+    timer: Timer | None = None,
 ) -> BatchLoader:
     device = targets[0].parts[0].backbone.device
     with device_errors(device):
@@ -531,6 +568,7 @@ def _loader(
             decode=options.decode,
             suspects=suspects,
             in_flight=in_flight,
+            timer=timer,
         )
 
 

@@ -57,6 +57,7 @@ ONLY_HOW = frozenset(
         "image_timeout",
         "max_failure_rate",
         "lock",
+        "profile",
     }
 )
 
@@ -154,6 +155,7 @@ def write_record(
                 "gone": store.gone,
             },
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "spent": report.spent and report.spent.as_dict(),
             "exit_code": report.exit_code,
             "checksum": "",
         }

@@ -9,6 +9,7 @@ from typing import Any
 
 from extractor.errors import UsageError
 from extractor.store import FeatureStore
+from extractor.timing import Spent
 
 __all__ = ["FAILURES_SHOWN", "Progress", "Report", "StoreReport"]
 
@@ -71,6 +72,7 @@ class Report:
         least_cosine: of the embeddings to those in float32, of the images that this precision was
             tried with; None where it was not.
         is_compiled: whether a network was compiled.
+        spent: what the time of the computation went to; None where nothing was to do.
         seconds: of the whole run.
         load_seconds: of those, until the models were ready; listing, loading and tuning.
         accepted_failure_rate: share of images without a row that is no reason to complain.
@@ -87,6 +89,7 @@ class Report:
     accepted_failure_rate: float = 0.0
     least_cosine: float | None = None
     is_compiled: bool = False
+    spent: Spent | None = None
 
     @property
     def exit_code(self) -> int:

@@ -28,7 +28,15 @@ from test_isolation import hostile_python, write_hostile
 from extractor import FeatureStore, extract
 from extractor import decode as decode_module
 from extractor.backbones import targets
-from extractor.decode import Failure, ImageInfo, ImageSource, PixelBudget, decode_into
+from extractor.decode import (
+    Failure,
+    ImageInfo,
+    ImageSource,
+    PixelBudget,
+    ReadFile,
+    decode_into,
+    read_file,
+)
 from extractor.errors import InterruptedRunError, SourceError
 from extractor.loader import MAX_ABANDONED, BatchLoader
 from extractor.options import Options
@@ -282,8 +290,8 @@ def test_a_store_lists_what_hung_with_its_size(
 ) -> None:
     go_on = threading.Event()
 
-    def hang(source: bytes, *rest: Any) -> ImageInfo:
-        if os.fsdecode(source).endswith(("00.png", "07.bmp")):
+    def hang(source: ReadFile, *rest: Any) -> ImageInfo:
+        if os.fsdecode(source.path).endswith(("00.png", "07.bmp")):
             go_on.wait(30)
         return decode_into(source, *rest)
 
@@ -596,14 +604,14 @@ def test_files_that_vanish_one_by_one_while_a_run_reads_cost_their_own_rows(
     files = sorted(path for path in photos.rglob("*.*"))
     gone = []
 
-    def vanish(source: bytes, *rest: Any) -> ImageInfo:
+    def vanish(source: bytes, *rest: Any) -> ReadFile:
         place = files.index(Path(os.fsdecode(source)))
         if place % 4 == 1:
             files[place].unlink()
             gone.append(files[place].name)
-        return decode_into(source, *rest)
+        return read_file(source, *rest)  # type: ignore[return-value]
 
-    monkeypatch.setattr("extractor.loader.decode_into", vanish)
+    monkeypatch.setattr("extractor.loader.read_file", vanish)
     report = extract(photos, "mean", tmp_path / "out", batch_size=2, workers=2)
     left = [int(path.stem) for path in files if path.name not in gone]
     check_rows(report.store, left)

@@ -160,3 +160,82 @@ def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
 def test_pinned_buffers_are_pinned() -> None:
     with BatchLoader(batches_of([1], 1), [PREPROCESS], batch_size=1, workers=1, pin=True) as loader:
         assert next(iter(loader)).pictures[0].is_pinned()
+
+
+def test_files_that_come_slowly_are_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, with one that cannot be read and one that cannot be decoded among them."""
+    from extractor import loader as module
+
+    paths = [tmp_path / f"{i:03d}.png" for i in range(200)]
+    for i, path in enumerate(paths):
+        Image.new("L", (5, 5), i).save(path)
+    paths[60].unlink()
+    paths[150].write_bytes(b"no image")
+    read = module.read_file
+    at_a_time: set[int] = set()
+    most = 0
+
+    def slow(path: str, *rest: int) -> object:
+        nonlocal most
+        at_a_time.add(threading.get_ident())
+        most = max(most, len(at_a_time))
+        time.sleep(0.02)
+        at_a_time.discard(threading.get_ident())
+        return read(path, *rest)
+
+    monkeypatch.setattr(module, "read_file", slow)
+    plan = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
+    with BatchLoader(plan, [PREPROCESS], batch_size=8, workers=2) as loader:
+        levels: list[int | str] = []
+        for batch in loader:
+            for place, outcome in enumerate(batch.outcomes):
+                level = int(batch.pictures[0][place, 0, 0, 0])
+                levels.append(outcome.reason if isinstance(outcome, Failure) else level)
+            batch.release()
+        assert 2 < loader.readers <= module.MAX_READERS
+    assert 2 < most <= 2 + module.MAX_READERS
+    expected: list[int | str] = list(range(200))
+    expected[60], expected[150] = "unreadable", "not-an-image"
+    assert levels == expected
+
+
+def test_files_that_come_quickly_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((400, 300), 90).save(path)
+    with BatchLoader(iter([[str(path)] * 64]), [PREPROCESS], batch_size=64, workers=2) as loader:
+        (batch,) = loader
+        assert all(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
+        assert loader.readers == 0
+
+
+@pytest.mark.parametrize("last", ["reads", "hangs"])
+def test_a_reader_that_hangs_costs_its_image_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    from extractor import loader as module
+
+    paths = [str(tmp_path / f"{i:02d}.png") for i in range(80)]
+    for i, path in enumerate(paths):
+        Image.new("L", (5, 5), i).save(path)
+    bad = 79 if last == "hangs" else 50
+    go_on = threading.Event()
+    read = module.read_file
+
+    def slow(path: str, *rest: int) -> object:
+        if path == paths[bad]:
+            go_on.wait(30)
+        time.sleep(0.005)
+        return read(path, *rest)
+
+    monkeypatch.setattr(module, "read_file", slow)
+    plan = iter([paths[i : i + 8] for i in range(0, 80, 8)])
+    seen: list[bool] = []
+    with BatchLoader(plan, [PREPROCESS], batch_size=8, workers=2, image_timeout=0.5) as loader:
+        for batch in loader:
+            seen += [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
+            batch.release()
+        assert loader.readers
+        go_on.set()
+    assert seen == [place != bad for place in range(80)]

@@ -146,7 +146,7 @@ def test_every_image_is_opened_and_decoded_once(
 
     def count_decode(source: Any, preprocesses: Any, *rest: Any) -> ImageInfo:
         with lock:
-            decoded.append((Path(str(source, "utf8")).name, len(preprocesses)))
+            decoded.append((Path(str(source.path, "utf8")).name, len(preprocesses)))
         return decode_into(source, preprocesses, *rest)
 
     monkeypatch.setattr(PIL.Image, "open", count_open)

@@ -261,6 +261,11 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--log-json", action="store_true", help="one JSON object a line on stderr, no bar"
     )
+    group.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="write there what each thread did when, for chrome://tracing or Perfetto",
+    )
     group.add_argument("--quiet", action="store_true", help="no bar and no summary, only errors")
     parser.add_argument("--version", action="version", version=f"extract {__version__}")
     return parser
@@ -429,6 +434,8 @@ def summary(report: Report) -> list[str]:
             ("device", f"{report.device}, {_how(report)}"),
             ("time", f"{time}; then {report.images_per_second:.1f} images/s"),
         ]
+        if report.spent is not None and report.spent.bound:
+            lines.append(("", report.spent.bound))
     if report.passed_over:
         lines.append(("passed over", f"{report.passed_over} files that are no images"))
     return [f"{name:13} {text}" for name, text in lines]
