@@ -70,8 +70,8 @@ def embed(
     """
     step = _Step(targets, normalize)
     with device_errors(step.device), full_float32():
-        run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
         timer = timer or Timer()
+        run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
         yield from run(step, _waited_for(batches, timer), timer)
 
 
@@ -178,12 +178,14 @@ class _Step:
 
 
 def _embed_in_turn(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator[Embedded]:
+    cores = torch.get_num_threads() if step.device.type == "cpu" else 0
     for batch in batches:
         with torch.inference_mode():
             with timer.spent("transfer"):
                 pictures = [picture.to(step.device) for picture in batch.pictures]
-            with timer.spent("model"):
-                # Decoding goes on in these buffers while the last model computes.
+            # A network waits for the last of its threads many times in a pass: one that shares its
+            # core with a decoder keeps all others waiting.
+            with timer.spent("model"), batch.alone_on(cores):
                 rows = [one.cpu() for one in step(pictures, batch.release)]
         yield _collect(batch, rows)
 

@@ -48,8 +48,8 @@ MAX_ABANDONED = 32
 # always find one. Larger files are left to these.
 MAX_READERS = 32
 READ_AHEAD_BYTES = 8 * 2**20
-SLOW_READ_SECONDS = 0.001
-SLOW_READ_SHARE = 0.25  # of the time that decoding takes
+SLOW_READ_SECONDS = 0.003
+SLOW_READ_SHARE = 0.5  # of the time that decoding takes
 OBSERVED = 16  # images between two looks at how slowly files come
 
 # What threads that still decode get to come to an end when a run does.
@@ -95,6 +95,12 @@ class Batch:
             picture.numpy()[...] = rows
         self.pictures = pictures
         self._rows = [picture.numpy() for picture in pictures]
+
+    @contextlib.contextmanager
+    def alone_on(self, cores: int) -> Iterator[None]:
+        """Let as many decoding threads rest meanwhile, once they are done with their images."""
+        with self._owner._resting_for(cores):
+            yield
 
     def release(self) -> None:
         """Give the buffers back; ``pictures`` will be overwritten from now on."""
@@ -218,6 +224,8 @@ class BatchLoader:
         self._workers = workers
         self._slots = 0  # of decoding threads that were ever begun
         self._settled = 0
+        self._decoding = 0  # images just now
+        self._resting = 0  # decoding threads that leave their cores to others
         self.readers = 0
         self._threads = [self._decoder() for _ in range(workers)]
 
@@ -291,8 +299,20 @@ class BatchLoader:
             task.batch._move(self._buffers())
             told = f"not decoded within {self._timeout:g} s"
             task.batch._settle(task.position, Failure("timeout", told, *_stat(task)))
+            self._decoding -= not task.is_read_ahead
             self._threads.append(self._reader() if task.is_read_ahead else self._decoder())
             self._threads[-1].start()
+
+    @contextlib.contextmanager
+    def _resting_for(self, cores: int) -> Iterator[None]:
+        with self._changed:
+            self._resting += cores
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._resting -= cores
+                self._claimable.notify_all()
 
     def _wake_all(self) -> None:
         for condition in (self._changed, self._claimable, self._decodable):
@@ -313,6 +333,7 @@ class BatchLoader:
                 with self._changed:
                     if task.is_abandoned:
                         return
+                    self._decoding -= 1
                     self._settle(task, outcome)
                 current.clear()
 
@@ -353,7 +374,11 @@ class BatchLoader:
             while True:
                 if self._closed or self._broken is not None:
                     return None
+                if self._decoding >= self._workers - self._resting:
+                    self._claimable.wait()
+                    continue
                 if self._ready:
+                    self._decoding += 1
                     task = self._ready.popleft()
                     task.is_read_ahead = False
                     task.begun = time.monotonic()
@@ -364,6 +389,7 @@ class BatchLoader:
                         return None
                     self._decodable.wait()
                 elif self._can_claim():
+                    self._decoding += 1
                     return self._claim()
                 elif self._planned:
                     return None

@@ -239,3 +239,62 @@ def test_a_reader_that_hangs_costs_its_image_alone(
         assert loader.readers
         go_on.set()
     assert seen == [place != bad for place in range(80)]
+
+
+@pytest.mark.parametrize("cores", [0, 1, 2, 5])
+def test_decoding_threads_rest_while_a_network_has_their_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    from extractor import loader as module
+
+    lock, busy, most = threading.Lock(), 0, 0
+
+    def counted(source: np.ndarray, *rest: object) -> ImageInfo:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.005)
+        with lock:
+            busy -= 1
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    decode = module.decode_into
+    monkeypatch.setattr(module, "decode_into", counted)
+    seen = 0
+    plan = batches_of([1] * 60, 6)
+    with BatchLoader(plan, [PREPROCESS], batch_size=6, workers=3) as loader:
+        for batch in loader:
+            with batch.alone_on(cores):
+                time.sleep(0.05)  # those at an image come to its end
+                most = busy
+                time.sleep(0.05)
+                assert most == 0 if cores >= 3 else most <= 3 - cores
+                batch.release()
+            seen += len(batch.outcomes)
+    assert seen == 60
+
+
+def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extractor import loader as module
+
+    go_on = threading.Event()
+    decode = module.decode_into
+
+    def hang(source: np.ndarray, *rest: object) -> ImageInfo:
+        if source[0, 0] == 3:
+            go_on.wait(30)
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_into", hang)
+    seen = []
+    with BatchLoader(
+        batches_of(list(range(20)), 2), [PREPROCESS], batch_size=2, workers=2, image_timeout=0.3
+    ) as loader:
+        for batch in loader:
+            with batch.alone_on(1):  # one is left, though one hung
+                time.sleep(0.02)
+            seen += [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
+            batch.release()
+        go_on.set()
+    assert seen == [place != 3 for place in range(20)]
