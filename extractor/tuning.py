@@ -40,8 +40,8 @@ SAMPLE_SHARE, LEAST_SAMPLE, LARGEST_SAMPLE = 128, 32, 128
 LEAST_GAIN = 0.05  # share of the time that has to be saved
 
 # What compiling costs, about, and the share of a network's time that it saves at least.
-COMPILE_SECONDS = {"cpu": 10.0, "cuda": 40.0}
-COMPILE_GAIN = 0.2
+COMPILE_SECONDS = {"cpu": 20.0, "cuda": 40.0}
+COMPILE_GAIN = 0.15
 
 FEW_IMAGES = 8  # tell well enough how long one takes
 
