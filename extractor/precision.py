@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["candidates", "convert", "input_type", "resolve_precision"]
+__all__ = ["TYPES", "candidates", "convert", "input_type", "resolve_precision"]
 
 # That a network's weights have, but for the sensitive ones of `mixed`.
 TYPES = {

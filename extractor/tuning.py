@@ -21,7 +21,7 @@ from extractor.backbones import Backbone, Part, Target
 from extractor.errors import ExtractorError
 from extractor.inference import Normalise, full_float32
 from extractor.options import split_names
-from extractor.precision import candidates
+from extractor.precision import TYPES, candidates
 from extractor.trial import first_line
 
 __all__ = ["LEAST_COSINE", "Recorded", "tune"]
@@ -64,7 +64,7 @@ class Recorded(NamedTuple):
         Args:
             same_run: it is that of a run that goes on, and not of one that came to its end.
         """
-        names = tuple(split_names(str(computation["precision"])))
+        names = tuple(split_names(str(computation.get("precision"))))
         is_compiled = bool(computation.get("compiled")) if same_run else None
         return cls(names, computation.get("least_cosine"), is_compiled)
 
@@ -123,9 +123,12 @@ def _known(
     """The precision of each backbone that a store has rows of already, by the backbone's id."""
     known: dict[int, tuple[str, float | None]] = {}
     for target, one in zip(targets, recorded, strict=True):
-        if one is not None:
-            names = one.precisions * (1 if len(one.precisions) > 1 else len(target.backbones))
-            for backbone, name in zip(target.backbones, names, strict=True):
+        if one is None:
+            continue
+        names = one.precisions * (1 if len(one.precisions) > 1 else len(target.backbones))
+        # What does not fit is the store of something else, which is refused with all that differs.
+        for backbone, name in zip(target.backbones, names, strict=False):
+            if name in TYPES:
                 known.setdefault(id(backbone), (name, one.least_cosine))
     return known
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from models import mean_pixel
+from pictures import noise
 from torch import nn
 
 from extractor import extract, precision, tuning
@@ -20,6 +21,7 @@ from extractor.backbones import Backbone, targets
 from extractor.errors import InterruptedRunError, StoreError
 from extractor.options import Options
 from extractor.pipeline import Report
+from extractor.store.format import with_checksum
 
 
 class Colours(nn.Module):
@@ -288,3 +290,45 @@ def test_layers_are_not_compiled(
     )
     assert not report.is_compiled
     assert "layers are taken out of a network by hooks, which do not compile" in caplog.text
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_on_a_gpu_what_is_chosen_keeps_the_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str
+) -> None:
+    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    for seed in range(24):
+        path = tmp_path / "images" / f"{seed:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        noise(seed, 240, 320).save(path)
+    settings = {"weights": "random", "batch_size": 8}
+    exact = extract(
+        tmp_path / "images",
+        "resnet18",
+        tmp_path / "a",
+        device="cpu",
+        precision="float32",
+        **settings,
+    )  # type: ignore[arg-type]
+    fast = extract(
+        tmp_path / "images", "resnet18", tmp_path / "b", device="cuda", compile=compile, **settings
+    )  # type: ignore[arg-type]
+    assert fast.is_compiled is (compile == "on")
+    expected, given = (
+        torch.from_numpy(report.store.features[:].astype(np.float64)) for report in (exact, fast)
+    )
+    assert torch.nn.functional.cosine_similarity(expected, given).min() > tuning.LEAST_COSINE
+
+
+@pytest.mark.parametrize("precision", ["float8", "bfloat16+float32+float16", "auto", "mixed+"])
+def test_a_store_of_something_else_is_refused_and_not_followed(
+    run: Callable[..., Report], tmp_path: Path, photos: Path, precision: str
+) -> None:
+    run()
+    manifest = tmp_path / "out" / "store.json"
+    text = manifest.read_text().replace('"precision": "bfloat16"', f'"precision": "{precision}"')
+    manifest.write_text(with_checksum(re.sub('"checksum": ".*"', '"checksum": ""', text)))
+    shutil.copy(photos / "00.png", photos / "new.png")
+    with pytest.raises(StoreError, match=r"precision: .* there, \"(bfloat16|float32)\" now"):
+        run()

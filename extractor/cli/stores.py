@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, warn
 from extractor.errors import UsageError
@@ -54,7 +54,7 @@ def _page(store: FeatureStore) -> list[str]:
     unit = ", unit length" if embedding.get("normalized") else ""
     lines += [
         ("embedding", f"{embedding['definition']}{what or ''}, {shape}, {made.dtype}{unit}"),
-        ("computed", ", ".join(f"{key} {value}" for key, value in made.computation.items())),
+        ("computed", _computed(made.computation)),
         ("images", f"{manifest.images}: {manifest.rows} rows, {manifest.failed} failures"),
         ("retired", f"{manifest.retired} rows; extract compact removes them"),
         ("root", ascii(made.root)[1:-1]),
@@ -63,6 +63,11 @@ def _page(store: FeatureStore) -> list[str]:
     ]
     lines = [line for line in lines if line[0] != "retired" or manifest.retired]
     return [f"{name:10} {text}" for name, text in lines]
+
+
+def _computed(computation: Mapping[str, Any]) -> str:
+    told = [f"{key.replace('_', ' ')} {value}" for key, value in computation.items() if value]
+    return ", ".join(told).replace("compiled True", "compiled")
 
 
 def compact(arguments: Sequence[str]) -> int:
