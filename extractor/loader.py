@@ -48,6 +48,7 @@ MAX_ABANDONED = 32
 # always find one. Larger files are left to these.
 MAX_READERS = 32
 READ_AHEAD_BYTES = 8 * 2**20
+MAX_AHEAD_BYTES = 256 * 2**20  # of all files that wait to be decoded
 SLOW_READ_SECONDS = 0.003
 SLOW_READ_SHARE = 0.5  # of the time that decoding takes
 OBSERVED = 16  # images between two looks at how slowly files come
@@ -120,6 +121,11 @@ class _Task:
         self.begun = time.monotonic()
         self.is_abandoned = False
         self.is_read_ahead = False
+
+    @property
+    def bytes_read(self) -> int:
+        """Of its file, where that was read."""
+        return len(self.given.content) if isinstance(self.given, ReadFile) else 0
 
     @contextlib.contextmanager
     def not_timed(self) -> Iterator[None]:
@@ -224,6 +230,7 @@ class BatchLoader:
         self._workers = workers
         self._slots = 0  # of decoding threads that were ever begun
         self._settled = 0
+        self._ahead_bytes = 0  # of files that were read and not yet decoded
         self._decoding = 0  # images just now
         self._resting = 0  # decoding threads that leave their cores to others
         self.readers = 0
@@ -381,6 +388,9 @@ class BatchLoader:
                     self._decoding += 1
                     task = self._ready.popleft()
                     task.is_read_ahead = False
+                    if self._ahead_bytes >= MAX_AHEAD_BYTES:
+                        self._claimable.notify_all()
+                    self._ahead_bytes -= task.bytes_read
                     task.begun = time.monotonic()
                     self._tasks.add(task)
                     return task
@@ -432,6 +442,7 @@ class BatchLoader:
                     if failure is None:
                         self._tasks.discard(task)
                         self._ready.append(task)
+                        self._ahead_bytes += task.bytes_read
                         self._decodable.notify()
                     else:
                         self._settle(task, failure)
@@ -443,13 +454,14 @@ class BatchLoader:
             while True:
                 if self._closed or self._broken is not None:
                     return None
-                if self._can_claim():
-                    task = self._claim()
-                    task.is_read_ahead = True
-                    return task
-                if self._planned:
-                    self._decodable.notify_all()
-                    return None
+                if self._ahead_bytes < MAX_AHEAD_BYTES:
+                    if self._can_claim():
+                        task = self._claim()
+                        task.is_read_ahead = True
+                        return task
+                    if self._planned:
+                        self._decodable.notify_all()
+                        return None
                 self._claimable.wait()
 
     def _read(self, task: _Task, most: int = READ_WHOLE_BYTES) -> Failure | None:

@@ -298,3 +298,43 @@ def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.Mo
             batch.release()
         go_on.set()
     assert seen == [place != 3 for place in range(20)]
+
+
+def test_what_is_read_ahead_is_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from extractor import loader as module
+
+    path = str(tmp_path / "a.png")
+    Image.effect_noise((100, 80), 90).save(path)
+    size = (tmp_path / "a.png").stat().st_size
+    read = module.read_file
+    ahead, most = 0, 0
+
+    def slow(*given: object) -> object:
+        nonlocal ahead, most
+        time.sleep(0.01)
+        ahead += 1
+        most = max(most, ahead)
+        return read(*given)  # type: ignore[arg-type]
+
+    def decoded(*given: object) -> ImageInfo:
+        nonlocal ahead
+        ahead -= 1
+        time.sleep(0.002)
+        return decode(*given)  # type: ignore[arg-type]
+
+    decode = module.decode_into
+    monkeypatch.setattr(module, "read_file", slow)
+    monkeypatch.setattr(module, "decode_into", decoded)
+    monkeypatch.setattr(module, "MAX_AHEAD_BYTES", 3 * size)
+    monkeypatch.setattr(module, "MAX_READERS", 4)
+    plan = iter([[path] * 50 for _ in range(4)])
+    with BatchLoader(plan, [PREPROCESS], batch_size=50, workers=1) as loader:
+        seen = 0
+        for batch in loader:
+            seen += sum(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
+            batch.release()
+        assert loader.readers
+    assert seen == 200
+    assert most <= 3 + 4 + 1  # what waits, what each reader has just read, and what is decoded
