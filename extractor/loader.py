@@ -242,8 +242,7 @@ class BatchLoader:
         return threading.Thread(target=self._work, args=(slot,), name=name, daemon=True)
 
     def _reader(self) -> threading.Thread:
-        self.readers += 1
-        return threading.Thread(target=self._read_ahead, name=f"read-{self.readers}", daemon=True)
+        return threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
 
     def _buffers(self) -> tuple[torch.Tensor, ...]:
         import torch
@@ -372,6 +371,7 @@ class BatchLoader:
             return
         wanted = min(math.ceil(self._workers * read / max(decode, 1e-6)), MAX_READERS)
         for _ in range(wanted - self.readers):
+            self.readers += 1
             self._threads.append(self._reader())
             self._threads[-1].start()
 

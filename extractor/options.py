@@ -175,8 +175,11 @@ class Options:
         _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
         _one_of("decode", self.decode, DECODES)
         _one_of("check", self.check, CHECKS)
-        if self.profile is not None and not os.path.isdir(os.path.dirname(self.profile) or "."):
-            raise UsageError(f"profile: there is no folder for the file {self.profile!r}")
+        if self.profile is not None:
+            if not self.profile or os.path.isdir(self.profile):
+                raise UsageError(f"profile: got {self.profile!r}, expected the name of a file")
+            if not os.path.isdir(os.path.dirname(self.profile) or "."):
+                raise UsageError(f"profile: there is no folder for the file {self.profile!r}")
         _within("max pixels", self.max_pixels, 1, 2**63 - 1)
         _number_within("image timeout", self.image_timeout, 0, MAX_SECONDS)
         if not (math.isfinite(self.max_failure_rate) and 0 <= self.max_failure_rate <= 1):

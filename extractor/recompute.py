@@ -15,13 +15,14 @@ from extractor.errors import StoreError
 from extractor.inference import embed, pictures_of
 from extractor.layers import PRE_LOGITS
 from extractor.loader import BatchLoader
+from extractor.options import split_names
 from extractor.preprocess import Preprocess
 from extractor.store import FeatureStore
 
 __all__ = ["recompute"]
 
-# Of the length of a row: other hardware sums in another order, float16 keeps 11 bits. A row that
-# was computed in half precision is as near to the others as it was to float32: a cosine of 0.999.
+# Of the length of a row: other hardware sums in another order, float16 keeps 11 bits. In half
+# precision another order, or a network that was compiled, rounds otherwise at every step.
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
 HALF_TOLERANCE = 0.05
 
@@ -65,12 +66,16 @@ def recompute(
 def _target(store: FeatureStore, weights: str | None, device: str) -> Target:
     described = store.manifest.description
     made, embedding = described.backbone, described.embedding
+    precisions = split_names(str(described.computation["precision"]))
     if "parts" in made:
-        pairs = zip(made["parts"], described.preprocess["parts"], strict=True)
-        backbones = [_backbone(one, pixels, {}, None, device) for one, pixels in pairs]
+        if len(precisions) == 1:
+            precisions *= len(made["parts"])
+        parted = zip(made["parts"], described.preprocess["parts"], precisions, strict=True)
+        backbones = [_backbone(one, pixels, {}, None, device, how) for one, pixels, how in parted]
         parts = tuple(Part(backbone) for backbone in backbones)
         return Target("again", parts, unit_parts=bool(embedding["unit_parts"]))
-    backbone = _backbone(made, described.preprocess, embedding, weights, device)
+    (precision,) = precisions
+    backbone = _backbone(made, described.preprocess, embedding, weights, device, precision)
     count = len(backbone.outputs)
     return Target("again", tuple(Part(backbone, place) for place in range(count)))
 
@@ -81,6 +86,7 @@ def _backbone(
     embedding: Mapping[str, Any],
     weights: str | None,
     device: str,
+    precision: str,
 ) -> Backbone:
     model = made["model"]
     own_code = made["library"] == "file"
@@ -107,6 +113,7 @@ def _backbone(
         image_size=(size[0], size[1]),
         bypass=made["bypassed"],
         device=device,
+        precision=precision,
     )
     if backbone.provenance.code != made.get("code", ""):
         raise StoreError(f"the code of {model} is not what it was when the store was made")

@@ -306,3 +306,18 @@ def test_a_list_from_a_closed_standard_input_is_an_error(tmp_path: Path) -> None
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == "extract: --list -: standard input is closed\n"
+
+
+@pytest.mark.parametrize("caches", ["/proc/none", "", "here"])
+def test_a_home_that_cannot_be_written_is_no_matter(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: str
+) -> None:
+    """What is compiled goes where there is room for it, and nothing else depends on it."""
+    home = str(tmp_path / "home") if caches == "here" else "/proc/none"
+    environment = {"HOME": home, "XDG_CACHE_HOME": "" if caches == "here" else caches}
+    words = [*MODEL, "--image-size", "64", str(photos), "-o", str(tmp_path / "out")]
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    done = command(*words, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "home/.cache/extractor/compiled").is_dir() is (caches == "here")

@@ -36,6 +36,8 @@ MODEL = "torchvision:squeezenet1_1"
         (MODEL, {"layers": ["features.5", "features.7"], "concat": True}),
         (MODEL, {"layers": ["features.7"], "pool": "none", "image_size": 64}),
         (f"{MODEL}+resnet18", {}),
+        (MODEL, {"precision": "bfloat16"}),
+        (f"{MODEL}+resnet18", {"precision": "mixed"}),
         ("torchvision:resnet18", {"bypass": ["layer4.1"], "image_size": 64}),
     ],
 )
@@ -44,6 +46,22 @@ def test_rows_come_out_as_they_are_in_the_store(
 ) -> None:
     store = extract(folder, model, tmp_path / "s", weights="random", device="cpu", **settings).store
     assert list(recompute(store, 5, device="cpu")) == []
+
+
+def test_rows_are_drawn_again_in_the_precision_of_the_store(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = []
+
+    def load(*names: str, **settings: Any) -> Any:
+        wanted.append(settings["precision"])
+        return load_backbone(*names, **settings)
+
+    monkeypatch.setattr("extractor.recompute.load_backbone", load)
+    settings: dict[str, Any] = {"weights": "random", "device": "cpu", "precision": "mixed"}
+    store = extract(folder, MODEL, tmp_path / "s", **settings).store
+    assert list(recompute(store, 2, device="cpu")) == []
+    assert wanted == ["mixed"]
 
 
 def test_a_row_that_is_another_is_named(folder: Path, tmp_path: Path) -> None:

@@ -110,6 +110,14 @@ def test_a_profile_without_a_folder_is_seen_before_anything_is_done(tmp_path: Pa
         extract(tmp_path, profile=tmp_path / "none" / "trace")
 
 
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_profile_that_can_be_no_file_is_seen_before_anything_is_done(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UsageError, match=r"profile: got '.*', expected the name of a file"):
+        extract(tmp_path, profile=name)
+
+
 def test_nothing_to_do_has_no_time_to_tell_of(photos: Path, tmp_path: Path) -> None:
     settings = {"weights": "random", "image_size": 64, "device": "cpu"}
     extract(photos, "torchvision:squeezenet1_1", tmp_path / "out", **settings)  # type: ignore[arg-type]

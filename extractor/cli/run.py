@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
@@ -334,9 +335,7 @@ def _compute(
     stopping: Stopping,
     events: Events,
 ) -> Report:
-    # What is compiled is kept for the next run, and not where others could leave code to run.
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{caches}/extractor/compiled")
+    _keep_compiled()
     bar = Bar(quiet=parsed.quiet or events.wanted)
     with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
         from extractor import pipeline
@@ -359,6 +358,16 @@ def _compute(
             progress=show,
             stop=stopping,
         )
+
+
+def _keep_compiled() -> None:
+    """Keep what is compiled for the next run, and not where others could leave code to run."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(caches, "extractor", "compiled")
+    with contextlib.suppress(OSError):  # no home that can be written: torch has a folder of its own
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
 def options_of(parsed: argparse.Namespace) -> Options:
