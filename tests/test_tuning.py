@@ -330,5 +330,5 @@ def test_a_store_of_something_else_is_refused_and_not_followed(
     text = manifest.read_text().replace('"precision": "bfloat16"', f'"precision": "{precision}"')
     manifest.write_text(with_checksum(re.sub('"checksum": ".*"', '"checksum": ""', text)))
     shutil.copy(photos / "00.png", photos / "new.png")
-    with pytest.raises(StoreError, match=r"precision: .* there, \"(bfloat16|float32)\" now"):
+    with pytest.raises(StoreError, match=r"precision: .* there, .* now"):
         run()
