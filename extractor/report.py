@@ -72,7 +72,8 @@ class Report:
         least_cosine: of the embeddings to those in float32, of the images that this precision was
             tried with; None where it was not.
         is_compiled: whether a network was compiled.
-        spent: what the time of the computation went to; None where nothing was to do.
+        spent: what the time of the computation went to, all zero where nothing was computed; None
+            where it was seen without a model that there is nothing to do.
         seconds: of the whole run.
         load_seconds: of those, until the models were ready; listing, loading and tuning.
         accepted_failure_rate: share of images without a row that is no reason to complain.

@@ -58,7 +58,7 @@ class Spent:
         decode = _rate(self.images * self.threads, seconds["decode"])
         read = _rate(self.images * (self.readers or self.threads), seconds["read"])
         model = _rate(self.images, seconds["model"] + seconds["transfer"])
-        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        threads = f"{self.threads} threads" if self.threads > 1 else "1 thread"
         if seconds["write"] > busy / 2:
             rate = _told(_rate(self.images, seconds["write"]))
             return f"bound by writing: the disk takes {rate} rows/s; write to a faster one"
@@ -68,8 +68,9 @@ class Spent:
                 f"{_told(min(decode, model))}; read from a faster disk, or with more --workers"
             )
         if decode < model:
+            verb = "decode" if self.threads > 1 else "decodes"
             return (
-                f"bound by decoding: {threads} decode {_told(decode)} images/s, the model could do "
+                f"bound by decoding: {threads} {verb} {_told(decode)} images/s, the model could do "
                 f"{_told(model)}; add cores"
             )
         advice = "a smaller one or a faster GPU" if self.on_gpu else "a smaller one or a GPU"

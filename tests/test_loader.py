@@ -254,7 +254,7 @@ def test_decoding_threads_rest_while_a_network_has_their_cores(
         with lock:
             busy += 1
             most = max(most, busy)
-        time.sleep(0.005)
+        time.sleep(0.02)  # so that there is work left all the while
         with lock:
             busy -= 1
         return decode(source, *rest)  # type: ignore[arg-type]
