@@ -113,7 +113,6 @@ def _backbone(
         image_size=(size[0], size[1]),
         bypass=made["bypassed"],
         device=device,
-        precision=precision,
     )
     if backbone.provenance.code != made.get("code", ""):
         raise StoreError(f"the code of {model} is not what it was when the store was made")
@@ -132,4 +131,4 @@ def _backbone(
         backbone = backbone.at_layers(layers, pools.pop() if pools else "avg")
     elif backbone.outputs[0].definition not in (embedding.get("definition", PRE_LOGITS),):
         raise StoreError(f"{model} gives {backbone.outputs[0].definition} now")
-    return backbone
+    return backbone.fold().to(backbone.device, precision)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 from pictures import noise
 
 from extractor import FeatureStore, cli, extract, load_backbone
+from extractor.backbones import Target
 from extractor.errors import StoreError
+from extractor.inference import embed
 from extractor.recompute import recompute
 
 
@@ -51,17 +54,17 @@ def test_rows_come_out_as_they_are_in_the_store(
 def test_rows_are_drawn_again_in_the_precision_of_the_store(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = []
+    computed = []
 
-    def load(*names: str, **settings: Any) -> Any:
-        wanted.append(settings["precision"])
-        return load_backbone(*names, **settings)
+    def spy(targets: Sequence[Target], *rest: Any, **options: Any) -> Any:
+        computed.extend(backbone.precision for backbone in targets[0].backbones)
+        return embed(targets, *rest, **options)
 
-    monkeypatch.setattr("extractor.recompute.load_backbone", load)
+    monkeypatch.setattr("extractor.recompute.embed", spy)
     settings: dict[str, Any] = {"weights": "random", "device": "cpu", "precision": "mixed"}
     store = extract(folder, MODEL, tmp_path / "s", **settings).store
     assert list(recompute(store, 2, device="cpu")) == []
-    assert wanted == ["mixed"]
+    assert computed == ["mixed"]
 
 
 def test_a_row_that_is_another_is_named(folder: Path, tmp_path: Path) -> None:

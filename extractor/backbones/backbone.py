@@ -13,6 +13,7 @@ from torch import nn
 from extractor import heads, weights
 from extractor.devices import device_errors, resolve_device
 from extractor.errors import ModelError, UsageError
+from extractor.folding import fold
 from extractor.layers import POOLED_FEATURES, Output, Taps, find_modules
 from extractor.options import Options, Pooling, parse_pooling
 from extractor.precision import convert, input_type, resolve_precision
@@ -23,6 +24,7 @@ from extractor.version import __version__
 __all__ = ["Backbone", "Provenance"]
 
 CPU = torch.device("cpu")
+FOLD_BATCH = 2
 
 _DEFAULT = Options()
 
@@ -263,6 +265,24 @@ class Backbone:
         with device_errors(self.device):
             replaced = heads.bypass(self.module, names, size, model)
         return replace(self, bypassed=(*self.bypassed, *replaced))
+
+    def fold(self) -> Backbone:
+        """The same network with batch normalisations folded into its convolutions, in place.
+
+        Its embeddings stay what they are, up to the rounding of float32; it computes faster. Where
+        a network cannot be changed so, or is no longer in float32, nothing happens.
+
+        Raises:
+            DeviceError: the device is full, busy or broken.
+        """
+        if self.precision != "float32" or self.is_compiled:
+            return self
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.randn(FOLD_BATCH, 3, *self.preprocess.input_size, generator=generator)
+        with device_errors(self.device):
+            pixels = pixels.to(self.device, memory_format=torch.channels_last)
+            fold(self.module, self.embed, pixels)
+        return self
 
     def to(self, device: torch.device, precision: str = "float32") -> Backbone:
         """The backbone on a device and in a precision; the module itself is moved, not copied.

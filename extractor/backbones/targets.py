@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from extractor.backbones.backbone import Backbone
@@ -11,6 +11,7 @@ from extractor.backbones.load import load, with_changes
 from extractor.errors import UsageError
 from extractor.layers import Output
 from extractor.options import Options, join_names, split_model, store_name
+from extractor.precision import resolve_precision
 
 __all__ = ["Model", "Part", "Target", "check_models", "load_targets"]
 
@@ -92,7 +93,7 @@ def load_targets(models: Sequence[Model], options: Options) -> list[Target]:
         names = split_model(model)
         for name in names:
             if name not in loaded:
-                loaded[name] = load(name, options)
+                loaded[name] = _load(name, options)
         if len(names) == 1:
             targets += _of_one(model, loaded[model], options)
         else:
@@ -103,6 +104,12 @@ def load_targets(models: Sequence[Model], options: Options) -> list[Target]:
         twice = sorted({name for name in stores if stores.count(name) > 1})
         raise UsageError(f"several stores would have the name {', '.join(twice)}; name them apart")
     return targets
+
+
+def _load(model: str, options: Options) -> Backbone:
+    """A model as a run computes it: folded, for which it has to be in float32 yet."""
+    backbone = load(model, replace(options, precision="float32")).fold()
+    return backbone.to(backbone.device, resolve_precision(options.precision))
 
 
 def _of_one(model: str, backbone: Backbone, options: Options) -> list[Target]:
