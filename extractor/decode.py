@@ -21,10 +21,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from extractor import resize
+from extractor.drawing import Stored, draw
 from extractor.errors import DecodeError
 from extractor.options import DECODE, MAX_PIXELS
-from extractor.preprocess import Geometry, Preprocess
+from extractor.preprocess import Preprocess
 
 __all__ = [
     "EncodedImage",
@@ -68,11 +68,6 @@ READ_WHOLE_BYTES = 64 * 2**20
 # Of the pixels that a picture has, along each edge, so many at least are decoded of a larger JPEG.
 # The mean difference to the whole is under 1 of 255 levels then (docs/performance.md).
 SHRINK_TO = 2
-
-# The fast filter takes a copy of the whole image, and resizes all of it. Pillow's needs no copy,
-# and resizes only what the model sees: it is for images that are large or very long.
-MAX_COPIED_PIXELS = 2**23
-MAX_SURPLUS = 8
 
 EXIF_ORIENTATION = 0x0112
 
@@ -440,18 +435,11 @@ def _place(
         image.load()
         if shrunk == 1:
             stored = image.size  # some formats turn themselves while they load
-        orientation = _orientation(image)
-        width, height = stored[::-1] if orientation >= 5 else stored
+        kept = Stored(*stored, _orientation(image))
         rgb = _to_rgb(image)
         for preprocess, out in pictures:
-            geometry = preprocess.geometry(width, height)
-            part = _part(rgb, preprocess.interpolation, geometry, orientation, stored, shrunk)
-            left, top = geometry.at
-            kept_width, kept_height = geometry.size
-            if (kept_height, kept_width) != out.shape[:2]:
-                out[...] = preprocess.fill
-            out[top : top + kept_height, left : left + kept_width] = _upright(part, orientation)
-    return width, height
+            draw(rgb, preprocess, out, kept, shrunk)
+    return kept.upright
 
 
 def _shrink(image: Image.Image, pictures: _Pictures) -> int:
@@ -461,7 +449,7 @@ def _shrink(image: Image.Image, pictures: _Pictures) -> int:
     """
     if image.format not in ("JPEG", "MPO"):
         return 1
-    width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
+    width, height = Stored(*image.size, _orientation(image)).upright
     spare = math.inf
     for preprocess, _ in pictures:
         if preprocess.interpolation == "nearest":
@@ -476,71 +464,12 @@ def _shrink(image: Image.Image, pictures: _Pictures) -> int:
     return 1 if drafted is None else round(stored_width / drafted[1][2])
 
 
-def _part(
-    rgb: Image.Image,
-    interpolation: str,
-    geometry: Geometry,
-    orientation: int,
-    stored: tuple[int, int],
-    shrunk: int,
-) -> npt.NDArray[np.uint8]:
-    """What one model sees of an image, resized, but turned as it is stored.
-
-    Turning the small picture is the same as turning the image, and much cheaper for camera photos.
-
-    Args:
-        stored: width and height of the image in its file.
-        shrunk: it was decoded at one part in so many of that.
-    """
-    sideways = orientation >= 5
-    whole = geometry.whole[::-1] if sideways else geometry.whole
-    size = geometry.size[::-1] if sideways else geometry.size
-    fits = rgb.width * rgb.height <= MAX_COPIED_PIXELS
-    if (
-        fits
-        and interpolation in resize.FILTERS
-        and math.prod(whole) <= MAX_SURPLUS * math.prod(size)
-    ):
-        shares = stored[0] / shrunk / whole[0], stored[1] / shrunk / whole[1]
-        resized = resize.resize(np.asarray(rgb), whole, shares, interpolation)
-        x, y = geometry.corner
-        seen = (x, y, x + geometry.size[0], y + geometry.size[1])
-        x0, y0, x1, y1 = map(int, _raw_box(seen, orientation, *whole))
-        return resized[y0:y1, x0:x1]
-    left, top, right, bottom = _raw_box(geometry.box, orientation, *stored)
-    box = (left / shrunk, top / shrunk, right / shrunk, bottom / shrunk)
-    return np.asarray(rgb.resize(size, Image.Resampling[interpolation.upper()], box=box))
-
-
-def _upright(part: npt.NDArray[np.uint8], orientation: int) -> npt.NDArray[np.uint8]:
-    """A picture ``(H, W, 3)`` turned as its EXIF orientation says (CIPA DC-008, tag 0x0112)."""
-    if orientation >= 5:
-        part = part.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        part = part[:, ::-1]
-    return part[::-1] if orientation in (3, 4, 7, 8) else part
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         value = image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, EOFError, struct.error):
         return 1  # a photo with a broken EXIF block is still a photo
     return value if value in range(1, 9) else 1
-
-
-def _raw_box(
-    box: tuple[float, float, float, float], orientation: int, raw_width: int, raw_height: int
-) -> tuple[float, float, float, float]:
-    """The part of the stored image that ``box`` of the upright image comes from."""
-    left, top, right, bottom = box
-    if orientation >= 5:  # the stored rows are the upright image's columns
-        left, top, right, bottom = top, left, bottom, right
-    if orientation in (2, 3, 7, 8):
-        left, right = raw_width - right, raw_width - left
-    if orientation in (3, 4, 6, 7):
-        top, bottom = raw_height - bottom, raw_height - top
-    return left, top, right, bottom
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
