@@ -13,21 +13,22 @@ import re
 import stat
 import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, UnidentifiedImageError
 
-from extractor.drawing import Stored, draw
+from extractor.drawing import Stored, can_resize_whole, draw
 from extractor.errors import DecodeError
 from extractor.options import DECODE, MAX_PIXELS
 from extractor.preprocess import Preprocess
 
 __all__ = [
     "EncodedImage",
+    "EncodedJpeg",
     "Failure",
     "ImageInfo",
     "ImageSource",
@@ -38,6 +39,7 @@ __all__ = [
     "digest_of",
     "looks_like_image",
     "open_regular",
+    "plain_jpeg",
     "read_file",
     "readable_suffixes",
 ]
@@ -61,6 +63,11 @@ _HOLD_OTHERS = (b"\0\0\1\0", b"\0\0\2\0", b"icns")
 _ENDS_EARLY = re.compile("trunca|not enough", re.IGNORECASE)
 
 JPEG2000_DATA = b"\xff\x93"  # begins the pixels of each tile; a file without any is cut
+
+# Of a JPEG file (ITU-T T.81), and the sampling of its brightness and its two colours that every
+# decoder knows: 4:4:4, 4:2:2 and 4:2:0.
+JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+PLAIN_SAMPLINGS = [[(across, down), (1, 1), (1, 1)] for across, down in ((1, 1), (2, 1), (2, 2))]
 
 # Larger files are read by Pillow piece by piece and not into memory first.
 READ_WHOLE_BYTES = 64 * 2**20
@@ -87,6 +94,14 @@ class ReadFile:
     content: bytes
     size: int
     mtime_ns: int
+
+
+@dataclass(frozen=True)
+class EncodedJpeg:
+    """A file that another decoder may decode, and how the image lies in it."""
+
+    file: ReadFile
+    stored: Stored
 
 
 @dataclass(frozen=True)
@@ -191,7 +206,7 @@ def decode_into(
         outs: for each, ``(height, width, 3)`` uint8 of its ``input_size``, written in place, RGB.
         budget: what images may hold before they are resized; one that declares more is not
             decoded. Calls that share one wait for each other where they would exceed it together.
-        how: ``scaled`` lets libjpeg shrink what is much larger than all pictures, ``exact`` decodes
+        how: ``scaled`` lets libjpeg shrink what is much larger than all pictures, all else decodes
             every pixel.
 
     Raises:
@@ -243,6 +258,44 @@ def _decode_read(file: ReadFile, pictures: _Pictures, budget: PixelBudget, how: 
         raise
     digest = hashlib.sha256(file.content).digest()
     return ImageInfo(file.size, file.mtime_ns, width, height, digest)
+
+
+def plain_jpeg(
+    file: ReadFile, preprocesses: Sequence[Preprocess], max_pixels: int
+) -> tuple[ImageInfo, EncodedJpeg] | None:
+    """What a JPEG is, where any decoder would make the same pictures of it; None for all others.
+
+    That is: sequential, whole to its last marker, grey or in the usual colours and sampling, and
+    resized by a filter that torch has.
+    """
+    content = file.content
+    if not content.startswith(JPEG_START) or not content.rstrip(b"\0").endswith(JPEG_END):
+        return None
+    try:
+        with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
+            if image.format != "JPEG" or not _is_plain(image.info, getattr(image, "layer", ())):
+                return None
+            stored = Stored(image.width, image.height, _orientation(image))
+    except Exception:  # whatever it is, the one who decodes it will say
+        return None
+    width, height = stored.upright
+    fast = all(
+        can_resize_whole(one.geometry(width, height), one.interpolation) for one in preprocesses
+    )
+    if not fast or width * height > max_pixels:
+        return None
+    digest = hashlib.sha256(content).digest()
+    return ImageInfo(file.size, file.mtime_ns, width, height, digest), EncodedJpeg(file, stored)
+
+
+def _is_plain(info: Mapping[str | tuple[int, int], Any], layers: Sequence[Sequence[int]]) -> bool:
+    """Whether a JPEG is sequential and grey or YCbCr, its colours halved along no or some edges."""
+    names, sampling = [one[0] for one in layers], [tuple(one[1:3]) for one in layers]
+    if info.get("progressive") or info.get("progression") or info.get("adobe_transform") == 0:
+        return False
+    if len(layers) == 1:
+        return True
+    return names == [1, 2, 3] and sampling in PLAIN_SAMPLINGS
 
 
 def _decode_large(path: FilePath, pictures: _Pictures, budget: PixelBudget, how: str) -> ImageInfo:
@@ -431,11 +484,11 @@ def _place(
     """Draw all pictures of an image; returns its width and height, the right way up."""
     with budget.claim(image.width, image.height):
         stored = image.size
-        shrunk = 1 if how == "exact" else _shrink(image, pictures)
+        shrunk = _shrink(image, pictures) if how == "scaled" else 1
         image.load()
         if shrunk == 1:
             stored = image.size  # some formats turn themselves while they load
-        kept = Stored(*stored, _orientation(image))
+        kept = Stored(stored[0], stored[1], _orientation(image))
         rgb = _to_rgb(image)
         for preprocess, out in pictures:
             draw(rgb, preprocess, out, kept, shrunk)

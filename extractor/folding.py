@@ -26,7 +26,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from extractor.trial import first_line
 
-__all__ = ["fold"]
+__all__ = ["fold", "may_fold"]
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
         Dotted names of the normalisations that are gone; an activation or an ``nn.Identity`` is in
         the place of each.
     """
-    if not any(type(module) in NORMS for module in network.modules()):
+    if not may_fold(network):
         return ()
     with torch.no_grad(), ExitStack() as undo:
         try:
@@ -69,6 +69,13 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
             return ()
         undo.pop_all()
     return tuple(pair.name for pair in pairs)
+
+
+def may_fold(network: nn.Module) -> bool:
+    """Whether a network has normalisations, and no part that is compiled already."""
+    modules = list(network.modules())
+    compiled = any(hasattr(module, "_orig_mod") for module in modules)
+    return not compiled and any(type(module) in NORMS for module in modules)
 
 
 class _Pair(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
@@ -15,6 +16,7 @@ import torch
 
 from extractor.backbones import Backbone, Target
 from extractor.decode import Failure, ImageInfo
+from extractor.device_decode import DeviceDecoder
 from extractor.devices import device_errors
 from extractor.errors import UsageError
 from extractor.loader import Batch
@@ -28,6 +30,11 @@ log = logging.getLogger(__name__)
 # Batches that a GPU may have been given before the first one's rows are waited for: while one
 # computes, the next one's pixels move. More would only hold more buffers.
 IN_FLIGHT = 2
+
+# Batches that a CPU computes one after the other while the decoding threads rest: each change
+# between the two costs some milliseconds, which small networks feel. Nobody waits longer for it.
+TOGETHER = 4
+TOGETHER_SECONDS = 0.25
 
 
 class Embedded(NamedTuple):
@@ -56,6 +63,7 @@ def embed(
     *,
     normalize: bool,
     timer: Timer | None = None,
+    decoder: DeviceDecoder | None = None,
 ) -> Iterator[Embedded]:
     """Embed batches in order, and release each as soon as its pixels are no longer needed.
 
@@ -64,6 +72,7 @@ def embed(
         batches: with the pictures that :func:`pictures_of` lists.
         normalize: scale every embedding to unit Euclidean length.
         timer: sums what waiting for batches and the model take.
+        decoder: draws the images of a batch that were left encoded.
 
     Raises:
         DeviceError: the device is full, busy or broken.
@@ -72,7 +81,7 @@ def embed(
     with device_errors(step.device), full_float32():
         timer = timer or Timer()
         run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
-        yield from run(step, _waited_for(batches, timer), timer)
+        yield from run(step, _waited_for(batches, timer), timer, decoder)
 
 
 def _waited_for(batches: Iterable[Batch], timer: Timer) -> Iterator[Batch]:
@@ -177,17 +186,32 @@ class _Step:
         return torch.nn.functional.normalize(rows) if self._unit_length else rows
 
 
-def _embed_in_turn(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator[Embedded]:
+def _embed_in_turn(
+    step: _Step, batches: Iterable[Batch], timer: Timer, decoder: DeviceDecoder | None
+) -> Iterator[Embedded]:
     cores = torch.get_num_threads() if step.device.type == "cpu" else 0
-    for batch in batches:
-        with torch.inference_mode():
-            with timer.spent("transfer"):
-                pictures = [picture.to(step.device) for picture in batch.pictures]
-            # A network waits for the last of its threads many times in a pass: one that shares its
-            # core with a decoder keeps all others waiting.
-            with timer.spent("model"), batch.alone_on(cores):
-                rows = [one.cpu() for one in step(pictures, batch.release)]
-        yield _collect(batch, rows)
+    waiting = iter(batches)
+    together = 1
+    while group := list(itertools.islice(waiting, together)):
+        begun = time.perf_counter()
+        # A network waits for the last of its threads many times in a pass: one that shares its
+        # core with a decoder keeps all others waiting.
+        with group[0].alone_on(cores):
+            computed = [_computed(step, batch, timer, decoder) for batch in group]
+        seconds = (time.perf_counter() - begun) / len(group)
+        together = min(max(int(TOGETHER_SECONDS / max(seconds, 1e-6)), 1), TOGETHER) if cores else 1
+        yield from computed
+
+
+@torch.inference_mode()
+def _computed(step: _Step, batch: Batch, timer: Timer, decoder: DeviceDecoder | None) -> Embedded:
+    with timer.spent("transfer"):
+        pictures = [picture.to(step.device) for picture in batch.pictures]
+        if decoder is not None:
+            decoder.fill(batch, pictures)
+    with timer.spent("model"):
+        rows = [one.cpu() for one in step(pictures, batch.release)]
+    return _collect(batch, rows)
 
 
 class _Flight(NamedTuple):
@@ -200,7 +224,9 @@ class _Flight(NamedTuple):
     copied_out: torch.cuda.Event
 
 
-def _embed_cuda(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator[Embedded]:
+def _embed_cuda(
+    step: _Step, batches: Iterable[Batch], timer: Timer, decoder: DeviceDecoder | None
+) -> Iterator[Embedded]:
     """Keep the GPU fed: it computes one batch while the next one's pixels are on their way.
 
     All launches are asynchronous, so the host only waits for rows that are :data:`IN_FLIGHT`
@@ -210,7 +236,7 @@ def _embed_cuda(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator
     flights: deque[_Flight] = deque()
     try:
         for batch in batches:
-            flights.append(_launch(step, batch, copies))
+            flights.append(_launch(step, batch, copies, decoder))
             if len(flights) == IN_FLIGHT:
                 yield _land(flights.popleft(), timer)
         while flights:
@@ -220,13 +246,18 @@ def _embed_cuda(step: _Step, batches: Iterable[Batch], timer: Timer) -> Iterator
 
 
 @torch.inference_mode()
-def _launch(step: _Step, batch: Batch, copies: torch.cuda.Stream) -> _Flight:
+def _launch(
+    step: _Step, batch: Batch, copies: torch.cuda.Stream, decoder: DeviceDecoder | None
+) -> _Flight:
     begun, copied_in, computing, copied_out = (_event() for _ in range(4))
     with torch.cuda.device(step.device):
         compute = torch.cuda.current_stream()
         with torch.cuda.stream(copies):
             begun.record()
             pictures = [one.to(step.device, non_blocking=True) for one in batch.pictures]
+            if decoder is not None:
+                # Waits for this stream alone: the batch before is computed meanwhile on its own.
+                decoder.fill(batch, pictures)
             copied_in.record()
         compute.wait_event(copied_in)
         for picture in pictures:

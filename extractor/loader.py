@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from extractor.decode import (
     READ_WHOLE_BYTES,
+    EncodedJpeg,
     Failure,
     ImageInfo,
     ImageSource,
     PixelBudget,
     ReadFile,
     decode_into,
+    plain_jpeg,
     read_file,
 )
 from extractor.errors import DecodeError, SourceError
@@ -39,8 +41,11 @@ _DEFAULT = Options()
 __all__ = ["Batch", "BatchLoader"]
 
 # One buffer is being filled, one is ready, one is on its way to the device, and one is slack for
-# an image that takes long. More only costs memory: what bounds a run is a rate, not a queue.
+# an image that takes long. More only costs memory: what bounds a run is a rate, not a queue. Where
+# a CPU computes several batches at once, as many can be filled meanwhile, if they are small.
 BUFFERS = 4
+MORE_BUFFERS = 8
+MORE_BUFFERS_BYTES = 2**28
 # Decoders that hang and are left to themselves, each with its thread and a buffer. So many mean
 # that it is the disk that hangs, and not the images.
 MAX_ABANDONED = 32
@@ -49,6 +54,7 @@ MAX_ABANDONED = 32
 MAX_READERS = 32
 READ_AHEAD_BYTES = 8 * 2**20
 MAX_AHEAD_BYTES = 256 * 2**20  # of all files that wait to be decoded
+MAX_ENCODED_BYTES = 2**30  # of all that are left to the device; the others are decoded here
 SLOW_READ_SECONDS = 0.003
 SLOW_READ_SHARE = 0.5  # of the time that decoding takes
 OBSERVED = 16  # images between two looks at how slowly files come
@@ -65,6 +71,7 @@ class Batch:
             batch size. Rows of failed images and rows behind the last image are black. Valid until
             :meth:`release`.
         outcomes: for each image what it was, or why it has no pixels; at most B of them.
+        encoded: images by their place that are left to be decoded by the device; black until then.
     """
 
     def __init__(
@@ -75,6 +82,7 @@ class Batch:
     ):
         self.pictures = pictures
         self.outcomes: list[ImageInfo | Failure | None] = [None] * len(sources)
+        self.encoded: dict[int, EncodedJpeg] = {}
         self._sources = sources
         self._rows: list[npt.NDArray[np.uint8]] = [picture.numpy() for picture in pictures]
         for rows in self._rows:
@@ -86,7 +94,7 @@ class Batch:
     def _settle(self, position: int, outcome: ImageInfo | Failure) -> None:
         self.outcomes[position] = outcome
         self._pending -= 1
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, Failure) or position in self.encoded:
             for rows in self._rows:
                 rows[position] = 0
 
@@ -103,9 +111,14 @@ class Batch:
         with self._owner._resting_for(cores):
             yield
 
+    def decode_on_host(self) -> None:
+        """Leave no more images to the device, in batches to come."""
+        self._owner._how = "exact"
+
     def release(self) -> None:
         """Give the buffers back; ``pictures`` will be overwritten from now on."""
-        self._owner._give_back(self.pictures)
+        self._owner._give_back(self.pictures, sum(map(_bytes, self.encoded.values())))
+        self.encoded = {}
 
 
 class _Task:
@@ -116,6 +129,7 @@ class _Task:
         self.position = position
         self.given = batch._sources[position]
         self.outs = [rows[position] for rows in batch._rows]
+        self.encoded: EncodedJpeg | None = None  # where it is left to the device
         self.claimed = 0  # pixels of the budget
         self._rows = batch._rows
         self.begun = time.monotonic()
@@ -138,6 +152,8 @@ class _Task:
 
     def settle(self, outcome: ImageInfo | Failure) -> None:
         """Hand the image over; into new buffers where the batch has moved meanwhile."""
+        if self.encoded is not None:
+            self.batch.encoded[self.position] = self.encoded
         if self._rows is not self.batch._rows:
             for out, rows in zip(self.outs, self.batch._rows, strict=True):
                 rows[self.position] = out
@@ -177,7 +193,8 @@ class BatchLoader:
         pin: page-lock the buffers, so that copies to a CUDA device can run beside the computation.
         max_pixels: that may be in decoders at a time; an image of more fails.
         image_timeout: seconds after which an image fails and its thread is left to itself.
-        decode: ``scaled`` or ``exact``, see :func:`extractor.decode.decode_into`.
+        decode: ``scaled`` or ``exact``, see :func:`extractor.decode.decode_into`; ``gpu`` leaves
+            plain JPEGs encoded, and decodes all others exactly.
         suspects: paths of files that are decoded in a process of their own.
         in_flight: where threads note the files that they decode.
         timer: sums what reading and decoding take.
@@ -214,7 +231,7 @@ class BatchLoader:
         self._suspects = frozenset(suspects)
         self._one_apart = threading.Lock()
         self._in_flight_file = in_flight
-        self._free = [self._buffers() for _ in range(BUFFERS)]
+        self._free = [self._buffers() for _ in range(self._count_of_buffers())]
         self._in_flight: deque[Batch] = deque()
         self._tasks: set[_Task] = set()  # that threads are at
         self._ready: deque[_Task] = deque()  # that were read, and are not yet decoded
@@ -231,6 +248,7 @@ class BatchLoader:
         self._slots = 0  # of decoding threads that were ever begun
         self._settled = 0
         self._ahead_bytes = 0  # of files that were read and not yet decoded
+        self._encoded_bytes = 0  # of files that are left to the device
         self._decoding = 0  # images just now
         self._resting = 0  # decoding threads that leave their cores to others
         self.readers = 0
@@ -244,12 +262,18 @@ class BatchLoader:
     def _reader(self) -> threading.Thread:
         return threading.Thread(target=self._read_ahead, name="read-ahead", daemon=True)
 
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [(self._batch_size, *one.input_size, 3) for one in self._preprocesses]
+
+    def _count_of_buffers(self) -> int:
+        fit = MORE_BUFFERS_BYTES // sum(map(math.prod, self._shapes()))
+        return BUFFERS if self._pin else min(max(fit, BUFFERS), MORE_BUFFERS)
+
     def _buffers(self) -> tuple[torch.Tensor, ...]:
         import torch
 
-        shapes = [(self._batch_size, *one.input_size, 3) for one in self._preprocesses]
         pin = self._pin
-        return tuple(torch.empty(shape, dtype=torch.uint8, pin_memory=pin) for shape in shapes)
+        return tuple(torch.empty(s, dtype=torch.uint8, pin_memory=pin) for s in self._shapes())
 
     def __enter__(self) -> BatchLoader:
         for thread in self._threads:
@@ -324,8 +348,9 @@ class BatchLoader:
         for condition in (self._changed, self._claimable, self._decodable):
             condition.notify_all()
 
-    def _give_back(self, pictures: tuple[torch.Tensor, ...]) -> None:
+    def _give_back(self, pictures: tuple[torch.Tensor, ...], encoded_bytes: int) -> None:
         with self._changed:
+            self._encoded_bytes -= encoded_bytes
             self._free.append(pictures)
             self._claimable.notify_all()
 
@@ -494,6 +519,8 @@ class BatchLoader:
             return failure
         begun, used = time.perf_counter(), time.thread_time()
         try:
+            if (left := self._leave_encoded(task)) is not None:
+                return left
             if isinstance(path, bytes) and path in self._suspects:
                 with task.not_timed(), self._one_apart:  # it has a clock of its own
                     return decode_apart(
@@ -518,6 +545,27 @@ class BatchLoader:
             task.given = b""  # its bytes are not needed any more
             lasted, used = time.perf_counter() - begun, time.thread_time() - used
             self._timer.add("decode", begun, lasted, counted=used)
+
+    def _leave_encoded(self, task: _Task) -> ImageInfo | None:
+        """Leave an image to the device, where that is wanted and can be."""
+        if self._how != "gpu" or not isinstance(task.given, ReadFile):
+            return None
+        length = len(task.given.content)
+        with self._changed:
+            if self._encoded_bytes + length > MAX_ENCODED_BYTES:
+                return None
+            self._encoded_bytes += length
+        found = plain_jpeg(task.given, self._preprocesses, self._budget.max_pixels)
+        if found is None:
+            with self._changed:
+                self._encoded_bytes -= length
+            return None
+        info, task.encoded = found
+        return info
+
+
+def _bytes(image: EncodedJpeg) -> int:
+    return len(image.file.content)
 
 
 def _stat(task: _Task) -> tuple[int, int]:

@@ -45,11 +45,11 @@ class Mender:
         Args:
             images: gives the images of the batch.
         """
+        finite = np.all([_finite(rows) for rows in embedded.rows], axis=0)
         places = [
             place
-            for place, outcome in enumerate(embedded.outcomes)
-            if isinstance(outcome, ImageInfo)
-            and not all(np.isfinite(rows[place]).all() for rows in embedded.rows)
+            for place in np.flatnonzero(~finite).tolist()
+            if isinstance(embedded.outcomes[place], ImageInfo)
         ]
         if not places:
             return embedded
@@ -69,3 +69,8 @@ class Mender:
         if not self._load.cache_info().currsize:
             log.warning("half precision overflows for some images; these are computed in float32")
         return self._load()
+
+
+def _finite(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Which rows hold neither NaN nor infinity."""
+    return np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))

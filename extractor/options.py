@@ -43,7 +43,7 @@ MAX_BATCH_SIZE = 65_536
 MAX_WORKERS = 1_024
 MAX_PIXELS = 200_000_000  # of an image before it is resized
 CHECKS = ("stat", "content")
-DECODES = ("scaled", "exact")
+DECODES = ("scaled", "exact", "gpu")
 DECODE = DECODES[0]
 MAX_IMAGE_SIZE = 16_384
 MAX_SECONDS = 1e6
@@ -113,7 +113,8 @@ class Options:
         shard_images: images, failed ones included, that one shard of the store answers for.
         overwrite: compute all anew, and replace the store that is there once that is complete.
         decode: ``scaled`` lets libjpeg decode what is much larger than the model's input at a half,
-            a quarter or an eighth of its size; ``exact`` decodes every pixel.
+            a quarter or an eighth of its size; ``exact`` decodes every pixel; ``gpu`` leaves plain
+            JPEGs to the CUDA device that computes, and decodes all others exactly.
         check: how images that have rows already are compared with what they were: ``stat``, by
             size and time of modification, or ``content``, by the SHA-256 of their bytes.
         keep_missing: keep the rows of images that are no longer there.

@@ -24,6 +24,7 @@ from extractor.backbones import Backbone, Model, Target, check_models, load_targ
 from extractor.current import current_images
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.description import describe, precision_of
+from extractor.device_decode import DeviceDecoder
 from extractor.devices import available_cores, device_errors
 from extractor.errors import (
     DecodeError,
@@ -207,6 +208,7 @@ def extract(
         )
     targets = load_targets(models, options)
     folders = [Path(folder) for folder in store_folders(place, [one.name for one in targets])]
+    _check_decode(options.decode, targets[0].parts[0].backbone.device)
     clock.ended("load")
     batch_size = _batch_size(targets, options)
     current = functools.cache(lambda: current_images(sources, content=options.check == "content"))
@@ -265,6 +267,13 @@ def extract(
         seconds=clock.seconds,
     )
     return report
+
+
+def _check_decode(decode: str, device: torch.device) -> None:
+    if decode == "gpu" and device.type != "cuda":
+        raise UsageError(
+            f"decode: got gpu, which needs a CUDA device; this run computes on {device}"
+        )
 
 
 class _Stages:
@@ -386,8 +395,13 @@ class _Run:
 
         mend = self._mender(targets)
         slots = _workers(options) + MAX_ABANDONED
+        on_device = options.decode == "gpu"
         with ExitStack() as stack:
-            in_flight = stack.enter_context(InFlight(stores[0].staging / IN_FLIGHT, slots))
+            in_flight = stack.enter_context(
+                InFlight(
+                    stores[0].staging / IN_FLIGHT, slots + (self._batch_size if on_device else 0)
+                )
+            )
             loader = _loader(
                 map(images_of, batches),
                 targets,
@@ -396,9 +410,23 @@ class _Run:
                 self._suspects,
                 in_flight,
                 self._timer,
+                decode=options.decode,
             )
             stack.enter_context(loader)
-            computed = embed(targets, loader, normalize=options.normalize, timer=self._timer)
+            decoder = (
+                DeviceDecoder(
+                    targets[0].parts[0].backbone.device,
+                    pictures_of(targets),
+                    max_pixels=options.max_pixels,
+                    in_flight=in_flight,
+                    first_slot=slots,
+                )
+                if on_device
+                else None
+            )
+            computed = embed(
+                targets, loader, normalize=options.normalize, timer=self._timer, decoder=decoder
+            )
             pairs = zip(batches, computed, strict=True)
             for number, part in itertools.groupby(pairs, key=lambda pair: pair[0].shard):
                 with ExitStack() as shards:
@@ -554,7 +582,10 @@ def _loader(
     suspects: Collection[bytes] = (),
     in_flight: InFlight | None = None,
     timer: Timer | None = None,
+    *,
+    decode: str | None = None,
 ) -> BatchLoader:
+    """Decodes batches for some targets; all of it, unless ``decode`` leaves some to the device."""
     device = targets[0].parts[0].backbone.device
     with device_errors(device):
         return BatchLoader(
@@ -565,7 +596,7 @@ def _loader(
             pin=device.type == "cuda",
             max_pixels=options.max_pixels,
             image_timeout=options.image_timeout,
-            decode=options.decode,
+            decode=decode or ("exact" if options.decode == "gpu" else options.decode),
             suspects=suspects,
             in_flight=in_flight,
             timer=timer,

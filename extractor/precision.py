@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-__all__ = ["TYPES", "candidates", "convert", "input_type", "resolve_precision"]
+__all__ = [
+    "TYPES",
+    "candidates",
+    "convert",
+    "has_matrix_units",
+    "input_type",
+    "resolve_precision",
+]
 
 # That a network's weights have, but for the sensitive ones of `mixed`.
 TYPES = {
@@ -19,7 +26,8 @@ TYPES = {
 }
 
 CPU_FLAGS = Path("/proc/cpuinfo")
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16"}  # without them bfloat16 is slower than float32
+MATRIX_FLAG = "amx_bf16"
+BFLOAT16_FLAGS = {"avx512_bf16", MATRIX_FLAG}  # without them bfloat16 is slower than float32
 HALF_SINCE, BFLOAT16_SINCE = (7, 0), (8, 0)  # compute capability: tensor cores that take them
 
 
@@ -42,6 +50,11 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     if device.type == "cpu" and _cpu_flags() & BFLOAT16_FLAGS:
         return ("bfloat16", "mixed")
     return ()
+
+
+def has_matrix_units() -> bool:
+    """Whether the processor multiplies whole matrices of bfloat16 (Intel's AMX)."""
+    return MATRIX_FLAG in _cpu_flags()
 
 
 def _cpu_flags() -> set[str]:

@@ -22,7 +22,8 @@ from extractor.store import FeatureStore
 __all__ = ["recompute"]
 
 # Of the length of a row: other hardware sums in another order, float16 keeps 11 bits. In half
-# precision another order, or a network that was compiled, rounds otherwise at every step.
+# precision another order, or a network that was compiled, rounds otherwise at every step; so does a
+# GPU that decodes.
 TOLERANCE = {"float32": 1e-3, "float16": 5e-3}
 HALF_TOLERANCE = 0.05
 
@@ -43,13 +44,20 @@ def recompute(
     target = _target(store, weights, device)
     dtype = store.manifest.description.dtype
     precision = str(store.manifest.description.computation["precision"])
-    tolerance = TOLERANCE[dtype] if precision == "float32" else HALF_TOLERANCE
+    how = str(store.manifest.description.computation["decode"])
+    same = precision == "float32" and how != "gpu"
+    tolerance = TOLERANCE[dtype] if same else HALF_TOLERANCE
     normalize = bool(store.manifest.description.embedding["normalized"])
     rows = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).astype(int))
     paths = [os.path.join(store.root, store.paths[row]) for row in rows]
-    how = str(store.manifest.description.computation["decode"])
     plan = iter([[path] for path in paths])
-    with BatchLoader(plan, pictures_of([target]), batch_size=1, workers=1, decode=how) as loader:
+    with BatchLoader(
+        plan,
+        pictures_of([target]),
+        batch_size=1,
+        workers=1,
+        decode="exact" if how == "gpu" else how,
+    ) as loader:
         computed = embed([target], loader, normalize=normalize)
         for row, path, embedded in zip(rows, paths, computed, strict=True):
             (outcome,) = embedded.outcomes

@@ -327,7 +327,7 @@ def _table(results: list[Result]) -> str:
         f"With {versions}, torch {torch.__version__}: {len(right)} of {len(results)} are right, "
         f"{len(by_value)} of them by value",
         f"(largest relative error {max((r.error or 0 for r in by_value), default=0):.1e})."
-        + (f" The other {by_shape} are large: only their shapes were compared." if by_shape else ""),
+        + (f" Of {by_shape} large ones only shapes were compared." if by_shape else ""),
         "",
         "| reference | models |",
         "|---|---|",

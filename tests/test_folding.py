@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -188,7 +189,9 @@ def test_a_run_folds_and_what_is_loaded_to_be_looked_into_is_whole(model: str) -
     assert norms[1] == 0
 
 
-def test_layers_keep_their_values(photos: Path, tmp_path: Path) -> None:
+def test_layers_keep_their_values(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     layers = ["conv1", "bn1", "layer2.0.bn2", "layer3"]
     report = extract(
         photos,
@@ -202,16 +205,37 @@ def test_layers_keep_their_values(photos: Path, tmp_path: Path) -> None:
     whole = load_backbone(
         "torchvision:resnet18", weights="random", device="cpu", layers=layers, image_size=64
     )
+    monkeypatch.setattr("extractor.backbones.targets._folded_copy", lambda backbone: backbone)
     computed = extract(photos, whole, tmp_path / "whole")
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in whole.module.modules())
+    assert norms == 20
     for folded_store, store in zip(report.stores, computed.stores, strict=True):
         a, b = folded_store.store.features[:], store.store.features[:]
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_backbone_of_the_users_stays_as_it_is(photos: Path, tmp_path: Path) -> None:
+def test_a_backbone_of_the_users_stays_as_it_is_and_its_copy_is_folded() -> None:
     network = Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
-    extract(photos, backbone, tmp_path / "out")
+    (run,) = Extractor(backbone).backbones
+    assert isinstance(network.norm, nn.BatchNorm2d)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
+    torch.testing.assert_close(run(NOISE), backbone(NOISE), rtol=1e-5, atol=1e-5)
+
+
+class NotToBeCopied(Pair):
+    def __deepcopy__(self, memo: object) -> NotToBeCopied:
+        raise TypeError("cannot pickle a lock")
+
+
+@pytest.mark.parametrize("kind", ["not to be copied", "compiled"])
+def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str) -> None:
+    network = NotToBeCopied() if kind == "not to be copied" else Pair()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    if kind == "compiled":
+        backbone = replace(backbone, module=torch.compile(network, backend="eager"))
+    (run,) = Extractor(backbone).backbones
+    assert run.module is backbone.module
     assert isinstance(network.norm, nn.BatchNorm2d)
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from models import mean_pixel, normalised
+from torch import nn
 
 from extractor import load_backbone
 from extractor.backbones import Backbone, Part, Target
@@ -13,7 +15,7 @@ from extractor.decode import ImageSource
 from extractor.devices import device_errors
 from extractor.errors import DeviceError
 from extractor.inference import embed
-from extractor.loader import BatchLoader
+from extractor.loader import Batch, BatchLoader
 
 
 def colours(count: int) -> list[tuple[int, int, int]]:
@@ -74,6 +76,33 @@ def test_a_gpu_computes_what_a_cpu_computes(device: str) -> None:
     cpu = run(load_backbone("resnet18", weights="random", device="cpu"), images, 5)
     worst = np.abs(here - cpu).max() / np.abs(cpu).max()
     assert worst < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken"), [(0.0, [1, 5, 5, 5, 5, 9, 9, 9, 9]), (1.0, list(range(1, 10)))]
+)
+def test_only_quick_batches_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, taken: list[int]
+) -> None:
+    class Clock(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            nonlocal now
+            now += seconds
+            return pixels.mean((2, 3))
+
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        nonlocal count
+        for batch in batches:
+            count += 1
+            yield batch
+
+    now, count = 0.0, 0
+    backbone = replace(mean_pixel(), module=Clock())
+    plan: list[list[ImageSource]] = [[flat(colour)] for colour in colours(9)]
+    with BatchLoader(plan, [backbone.preprocess], batch_size=1, workers=2) as loader:
+        monkeypatch.setattr("extractor.inference.time.perf_counter", lambda: now + 1e-6 * count)
+        computed = embed([Target("t", (Part(backbone),))], counted(loader), normalize=False)
+        assert [count for _ in computed] == taken
 
 
 def test_gradients_and_grad_mode_are_left_alone() -> None:

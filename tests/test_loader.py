@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
-from extractor.loader import BUFFERS, BatchLoader
+from extractor.loader import BUFFERS, MORE_BUFFERS, BatchLoader
 from extractor.preprocess import Preprocess
 
 SIZE = (8, 6)
@@ -97,7 +97,13 @@ def test_a_batch_of_failures_goes_on() -> None:
     assert (pixels[0] == 7).all()
 
 
-def test_the_look_ahead_is_bounded() -> None:
+@pytest.mark.parametrize(
+    ("memory", "batches"), [(10**9, MORE_BUFFERS), (6 * 2 * (8 * 6 * 3), 6), (1, BUFFERS)]
+)
+def test_the_look_ahead_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, memory: int, batches: int
+) -> None:
+    monkeypatch.setattr("extractor.loader.MORE_BUFFERS_BYTES", memory)
     asked = 0
 
     def plan() -> Iterator[list[ImageSource]]:
@@ -110,10 +116,10 @@ def test_the_look_ahead_is_bounded() -> None:
         iterator = iter(loader)
         next(iterator)  # never released
         deadline = time.monotonic() + 5
-        while asked < BUFFERS and time.monotonic() < deadline:
+        while asked < batches and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.2)
-        assert asked == BUFFERS
+        assert asked == batches
 
 
 def test_buffers_are_reused() -> None:
@@ -122,7 +128,7 @@ def test_buffers_are_reused() -> None:
         for batch in loader:
             places.add(batch.pictures[0].data_ptr())
             batch.release()
-    assert len(places) <= BUFFERS
+    assert len(places) <= MORE_BUFFERS
 
 
 def test_leaving_early_stops_the_threads() -> None:

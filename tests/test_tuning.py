@@ -332,3 +332,18 @@ def test_a_store_of_something_else_is_refused_and_not_followed(
     shutil.copy(photos / "00.png", photos / "new.png")
     with pytest.raises(StoreError, match=r"precision: .* there, .* now"):
         run()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "gain"),
+    [
+        ({"amx_bf16"}, "bfloat16", tuning.COMPILE_GAIN_AMX),
+        ({"amx_bf16"}, "float32", tuning.COMPILE_GAIN["cpu"]),
+        ({"avx512_bf16"}, "bfloat16", tuning.COMPILE_GAIN["cpu"]),
+    ],
+)
+def test_compiling_gains_most_where_there_are_matrix_units(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], name: str, gain: float
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: flags)
+    assert tuning._compile_gain(mean_pixel().to(torch.device("cpu"), name)) == gain

@@ -13,7 +13,7 @@ from torch import nn
 from extractor import heads, weights
 from extractor.devices import device_errors, resolve_device
 from extractor.errors import ModelError, UsageError
-from extractor.folding import fold
+from extractor.folding import fold, may_fold
 from extractor.layers import POOLED_FEATURES, Output, Taps, find_modules
 from extractor.options import Options, Pooling, parse_pooling
 from extractor.precision import convert, input_type, resolve_precision
@@ -266,6 +266,11 @@ class Backbone:
             replaced = heads.bypass(self.module, names, size, model)
         return replace(self, bypassed=(*self.bypassed, *replaced))
 
+    @property
+    def may_fold(self) -> bool:
+        """Whether :meth:`fold` would try something."""
+        return self.precision == "float32" and may_fold(self.module)
+
     def fold(self) -> Backbone:
         """The same network with batch normalisations folded into its convolutions, in place.
 
@@ -275,7 +280,7 @@ class Backbone:
         Raises:
             DeviceError: the device is full, busy or broken.
         """
-        if self.precision != "float32" or self.is_compiled:
+        if not self.may_fold:
             return self
         generator = torch.Generator().manual_seed(0)
         pixels = torch.randn(FOLD_BATCH, 3, *self.preprocess.input_size, generator=generator)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from extractor.backbones.backbone import Backbone
 from extractor.backbones.load import load, with_changes
-from extractor.errors import UsageError
+from extractor.errors import DeviceError, UsageError
 from extractor.layers import Output
 from extractor.options import Options, join_names, split_model, store_name
 from extractor.precision import resolve_precision
+from extractor.trial import first_line
 
 __all__ = ["Model", "Part", "Target", "check_models", "load_targets"]
+
+log = logging.getLogger(__name__)
 
 Model: TypeAlias = "str | Backbone"
 
@@ -87,7 +92,7 @@ def load_targets(models: Sequence[Model], options: Options) -> list[Target]:
     targets: list[Target] = []
     for model in models:
         if isinstance(model, Backbone):
-            backbone = with_changes(model, options)
+            backbone = _folded_copy(with_changes(model, options))
             targets += _of_one(backbone.provenance.model, backbone, options)
             continue
         names = split_model(model)
@@ -110,6 +115,19 @@ def _load(model: str, options: Options) -> Backbone:
     """A model as a run computes it: folded, for which it has to be in float32 yet."""
     backbone = load(model, replace(options, precision="float32")).fold()
     return backbone.to(backbone.device, resolve_precision(options.precision))
+
+
+def _folded_copy(backbone: Backbone) -> Backbone:
+    """A folded copy of the user's backbone, which stays as it is; itself where that cannot be."""
+    if not backbone.may_fold:
+        return backbone
+    try:
+        return replace(backbone, module=copy.deepcopy(backbone.module)).fold()
+    except DeviceError:
+        raise
+    except Exception as error:  # not everything that a module holds can be copied
+        log.info("%s is not folded: %s", backbone.provenance.model, first_line(error))
+        return backbone
 
 
 def _of_one(model: str, backbone: Backbone, options: Options) -> list[Target]:

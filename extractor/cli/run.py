@@ -197,7 +197,8 @@ def build_parser() -> argparse.ArgumentParser:
         choices=DECODES,
         default=default.decode,
         help="scaled: a JPEG much larger than the model's input at a half, a quarter or an eighth "
-        "of its size; exact: every pixel (default: %(default)s)",
+        "of its size; exact: every pixel; gpu: plain JPEGs by the CUDA device that computes "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "-b",
