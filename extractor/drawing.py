@@ -92,7 +92,7 @@ def _part(
     if fits and can_resize_whole(geometry, interpolation):
         whole, (x0, y0, x1, y1) = whole_and_seen(geometry, orientation)
         shares = width / shrunk / whole[0], height / shrunk / whole[1]
-        return resize.resize(np.asarray(rgb), whole, shares, interpolation)[y0:y1, x0:x1]
+        return resize.resize(rgb, whole, shares, interpolation)[y0:y1, x0:x1]
     size = geometry.size[::-1] if orientation >= 5 else geometry.size
     left, top, right, bottom = _raw_box(geometry.box, orientation, width, height)
     box = (left / shrunk, top / shrunk, right / shrunk, bottom / shrunk)

@@ -55,6 +55,9 @@ RIVALS = {
     "img2vec_pytorch": "img2vec_pytorch",
     "transformers": "transformers",
 }
+COPY = "copy-{:05d}"  # of the folder of images
+FIRST_COPY = COPY.format(0)
+
 VERSIONS = ("torch", "torchvision", "timm", "pillow", "img2vec_pytorch", "transformers")
 
 PRECISIONS = {
@@ -277,7 +280,7 @@ def copies_of(folder: Path, copies: int) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as repeated:
         for number in range(copies):
-            os.symlink(os.path.abspath(folder), Path(repeated) / f"copy-{number:05d}")
+            os.symlink(os.path.abspath(folder), Path(repeated) / COPY.format(number))
         yield Path(repeated)
 
 
