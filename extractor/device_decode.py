@@ -25,12 +25,13 @@ from extractor.loader import Batch
 from extractor.preprocess import Preprocess
 from extractor.trial import first_line
 
-__all__ = ["DeviceDecoder", "draw_all"]
+__all__ = ["IMAGES_TOGETHER", "DeviceDecoder", "draw_all"]
 
 log = logging.getLogger(__name__)
 
-# What is decoded together at most, at 3 bytes a pixel, and 12 while it is resized.
+# What is decoded together at most; a pixel takes 3 bytes, and 12 while it is resized.
 PIXELS_TOGETHER = 2**26
+IMAGES_TOGETHER = 256
 
 # The first images are decoded by the CPU, too. Both have the same coefficients; how they round, and
 # how they enlarge the colours, is up to each decoder.
@@ -198,7 +199,7 @@ def _together(images: Mapping[int, EncodedJpeg]) -> Iterator[list[int]]:
     pixels = 0
     for position, image in images.items():
         more = image.stored.width * image.stored.height
-        if part and pixels + more > PIXELS_TOGETHER:
+        if part and (pixels + more > PIXELS_TOGETHER or len(part) == IMAGES_TOGETHER):
             yield part
             part, pixels = [], 0
         part.append(position)

@@ -24,7 +24,7 @@ from extractor.backbones import Backbone, Model, Target, check_models, load_targ
 from extractor.current import current_images
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.description import describe, precision_of
-from extractor.device_decode import DeviceDecoder
+from extractor.device_decode import IMAGES_TOGETHER, DeviceDecoder
 from extractor.devices import available_cores, device_errors
 from extractor.errors import (
     DecodeError,
@@ -394,14 +394,11 @@ class _Run:
             return [self._sources.full_path(i) for i in todo[batch.start : batch.stop]]
 
         mend = self._mender(targets)
-        slots = _workers(options) + MAX_ABANDONED
         on_device = options.decode == "gpu"
+        decoding = _workers(options) + MAX_ABANDONED
+        slots = decoding + (IMAGES_TOGETHER if on_device else 0)
         with ExitStack() as stack:
-            in_flight = stack.enter_context(
-                InFlight(
-                    stores[0].staging / IN_FLIGHT, slots + (self._batch_size if on_device else 0)
-                )
-            )
+            in_flight = stack.enter_context(InFlight(stores[0].staging / IN_FLIGHT, slots))
             loader = _loader(
                 map(images_of, batches),
                 targets,
@@ -419,7 +416,7 @@ class _Run:
                     pictures_of(targets),
                     max_pixels=options.max_pixels,
                     in_flight=in_flight,
-                    first_slot=slots,
+                    first_slot=decoding,
                 )
                 if on_device
                 else None

@@ -191,10 +191,11 @@ def test_a_run_leaves_plain_jpegs_to_the_device(run: Run) -> None:
     assert report.stores[0].store.manifest.description.computation["decode"] == "gpu"
 
 
+@pytest.mark.parametrize(("limit", "value"), [("PIXELS", 2 * 61 * 40), ("IMAGES", 2)])
 def test_images_are_decoded_together_as_far_as_memory_goes(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+    run: Run, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr(device_decode, "PIXELS_TOGETHER", 2 * 61 * 40)
+    monkeypatch.setattr(device_decode, f"{limit}_TOGETHER", value)
     assert run.is_as_exact(run())
     assert max(run.calls) == 2
     assert sum(run.calls) == 8
