@@ -67,6 +67,8 @@ JPEG2000_DATA = b"\xff\x93"  # begins the pixels of each tile; a file without an
 # Of a JPEG file (ITU-T T.81), and the sampling of its brightness and its two colours that every
 # decoder knows: 4:4:4, 4:2:2 and 4:2:0.
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
+JPEG_CODES, JPEG_STEPS, JPEG_SCAN = 0xC4, 0xDB, 0xDA
+JPEG_FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 PLAIN_SAMPLINGS = [[(across, down), (1, 1), (1, 1)] for across, down in ((1, 1), (2, 1), (2, 2))]
 
 # Larger files are read by Pillow piece by piece and not into memory first.
@@ -233,7 +235,8 @@ def decode_into(
             with _identified(io.BytesIO(source.data), budget) as image:
                 return ImageInfo(len(source.data), -1, *_place(image, pictures, budget, how))
         image = source if isinstance(source, Image.Image) else _from_array(source)
-        return ImageInfo(-1, -1, *_place(image, pictures, budget, how))
+        # Every pixel: to have it decoded smaller would change the caller's image.
+        return ImageInfo(-1, -1, *_place(image, pictures, budget, "exact"))
 
 
 def read_file(path: FilePath, most: int = READ_WHOLE_BYTES) -> ReadFile | FilePath:
@@ -269,7 +272,7 @@ def plain_jpeg(
     resized by a filter that torch has.
     """
     content = file.content
-    if not content.startswith(JPEG_START) or not content.rstrip(b"\0").endswith(JPEG_END):
+    if not _is_sequential(content) or not content.rstrip(b"\0").endswith(JPEG_END):
         return None
     try:
         with Image.open(io.BytesIO(content), formats=["JPEG"]) as image:
@@ -288,13 +291,30 @@ def plain_jpeg(
     return ImageInfo(file.size, file.mtime_ns, width, height, digest), EncodedJpeg(file, stored)
 
 
+def _is_sequential(content: bytes) -> bool:
+    """Whether a file is one image of one sequential frame with Huffman codes and its own tables."""
+    place, seen = 2, []
+    if not content.startswith(JPEG_START):
+        return False
+    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
+        marker = content[place + 1]
+        seen.append(marker)
+        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
+        if marker == JPEG_SCAN:
+            frames = [one for one in seen if one in JPEG_FRAMES]
+            whole = {JPEG_CODES, JPEG_STEPS} <= set(seen) and len(frames) == 1
+            # Inside of the scan 0xff is followed by a zero, or by the marker of a restart.
+            return whole and frames[0] in (0xC0, 0xC1) and JPEG_START[:2] not in content[place:]
+    return False
+
+
 def _is_plain(info: Mapping[str | tuple[int, int], Any], layers: Sequence[Sequence[int]]) -> bool:
     """Whether a JPEG is sequential and grey or YCbCr, its colours halved along no or some edges."""
     names, sampling = [one[0] for one in layers], [tuple(one[1:3]) for one in layers]
-    if info.get("progressive") or info.get("progression") or info.get("adobe_transform") == 0:
+    if info.get("adobe_transform", 1) != 1:
         return False
     if len(layers) == 1:
-        return True
+        return sampling == [(1, 1)]
     return names == [1, 2, 3] and sampling in PLAIN_SAMPLINGS
 
 

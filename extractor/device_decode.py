@@ -79,8 +79,8 @@ class DeviceDecoder:
                 On a GPU the current stream must be that on which they were made.
         """
         left = dict(sorted(batch.encoded.items()))
-        if self.is_trusted:
-            for part in list(_together(left)):
+        for part in list(_together(left)):
+            if self.is_trusted:
                 for position in self._fill({place: left[place] for place in part}, pictures):
                     del left[position]
         for position, image in left.items():
@@ -98,15 +98,20 @@ class DeviceDecoder:
     ) -> set[int]:
         """Which images were drawn: of those that the device decoded, all, or none at all."""
         decoded = self._decoded(images)
-        drawn = set(decoded)
+        drawn: set[int] = set()
         alike: dict[Stored, list[int]] = {}
         for position in decoded:
             alike.setdefault(images[position].stored, []).append(position)
         for stored, positions in alike.items():
-            group = torch.stack([decoded.pop(position) for position in positions])
-            for preprocess, picture in zip(self._preprocesses, pictures, strict=True):
-                rows = draw_all(group, preprocess, stored)
-                picture[torch.tensor(positions, device=picture.device)] = rows
+            try:
+                group = torch.stack([decoded.pop(position) for position in positions])
+                for preprocess, picture in zip(self._preprocesses, pictures, strict=True):
+                    rows = draw_all(group, preprocess, stored)
+                    picture[torch.tensor(positions, device=picture.device)] = rows
+            except RuntimeError as error:  # no memory, or more made smaller than its filter takes
+                log.debug("%d JPEGs are drawn by the CPU: %s", len(positions), first_line(error))
+            else:
+                drawn.update(positions)
         if self._to_compare and not self._is_right(images, drawn, pictures):
             self.is_trusted = False
             return set()
@@ -139,9 +144,11 @@ class DeviceDecoder:
             return
         for slot, image in enumerate(images, self._first_slot):
             self._in_flight.note(slot, os.fsencode(image.file.path))
-        yield
-        for slot in range(self._first_slot, self._first_slot + len(images)):
-            self._in_flight.note(slot, b"")
+        try:
+            yield
+        finally:
+            for slot in range(self._first_slot, self._first_slot + len(images)):
+                self._in_flight.note(slot, b"")
 
     def _nvjpeg(self, encoded: list[torch.Tensor]) -> list[torch.Tensor]:
         from torchvision.io import ImageReadMode, decode_jpeg
@@ -185,9 +192,9 @@ class DeviceDecoder:
     def _draw_on_host(self, image: EncodedJpeg) -> list[npt.NDArray[np.uint8]] | Failure:
         rows = [np.empty((*one.input_size, 3), np.uint8) for one in self._preprocesses]
         try:
-            decode_into(
-                image.file, self._preprocesses, rows, PixelBudget(self._max_pixels), "exact"
-            )
+            with self._noted([image]):
+                budget = PixelBudget(self._max_pixels)
+                decode_into(image.file, self._preprocesses, rows, budget, "exact")
         except DecodeError as error:
             return Failure(error.reason, str(error), error.size, error.mtime_ns)
         return rows

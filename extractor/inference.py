@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import numpy as np
@@ -192,15 +193,16 @@ def _embed_in_turn(
     cores = torch.get_num_threads() if step.device.type == "cpu" else 0
     waiting = iter(batches)
     together = 1
+    begun = time.perf_counter()
     while group := list(itertools.islice(waiting, together)):
-        begun = time.perf_counter()
         # A network waits for the last of its threads many times in a pass: one that shares its
         # core with a decoder keeps all others waiting.
         with group[0].alone_on(cores):
             computed = [_computed(step, batch, timer, decoder) for batch in group]
-        seconds = (time.perf_counter() - begun) / len(group)
+        seconds = (time.perf_counter() - begun) / len(group)  # also of waiting for them
         together = min(max(int(TOGETHER_SECONDS / max(seconds, 1e-6)), 1), TOGETHER) if cores else 1
         yield from computed
+        begun = time.perf_counter()
 
 
 @torch.inference_mode()
@@ -296,12 +298,31 @@ def _collect(batch: Batch, rows: Sequence[torch.Tensor]) -> Embedded:
     return Embedded(tuple(one[: len(outcomes)].numpy() for one in rows), outcomes)
 
 
-@contextmanager
-def full_float32() -> Iterator[None]:
+class _FullFloat32:
+    """The setting is of the whole process: the last thread to leave brings it back."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._allowed = False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._allowed = torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.allow_tf32 = False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.allow_tf32 = self._allowed
+
+
+_full_float32 = _FullFloat32()
+
+
+def full_float32() -> AbstractContextManager[None]:
     """Let float32 mean float32: convolutions on recent GPUs would round their inputs to TF32."""
-    allowed = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = allowed
+    return _full_float32

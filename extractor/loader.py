@@ -276,7 +276,8 @@ class BatchLoader:
         return tuple(torch.empty(s, dtype=torch.uint8, pin_memory=pin) for s in self._shapes())
 
     def __enter__(self) -> BatchLoader:
-        for thread in self._threads:
+        # A list of their own: those that run already may begin others, which read ahead.
+        for thread in list(self._threads):
             thread.start()
         return self
 

@@ -673,7 +673,7 @@ class Extractor:
             workers=workers,
             decode=decode,
         )
-        targets = load_targets([model], self._options)
+        targets = load_targets([model], self._options, fold_given=False)
         if len(targets) != 1:
             names = ", ".join(target.name for target in targets)
             raise UsageError(f"{len(targets)} embeddings of an image ({names}); use concat=True")

@@ -95,6 +95,9 @@ def with_adobe_transform(content: bytes, transform: int) -> bytes:
         jpeg(smooth(60, 40))[:-200],
         jpeg(smooth(60, 40))[:-200] + b"\xff\xff\xd8",
         jpeg(smooth(60, 40), progressive=True),
+        jpeg(smooth(60, 40)).replace(b"\xff\xc0", b"\xff\xc9"),  # arithmetic codes
+        jpeg(smooth(60, 40))[:-200] + jpeg(smooth(60, 40)),  # cut, and another one
+        jpeg(smooth(60, 40)).replace(b"\xff\xdb", b"\xff\xfe"),  # no tables
         jpeg(smooth(60, 40).convert("CMYK")),
         jpeg(smooth(60, 40), keep_rgb=True),
         with_adobe_transform(jpeg(smooth(60, 40)), 0),
@@ -248,6 +251,36 @@ def test_a_decoder_that_is_wrong_is_left(
     assert run.calls == ([2] if kind == "other pixels" else [2, 1, 1])
     warned = [one.message for one in caplog.records if "are decoded by the CPU" in one.message]
     assert len(warned) == 1
+
+
+def test_nothing_of_a_decoder_that_was_found_wrong_is_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_decode, "IMAGES_TOGETHER", 2)
+    monkeypatch.setattr(device_decode, "COMPARED", 3)
+    seen = 0
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal seen
+        seen += len(encoded)
+        return [255 - image if seen > 2 else image for image in pillow(encoded)]
+
+    run.decode = decode
+    assert run.is_as_exact(run(batch_size=16, workers=1))
+    assert run.calls == [2, 2]
+
+
+def test_what_cannot_be_drawn_on_the_device_is_drawn_by_the_cpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(images: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if images.shape[-1] == 61:
+            raise RuntimeError("Too much shared memory required")
+        return draw_all(images, *rest)
+
+    monkeypatch.setattr(device_decode, "draw_all", draw)
+    assert run.is_as_exact(run())
+    assert sum(run.calls) == 8
 
 
 def test_an_image_that_nothing_decodes_has_no_row(

@@ -16,7 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from extractor import Backbone, Extractor, Preprocess, extract, load_backbone
+from extractor.backbones.targets import load_targets
+from extractor.errors import UsageError
 from extractor.folding import fold
+from extractor.options import Options
 
 NOISE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -217,7 +220,7 @@ def test_layers_keep_their_values(
 def test_a_backbone_of_the_users_stays_as_it_is_and_its_copy_is_folded() -> None:
     network = Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
-    (run,) = Extractor(backbone).backbones
+    (run,) = load_targets([backbone], Options())[0].backbones
     assert isinstance(network.norm, nn.BatchNorm2d)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
     torch.testing.assert_close(run(NOISE), backbone(NOISE), rtol=1e-5, atol=1e-5)
@@ -234,7 +237,7 @@ def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     if kind == "compiled":
         backbone = replace(backbone, module=torch.compile(network, backend="eager"))
-    (run,) = Extractor(backbone).backbones
+    (run,) = load_targets([backbone], Options())[0].backbones
     assert run.module is backbone.module
     assert isinstance(network.norm, nn.BatchNorm2d)
 
@@ -249,3 +252,69 @@ def test_half_precision_is_of_the_folded_network() -> None:
     ).backbones
     assert run.precision == "bfloat16"
     assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
+
+
+def test_an_extractor_follows_the_users_module() -> None:
+    network = Pair()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    extractor = Extractor(backbone)
+    image = np.full((20, 20, 3), 200, np.uint8)
+    before = extractor([image])
+    assert isinstance(network.convolution, nn.Conv2d)
+    network.convolution.weight.data.mul_(-3)
+    assert not np.allclose(extractor([image]), before)
+
+
+class Night(Pair):
+    """Dark images go another way, through a normalisation of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.night = trained(nn.BatchNorm2d(8))
+        self.eval()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        given = self.convolution(pixels)
+        seen = self.norm(given)
+        dark = pixels.mean((1, 2, 3)) < -1
+        if dark.any():
+            seen = torch.where(dark[:, None, None, None], self.night(given), seen)
+        return seen.mean((2, 3))
+
+
+class ByNumber(Pair):
+    """One image alone goes another way."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        given = self.convolution(pixels)
+        return (given if len(pixels) == 1 else self.norm(given)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Night, ByNumber])
+def test_a_network_that_takes_several_ways_stays(kind: Callable[[], Pair]) -> None:
+    network = kind()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    assert backbone.fold().folded == ()
+    assert isinstance(network.norm, nn.BatchNorm2d)
+
+
+class OwnWeight(NeedsItsNorm):
+    """The weight is no parameter, and the network has to be put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.convolution.weight.data
+        del self.convolution.weight
+        self.convolution.register_buffer("weight", weight)
+
+
+def test_weights_that_are_no_parameters_stay() -> None:
+    assert folded(OwnWeight()) == ()
+
+
+@pytest.mark.parametrize("choose", ["at_layers", "bypass"])
+def test_layers_are_chosen_before_folding(choose: str) -> None:
+    backbone = load_backbone("timm:test_resnet", weights="random", device="cpu").fold()
+    assert "bn1" in backbone.folded
+    with pytest.raises(UsageError, match="before a network is folded"):
+        getattr(backbone, choose)(["conv1"])

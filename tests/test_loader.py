@@ -344,3 +344,17 @@ def test_what_is_read_ahead_is_bounded_in_bytes(
         assert loader.readers
     assert seen == 200
     assert most <= 3 + 4 + 1  # what waits, what each reader has just read, and what is decoded
+
+
+def test_threads_that_begin_others_at_once_are_begun_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extractor.loader.SLOW_READ_SECONDS", 0.0)
+    monkeypatch.setattr("extractor.loader.SLOW_READ_SHARE", 0.0)
+    monkeypatch.setattr("extractor.loader.OBSERVED", 1)
+    begin = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        begin(thread)
+        time.sleep(0.02)  # what began already gets to work before the next one begins
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    assert len(load(batches_of([1] * 60, 2), 2, 4)) == 30

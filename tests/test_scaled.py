@@ -162,3 +162,11 @@ def test_how_it_was_decoded_is_part_of_what_a_store_is(tmp_path: Path) -> None:
         extract(tmp_path / "in", mean_pixel(), tmp_path / "scaled", decode="exact")
     with pytest.raises(UsageError, match="decode: got 'fast', expected one of scaled, exact"):
         extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")
+
+
+def test_an_image_of_the_callers_stays_as_large_as_it_is() -> None:
+    buffer = io.BytesIO()
+    scene(800, 600).save(buffer, "JPEG")
+    image = Image.open(buffer)
+    decode_into(image, [Preprocess.standard(32)], [np.empty((32, 32, 3), np.uint8)])
+    assert image.size == (800, 600)

@@ -24,7 +24,7 @@ from extractor.version import __version__
 __all__ = ["Backbone", "Provenance"]
 
 CPU = torch.device("cpu")
-FOLD_BATCH = 2
+FLAT_LEVELS = (-2.0, 0.0, 2.0)  # of normalised pixels: about black, grey and white
 
 _DEFAULT = Options()
 
@@ -95,6 +95,7 @@ class Backbone:
         precision: that it computes in, see :meth:`to`.
         least_cosine: to its embeddings in float32, as far as it was measured for this precision.
         is_compiled: whether ``torch.compile`` made the network faster.
+        folded: normalisations that went into convolutions, see :meth:`fold`.
     """
 
     module: nn.Module
@@ -108,6 +109,7 @@ class Backbone:
     precision: str = "float32"
     least_cosine: float | None = None
     is_compiled: bool = False
+    folded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
@@ -240,6 +242,7 @@ class Backbone:
         """
         if isinstance(layers, str) or not layers:
             raise UsageError(f"layers: got {layers!r}, expected a list of names of modules")
+        self._check_whole("layers")
         names = [name for wanted in layers for name in find_modules(self.module, wanted)]
         pooling = parse_pooling(pool) if isinstance(pool, str) else pool
         size = self.preprocess.input_size
@@ -248,6 +251,10 @@ class Backbone:
                 self.module, tuple(dict.fromkeys(names)), pooling, size, self.provenance.model
             )
         return replace(self, taps=taps, outputs=taps.outputs)
+
+    def _check_whole(self, what: str) -> None:
+        if self.folded:
+            raise UsageError(f"choose {what} before a network is folded: it has others now")
 
     def bypass(self, modules: Sequence[str]) -> Backbone:
         """The same network with ``nn.Identity`` in the place of some modules; changes it in place.
@@ -260,6 +267,7 @@ class Backbone:
         """
         if self.taps is not None:
             raise UsageError("bypass modules before layers are chosen, not after")
+        self._check_whole("bypassed modules")
         names = [name for wanted in modules for name in find_modules(self.module, wanted)]
         size, model = self.preprocess.input_size, self.provenance.model
         with device_errors(self.device):
@@ -283,11 +291,13 @@ class Backbone:
         if not self.may_fold:
             return self
         generator = torch.Generator().manual_seed(0)
-        pixels = torch.randn(FOLD_BATCH, 3, *self.preprocess.input_size, generator=generator)
+        noise = torch.randn(2, 3, *self.preprocess.input_size, generator=generator)
+        flat = [torch.full_like(noise[:1], level) for level in FLAT_LEVELS]
         with device_errors(self.device):
+            pixels = torch.cat([*flat, noise])
             pixels = pixels.to(self.device, memory_format=torch.channels_last)
-            fold(self.module, self.embed, pixels)
-        return self
+            folded = fold(self.module, self.embed, pixels)
+        return replace(self, folded=folded)
 
     def to(self, device: torch.device, precision: str = "float32") -> Backbone:
         """The backbone on a device and in a precision; the module itself is moved, not copied.

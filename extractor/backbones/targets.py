@@ -77,11 +77,14 @@ class Target:
         return " + ".join(str(backbone.provenance) for backbone in self.backbones)
 
 
-def load_targets(models: Sequence[Model], options: Options) -> list[Target]:
+def load_targets(
+    models: Sequence[Model], options: Options, *, fold_given: bool = True
+) -> list[Target]:
     """Load what models a run asks for, each once, and say what its stores will hold.
 
     Args:
         models: names, of which ``A+B`` joins the embeddings of A and B, or loaded backbones.
+        fold_given: fold copies of the latter; else they are used themselves, as they change.
 
     Raises:
         UsageError: options that do not go together.
@@ -92,7 +95,8 @@ def load_targets(models: Sequence[Model], options: Options) -> list[Target]:
     targets: list[Target] = []
     for model in models:
         if isinstance(model, Backbone):
-            backbone = _folded_copy(with_changes(model, options))
+            backbone = with_changes(model, options)
+            backbone = _folded_copy(backbone) if fold_given else backbone
             targets += _of_one(backbone.provenance.model, backbone, options)
             continue
         names = split_model(model)
