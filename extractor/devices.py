@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
 import torch
 
@@ -14,10 +17,14 @@ from extractor.errors import DeviceError
 
 __all__ = [
     "available_cores",
+    "compute_threads",
     "device_errors",
+    "has_avx2",
     "keep_freed_memory",
     "resolve_device",
 ]
+
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -65,10 +72,66 @@ def _cuda(name: str, device: torch.device) -> torch.device:
 
 
 def available_cores() -> int:
-    """Processor cores that this process may run on."""
+    """Processor cores that this process may run on, or may use the time of, if those are fewer."""
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return max(math.ceil(min(cores, _cores_of_group())), 1)
+
+
+def _cores_of_group(groups: Path = Path("/sys/fs/cgroup"), own: Path = OWN_GROUPS) -> float:
+    """Cores' worth of time that the scheduler grants to this process's control groups (Linux).
+
+    That is how containers are given a share of a machine: they still see all of its cores. See
+    ``cpu.max`` in https://docs.kernel.org/admin-guide/cgroup-v2.html, and ``cpu.cfs_quota_us`` of
+    the version before.
+    """
+    grants = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        for line in own.read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            # Within a container the names may be those of the machine around it: each group that
+            # is there counts, the topmost among them.
+            place = PurePosixPath(name.lstrip("/"))
+            for part in (place, *place.parents):
+                if not controllers:
+                    grants.append(_granted(groups / part / "cpu.max"))
+                elif "cpu" in controllers.split(","):
+                    folder = groups / "cpu" / part
+                    grants.append(
+                        _granted(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+                    )
+    return min(grants)
+
+
+def _granted(*files: Path) -> float:
+    """Microseconds of processor time, by the microseconds in which they may be used."""
+    try:
+        quota, period = (float(word) for file in files for word in file.read_text().split())
+    except (OSError, ValueError):  # the group is not there, or "max": as much as there is
+        return math.inf
+    return quota / period if quota > 0 < period else math.inf
+
+
+@functools.cache
+def has_avx2() -> bool:
+    """Whether torch computes with the vectors of an x86 processor, of 32 bytes or more."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@contextmanager
+def compute_threads(count: int | None = None) -> Iterator[None]:
+    """Let torch compute with so many threads meanwhile, on a CPU.
+
+    It is a setting of the whole process. None leaves torch its own number, where that is no more
+    than :func:`available_cores`.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or min(before, available_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def keep_freed_memory() -> None:

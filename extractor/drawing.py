@@ -63,7 +63,7 @@ def draw(
 
 
 def can_resize_whole(geometry: Geometry, interpolation: str) -> bool:
-    """Whether the fast filter has it, and would not make far more than the model sees."""
+    """Whether torch's filter has it, and would not make far more than the model sees."""
     surplus = math.prod(geometry.whole) / math.prod(geometry.size)
     return interpolation in resize.FILTERS and surplus <= MAX_SURPLUS
 
@@ -89,7 +89,7 @@ def _part(
     """What the model sees of an image, resized, but turned as it is stored."""
     width, height, orientation = stored
     fits = rgb.width * rgb.height <= MAX_COPIED_PIXELS
-    if fits and can_resize_whole(geometry, interpolation):
+    if fits and resize.is_fast() and can_resize_whole(geometry, interpolation):
         whole, (x0, y0, x1, y1) = whole_and_seen(geometry, orientation)
         shares = width / shrunk / whole[0], height / shrunk / whole[1]
         return resize.resize(rgb, whole, shares, interpolation)[y0:y1, x0:x1]

@@ -1,4 +1,4 @@
-"""Batch normalisations folded into the convolutions before them.
+"""Batch normalisations folded into the convolutions before them, and these packed on a CPU.
 
 Behind a trained convolution a batch normalisation is one multiplication and one addition a channel
 (Ioffe and Szegedy 2015), which the convolution's own weights and bias can do. The embeddings stay
@@ -7,24 +7,19 @@ what they are, up to the rounding of float32, and every map is read and written 
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from extractor.packing import can_pack, is_packable, pack, takes_activation
 from extractor.trial import first_line
+from extractor.wiring import Embed, Pair, find_pairs
 
 __all__ = ["fold", "may_fold"]
 
@@ -35,14 +30,14 @@ CONVOLUTIONS = (nn.Conv2d, Conv2dSame)
 NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 TOLERANCE = 1e-3  # of an embedding's length; some networks double what rounding does many times
-
-Embed: TypeAlias = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+MAX_PACKED_BYTES = 2**30  # of weights, which are there twice then
 
 
 def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, ...]:
     """Fold what can be folded of a network in float32; changes it in place.
 
-    Left as they are: normalisations of what also goes elsewhere, modules that run several times,
+    On a CPU its convolutions are packed as well, see :mod:`extractor.packing`. Left as they are:
+    what follows a convolution whose output also goes elsewhere, modules that run several times,
     share their weights or have hooks, and the whole network where its embeddings would change.
 
     Args:
@@ -51,19 +46,26 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
             another way for others.
 
     Returns:
-        Dotted names of the normalisations that are gone; an activation or an ``nn.Identity`` is in
-        the place of each.
+        Dotted names of the modules that are gone; an activation or an ``nn.Identity`` is in the
+        place of each.
     """
-    if not may_fold(network):
+    if not may_fold(network, pixels.device):
         return ()
+    one = pixels[-1:]  # some networks look at how many there are
     with torch.no_grad(), ExitStack() as undo:
         try:
-            expected, pairs = _watch(network, embed, pixels)
-            alone = embed(pixels[-1:])  # some networks look at how many there are
+            expected, pairs = find_pairs(network, embed, pixels, CONVOLUTIONS, _is_affine)
+            alone = embed(one)
             for pair in pairs:
                 undo.callback(_join(network, pair))
-            same = _alike(expected, embed(pixels)) and _alike(alone, embed(pixels[-1:]))
-            if not pairs or not same:
+            names = [pair.name for pair in pairs]
+            with ExitStack() as unpack:
+                packed = _pack(network, embed, one, unpack)
+                if _alike(expected, embed(pixels)) and _alike(alone, embed(one)):
+                    unpack.pop_all()
+                    undo.pop_all()
+                    return tuple(dict.fromkeys([*names, *packed]))
+            if not (pairs and _alike(expected, embed(pixels)) and _alike(alone, embed(one))):
                 return ()
         except torch.cuda.OutOfMemoryError:
             raise
@@ -71,108 +73,54 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
             log.info("no normalisation is folded: %s", first_line(error))
             return ()
         undo.pop_all()
-    return tuple(pair.name for pair in pairs)
+    return tuple(names)
 
 
-def may_fold(network: nn.Module) -> bool:
-    """Whether a network has normalisations, and no part that is compiled already."""
+def may_fold(network: nn.Module, device: torch.device) -> bool:
+    """Whether :func:`fold` would find something to do, and no part is compiled already."""
     modules = list(network.modules())
-    compiled = any(hasattr(module, "_orig_mod") for module in modules)
-    return not compiled and any(type(module) in NORMS for module in modules)
+    if any(hasattr(module, "_orig_mod") for module in modules):
+        return False
+    convolutions = sum(map(is_packable, modules)) if can_pack(device) else 0
+    mostly = convolutions > sum(isinstance(module, nn.Linear) for module in modules)
+    return mostly or any(type(module) in NORMS for module in modules)
 
 
-class _Pair(NamedTuple):
-    convolution: nn.Conv2d
-    norm: nn.BatchNorm2d
-    name: str  # of the normalisation
+def _pack(network: nn.Module, embed: Embed, pixels: torch.Tensor, undo: ExitStack) -> list[str]:
+    """Pack the convolutions; the names of the activations that went into them."""
+    convolutions = [module for module in network.modules() if is_packable(module)]
+    weights = sum(one.weight.nbytes for one in convolutions)
+    if not can_pack(pixels.device) or weights > MAX_PACKED_BYTES:
+        return []
+    _, pairs = find_pairs(network, embed, pixels, (nn.Conv2d,), takes_activation)
+    followed = {pair.convolution: pair for pair in pairs if is_packable(pair.convolution)}
+    for convolution in convolutions:
+        pair = followed.get(convolution)
+        undo.callback(pack(convolution, pair.follower if pair else None))
+        if pair is not None:
+            undo.callback(_replace(network, pair.name, nn.Identity()))
+    return [pair.name for pair in followed.values()]
 
 
-@dataclass
-class _Output:
-    """Of a convolution, while it is somewhere."""
-
-    convolution: nn.Conv2d
-    uses: int = 0  # operations that take it
-
-
-class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that take the output of a convolution."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.outputs = WeakTensorKeyDictionary()  # keeps none of them in memory
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        for one in tree_leaves((args, kwargs)):
-            if isinstance(one, torch.Tensor) and one in self.outputs:
-                self.outputs[one].uses += 1
-        return func(*args, **kwargs)
-
-
-def _watch(
-    network: nn.Module, embed: Embed, pixels: torch.Tensor
-) -> tuple[Sequence[torch.Tensor], list[_Pair]]:
-    """Embeddings, and what can be folded, as one forward pass shows it."""
-    calls: Counter[nn.Module] = Counter()
-    uses = _Uses()
-    met: list[tuple[_Output, _Pair]] = []
-
-    def convolved(module: nn.Conv2d, _: object, output: torch.Tensor) -> None:
-        calls[module] += 1
-        uses.outputs[output] = _Output(module)
-
-    def normalised(name: str, module: nn.BatchNorm2d, given: tuple[torch.Tensor, ...]) -> None:
-        calls[module] += 1
-        if given[0] in uses.outputs:
-            output: _Output = uses.outputs[given[0]]
-            met.append((output, _Pair(output.convolution, module, name)))
-
-    with ExitStack() as hooks:
-        for name, module in _foldable(network):
-            if type(module) in CONVOLUTIONS:
-                handle = module.register_forward_hook(convolved)
-            else:
-                handle = module.register_forward_pre_hook(functools.partial(normalised, name))
-            hooks.callback(handle.remove)
-        with uses:
-            embeddings = embed(pixels)
-    alone = [pair for output, pair in met if output.uses == 1]
-    return embeddings, [p for p in alone if calls[p.convolution] == calls[p.norm] == 1]
-
-
-def _foldable(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Convolutions and normalisations that nothing else knows of, as far as one can see."""
-    named = list(network.named_modules(remove_duplicate=False))
-    places = Counter(id(module) for _, module in named)
-    owners = Counter(id(one) for module in network.modules() for one in module.parameters(False))
-    for name, module in named:
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        own = {name for name, _ in module.named_parameters(recurse=False)}
-        shared = any(owners[id(one)] > 1 for one in module.parameters(False))
-        if hooked or shared or places[id(module)] > 1:
-            continue
-        if (type(module) in CONVOLUTIONS and "weight" in own) or (
-            type(module) in NORMS and _is_affine(module)
-        ):
-            yield name, module
+def _replace(network: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
+    """Put a module in the place of another; the answer brings that back."""
+    path, _, last = name.rpartition(".")
+    holder = network.get_submodule(path)
+    before = getattr(holder, last)
+    setattr(holder, last, module)
+    return lambda: setattr(holder, last, before)
 
 
 def _is_affine(norm: nn.Module) -> bool:
-    """Whether a normalisation is one multiplication and one addition a channel, and no more."""
-    known = not norm.training and norm.running_mean is not None
+    """Whether it is a normalisation of one multiplication and one addition a channel, no more."""
+    known = type(norm) in NORMS and not norm.training and norm.running_mean is not None
     return known and isinstance(getattr(norm, "drop", None), (nn.Identity, type(None)))
 
 
-def _join(network: nn.Module, pair: _Pair) -> Callable[[], None]:
+def _join(network: nn.Module, pair: Pair) -> Callable[[], None]:
     """Fold a pair; the answer takes it apart again."""
-    convolution, norm = pair.convolution, pair.norm
+    convolution, norm = pair.convolution, pair.follower
+    assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
     weight, bias = convolution.weight, convolution.bias
@@ -185,12 +133,11 @@ def _join(network: nn.Module, pair: _Pair) -> Callable[[], None]:
         norm.weight,
         norm.bias,
     )
-    path, _, name = pair.name.rpartition(".")
-    holder = network.get_submodule(path)
-    setattr(holder, name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+    rest = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    put_back = _replace(network, pair.name, rest)
 
     def undo() -> None:
-        setattr(holder, name, norm)
+        put_back()
         convolution.weight, convolution.bias = weight, bias
 
     return undo

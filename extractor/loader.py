@@ -91,6 +91,10 @@ class Batch:
         self._pending = len(sources)
         self._owner = owner
 
+    def _leave_encoded(self, position: int, image: EncodedJpeg) -> None:
+        self.encoded[position] = image
+        self._owner._encoded_bytes += _bytes(image)
+
     def _settle(self, position: int, outcome: ImageInfo | Failure) -> None:
         self.outcomes[position] = outcome
         self._pending -= 1
@@ -153,7 +157,7 @@ class _Task:
     def settle(self, outcome: ImageInfo | Failure) -> None:
         """Hand the image over; into new buffers where the batch has moved meanwhile."""
         if self.encoded is not None:
-            self.batch.encoded[self.position] = self.encoded
+            self.batch._leave_encoded(self.position, self.encoded)
         if self._rows is not self.batch._rows:
             for out, rows in zip(self.outs, self.batch._rows, strict=True):
                 rows[self.position] = out
@@ -551,15 +555,10 @@ class BatchLoader:
         """Leave an image to the device, where that is wanted and can be."""
         if self._how != "gpu" or not isinstance(task.given, ReadFile):
             return None
-        length = len(task.given.content)
-        with self._changed:
-            if self._encoded_bytes + length > MAX_ENCODED_BYTES:
-                return None
-            self._encoded_bytes += length
+        if self._encoded_bytes >= MAX_ENCODED_BYTES:  # what threads are at just now may go beyond
+            return None
         found = plain_jpeg(task.given, self._preprocesses, self._budget.max_pixels)
         if found is None:
-            with self._changed:
-                self._encoded_bytes -= length
             return None
         info, task.encoded = found
         return info

@@ -110,6 +110,7 @@ class Options:
         normalize: scale every embedding to unit Euclidean length.
         batch_size: images in a forward pass; None chooses by device.
         workers: decoding threads; None means one for each core that the process may use.
+        threads: that torch computes with on a CPU; None is its own number, at most one a core.
         shard_images: images, failed ones included, that one shard of the store answers for.
         overwrite: compute all anew, and replace the store that is there once that is complete.
         decode: ``scaled`` lets libjpeg decode what is much larger than the model's input at a half,
@@ -150,6 +151,7 @@ class Options:
     normalize: bool = False
     batch_size: int | None = None
     workers: int | None = None
+    threads: int | None = None
     shard_images: int = 65_536
     overwrite: bool = False
     decode: str = DECODE
@@ -173,6 +175,7 @@ class Options:
         _within("seed", self.seed, 0, 2**63 - 1)
         _within("batch size", self.batch_size, 1, MAX_BATCH_SIZE)
         _within("number of workers", self.workers, 1, MAX_WORKERS)
+        _within("number of threads", self.threads, 1, MAX_WORKERS)
         _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
         _one_of("decode", self.decode, DECODES)
         _one_of("check", self.check, CHECKS)

@@ -25,7 +25,7 @@ from extractor.current import current_images
 from extractor.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.description import describe, precision_of
 from extractor.device_decode import IMAGES_TOGETHER, DeviceDecoder
-from extractor.devices import available_cores, device_errors
+from extractor.devices import available_cores, compute_threads, device_errors
 from extractor.errors import (
     DecodeError,
     InterruptedRunError,
@@ -118,6 +118,7 @@ def extract(
     normalize: bool = _DEFAULT.normalize,
     batch_size: int | None = _DEFAULT.batch_size,
     workers: int | None = _DEFAULT.workers,
+    threads: int | None = _DEFAULT.threads,
     shard_images: int = _DEFAULT.shard_images,
     overwrite: bool = _DEFAULT.overwrite,
     decode: str = _DEFAULT.decode,
@@ -181,6 +182,7 @@ def extract(
         normalize=normalize,
         batch_size=batch_size,
         workers=workers,
+        threads=threads,
         shard_images=shard_images,
         overwrite=overwrite,
         decode=decode,
@@ -213,6 +215,7 @@ def extract(
     batch_size = _batch_size(targets, options)
     current = functools.cache(lambda: current_images(sources, content=options.check == "content"))
     with ExitStack() as stack:
+        stack.enter_context(compute_threads(options.threads))
         writers = [stack.enter_context(claimed(folder, options)) for folder in folders]
         suspects = _suspects([writer.staging for writer in writers])
         targets = _tuned(targets, models, writers, sources, options, batch_size, suspects)
@@ -348,6 +351,7 @@ class _Run:
         return Spent(
             self._computed,
             _workers(self._options),
+            available_cores(),
             self._readers,
             device.type != "cpu",
             dict(self._timer.seconds),
@@ -427,8 +431,9 @@ class _Run:
             pairs = zip(batches, computed, strict=True)
             for number, part in itertools.groupby(pairs, key=lambda pair: pair[0].shard):
                 with ExitStack() as shards:
-                    for store in stores:
-                        shards.enter_context(store.shard(number))
+                    with self._timer.spent("write"):
+                        for store in stores:
+                            shards.enter_context(store.shard(number))
                     for batch, embedded in part:
                         mended = mend(functools.partial(images_of, batch), embedded)
                         with self._timer.spent("write"):
@@ -437,6 +442,8 @@ class _Run:
                         self._computed += len(mended.outcomes)
                         self._readers = max(self._readers, loader.readers)
                         after_batch()
+                    with self._timer.spent("write"):
+                        shards.close()
 
     def _mender(
         self, targets: Sequence[Target]
@@ -723,9 +730,11 @@ class Extractor:
         size = min(_batch_size(self._targets, self._options), len(sources))
         cuts = range(0, len(sources), size)
         rows = []
-        with _loader(
-            (sources[i : i + size] for i in cuts), self._targets, self._options, size
-        ) as loader:
+        batches = (sources[i : i + size] for i in cuts)
+        with (
+            compute_threads(),
+            _loader(batches, self._targets, self._options, size) as loader,
+        ):
             computed = embed(self._targets, loader, normalize=self._options.normalize)
             for start, embedded in zip(cuts, computed, strict=True):
                 for i, outcome in enumerate(embedded.outcomes, start):

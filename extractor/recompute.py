@@ -11,6 +11,7 @@ import numpy as np
 
 from extractor.backbones import Backbone, Part, Target, load_backbone
 from extractor.decode import Failure
+from extractor.devices import compute_threads
 from extractor.errors import StoreError
 from extractor.inference import embed, pictures_of
 from extractor.layers import PRE_LOGITS
@@ -51,13 +52,16 @@ def recompute(
     rows = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).astype(int))
     paths = [os.path.join(store.root, store.paths[row]) for row in rows]
     plan = iter([[path] for path in paths])
-    with BatchLoader(
-        plan,
-        pictures_of([target]),
-        batch_size=1,
-        workers=1,
-        decode="exact" if how == "gpu" else how,
-    ) as loader:
+    with (
+        compute_threads(),
+        BatchLoader(
+            plan,
+            pictures_of([target]),
+            batch_size=1,
+            workers=1,
+            decode="exact" if how == "gpu" else how,
+        ) as loader,
+    ):
         computed = embed([target], loader, normalize=normalize)
         for row, path, embedded in zip(rows, paths, computed, strict=True):
             (outcome,) = embedded.outcomes

@@ -49,6 +49,7 @@ ONLY_HOW = frozenset(
     {
         "overwrite",
         "workers",
+        "threads",
         "compile",
         "check",
         "keep_missing",

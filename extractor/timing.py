@@ -29,6 +29,7 @@ class Spent:
     Attributes:
         images: that were decoded and computed.
         threads: that decoded.
+        cores: that they had.
         readers: further threads that read files ahead for them.
         on_gpu: the model had cores of its own.
         seconds: by kind of work (:data:`KINDS`). ``read``: until the bytes of a file were there;
@@ -39,6 +40,7 @@ class Spent:
 
     images: int
     threads: int
+    cores: int
     readers: int
     on_gpu: bool
     seconds: dict[str, float]
@@ -55,7 +57,7 @@ class Spent:
         busy = sum(seconds[kind] for kind in ("transfer", "model", "write", "idle"))
         if not self.images or busy < LEAST_SECONDS or not seconds["model"]:
             return ""
-        decode = _rate(self.images * self.threads, seconds["decode"])
+        decode = _rate(self.images * min(self.threads, self.cores), seconds["decode"])
         read = _rate(self.images * (self.readers or self.threads), seconds["read"])
         model = _rate(self.images, seconds["model"] + seconds["transfer"])
         threads = f"{self.threads} threads" if self.threads > 1 else "1 thread"

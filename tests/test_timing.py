@@ -13,8 +13,8 @@ from extractor.errors import UsageError
 from extractor.timing import KINDS, Spent, Timer
 
 
-def spent(on_gpu: bool = True, readers: int = 0, **seconds: float) -> Spent:
-    return Spent(1000, 2, readers, on_gpu, {**dict.fromkeys(KINDS, 0.0), **seconds})
+def spent(on_gpu: bool = True, readers: int = 0, cores: int = 2, **seconds: float) -> Spent:
+    return Spent(1000, 2, cores, readers, on_gpu, {**dict.fromkeys(KINDS, 0.0), **seconds})
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,10 @@ def spent(on_gpu: bool = True, readers: int = 0, **seconds: float) -> Spent:
         (
             spent(decode=4.0, model=0.25, idle=2.0, read=0.1),
             "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores",
+        ),
+        (  # two threads that share a core
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, cores=1),
+            "bound by decoding: 2 threads decode 250 images/s, the model could do 4,000; add cores",
         ),
         (
             spent(decode=2.0, model=8.0, read=0.1, on_gpu=False),

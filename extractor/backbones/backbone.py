@@ -95,7 +95,7 @@ class Backbone:
         precision: that it computes in, see :meth:`to`.
         least_cosine: to its embeddings in float32, as far as it was measured for this precision.
         is_compiled: whether ``torch.compile`` made the network faster.
-        folded: normalisations that went into convolutions, see :meth:`fold`.
+        folded: normalisations and activations that went into convolutions, see :meth:`fold`.
     """
 
     module: nn.Module
@@ -277,13 +277,14 @@ class Backbone:
     @property
     def may_fold(self) -> bool:
         """Whether :meth:`fold` would try something."""
-        return self.precision == "float32" and may_fold(self.module)
+        return self.precision == "float32" and may_fold(self.module, self.device)
 
     def fold(self) -> Backbone:
         """The same network with batch normalisations folded into its convolutions, in place.
 
-        Its embeddings stay what they are, up to the rounding of float32; it computes faster. Where
-        a network cannot be changed so, or is no longer in float32, nothing happens.
+        On a CPU the convolutions also keep their weights packed, and do the activations behind
+        them. The embeddings stay what they are, up to the rounding of float32; the network computes
+        faster. Where it cannot be changed so, or is no longer in float32, nothing happens.
 
         Raises:
             DeviceError: the device is full, busy or broken.

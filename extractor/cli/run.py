@@ -214,6 +214,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="decoding threads (default: one a core)",
     )
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="threads that the network computes with on a CPU (default: one a core)",
+    )
 
     group = parser.add_argument_group("images that are there already, and hostile ones")
     group.add_argument(
