@@ -6,7 +6,6 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from pictures import noise
@@ -101,6 +100,5 @@ def test_a_run_computes_with_the_threads_that_it_is_told(tmp_path: Path) -> None
         out = tmp_path / f"out{threads}"
         report = extract(tmp_path / "image.png", backbone, out, threads=threads, device="cpu")
         assert report.rows == 1
-        (row,) = np.load(out / "features-00000.npy")
-        assert row.tolist() == [threads, threads]
+        assert report.stores[0].store[0].tolist() == [threads, threads]
     assert torch.get_num_threads() == before
