@@ -106,10 +106,8 @@ class _Packed:
         )
         return computed
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Packed:
-        copied = object.__new__(type(self))
-        copied.__dict__.update(self.__dict__, _kept=None)  # of other weights
-        return copied
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_kept": None}  # a copy has other weights, and none can be pickled
 
 
 def _state(weight: torch.Tensor) -> _State:

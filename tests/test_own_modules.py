@@ -153,6 +153,17 @@ def test_what_is_no_module_is_wrong_usage(module: Any) -> None:
         backbone(module, None)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_of_torchscript_nothing_can_be_replaced() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.Linear(4, 2)).eval()
+    pixels = torch.rand(2, 3, 8, 8)
+    for script in (torch.jit.script(network), torch.jit.trace(network, pixels)):
+        with pytest.raises(UsageError, match="give the module that it was made of"):
+            Backbone.from_module(script, head="2", preprocess=PREPROCESS)
+        backbone = Backbone.from_module(script, head=None, preprocess=PREPROCESS)
+        torch.testing.assert_close(backbone(pixels), network(pixels))
+
+
 def test_a_map_is_no_embedding() -> None:
     with pytest.raises(ModelError, match=r"module:Conv2d gives \(4, 6, 6\) for an image, expected"):
         backbone(nn.Conv2d(3, 4, 3), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -163,11 +164,13 @@ def test_new_weights_are_seen() -> None:
     torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
 
 
-def test_a_copy_has_weights_of_its_own() -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_has_weights_of_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
     network = Net()
     packed(network)
     before = network(NOISE)
-    other = copy.deepcopy(network)
+    other = copied(network)
+    assert torch.equal(other(NOISE), before)
     nn.init.zeros_(other.convolution.weight)
     nn.init.zeros_(other.convolution.bias)
     assert not other(NOISE).any()

@@ -114,7 +114,9 @@ class Backbone:
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
             raise ValueError(f"{len(self.outputs)} outputs of a network without taps")
-        self.module.eval().requires_grad_(False)
+        self.module.eval()
+        for parameter in self.module.parameters():  # not of the module: TorchScript has no such
+            parameter.requires_grad_(False)
 
     @classmethod
     def from_module(
@@ -155,6 +157,10 @@ class Backbone:
                 "Preprocess.standard(224)"
             )
         names = _head_names(head)
+        if names and isinstance(module, torch.jit.ScriptModule):
+            raise UsageError(
+                "head: TorchScript lets nothing be replaced; give the module that it was made of"
+            )
         target, numbers = resolve_device(device), resolve_precision(precision)
         model = f"module:{name or type(module).__name__}"
         digest = weights.sha256_of_state(module.state_dict())
