@@ -127,7 +127,11 @@ def compute_threads(count: int | None = None) -> Iterator[None]:
     than :func:`available_cores`.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(count or min(before, available_cores()))
+    wanted = count or min(before, available_cores())
+    if wanted == before:
+        yield
+        return
+    torch.set_num_threads(wanted)
     try:
         yield
     finally:

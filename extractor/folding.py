@@ -56,24 +56,22 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
         try:
             expected, pairs = find_pairs(network, embed, pixels, CONVOLUTIONS, _is_affine)
             alone = embed(one)
+
+            def is_same() -> bool:
+                return _alike(expected, embed(pixels)) and _alike(alone, embed(one))
+
             for pair in pairs:
                 undo.callback(_join(network, pair))
-            names = [pair.name for pair in pairs]
-            with ExitStack() as unpack:
-                packed = _pack(network, embed, one, unpack)
-                if _alike(expected, embed(pixels)) and _alike(alone, embed(one)):
-                    unpack.pop_all()
-                    undo.pop_all()
-                    return tuple(dict.fromkeys([*names, *packed]))
-            if not (pairs and _alike(expected, embed(pixels)) and _alike(alone, embed(one))):
+            packed = _pack(network, embed, one, is_same)
+            if packed is None and not (pairs and is_same()):
                 return ()
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:  # of a network that looks into its own modules
-            log.info("no normalisation is folded: %s", first_line(error))
+            log.info("nothing is folded: %s", first_line(error))
             return ()
         undo.pop_all()
-    return tuple(names)
+    return tuple(dict.fromkeys([pair.name for pair in pairs] + (packed or [])))
 
 
 def may_fold(network: nn.Module, device: torch.device) -> bool:
@@ -86,19 +84,32 @@ def may_fold(network: nn.Module, device: torch.device) -> bool:
     return mostly or any(type(module) in NORMS for module in modules)
 
 
-def _pack(network: nn.Module, embed: Embed, pixels: torch.Tensor, undo: ExitStack) -> list[str]:
-    """Pack the convolutions; the names of the activations that went into them."""
+def _pack(
+    network: nn.Module, embed: Embed, pixels: torch.Tensor, is_same: Callable[[], bool]
+) -> list[str] | None:
+    """Pack the convolutions; the names of the activations that went into them.
+
+    None where that cannot be done, and nothing is changed.
+    """
     convolutions = [module for module in network.modules() if is_packable(module)]
     weights = sum(one.weight.nbytes for one in convolutions)
     if not can_pack(pixels.device) or weights > MAX_PACKED_BYTES:
-        return []
-    _, pairs = find_pairs(network, embed, pixels, (nn.Conv2d,), takes_activation)
-    followed = {pair.convolution: pair for pair in pairs if is_packable(pair.convolution)}
-    for convolution in convolutions:
-        pair = followed.get(convolution)
-        undo.callback(pack(convolution, pair.follower if pair else None))
-        if pair is not None:
-            undo.callback(_replace(network, pair.name, nn.Identity()))
+        return None
+    with ExitStack() as undo:
+        try:
+            _, pairs = find_pairs(network, embed, pixels, (nn.Conv2d,), takes_activation)
+            followed = {pair.convolution: pair for pair in pairs if is_packable(pair.convolution)}
+            for convolution in convolutions:
+                pair = followed.get(convolution)
+                undo.callback(pack(convolution, pair.follower if pair else None))
+                if pair is not None:
+                    undo.callback(_replace(network, pair.name, nn.Identity()))
+            if not is_same():
+                return None
+        except Exception as error:  # of an operation that this torch does otherwise
+            log.info("no convolution is packed: %s", first_line(error))
+            return None
+        undo.pop_all()
     return [pair.name for pair in followed.values()]
 
 

@@ -205,14 +205,23 @@ def test_a_network_that_would_give_something_else_is_put_together_again() -> Non
     assert not is_packed(network.convolution)
 
 
-def test_normalisations_stay_folded_where_packing_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Wrong(packing._Packed):
-        def __call__(self, *given: torch.Tensor) -> torch.Tensor:
-            return super().__call__(*given) + 1
+class Wrong(packing._Packed):
+    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        return super().__call__(*given) + 1
 
+
+class Refusing(packing._Packed):
+    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such operation")
+
+
+@pytest.mark.parametrize("failing", [Wrong, Refusing])
+def test_normalisations_stay_folded_where_packing_fails(
+    failing: type[packing._Packed], monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).eval()
     nn.init.uniform_(network[1].weight, 1, 2)  # type: ignore[arg-type]
-    monkeypatch.setattr(packing, "_Packed", Wrong)
+    monkeypatch.setattr(packing, "_Packed", failing)
     before = network(NOISE)
     assert fold(network, lambda pixels: [network(pixels)], NOISE) == ("1",)
     assert not is_packed(network[0])
