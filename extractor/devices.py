@@ -123,8 +123,8 @@ def has_avx2() -> bool:
 def compute_threads(count: int | None = None) -> Iterator[None]:
     """Let torch compute with so many threads meanwhile, on a CPU.
 
-    It is a setting of the whole process. None leaves torch its own number, where that is no more
-    than :func:`available_cores`.
+    It is a setting of the whole process, and not for several runs at a time in one. None leaves
+    torch its own number, where that is no more than :func:`available_cores`.
     """
     before = torch.get_num_threads()
     wanted = count or min(before, available_cores())

@@ -8,17 +8,16 @@ follows reads and writes the whole map once more. Both can be left out: the same
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from extractor.devices import has_avx2
 
-__all__ = ["can_pack", "is_packable", "pack", "takes_activation"]
+__all__ = ["PackedConv2d", "can_pack", "is_packable", "pack", "takes_activation"]
 
-# As oneDNN names them, with their numbers and their variant.
+# As oneDNN names them, with their numbers and their variant. Its ReLU makes a zero of a NaN.
 Named: TypeAlias = "tuple[str, list[float], str]"
 ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Named]] = {
     nn.ReLU: lambda _: ("relu", [], ""),
@@ -48,6 +47,8 @@ def is_packable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     return (
         type(module) is nn.Conv2d
         and "weight" in module._parameters
+        and "forward" not in vars(module)
+        and "_conv_forward" not in vars(module)
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
     )
@@ -60,65 +61,70 @@ def takes_activation(module: nn.Module) -> bool:
 
 def pack(convolution: nn.Conv2d, activation: nn.Module | None = None) -> Callable[[], None]:
     """Let a convolution keep its weights packed, and do what follows it; the answer undoes it."""
-    convolution._conv_forward = _Packed(convolution, activation)  # type: ignore[assignment]
+    before = type(convolution)
+    # Not another module in its place: whoever holds this one goes on to hold the right one.
+    convolution.__class__ = PackedConv2d
+    vars(convolution).update(activation=activation, _kept=None)  # and no part of the network
 
     def undo() -> None:
-        del convolution._conv_forward
+        del convolution.activation, convolution._kept
+        convolution.__class__ = before
 
     return undo
 
 
-_State: TypeAlias = tuple[int, torch.dtype, int]
+class _Kept(NamedTuple):
+    """Packed weights, and of which; holding these keeps others from coming to lie there."""
+
+    storage: torch.UntypedStorage
+    state: tuple[int, torch.dtype, int]
+    packed: torch.Tensor
 
 
-class _Packed:
-    """What a convolution computes, in the place of its ``_conv_forward``.
+class PackedConv2d(nn.Conv2d):
+    """A convolution with what follows it, see :func:`pack`.
 
-    The weights are packed in the first pass of each type of numbers, for the shape that it has:
-    others are right as well, but may be slower.
+    The weights are packed in the first pass, for the shape that it has: others are right as well,
+    but may be slower. They are packed again when they are others, or were changed by an operation
+    that torch counts; what is done to their ``data`` in place is not seen.
     """
 
-    def __init__(self, convolution: nn.Conv2d, activation: nn.Module | None) -> None:
-        self._stride = convolution.stride
-        self._padding: Any = convolution.padding  # numbers; is_packable saw to that
-        self._dilation = convolution.dilation
-        self._groups = convolution.groups
-        self._activation = activation
-        self._named = ACTIVATIONS[type(activation)](activation) if activation else NOTHING
-        self._kept: tuple[_State, torch.Tensor] | None = None
+    activation: nn.Module | None
+    _kept: _Kept | None
 
-    def __call__(
-        self, given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        # A compiler packs by itself, and does not see through this.
-        if torch.compiler.is_compiling() or not _can_compute(given, weight):
-            output = functional.conv2d(
-                given, weight, bias, self._stride, self._padding, self._dilation, self._groups
-            )
-            return output if self._activation is None else self._activation(output)
-        where = (self._padding, self._stride, self._dilation, self._groups)
-        kept, state = self._kept, _state(weight)
-        if kept is None or kept[0] != state:
-            reorder = torch.ops.mkldnn._reorder_convolution_weight
-            self._kept = kept = (state, reorder(weight, *where, list(given.shape)))
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """``(B, channels, height, width)`` as of ``nn.Conv2d``, with the activation applied."""
+        if not self._can_pack(given):
+            output = self._conv_forward(given, self.weight, self.bias)
+            return output if self.activation is None else self.activation(output)  # type: ignore[no-any-return]
+        where = (self.padding, self.stride, self.dilation, self.groups)
+        named = ACTIVATIONS[type(self.activation)](self.activation) if self.activation else NOTHING
         computed: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
-            given, kept[1], bias, *where, *self._named
+            given, self._packed(where, list(given.shape)), self.bias, *where, *named
         )
         return computed
 
+    def _can_pack(self, given: torch.Tensor) -> bool:
+        # A compiler packs by itself, and no operation here has a gradient.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            return False
+        tensors = (given, self.weight) if self.bias is None else (given, self.weight, self.bias)
+        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
+            return False
+        if any(one.device.type != "cpu" or one.dtype != given.dtype for one in tensors):
+            return False
+        if given.dtype == torch.bfloat16:
+            return given.ndim == 4 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+        return given.ndim == 4 and given.dtype == torch.float32
+
+    def _packed(self, where: tuple[Any, ...], shape: list[int]) -> torch.Tensor:
+        weight, kept = self.weight, self._kept
+        version = 0 if weight.is_inference() else weight._version
+        state = (weight.data_ptr(), weight.dtype, version)
+        if kept is None or kept.state != state:
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, shape)
+            self._kept = kept = _Kept(weight.untyped_storage(), state, packed)
+        return kept.packed
+
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_kept": None}  # a copy has other weights, and none can be pickled
-
-
-def _state(weight: torch.Tensor) -> _State:
-    """Changes when a weight does, but for what is done to its ``data`` in place."""
-    version = 0 if weight.is_inference() else weight._version
-    return weight.data_ptr(), weight.dtype, version
-
-
-def _can_compute(given: torch.Tensor, weight: torch.Tensor) -> bool:
-    if given.device.type != "cpu" or given.dtype != weight.dtype or given.ndim != 4:
-        return False
-    if weight.dtype == torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32

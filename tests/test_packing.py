@@ -37,7 +37,7 @@ class Net(nn.Module):
 
 
 def is_packed(convolution: nn.Module) -> bool:
-    return "_conv_forward" in vars(convolution)
+    return isinstance(convolution, packing.PackedConv2d)
 
 
 def packed(network: nn.Module) -> tuple[str, ...]:
@@ -156,12 +156,53 @@ def test_what_was_changed_in_place_is_what_goes_elsewhere() -> None:
     assert packed(AlsoElsewhere(nn.ReLU(inplace=True))) == ("activation",)
 
 
-def test_new_weights_are_seen() -> None:
-    network, other = Net(), Net(convolution=nn.Conv2d(3, 8, 3))
-    nn.init.constant_(other.convolution.weight, 0.1)
+@pytest.mark.parametrize("assign", [False, True])
+def test_new_weights_are_seen(assign: bool) -> None:
+    network = Net()
     packed(network)
-    network.load_state_dict(other.state_dict())
-    torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
+    for value in (0.1, 0.2, 0.3):
+        other = Net(convolution=nn.Conv2d(3, 8, 3))
+        nn.init.constant_(other.convolution.weight, value)
+        network.load_state_dict(other.state_dict(), assign=assign)
+        network.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+        torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_where_others_lay_are_not_taken_for_them() -> None:
+    network, other = Net(), Net()
+    packed(network)
+    with torch.inference_mode():
+        for _ in range(20):
+            weights = {name: torch.randn(one.shape) for name, one in network.state_dict().items()}
+            given = torch.func.functional_call(network, weights, (NOISE,))
+            expected = torch.func.functional_call(other, weights, (NOISE,))
+            torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+            del weights
+
+
+def test_gradients_are_those_of_the_whole_network() -> None:
+    network, whole = Net(nn.SiLU()), Net(nn.SiLU())
+    packed(network)
+    for one in (network, whole):
+        one.requires_grad_(True)
+        one(NOISE).square().sum().backward()
+    for one, other in zip(network.parameters(), whole.parameters(), strict=True):
+        assert one.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+    network.requires_grad_(False)
+    pixels = NOISE.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(network(pixels).sum(), pixels)
+    assert gradient.any()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_gets_all_of_it_or_nothing() -> None:
+    network = Net(nn.SiLU())
+    before = network(NOISE)
+    packed(network)
+    torch.testing.assert_close(torch.jit.trace(network, NOISE)(NOISE), before)
+    with pytest.raises(Exception, match=r"annotation|activation|_kept"):
+        torch.jit.script(network)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
@@ -205,23 +246,21 @@ def test_a_network_that_would_give_something_else_is_put_together_again() -> Non
     assert not is_packed(network.convolution)
 
 
-class Wrong(packing._Packed):
-    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
-        return super().__call__(*given) + 1
+def wrong(given: torch.Tensor, *_: object) -> torch.Tensor:
+    return given + 1
 
 
-class Refusing(packing._Packed):
-    def __call__(self, *given: torch.Tensor) -> torch.Tensor:
-        raise RuntimeError("no such operation")
+def refusing(*_: object) -> torch.Tensor:
+    raise RuntimeError("no such operation")
 
 
-@pytest.mark.parametrize("failing", [Wrong, Refusing])
+@pytest.mark.parametrize("failing", [wrong, refusing])
 def test_normalisations_stay_folded_where_packing_fails(
-    failing: type[packing._Packed], monkeypatch: pytest.MonkeyPatch
+    failing: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).eval()
     nn.init.uniform_(network[1].weight, 1, 2)  # type: ignore[arg-type]
-    monkeypatch.setattr(packing, "_Packed", failing)
+    monkeypatch.setattr(packing.PackedConv2d, "forward", lambda _, given: failing(given))
     before = network(NOISE)
     assert fold(network, lambda pixels: [network(pixels)], NOISE) == ("1",)
     assert not is_packed(network[0])

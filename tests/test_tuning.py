@@ -91,6 +91,24 @@ def test_half_precision_that_is_no_faster_is_not_taken(run: Callable[..., Report
         assert run(seconds=0).precision == "float32"
 
 
+def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[..., Report]) -> None:
+    class Disturbed(Colours):
+        """Its first batches in half precision take long."""
+
+        left = 3  # that is all batches of a look
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            if self.weight.dtype != torch.float32 and type(self).left:
+                type(self).left -= 1
+                time.sleep(0.01 * len(pixels))
+            return super().forward(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.Colours", Disturbed)
+        assert run().precision == "bfloat16"
+    assert not Disturbed.left
+
+
 def test_a_network_that_cannot_compute_in_half_precision_stays_in_float32(
     run: Callable[..., Report],
 ) -> None:

@@ -290,7 +290,8 @@ class Backbone:
 
         On a CPU the convolutions also keep their weights packed, and do the activations behind
         them. The embeddings stay what they are, up to the rounding of float32; the network computes
-        faster. Where it cannot be changed so, or is no longer in float32, nothing happens.
+        faster. Where it cannot be changed so, or is no longer in float32, nothing happens. Do it
+        last: that weights are changed through their ``data`` in place is not seen afterwards.
 
         Raises:
             DeviceError: the device is full, busy or broken.
@@ -298,7 +299,7 @@ class Backbone:
         if not self.may_fold:
             return self
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(2, 3, *self.preprocess.input_size, generator=generator)
+        noise = torch.randn(3, 3, *self.preprocess.input_size, generator=generator)
         flat = [torch.full_like(noise[:1], level) for level in FLAT_LEVELS]
         with device_errors(self.device):
             pixels = torch.cat([*flat, noise])

@@ -218,7 +218,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--threads",
         type=int,
         metavar="N",
-        help="threads that the network computes with on a CPU (default: one a core)",
+        help="threads that the network computes with on a CPU (default: torch's own number, at "
+        "most one a core)",
     )
 
     group = parser.add_argument_group("images that are there already, and hostile ones")
