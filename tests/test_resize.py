@@ -12,7 +12,8 @@ import pytest
 from pictures import noise
 from PIL import Image
 
-from extractor import resize
+from extractor import Preprocess, devices, resize
+from extractor.decode import decode_into
 
 SIZE = (20, 30)
 
@@ -88,3 +89,17 @@ def test_the_image_is_not_kept() -> None:
     gc.collect()
     assert gone() is None
     assert picture.shape == (30, 20, 3)
+
+
+def test_a_processor_without_vectors_leaves_it_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, preprocess = noise(0, 300, 400), Preprocess.standard(64)
+    drawn = []
+    for has_avx2 in (True, False):
+        monkeypatch.setattr(devices, "has_avx2", lambda has=has_avx2: has)
+        if not has_avx2:
+            monkeypatch.setattr(resize, "resize", None)  # calling it would be an error
+        drawn.append(np.empty((64, 64, 3), np.uint8))
+        decode_into(image, [preprocess], [drawn[-1]])
+    apart = np.abs(drawn[0].astype(int) - drawn[1].astype(int))
+    assert apart.max() <= 1
+    assert apart.mean() < 0.1
