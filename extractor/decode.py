@@ -19,7 +19,7 @@ from typing import IO, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, UnidentifiedImageError
 
 from extractor.drawing import Stored, can_resize_whole, draw
 from extractor.errors import DecodeError
@@ -232,7 +232,7 @@ def decode_into(
         raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     with _decode_errors():
         if isinstance(source, EncodedImage):
-            with _identified(io.BytesIO(source.data), budget) as image:
+            with _held(source.data, budget) as image:
                 return ImageInfo(len(source.data), -1, *_place(image, pictures, budget, how))
         image = source if isinstance(source, Image.Image) else _from_array(source)
         # Every pixel: to have it decoded smaller would change the caller's image.
@@ -254,7 +254,7 @@ def read_file(path: FilePath, most: int = READ_WHOLE_BYTES) -> ReadFile | FilePa
 
 def _decode_read(file: ReadFile, pictures: _Pictures, budget: PixelBudget, how: str) -> ImageInfo:
     try:
-        with _decode_errors(), _identified(io.BytesIO(file.content), budget) as image:
+        with _decode_errors(), _held(file.content, budget) as image:
             width, height = _place(image, pictures, budget, how)
     except DecodeError as error:
         error.size, error.mtime_ns = file.size, file.mtime_ns
@@ -436,6 +436,19 @@ def _kind(mode: int) -> str:
         stat.S_IFBLK: "a device",
     }
     return kinds.get(stat.S_IFMT(mode), "something else")
+
+
+@contextlib.contextmanager
+def _held(content: bytes, budget: PixelBudget) -> Iterator[Image.Image]:
+    """As :func:`_identified`, of a file in memory: its decoder gets all of it at once.
+
+    In the pieces of 64 KiB that Pillow takes by default, libjpeg decodes the end of each with its
+    slower way for data that may end at any bit.
+    """
+    with _identified(io.BytesIO(content), budget) as image:
+        if isinstance(image, ImageFile.ImageFile):
+            image.decodermaxblock = max(len(content), image.decodermaxblock)
+        yield image
 
 
 @contextlib.contextmanager

@@ -59,6 +59,8 @@ SLOW_READ_SECONDS = 0.003
 SLOW_READ_SHARE = 0.5  # of the time that decoding takes
 OBSERVED = 16  # images between two looks at how slowly files come
 
+# How long who computes waits for the decoding threads to leave their cores.
+LAST_DECODE_SECONDS = 0.005
 # What threads that still decode get to come to an end when a run does.
 PATIENCE_SECONDS = 2.0
 
@@ -342,12 +344,17 @@ class BatchLoader:
     def _resting_for(self, cores: int) -> Iterator[None]:
         with self._changed:
             self._resting += cores
+            # Those that still decode would keep the first threads that compute waiting for longer.
+            self._changed.wait_for(self._rests, LAST_DECODE_SECONDS)
         try:
             yield
         finally:
             with self._changed:
                 self._resting -= cores
                 self._claimable.notify_all()
+
+    def _rests(self) -> bool:
+        return self._closed or self._decoding <= max(self._workers - self._resting, 0)
 
     def _wake_all(self) -> None:
         for condition in (self._changed, self._claimable, self._decodable):
@@ -371,6 +378,8 @@ class BatchLoader:
                         return
                     self._decoding -= 1
                     self._settle(task, outcome)
+                    if self._resting:
+                        self._changed.notify_all()
                 current.clear()
 
     @contextlib.contextmanager

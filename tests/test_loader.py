@@ -267,18 +267,40 @@ def test_decoding_threads_rest_while_a_network_has_their_cores(
 
     decode = module.decode_into
     monkeypatch.setattr(module, "decode_into", counted)
+    monkeypatch.setattr(module, "LAST_DECODE_SECONDS", 5.0)
     seen = 0
     plan = batches_of([1] * 60, 6)
     with BatchLoader(plan, [PREPROCESS], batch_size=6, workers=3) as loader:
         for batch in loader:
             with batch.alone_on(cores):
-                time.sleep(0.05)  # those at an image come to its end
-                most = busy
+                most = busy  # those at an image came to its end
                 time.sleep(0.05)
                 assert most == 0 if cores >= 3 else most <= 3 - cores
                 batch.release()
             seen += len(batch.outcomes)
     assert seen == 60
+
+
+def test_nobody_waits_long_for_the_decoders_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extractor import loader as module
+
+    slow, go_on = threading.Event(), threading.Event()
+    decode = module.decode_into
+
+    def hang(source: np.ndarray, *rest: object) -> ImageInfo:
+        if source[0, 0] == 3:
+            slow.set()
+            go_on.wait(30)
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_into", hang)
+    with BatchLoader(batches_of([0, 1, 2, 3], 2), [PREPROCESS], batch_size=2, workers=1) as loader:
+        batch = next(iter(loader))
+        assert slow.wait(30)
+        begun = time.monotonic()
+        with batch.alone_on(1):
+            assert module.LAST_DECODE_SECONDS <= time.monotonic() - begun < 10
+        go_on.set()
 
 
 def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
