@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import math
 import os
@@ -20,7 +19,6 @@ __all__ = [
     "compute_threads",
     "device_errors",
     "has_avx2",
-    "keep_freed_memory",
     "resolve_device",
 ]
 
@@ -136,23 +134,6 @@ def compute_threads(count: int | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory of one forward pass for the next, instead of giving it back.
-
-    By default every large activation is mapped anew and faulted in page by page. Without that the
-    forward pass of 32 images ran 2.0 (SqueezeNet) and 1.6 times (ResNet-50) as fast on two cores,
-    medians of three turns. It is a setting of the whole process,
-    so a program decides it, not a library. Does nothing where there is no ``mallopt``.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
-            mallopt(parameter, value)
-
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextmanager

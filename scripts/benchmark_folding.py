@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 
 from extractor import Backbone, load_backbone
-from extractor.devices import keep_freed_memory, resolve_device
+from extractor.devices import resolve_device
 from extractor.options import default_batch_size
+from extractor.process import keep_freed_memory
 
 SECONDS = 2.0  # for each measurement
 

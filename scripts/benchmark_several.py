@@ -20,11 +20,12 @@ from collections.abc import Callable, Iterator
 import torch
 
 from extractor.backbones import Target, load_targets
-from extractor.devices import available_cores, keep_freed_memory
+from extractor.devices import available_cores
 from extractor.inference import embed, pictures_of
 from extractor.loader import Batch, BatchLoader
 from extractor.options import Options
 from extractor.pipeline import extract
+from extractor.process import keep_freed_memory
 from extractor.sources import ImageList, list_images
 
 BATCH = 32

@@ -24,7 +24,7 @@ from unittest import mock
 
 import torch
 
-from extractor.devices import available_cores, keep_freed_memory, resolve_device
+from extractor.devices import available_cores, resolve_device
 from extractor.options import default_batch_size
 
 if TYPE_CHECKING:
@@ -81,7 +81,6 @@ def measure_decode(task: Task) -> Figures:
     """Decoding alone, with all cores."""
     from extractor.sources import list_images
 
-    keep_freed_memory()
     torch.set_num_threads(1)  # each decoding thread is to use its own core
     images, preprocess, device = list_images(task.images), _preprocess(task), _device(task)
     first = range(min(len(images), default_batch_size(device.type)))
@@ -128,7 +127,6 @@ def measure_model(task: Task) -> Figures:
     """
     from extractor import load_backbone
 
-    keep_freed_memory()
     torch.backends.cudnn.allow_tf32 = False  # as in a run, where float32 means float32
     backbone = load_backbone(task.model, weights=task.weights, device=task.device)
     device = backbone.device
@@ -223,7 +221,6 @@ def measure_extract(task: Task) -> Figures:
     """``extract`` with its defaults."""
     from extractor.pipeline import extract
 
-    keep_freed_memory()
     given = {} if task.compile is None else {"compile": task.compile}
     with tempfile.TemporaryDirectory() as folder:
         report = extract(

@@ -28,6 +28,7 @@ from extractor.options import (
     store_folders,
 )
 from extractor.preprocess import FITS, INTERPOLATIONS
+from extractor.process import keep_freed_memory, spin_briefly
 from extractor.version import __version__
 
 if TYPE_CHECKING:
@@ -346,11 +347,11 @@ def _compute(
     _keep_compiled()
     bar = Bar(quiet=parsed.quiet or events.wanted)
     with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
+        keep_freed_memory()
+        spin_briefly()  # before torch is imported, which the next line does
         from extractor import pipeline
         from extractor.decode import allow_pixels
-        from extractor.devices import keep_freed_memory
 
-        keep_freed_memory()
         allow_pixels(options.max_pixels)
 
         def show(progress: Progress) -> None:

@@ -1,0 +1,54 @@
+"""Settings of the whole process, which the command makes for itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pictures import noise
+
+from extractor.process import SPINNING, SPINS, spin_briefly
+
+# Says what torch's OpenMP finds in the environment when it is loaded, and who loaded it too early.
+SEEN = """
+import os, sys
+from extractor.cli import main, run
+
+settle = run.spin_briefly
+
+def settled():
+    print("torch" in sys.modules)
+    settle()
+    print(os.environ.get("GOMP_SPINCOUNT"))
+
+run.spin_briefly = settled
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("told", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_what_the_environment_says_of_waiting_threads_holds(
+    monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
+) -> None:
+    for name in SPINNING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    spin_briefly()
+    assert {name: os.environ[name] for name in SPINNING if name in os.environ} == (
+        told or {"GOMP_SPINCOUNT": SPINS}
+    )
+
+
+def test_the_command_says_it_before_torch_is_there(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    noise(0, 40, 40).save(tmp_path / "images" / "a.png")
+    words = ["--model", "torchvision:squeezenet1_0", "--weights", "random", "--device", "cpu"]
+    ran = [sys.executable, "-c", SEEN, *words, "--out", "store", "images"]
+    environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
+    done = subprocess.run(ran, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[:2] == ["False", SPINS]
