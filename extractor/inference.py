@@ -107,12 +107,26 @@ class Normalise:
         std = torch.tensor(backbone.preprocess.std, device=backbone.device)
         self._scale = (1 / (255 * std)).repeat(width)
         self._shift = (-mean / std).repeat(width)
+        self._rounded = backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16
 
     def __call__(self, uint8: torch.Tensor) -> torch.Tensor:
-        """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` normalised float32, channels last."""
-        rows = uint8.flatten(2).float()
-        torch.addcmul(self._shift, rows, self._scale, out=rows)
+        """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` normalised, channels last.
+
+        In float32; on a CPU in bfloat16 where the backbone takes that, each number the nearest one.
+        """
+        rows = self._to_bfloat16(uint8) if self._rounded else self._to_float32(uint8)
         return rows.view(uint8.shape).permute(0, 3, 1, 2)
+
+    def _to_float32(self, uint8: torch.Tensor) -> torch.Tensor:
+        rows = uint8.flatten(2).float()
+        return torch.addcmul(self._shift, rows, self._scale, out=rows)
+
+    def _to_bfloat16(self, uint8: torch.Tensor) -> torch.Tensor:
+        # The levels themselves are exact in bfloat16, and a batch normalisation without anything to
+        # normalise computes in float32 and rounds once: half the time, for a quarter of the memory.
+        rows = uint8.reshape(-1, len(self._scale)).bfloat16()
+        none, one = torch.zeros_like(self._scale), torch.ones_like(self._scale)
+        return torch.nn.functional.batch_norm(rows, none, one, self._scale, self._shift, eps=0.0)
 
 
 class _Step:

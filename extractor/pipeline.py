@@ -209,6 +209,8 @@ def extract(
             "shards; use a larger --shard-images"
         )
     targets = load_targets(models, options)
+    import pyarrow.parquet  # noqa: F401  (not only at the end of the first shard, hours later)
+
     folders = [Path(folder) for folder in store_folders(place, [one.name for one in targets])]
     _check_decode(options.decode, targets[0].parts[0].backbone.device)
     clock.ended("load")

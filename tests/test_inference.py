@@ -14,7 +14,7 @@ from extractor.backbones import Backbone, Part, Target
 from extractor.decode import ImageSource
 from extractor.devices import device_errors
 from extractor.errors import DeviceError
-from extractor.inference import embed
+from extractor.inference import Normalise, embed
 from extractor.loader import Batch, BatchLoader
 
 
@@ -44,6 +44,23 @@ def flat(colour: tuple[int, int, int]) -> np.ndarray:
 def test_rows_are_the_normalised_colours_in_order(size: int, device: str) -> None:
     rows = run(mean_pixel(device), [flat(c) for c in colours(16)], size)
     np.testing.assert_allclose(rows, [normalised(c) for c in colours(16)], atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 4, 256])
+def test_pictures_are_normalised_in_float32_and_rounded_once(width: int) -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    pictures = torch.stack([levels, levels.flip(0), levels.roll(5)], 1).view(-1, 1, width, 3)
+    backbone = mean_pixel("cpu")
+    size = (1, width)
+    backbone = replace(backbone, preprocess=replace(backbone.preprocess, input_size=size))
+    exact = Normalise(backbone)(pictures)
+    rounded = Normalise(backbone.to(backbone.device, "bfloat16"))(pictures)
+    assert exact.dtype == torch.float32
+    assert rounded.dtype == torch.bfloat16
+    assert rounded.shape == (256 // width, 3, *size)
+    assert rounded.stride() == exact.stride()
+    # Up to a number that lies in the middle of two.
+    assert int((rounded != exact.bfloat16()).sum()) <= 2
 
 
 def test_many_batches_stay_in_order(device: str) -> None:
