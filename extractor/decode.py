@@ -55,6 +55,8 @@ ImageSource: TypeAlias = "FilePath | ReadFile | EncodedImage | Image.Image | npt
 # IPTC holds any other file, of whatever size.
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 
+USUAL = frozenset({"JPEG", "PNG", "WEBP"})  # the formats of most files
+
 # Begin files that hold images in other formats, which Pillow decodes to see how large they are:
 # Windows icons and cursors, Apple icons.
 _HOLD_OTHERS = (b"\0\0\1\0", b"\0\0\2\0", b"icns")
@@ -396,8 +398,10 @@ def looks_like_image(path: bytes) -> bool:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
+    """In the order in which they are tried: the usual ones, and last those without a signature."""
     Image.init()
-    return tuple(name for name in Image.ID if name not in NOT_DECODED)
+    every = (name for name in Image.ID if name not in NOT_DECODED)
+    return tuple(sorted(every, key=lambda name: (Image.OPEN[name][1] is None, name not in USUAL)))
 
 
 @functools.cache

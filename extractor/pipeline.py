@@ -355,7 +355,8 @@ class _Run:
             _workers(self._options),
             available_cores(),
             self._readers,
-            device.type != "cpu",
+            device.type,
+            self._options.decode,
             dict(self._timer.seconds),
         )
 

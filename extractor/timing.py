@@ -31,7 +31,8 @@ class Spent:
         threads: that decoded.
         cores: that they had.
         readers: further threads that read files ahead for them.
-        on_gpu: the model had cores of its own.
+        device: that computed: ``cpu``, ``cuda`` or ``mps``.
+        decode: the option, see :class:`extractor.options.Options`.
         seconds: by kind of work (:data:`KINDS`). ``read``: until the bytes of a file were there;
             ``decode``: to decode and resize, as processor time; both over all threads.
             ``transfer``: to bring pixels to a GPU; ``model``: to embed; ``write``: to append rows;
@@ -42,7 +43,8 @@ class Spent:
     threads: int
     cores: int
     readers: int
-    on_gpu: bool
+    device: str
+    decode: str
     seconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,14 +73,16 @@ class Spent:
             )
         if decode < model:
             verb = "decode" if self.threads > 1 else "decodes"
+            could_decode = self.device == "cuda" and self.decode != "gpu"
+            advice = "add cores or --decode gpu" if could_decode else "add cores"
             return (
                 f"bound by decoding: {threads} {verb} {_told(decode)} images/s, the model could do "
-                f"{_told(model)}; add cores"
+                f"{_told(model)}; {advice}"
             )
-        advice = "a smaller one or a faster GPU" if self.on_gpu else "a smaller one or a GPU"
+        gpu = "a GPU" if self.device == "cpu" else "a faster GPU"
         return (
             f"bound by the model: it embeds {_told(model)} images/s, {threads} could decode "
-            f"{_told(decode)}; {advice} would be faster"
+            f"{_told(decode)}; a smaller one or {gpu} would be faster"
         )
 
 

@@ -13,8 +13,11 @@ from extractor.errors import UsageError
 from extractor.timing import KINDS, Spent, Timer
 
 
-def spent(on_gpu: bool = True, readers: int = 0, cores: int = 2, **seconds: float) -> Spent:
-    return Spent(1000, 2, cores, readers, on_gpu, {**dict.fromkeys(KINDS, 0.0), **seconds})
+def spent(
+    device: str = "mps", how: str = "scaled", readers: int = 0, cores: int = 2, **seconds: float
+) -> Spent:
+    every = {**dict.fromkeys(KINDS, 0.0), **seconds}
+    return Spent(1000, 2, cores, readers, device, how, every)
 
 
 @pytest.mark.parametrize(
@@ -29,7 +32,16 @@ def spent(on_gpu: bool = True, readers: int = 0, cores: int = 2, **seconds: floa
             "bound by decoding: 2 threads decode 250 images/s, the model could do 4,000; add cores",
         ),
         (
-            spent(decode=2.0, model=8.0, read=0.1, on_gpu=False),
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda"),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores "
+            "or --decode gpu",
+        ),
+        (  # what a GPU cannot decode either
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda", how="gpu"),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores",
+        ),
+        (
+            spent(decode=2.0, model=8.0, read=0.1, device="cpu"),
             "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; a smaller "
             "one or a GPU would be faster",
         ),
