@@ -56,6 +56,7 @@ ImageSource: TypeAlias = "FilePath | ReadFile | EncodedImage | Image.Image | npt
 NOT_DECODED = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"})
 
 USUAL = frozenset({"JPEG", "PNG", "WEBP"})  # the formats of most files
+LIBJPEG = frozenset({"JPEG", "MPO"})  # those that libjpeg decodes
 
 # Begin files that hold images in other formats, which Pillow decodes to see how large they are:
 # Windows icons and cursors, Apple icons.
@@ -444,13 +445,13 @@ def _kind(mode: int) -> str:
 
 @contextlib.contextmanager
 def _held(content: bytes, budget: PixelBudget) -> Iterator[Image.Image]:
-    """As :func:`_identified`, of a file in memory: its decoder gets all of it at once.
+    """As :func:`_identified`, of a file in memory: libjpeg gets all of it at once.
 
-    In the pieces of 64 KiB that Pillow takes by default, libjpeg decodes the end of each with its
-    slower way for data that may end at any bit.
+    In the pieces of 64 KiB that Pillow takes by default, it decodes the end of each with its slower
+    way for data that may end at any bit.
     """
     with _identified(io.BytesIO(content), budget) as image:
-        if isinstance(image, ImageFile.ImageFile):
+        if isinstance(image, ImageFile.ImageFile) and image.format in LIBJPEG:
             image.decodermaxblock = max(len(content), image.decodermaxblock)
         yield image
 
@@ -537,7 +538,7 @@ def _shrink(image: Image.Image, pictures: _Pictures) -> int:
 
     No picture is made of less than :data:`SHRINK_TO` times its pixels along each edge.
     """
-    if image.format not in ("JPEG", "MPO"):
+    if image.format not in LIBJPEG:
         return 1
     width, height = Stored(*image.size, _orientation(image)).upright
     spare = math.inf

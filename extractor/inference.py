@@ -122,8 +122,8 @@ class Normalise:
         return torch.addcmul(self._shift, rows, self._scale, out=rows)
 
     def _to_bfloat16(self, uint8: torch.Tensor) -> torch.Tensor:
-        # The levels themselves are exact in bfloat16, and a batch normalisation without anything to
-        # normalise computes in float32 and rounds once: half the time, for a quarter of the memory.
+        # The levels themselves are exact in bfloat16, and a batch normalisation, here with nothing
+        # to normalise, computes in float32 and rounds once: 0.6 of the time of rounding afterwards.
         rows = uint8.reshape(-1, len(self._scale)).bfloat16()
         none, one = torch.zeros_like(self._scale), torch.ones_like(self._scale)
         return torch.nn.functional.batch_norm(rows, none, one, self._scale, self._shift, eps=0.0)

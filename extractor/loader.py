@@ -344,9 +344,10 @@ class BatchLoader:
     def _resting_for(self, cores: int) -> Iterator[None]:
         with self._changed:
             self._resting += cores
-            # Those that still decode would keep the first threads that compute waiting for longer.
-            self._changed.wait_for(self._rests, LAST_DECODE_SECONDS)
         try:
+            with self._changed:
+                # Who computes beside those that still decode loses more than by waiting for them.
+                self._changed.wait_for(self._rests, LAST_DECODE_SECONDS)
             yield
         finally:
             with self._changed:
