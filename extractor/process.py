@@ -10,7 +10,7 @@ __all__ = ["keep_freed_memory", "spin_briefly"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
-# Of GNU's OpenMP, which reads them when it is loaded. About half a millisecond.
+# Of GNU's OpenMP, which reads them when it is loaded. About a millisecond.
 SPINS, SPINNING = "30000", ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
 
@@ -30,9 +30,9 @@ def keep_freed_memory() -> None:
 def spin_briefly() -> None:
     """Let torch's threads sleep soon after a forward pass; to be called before torch is imported.
 
-    By default each holds its core for some milliseconds more, in case there is another operation,
-    while images could be decoded there: without that a run of MobileNetV3 small on two cores was
-    1.04 times as fast (docs/performance.md). What the environment says of it holds.
+    By default each holds its core for 8 ms more, in case there is another operation, while images
+    could be decoded there: without that a run of MobileNetV3 small on two cores was 1.03 times as
+    fast (docs/performance.md). What the environment says of it holds.
     """
     if not any(name in os.environ for name in SPINNING):
         os.environ[SPINNING[0]] = SPINS
