@@ -235,8 +235,8 @@ def decode_into(
         raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
     with _decode_errors():
         if isinstance(source, EncodedImage):
-            with _held(source.data, budget) as image:
-                return ImageInfo(len(source.data), -1, *_place(image, pictures, budget, how))
+            shown = _decode_held(source.data, pictures, budget, how)
+            return ImageInfo(len(source.data), -1, *shown)
         image = source if isinstance(source, Image.Image) else _from_array(source)
         # Every pixel: to have it decoded smaller would change the caller's image.
         return ImageInfo(-1, -1, *_place(image, pictures, budget, "exact"))
@@ -257,13 +257,32 @@ def read_file(path: FilePath, most: int = READ_WHOLE_BYTES) -> ReadFile | FilePa
 
 def _decode_read(file: ReadFile, pictures: _Pictures, budget: PixelBudget, how: str) -> ImageInfo:
     try:
-        with _decode_errors(), _held(file.content, budget) as image:
-            width, height = _place(image, pictures, budget, how)
+        with _decode_errors():
+            width, height = _decode_held(file.content, pictures, budget, how)
     except DecodeError as error:
         error.size, error.mtime_ns = file.size, file.mtime_ns
         raise
     digest = hashlib.sha256(file.content).digest()
     return ImageInfo(file.size, file.mtime_ns, width, height, digest)
+
+
+def _decode_held(
+    content: bytes, pictures: _Pictures, budget: PixelBudget, how: str
+) -> tuple[int, int]:
+    """Decode a file in memory; returns the width and the height of the image as it is looked at."""
+    try:
+        with _identified(io.BytesIO(content), budget) as image:
+            if isinstance(image, ImageFile.ImageFile) and image.format in LIBJPEG:
+                # All at once: of the pieces of 64 KiB that Pillow takes by default, libjpeg decodes
+                # the end of each with its slower way for data that may end at any bit.
+                image.decodermaxblock = max(len(content), image.decodermaxblock)
+            return _place(image, pictures, budget, how)
+    except OSError:
+        if not content.startswith(JPEG_START):
+            raise
+    # In pieces, Pillow takes an image whose end is missing and has something else in its place.
+    with _identified(io.BytesIO(content), budget) as image:
+        return _place(image, pictures, budget, how)
 
 
 def plain_jpeg(
@@ -441,19 +460,6 @@ def _kind(mode: int) -> str:
         stat.S_IFBLK: "a device",
     }
     return kinds.get(stat.S_IFMT(mode), "something else")
-
-
-@contextlib.contextmanager
-def _held(content: bytes, budget: PixelBudget) -> Iterator[Image.Image]:
-    """As :func:`_identified`, of a file in memory: libjpeg gets all of it at once.
-
-    In the pieces of 64 KiB that Pillow takes by default, it decodes the end of each with its slower
-    way for data that may end at any bit.
-    """
-    with _identified(io.BytesIO(content), budget) as image:
-        if isinstance(image, ImageFile.ImageFile) and image.format in LIBJPEG:
-            image.decodermaxblock = max(len(content), image.decodermaxblock)
-        yield image
 
 
 @contextlib.contextmanager

@@ -73,8 +73,9 @@ class Spent:
             )
         if decode < model:
             verb = "decode" if self.threads > 1 else "decodes"
-            could_decode = self.device == "cuda" and self.decode != "gpu"
-            advice = "add cores or --decode gpu" if could_decode else "add cores"
+            advice = "add cores" if self.threads >= self.cores else "use more --workers"
+            if self.device == "cuda" and self.decode != "gpu":
+                advice += " or --decode gpu"
             return (
                 f"bound by decoding: {threads} {verb} {_told(decode)} images/s, the model could do "
                 f"{_told(model)}; {advice}"

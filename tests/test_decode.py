@@ -63,6 +63,23 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+@pytest.mark.parametrize("scale", [1, 8])
+def test_a_jpeg_without_its_end_is_read_though_something_else_follows(
+    tmp_path: Path, scale: int
+) -> None:
+    content = encoded(photo(400 * scale, 300 * scale), "JPEG", quality=90)
+    assert content.endswith(decode.JPEG_END)
+    noise = np.random.default_rng(0).integers(0, 256, 2**16, np.uint8).tobytes()
+    path = tmp_path / "a.jpg"
+    path.write_bytes(content[:-2] + bytes(2**16) + noise)
+    expected, preprocess = np.empty((64, 64, 3), np.uint8), Preprocess.standard(64)
+    decode_into(EncodedImage(content), preprocess, expected)
+    for source in (path, EncodedImage(path.read_bytes())):
+        out = np.zeros_like(expected)
+        decode_into(source, preprocess, out)
+        np.testing.assert_array_equal(out, expected)
+
+
 def furthest(one: npt.ArrayLike, other: npt.ArrayLike) -> int:
     return int(np.abs(np.asarray(one, np.int64) - np.asarray(other, np.int64)).max())
 

@@ -32,6 +32,11 @@ def spent(
             "bound by decoding: 2 threads decode 250 images/s, the model could do 4,000; add cores",
         ),
         (
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, cores=4),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; use more "
+            "--workers",
+        ),
+        (
             spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda"),
             "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores "
             "or --decode gpu",
