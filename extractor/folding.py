@@ -17,9 +17,9 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from extractor.packing import can_pack, is_packable, pack, takes_activation
+from extractor.packing import can_do, can_pack, is_packable, pack
 from extractor.trial import first_line
-from extractor.wiring import Embed, Pair, find_pairs
+from extractor.wiring import Chain, Embed, find_chains
 
 __all__ = ["fold", "may_fold"]
 
@@ -54,16 +54,16 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
     one = pixels[-1:]  # some networks look at how many there are
     with torch.no_grad(), ExitStack() as undo:
         try:
-            expected, pairs = find_pairs(network, embed, pixels, CONVOLUTIONS, _is_affine)
+            expected, chains = find_chains(network, embed, pixels, CONVOLUTIONS, _is_affine)
             alone = embed(one)
 
             def is_same() -> bool:
                 return _alike(expected, embed(pixels)) and _alike(alone, embed(one))
 
-            for pair in pairs:
-                undo.callback(_join(network, pair))
+            for chain in chains:
+                undo.callback(_join(network, chain))
             packed = _pack(network, embed, one, is_same)
-            if packed is None and not (pairs and is_same()):
+            if packed is None and not (chains and is_same()):
                 return ()
         except torch.cuda.OutOfMemoryError:
             raise
@@ -71,7 +71,7 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
             log.info("nothing is folded: %s", first_line(error))
             return ()
         undo.pop_all()
-    return tuple(dict.fromkeys([pair.name for pair in pairs] + (packed or [])))
+    return tuple(dict.fromkeys([chain.name for chain in chains] + (packed or [])))
 
 
 def may_fold(network: nn.Module, device: torch.device) -> bool:
@@ -95,22 +95,22 @@ def _pack(
     weights = sum(one.weight.nbytes for one in convolutions)
     if not can_pack(pixels.device) or weights > MAX_PACKED_BYTES:
         return None
-    with ExitStack() as undo:
-        try:
-            _, pairs = find_pairs(network, embed, pixels, (nn.Conv2d,), takes_activation)
-            followed = {pair.convolution: pair for pair in pairs if is_packable(pair.convolution)}
-            for convolution in convolutions:
-                pair = followed.get(convolution)
-                undo.callback(pack(convolution, pair.follower if pair else None))
-                if pair is not None:
-                    undo.callback(_replace(network, pair.name, nn.Identity()))
-            if not is_same():
-                return None
-        except Exception as error:  # of an operation that this torch does otherwise
-            log.info("no convolution is packed: %s", first_line(error))
-            return None
-        undo.pop_all()
-    return [pair.name for pair in followed.values()]
+    for sums in (True, False):  # a network may ask what only a tensor can answer
+        with ExitStack() as undo:
+            try:
+                _, found = find_chains(network, embed, pixels, (nn.Conv2d,), can_do, sums=sums)
+                chains = {one.convolution: one for one in found if is_packable(one.convolution)}
+                for convolution in convolutions:
+                    chain = chains.get(convolution, Chain(convolution, None, ""))
+                    undo.callback(pack(chain))
+                    if chain.name:
+                        undo.callback(_replace(network, chain.name, nn.Identity()))
+                if is_same():
+                    undo.pop_all()
+                    return [chain.name for chain in chains.values() if chain.name]
+            except Exception as error:  # of an operation that this torch does otherwise
+                log.info("no convolution is packed: %s", first_line(error))
+    return None
 
 
 def _replace(network: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
@@ -122,15 +122,15 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> Callable[[], N
     return lambda: setattr(holder, last, before)
 
 
-def _is_affine(norm: nn.Module) -> bool:
+def _is_affine(norm: nn.Module, _: bool) -> bool:
     """Whether it is a normalisation of one multiplication and one addition a channel, no more."""
     known = type(norm) in NORMS and not norm.training and norm.running_mean is not None
     return known and isinstance(getattr(norm, "drop", None), (nn.Identity, type(None)))
 
 
-def _join(network: nn.Module, pair: Pair) -> Callable[[], None]:
-    """Fold a pair; the answer takes it apart again."""
-    convolution, norm = pair.convolution, pair.follower
+def _join(network: nn.Module, chain: Chain) -> Callable[[], None]:
+    """Fold a normalisation into the convolution before; the answer takes them apart again."""
+    convolution, norm = chain.convolution, chain.follower
     assert isinstance(norm, nn.BatchNorm2d)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -145,7 +145,7 @@ def _join(network: nn.Module, pair: Pair) -> Callable[[], None]:
         norm.bias,
     )
     rest = norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity()
-    put_back = _replace(network, pair.name, rest)
+    put_back = _replace(network, chain.name, rest)
 
     def undo() -> None:
         put_back()

@@ -1,21 +1,23 @@
-"""Convolutions on a CPU with their weights kept as oneDNN computes with them, and activations with.
+"""Convolutions on a CPU whose weights are kept as oneDNN takes them, and that do what follows.
 
-By default torch brings the weights of a convolution into another layout in every pass, and what
-follows reads and writes the whole map once more. Both can be left out: the same operations that
-``torch.compile`` makes of a network, without the time that compiling takes.
+By default torch brings the weights of a convolution into another layout in every pass, and each
+activation and addition behind it reads and writes the whole map once more. Both can be left out:
+the same operations that ``torch.compile`` makes of a network, without the time that compiling
+takes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
 
 from extractor.devices import has_avx2
+from extractor.wiring import Chain
 
-__all__ = ["PackedConv2d", "can_pack", "is_packable", "pack", "takes_activation"]
+__all__ = ["PackedConv2d", "can_do", "can_pack", "is_packable", "pack"]
 
 # As oneDNN names them, with their numbers and their variant. Its ReLU makes a zero of a NaN.
 Named: TypeAlias = "tuple[str, list[float], str]"
@@ -54,20 +56,30 @@ def is_packable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def takes_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation that a convolution can do."""
-    return type(module) in ACTIVATIONS
+def can_do(module: nn.Module, behind_an_addition: bool) -> bool:
+    """Whether a module is an activation that a convolution can do, also with an addition before."""
+    return type(module) in ((nn.ReLU,) if behind_an_addition else ACTIVATIONS)
 
 
-def pack(convolution: nn.Conv2d, activation: nn.Module | None = None) -> Callable[[], None]:
-    """Let a convolution keep its weights packed, and do what follows it; the answer undoes it."""
+def pack(chain: Chain) -> Callable[[], None]:
+    """Let a convolution keep its weights packed, and do what follows it; the answer undoes it.
+
+    Where that is an addition, the convolution gives something that only takes ``+``.
+    """
+    convolution = chain.convolution
     before = type(convolution)
     # Not another module in its place: whoever holds this one goes on to hold the right one.
     convolution.__class__ = PackedConv2d
-    vars(convolution).update(activation=activation, _kept=None)  # and no part of the network
+    vars(convolution).update(
+        activation=chain.follower,  # and no part of the network
+        is_summed=chain.is_sum,
+        may_overwrite=chain.may_overwrite,
+        _kept=None,
+    )
 
     def undo() -> None:
-        del convolution.activation, convolution._kept
+        del convolution.activation, convolution.is_summed
+        del convolution.may_overwrite, convolution._kept
         convolution.__class__ = before
 
     return undo
@@ -90,19 +102,48 @@ class PackedConv2d(nn.Conv2d):
     """
 
     activation: nn.Module | None
+    is_summed: bool
+    may_overwrite: bool
     _kept: _Kept | None
 
     def forward(self, given: torch.Tensor) -> torch.Tensor:
-        """``(B, channels, height, width)`` as of ``nn.Conv2d``, with the activation applied."""
+        """``(B, channels, height, width)`` as of ``nn.Conv2d``, with the activation applied.
+
+        Where it is summed, that comes only once there is something to add, which see.
+        """
+        if self.is_summed:
+            return cast(torch.Tensor, _Summand(self, given))
         if not self._can_pack(given):
-            output = self._conv_forward(given, self.weight, self.bias)
-            return output if self.activation is None else self.activation(output)  # type: ignore[no-any-return]
-        where = (self.padding, self.stride, self.dilation, self.groups)
+            return self._activated(self._conv_forward(given, self.weight, self.bias))
+        where = self._where
         named = ACTIVATIONS[type(self.activation)](self.activation) if self.activation else NOTHING
         computed: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
             given, self._packed(where, list(given.shape)), self.bias, *where, *named
         )
         return computed
+
+    def plus(self, given: torch.Tensor, other: Any) -> torch.Tensor:
+        """As :meth:`forward`, with something added before the activation."""
+        if not self._can_pack(given) or not self._can_add(given, other):
+            return self._activated(self._conv_forward(given, self.weight, self.bias) + other)
+        where = self._where
+        packed = self._packed(where, list(given.shape))
+        relu = "relu" if self.activation else None
+        after: tuple[Any, ...] = (*where, "add", None, relu, [], None)
+        ops = torch.ops.mkldnn
+        computed: torch.Tensor = (
+            ops._convolution_pointwise_.binary(other, given, packed, self.bias, *after)
+            if self.may_overwrite
+            else ops._convolution_pointwise.binary(given, other, packed, self.bias, *after)
+        )
+        return computed
+
+    @property
+    def _where(self) -> tuple[Any, ...]:
+        return (self.padding, self.stride, self.dilation, self.groups)
+
+    def _activated(self, output: torch.Tensor) -> torch.Tensor:
+        return output if self.activation is None else cast(torch.Tensor, self.activation(output))
 
     def _can_pack(self, given: torch.Tensor) -> bool:
         # A compiler packs by itself, and no operation here has a gradient.
@@ -117,6 +158,25 @@ class PackedConv2d(nn.Conv2d):
             return given.ndim == 4 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
         return given.ndim == 4 and given.dtype == torch.float32
 
+    def _can_add(self, given: torch.Tensor, other: object) -> bool:
+        """Whether it is a tensor of the output's shape and type, without a gradient."""
+        if not isinstance(other, torch.Tensor) or other.dtype != given.dtype:
+            return False
+        if other.device != given.device or (torch.is_grad_enabled() and other.requires_grad):
+            return False
+        size = [
+            (length + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
+            for length, kernel, stride, padding, dilation in zip(
+                given.shape[2:],
+                self.kernel_size,
+                self.stride,
+                cast("tuple[int, ...]", self.padding),
+                self.dilation,
+                strict=True,
+            )
+        ]
+        return other.shape == (len(given), self.out_channels, *size)
+
     def _packed(self, where: tuple[Any, ...], shape: list[int]) -> torch.Tensor:
         weight, kept = self.weight, self._kept
         version = 0 if weight.is_inference() else weight._version
@@ -128,3 +188,17 @@ class PackedConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_kept": None}  # a copy has other weights, and none can be pickled
+
+
+class _Summand:
+    """What a convolution will give, once it is known what is added to that."""
+
+    __slots__ = ("_convolution", "_given")
+
+    def __init__(self, convolution: PackedConv2d, given: torch.Tensor) -> None:
+        self._convolution, self._given = convolution, given
+
+    def __add__(self, other: Any) -> torch.Tensor:
+        return self._convolution.plus(self._given, other)
+
+    __radd__ = __iadd__ = __add__

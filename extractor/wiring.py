@@ -15,72 +15,95 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Embed", "Pair", "find_pairs"]
+__all__ = ["Chain", "Embed", "MayFollow", "find_chains"]
 
 Embed: TypeAlias = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+MayFollow: TypeAlias = Callable[[nn.Module, bool], bool]
+"""Whether a module may be a follower; True for one behind an addition."""
+
+ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 
 
-class Pair(NamedTuple):
-    """A convolution, and the module that alone takes what it gives; ``name`` is dotted, of that."""
+class Chain(NamedTuple):
+    """A convolution and what alone takes what it gives: an addition, a module, or one, then other.
+
+    Attributes:
+        follower: the module; None where that is not alone, or none.
+        name: dotted, of the follower.
+        is_sum: a tensor of the same shape and type is added to what the convolution gives.
+        may_overwrite: that tensor was made in the same pass, and nothing takes it afterwards.
+    """
 
     convolution: nn.Conv2d
-    follower: nn.Module
+    follower: nn.Module | None
     name: str
+    is_sum: bool = False
+    may_overwrite: bool = False
 
 
-def find_pairs(
+def find_chains(
     network: nn.Module,
     embed: Embed,
     pixels: torch.Tensor,
     convolutions: Sequence[type[nn.Module]],
-    is_follower: Callable[[nn.Module], bool],
-) -> tuple[Sequence[torch.Tensor], list[Pair]]:
+    may_follow: MayFollow,
+    *,
+    sums: bool = False,
+) -> tuple[Sequence[torch.Tensor], list[Chain]]:
     """Run a network, and see what follows its convolutions.
 
-    Left out are modules that run several times, share their weights, or have hooks.
+    Left out are modules that share their weights or have hooks, convolutions that run several
+    times, and followers that also follow something else.
 
     Args:
         embed: runs the network.
         pixels: ``(B, 3, H, W)``.
-        convolutions: types of the first ones of the pairs.
-        is_follower: whether a module may be the second one.
+        convolutions: types of the first ones of the chains.
+        sums: look for additions, too; else there is a follower in every chain.
 
     Returns:
-        What ``embed`` gave, and the pairs.
+        What ``embed`` gave, and the chains.
     """
     calls: Counter[nn.Module] = Counter()
-    uses = _Uses()
-    met: list[tuple[_Output, Pair]] = []
+    watch = _Watch(sums=sums)
+    outputs: list[_Output] = []
+    # Hooks of others may keep what they see.
+    hooked = any(one._forward_hooks or one._forward_pre_hooks for one in network.modules())
 
-    def convolved(module: nn.Conv2d, _: object, output: torch.Tensor) -> None:
+    def convolved(module: nn.Conv2d, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
         calls[module] += 1
-        uses.outputs[output] = _Output(module)
+        outputs.append(_Output(module))
+        watch.convolved(given[0], output, outputs[-1])
 
     def follows(name: str, module: nn.Module, given: tuple[object, ...]) -> None:
         calls[module] += 1
-        taken = given[0] if given else None
-        if isinstance(taken, torch.Tensor) and taken in uses.outputs:
-            output: _Output = uses.outputs[taken]
-            if not output.uses:
-                met.append((output, Pair(output.convolution, module, name)))
+        taken = watch.output_of(given[0]) if given else None
+        if taken is not None and not taken.uses and may_follow(module, taken.is_sum):
+            taken.follower, taken.name = module, name
 
     def followed(_: nn.Module, given: tuple[object, ...], output: object) -> None:
         # Changed in place: nothing takes any more what the convolution gave.
-        if given and output is given[0] and isinstance(output, torch.Tensor):
-            uses.outputs.pop(output, None)  # type: ignore[no-untyped-call]
+        if given and output is given[0]:
+            watch.forget(output)
 
     with ExitStack() as hooks:
         for name, module in _lone(network):
             if type(module) in convolutions:
                 hooks.callback(module.register_forward_hook(convolved).remove)
-            elif is_follower(module):
+            elif may_follow(module, False):
                 before = functools.partial(follows, name)
                 hooks.callback(module.register_forward_pre_hook(before).remove)
                 hooks.callback(module.register_forward_hook(followed).remove)
-        with uses:
+        with watch:
             embeddings = embed(pixels)
-    alone = [pair for output, pair in met if output.uses == 1]
-    return embeddings, [p for p in alone if calls[p.convolution] == calls[p.follower] == 1]
+        watch.taken(embeddings)
+    chains = [one.chain() for one in outputs if calls[one.convolution] == 1]
+    places = Counter(one.follower for one in chains)
+    for place, one in enumerate(chains):
+        if one.follower is not None and places[one.follower] != calls[one.follower]:
+            one = one._replace(follower=None, name="")
+        chains[place] = one._replace(may_overwrite=one.may_overwrite and not hooked)
+    return embeddings, [one for one in chains if one.is_sum or one.follower is not None]
 
 
 def _lone(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -97,20 +120,68 @@ def _lone(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-@dataclass
+@dataclass(eq=False)
 class _Output:
-    """Of a convolution, while it is somewhere."""
+    """Of a convolution or, with what is added to it, of an addition, while it is somewhere."""
 
     convolution: nn.Conv2d
+    is_sum: bool = False
     uses: int = 0  # operations that take it
+    follower: nn.Module | None = None
+    name: str = ""
+    sum: _Output | None = None  # that takes it
+    given: torch.UntypedStorage | None = None  # the convolution, while nothing uses its output
+    is_given_lost: bool = False  # changed in place before that
+    may_overwrite: bool = False
+
+    def chain(self) -> Chain:
+        last, is_sum = self, False
+        if self.sum is not None and self.uses == 1 and not self.is_given_lost:
+            last, is_sum = self.sum, True
+        follower, name = (last.follower, last.name) if last.uses == 1 else (None, "")
+        return Chain(self.convolution, follower, name, is_sum, last.may_overwrite)
 
 
-class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that take the output of a convolution."""
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that take the output of a convolution, and sees additions."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, sums: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.outputs = WeakTensorKeyDictionary()  # keeps none of them in memory
+        self._sums = sums
+        self._outputs = WeakTensorKeyDictionary()  # keeps none of them in memory
+        # By where tensors lie.
+        self._made: set[int] = set()  # in this pass
+        self._waiting: dict[int, list[_Output]] = {}  # of convolutions of what lies there
+        self._added: dict[int, _Output] = {}  # to what a convolution gave
+
+    def convolved(self, given: torch.Tensor, tensor: torch.Tensor, output: _Output) -> None:
+        """Watch what takes the tensor that is a convolution's output."""
+        self._outputs[tensor] = output
+        if self._sums:
+            output.given = given.untyped_storage()  # kept: nothing else comes to lie there
+            self._waiting.setdefault(_place(given), []).append(output)
+
+    def output_of(self, tensor: object) -> _Output | None:
+        """What a tensor is the output of, where that is watched."""
+        if isinstance(tensor, torch.Tensor) and tensor in self._outputs:
+            output: _Output = self._outputs[tensor]
+            return output
+        return None
+
+    def forget(self, tensor: object) -> None:
+        """What takes a tensor from now on is not to be counted."""
+        self._outputs.pop(tensor, None)  # type: ignore[no-untyped-call]
+
+    def taken(self, tree: object) -> list[torch.Tensor]:
+        """Count a use of all tensors of a tree; these tensors."""
+        tensors = [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
+        for one in tensors:
+            output = self.output_of(one)
+            if output is not None:
+                output.uses += 1
+            if self._sums and (addition := self._added.get(_place(one))) is not None:
+                addition.may_overwrite = False
+        return tensors
 
     def __torch_dispatch__(
         self,
@@ -120,7 +191,52 @@ class _Uses(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        for one in tree_leaves((args, kwargs)):
-            if isinstance(one, torch.Tensor) and one in self.outputs:
-                self.outputs[one].uses += 1
-        return func(*args, **kwargs)
+        given = self.taken((args, kwargs))
+        result = func(*args, **kwargs)
+        if self._sums:
+            outputs = [one for one in map(self.output_of, given) if one is not None]
+            if func in (ADD, ADD_IN_PLACE) and len(given) == len(args) == 2 and not kwargs:
+                self._add(given[0], given[1], result, in_place=func is ADD_IN_PLACE)
+            self._no_longer_waiting(outputs)
+            self._made_and_changed(given, result, is_mutable=func._schema.is_mutable)
+        return result
+
+    def _add(
+        self, one: torch.Tensor, other: torch.Tensor, result: torch.Tensor, *, in_place: bool
+    ) -> None:
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return
+        output = self.output_of(one)
+        if (output is None or output.is_sum) and not in_place:
+            output, other = self.output_of(other), one
+        if output is None or output.is_sum or output.uses != 1:
+            return
+        place = _place(other)
+        output.sum = _Output(output.convolution, is_sum=True)
+        self._outputs[result] = output.sum
+        # Whoever waits for what lies there may come to compute only after this.
+        if place in self._made and not self._waiting.get(place):
+            output.sum.may_overwrite = other.untyped_storage().nbytes() == other.nbytes
+            self._added[place] = output.sum
+
+    def _no_longer_waiting(self, outputs: Sequence[_Output]) -> None:
+        for output in outputs:
+            if output.given is not None:
+                self._waiting[output.given._cdata].remove(output)
+                output.given = None
+
+    def _made_and_changed(
+        self, given: Sequence[torch.Tensor], result: object, *, is_mutable: bool
+    ) -> None:
+        before = {_place(one) for one in given}
+        if is_mutable:
+            for output in (one for place in before for one in self._waiting.get(place, ())):
+                output.is_given_lost = True
+        tensors = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
+        for place in {_place(one) for one in tensors} - before:
+            self._made.add(place)
+            self._added.pop(place, None)  # is gone, if something new lies there
+
+
+def _place(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
