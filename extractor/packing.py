@@ -8,6 +8,7 @@ takes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
@@ -85,6 +86,11 @@ def pack(chain: Chain) -> Callable[[], None]:
     return undo
 
 
+@functools.cache
+def _has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class _Kept(NamedTuple):
     """Packed weights, and of which; holding these keeps others from coming to lie there."""
 
@@ -115,32 +121,26 @@ class PackedConv2d(nn.Conv2d):
             return cast(torch.Tensor, _Summand(self, given))
         if not self._can_pack(given):
             return self._activated(self._conv_forward(given, self.weight, self.bias))
-        where = self._where
+        where, packed, bias = self._packed(given)
         named = ACTIVATIONS[type(self.activation)](self.activation) if self.activation else NOTHING
         computed: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
-            given, self._packed(where, list(given.shape)), self.bias, *where, *named
+            given, packed, bias, *where, *named
         )
         return computed
 
     def plus(self, given: torch.Tensor, other: Any) -> torch.Tensor:
         """As :meth:`forward`, with something added before the activation."""
-        if not self._can_pack(given) or not self._can_add(given, other):
+        if not (self._can_pack(given) and self._can_add(given, other)):
             return self._activated(self._conv_forward(given, self.weight, self.bias) + other)
-        where = self._where
-        packed = self._packed(where, list(given.shape))
-        relu = "relu" if self.activation else None
-        after: tuple[Any, ...] = (*where, "add", None, relu, [], None)
+        where, packed, bias = self._packed(given)
+        after: tuple[Any, ...] = (*where, "add", None, "relu" if self.activation else None, [], "")
         ops = torch.ops.mkldnn
         computed: torch.Tensor = (
-            ops._convolution_pointwise_.binary(other, given, packed, self.bias, *after)
+            ops._convolution_pointwise_.binary(other, given, packed, bias, *after)
             if self.may_overwrite
-            else ops._convolution_pointwise.binary(given, other, packed, self.bias, *after)
+            else ops._convolution_pointwise.binary(given, other, packed, bias, *after)
         )
         return computed
-
-    @property
-    def _where(self) -> tuple[Any, ...]:
-        return (self.padding, self.stride, self.dilation, self.groups)
 
     def _activated(self, output: torch.Tensor) -> torch.Tensor:
         return output if self.activation is None else cast(torch.Tensor, self.activation(output))
@@ -149,14 +149,14 @@ class PackedConv2d(nn.Conv2d):
         # A compiler packs by itself, and no operation here has a gradient.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return False
-        tensors = (given, self.weight) if self.bias is None else (given, self.weight, self.bias)
-        if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
-            return False
-        if any(one.device.type != "cpu" or one.dtype != given.dtype for one in tensors):
-            return False
-        if given.dtype == torch.bfloat16:
-            return given.ndim == 4 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-        return given.ndim == 4 and given.dtype == torch.float32
+        dtype, with_gradient = given.dtype, torch.is_grad_enabled()
+        for one in (given, self.weight, self.bias):
+            if one is None:
+                continue
+            if not one.is_cpu or one.dtype != dtype or (with_gradient and one.requires_grad):
+                return False
+        known = dtype == torch.float32 or (dtype == torch.bfloat16 and _has_bfloat16())
+        return known and given.ndim == 4
 
     def _can_add(self, given: torch.Tensor, other: object) -> bool:
         """Whether it is a tensor of the output's shape and type, without a gradient."""
@@ -177,14 +177,18 @@ class PackedConv2d(nn.Conv2d):
         ]
         return other.shape == (len(given), self.out_channels, *size)
 
-    def _packed(self, where: tuple[Any, ...], shape: list[int]) -> torch.Tensor:
-        weight, kept = self.weight, self._kept
+    def _packed(
+        self, given: torch.Tensor
+    ) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None]:
+        """How it convolves, as the operations take it, and the weights and the bias for that."""
+        where = (self.padding, self.stride, self.dilation, self.groups)
+        weight, bias, kept = self.weight, self.bias, self._kept
         version = 0 if weight.is_inference() else weight._version
         state = (weight.data_ptr(), weight.dtype, version)
         if kept is None or kept.state != state:
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, shape)
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, [*given.shape])
             self._kept = kept = _Kept(weight.untyped_storage(), state, packed)
-        return kept.packed
+        return where, kept.packed, bias
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_kept": None}  # a copy has other weights, and none can be pickled
