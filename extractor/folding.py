@@ -17,7 +17,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from extractor.packing import can_do, can_pack, is_packable, pack
+from extractor.packing import Done, can_do, can_pack, is_packable, pack
 from extractor.trial import first_line
 from extractor.wiring import Chain, Embed, find_chains
 
@@ -103,8 +103,8 @@ def _pack(
                 for convolution in convolutions:
                     chain = chains.get(convolution, Chain(convolution, None, ""))
                     undo.callback(pack(chain))
-                    if chain.name:
-                        undo.callback(_replace(network, chain.name, nn.Identity()))
+                    if chain.follower is not None:
+                        undo.callback(_replace(network, chain.name, Done(chain.follower)))
                 if is_same():
                     undo.pop_all()
                     return [chain.name for chain in chains.values() if chain.name]

@@ -8,6 +8,7 @@ takes.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
@@ -18,7 +19,7 @@ from torch import nn
 from extractor.devices import has_avx2
 from extractor.wiring import Chain
 
-__all__ = ["PackedConv2d", "can_do", "can_pack", "is_packable", "pack"]
+__all__ = ["Done", "PackedConv2d", "can_do", "can_pack", "is_packable", "pack", "unpacked"]
 
 # As oneDNN names them, with their numbers and their variant. Its ReLU makes a zero of a NaN.
 Named: TypeAlias = "tuple[str, list[float], str]"
@@ -68,7 +69,6 @@ def pack(chain: Chain) -> Callable[[], None]:
     Where that is an addition, the convolution gives something that only takes ``+``.
     """
     convolution = chain.convolution
-    before = type(convolution)
     # Not another module in its place: whoever holds this one goes on to hold the right one.
     convolution.__class__ = PackedConv2d
     vars(convolution).update(
@@ -77,13 +77,27 @@ def pack(chain: Chain) -> Callable[[], None]:
         may_overwrite=chain.may_overwrite,
         _kept=None,
     )
+    return functools.partial(_make_plain, convolution)
 
-    def undo() -> None:
-        del convolution.activation, convolution.is_summed
-        del convolution.may_overwrite, convolution._kept
-        convolution.__class__ = before
 
-    return undo
+def unpacked(network: nn.Module) -> nn.Module:
+    """A copy without all this, for a compiler, that does the same; itself if nothing is packed."""
+    if not any(isinstance(module, PackedConv2d) for module in network.modules()):
+        return network
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        if isinstance(module, PackedConv2d):
+            _make_plain(module)
+        for name, child in list(module.named_children()):
+            if isinstance(child, Done):
+                setattr(module, name, child.activation)
+    return network
+
+
+def _make_plain(convolution: nn.Conv2d) -> None:
+    for name in ("activation", "is_summed", "may_overwrite", "_kept"):
+        delattr(convolution, name)
+    convolution.__class__ = nn.Conv2d
 
 
 @functools.cache
@@ -192,6 +206,16 @@ class PackedConv2d(nn.Conv2d):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_kept": None}  # a copy has other weights, and none can be pickled
+
+
+class Done(nn.Identity):
+    """In the place of an activation that the convolutions before it do."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        vars(self)["activation"] = activation  # no part of the network
+
+    activation: nn.Module
 
 
 class _Summand:

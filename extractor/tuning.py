@@ -21,6 +21,7 @@ from extractor.backbones import Backbone, Part, Target
 from extractor.errors import ExtractorError
 from extractor.inference import Normalise, full_float32
 from extractor.options import split_names
+from extractor.packing import unpacked
 from extractor.precision import TYPES, candidates, has_matrix_units
 from extractor.trial import first_line
 
@@ -272,5 +273,5 @@ def _compile(backbone: Backbone) -> Backbone:
     for name in ("torch._dynamo", "torch._inductor", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     choices: dict[str, Any] = {"freezing": True} if backbone.device.type == "cpu" else {}
-    network: Any = torch.compile(backbone.module, dynamic=False, options=choices)
+    network: Any = torch.compile(unpacked(backbone.module), dynamic=False, options=choices)
     return replace(backbone, module=network)

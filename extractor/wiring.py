@@ -78,7 +78,7 @@ def find_chains(
     def follows(name: str, module: nn.Module, given: tuple[object, ...]) -> None:
         calls[module] += 1
         taken = watch.output_of(given[0]) if given else None
-        if taken is not None and not taken.uses and may_follow(module, taken.is_sum):
+        if taken is not None and not taken.uses and may_follow(module, bool(taken.terms)):
             taken.follower, taken.name = module, name
 
     def followed(_: nn.Module, given: tuple[object, ...], output: object) -> None:
@@ -122,24 +122,38 @@ def _lone(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @dataclass(eq=False)
 class _Output:
-    """Of a convolution or, with what is added to it, of an addition, while it is somewhere."""
+    """Of a convolution, or of an addition to such a one, while it is somewhere.
+
+    Attributes:
+        uses: operations that take it.
+        follower: the module of the first of them, with its name.
+        terms: of an addition, the outputs that it takes.
+        sum: of an output, the addition that takes it.
+        given: the convolution, as long as there are no uses.
+        is_given_lost: it was changed in place before there was one.
+        may_overwrite: what the addition takes besides.
+    """
 
     convolution: nn.Conv2d
-    is_sum: bool = False
-    uses: int = 0  # operations that take it
+    uses: int = 0
     follower: nn.Module | None = None
     name: str = ""
-    sum: _Output | None = None  # that takes it
-    given: torch.UntypedStorage | None = None  # the convolution, while nothing uses its output
-    is_given_lost: bool = False  # changed in place before that
+    terms: tuple[_Output, ...] = ()
+    sum: _Output | None = None
+    given: torch.UntypedStorage | None = None
+    is_given_lost: bool = False
     may_overwrite: bool = False
 
+    @property
+    def is_alone(self) -> bool:
+        return self.uses == 1 and not self.is_given_lost
+
     def chain(self) -> Chain:
-        last, is_sum = self, False
-        if self.sum is not None and self.uses == 1 and not self.is_given_lost:
-            last, is_sum = self.sum, True
+        terms = self.sum.terms if self.sum is not None else ()
+        is_sum = next((one for one in terms if one.is_alone), None) is self
+        last = self.sum if self.sum is not None and is_sum else self
         follower, name = (last.follower, last.name) if last.uses == 1 else (None, "")
-        return Chain(self.convolution, follower, name, is_sum, last.may_overwrite)
+        return Chain(self.convolution, follower, name, is_sum, self.may_overwrite)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -152,7 +166,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # By where tensors lie.
         self._made: set[int] = set()  # in this pass
         self._waiting: dict[int, list[_Output]] = {}  # of convolutions of what lies there
-        self._added: dict[int, _Output] = {}  # to what a convolution gave
+        self._added: dict[int, _Output] = {}  # what lies there, to these
 
     def convolved(self, given: torch.Tensor, tensor: torch.Tensor, output: _Output) -> None:
         """Watch what takes the tensor that is a convolution's output."""
@@ -179,8 +193,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             output = self.output_of(one)
             if output is not None:
                 output.uses += 1
-            if self._sums and (addition := self._added.get(_place(one))) is not None:
-                addition.may_overwrite = False
+            if self._sums and (term := self._added.get(_place(one))) is not None:
+                term.may_overwrite = False
         return tensors
 
     def __torch_dispatch__(
@@ -206,18 +220,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         if one.shape != other.shape or one.dtype != other.dtype:
             return
-        output = self.output_of(one)
-        if (output is None or output.is_sum) and not in_place:
-            output, other = self.output_of(other), one
-        if output is None or output.is_sum or output.uses != 1:
-            return
-        place = _place(other)
-        output.sum = _Output(output.convolution, is_sum=True)
-        self._outputs[result] = output.sum
-        # Whoever waits for what lies there may come to compute only after this.
-        if place in self._made and not self._waiting.get(place):
-            output.sum.may_overwrite = other.untyped_storage().nbytes() == other.nbytes
-            self._added[place] = output.sum
+        terms = []
+        for mine, added in ((one, other), (other, one))[: 1 if in_place else 2]:
+            term = self.output_of(mine)
+            if term is None or term.terms or term.uses != 1:
+                continue
+            terms.append(term)
+            place = _place(added)
+            # Whoever waits for what lies there may come to compute only after this.
+            if place in self._made and not self._waiting.get(place):
+                term.may_overwrite = added.untyped_storage().nbytes() == added.nbytes
+                self._added[place] = term
+        if terms:
+            self._outputs[result] = addition = _Output(terms[0].convolution, terms=tuple(terms))
+            for term in terms:
+                term.sum = addition
 
     def _no_longer_waiting(self, outputs: Sequence[_Output]) -> None:
         for output in outputs:
