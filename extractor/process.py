@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
+import gc
 import os
+import sys
+from collections.abc import Iterator
 
-__all__ = ["keep_freed_memory", "spin_briefly"]
+__all__ = ["imported_to_stay", "keep_freed_memory", "spin_briefly"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
@@ -36,3 +40,22 @@ def spin_briefly() -> None:
     """
     if not any(name in os.environ for name in SPINNING):
         os.environ[SPINNING[0]] = SPINS
+
+
+@contextlib.contextmanager
+def imported_to_stay() -> Iterator[None]:
+    """Import large libraries within, of which nothing will be garbage before the process ends.
+
+    By default Python looks for garbage many times while half a million objects of torch come into
+    being, and at all of them again and again later. Does nothing where torch is there already.
+    """
+    if "torch" in sys.modules or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # some libraries complain of what is left at the end
+        gc.enable()

@@ -44,7 +44,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extractor.process import keep_freed_memory, spin_briefly
+from extractor.process import imported_to_stay, keep_freed_memory, spin_briefly
 
 # The libraries are imported by the processes that measure, and not by the one that compares: a
 # process begins with the peak of memory of the one that started it.
@@ -395,7 +395,9 @@ def main() -> None:
         task = argparse.Namespace(**json.loads(options.side))
         if task.side in OURS:  # as the command does
             keep_freed_memory()
-            spin_briefly()  # before torch is imported, which the next line does
+            spin_briefly()  # before torch is imported, which the next lines do
+            with imported_to_stay():
+                import extractor.pipeline  # noqa: F401
         from benchmark_sides import measure
 
         print(json.dumps(measure(task)))

@@ -19,13 +19,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
-from torch import nn
 
-from extractor import Backbone, FeatureStore, Preprocess, extract
-from extractor.report import Progress
-from extractor.sources import list_images
+from extractor.process import imported_to_stay, keep_freed_memory
+
+with imported_to_stay():  # as the command does
+    import torch
+    from torch import nn
+
+    from extractor import Backbone, FeatureStore, Preprocess, extract
+    from extractor.report import Progress
+    from extractor.sources import list_images
 
 PICTURES = 100  # that are really different; a file may have some 65,000 links
 IN_A_FOLDER = 10_000
@@ -65,6 +69,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_000_000)
     parser.add_argument("--folder", help="where to make the images and the store (default: /tmp)")
     options = parser.parse_args()
+    keep_freed_memory()  # as the command does
     with tempfile.TemporaryDirectory(dir=options.folder) as place:
         begun = time.perf_counter()
         make_images(Path(place), options.images)

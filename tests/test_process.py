@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -10,11 +11,11 @@ from pathlib import Path
 import pytest
 from pictures import noise
 
-from extractor.process import SPINNING, SPINS, spin_briefly
+from extractor.process import SPINNING, SPINS, imported_to_stay, spin_briefly
 
 # Says what torch's OpenMP finds in the environment when it is loaded, and who loaded it too early.
 SEEN = """
-import os, sys
+import gc, os, sys
 from extractor.cli import main, run
 
 settle = run.spin_briefly
@@ -25,7 +26,10 @@ def settled():
     print(os.environ.get("GOMP_SPINCOUNT"))
 
 run.spin_briefly = settled
-sys.exit(main(sys.argv[1:]))
+try:
+    sys.exit(main(sys.argv[1:]))
+finally:
+    print(gc.isenabled(), gc.get_freeze_count() > 10_000)
 """
 
 
@@ -43,7 +47,7 @@ def test_what_the_environment_says_of_waiting_threads_holds(
     )
 
 
-def test_the_command_says_it_before_torch_is_there(tmp_path: Path) -> None:
+def test_the_command_settles_it_before_torch_is_there(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     noise(0, 40, 40).save(tmp_path / "images" / "a.png")
     words = ["--model", "torchvision:squeezenet1_0", "--weights", "random", "--device", "cpu"]
@@ -51,4 +55,12 @@ def test_the_command_says_it_before_torch_is_there(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name not in SPINNING}
     done = subprocess.run(ran, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["False", SPINS]
+    printed = done.stdout.split()
+    assert (printed[:2], printed[-2:]) == (["False", SPINS], ["True", "True"])
+    assert not done.stderr.count("leaked")
+
+
+def test_in_a_process_that_has_torch_nothing_is_kept() -> None:
+    with imported_to_stay():
+        assert gc.isenabled()
+    assert not gc.get_freeze_count()

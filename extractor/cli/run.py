@@ -28,7 +28,7 @@ from extractor.options import (
     store_folders,
 )
 from extractor.preprocess import FITS, INTERPOLATIONS
-from extractor.process import keep_freed_memory, spin_briefly
+from extractor.process import imported_to_stay, keep_freed_memory, spin_briefly
 from extractor.version import __version__
 
 if TYPE_CHECKING:
@@ -348,9 +348,10 @@ def _compute(
     bar = Bar(quiet=parsed.quiet or events.wanted)
     with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
         keep_freed_memory()
-        spin_briefly()  # before torch is imported, which the next line does
-        from extractor import pipeline
-        from extractor.decode import allow_pixels
+        spin_briefly()  # before torch is imported, which the next lines do
+        with imported_to_stay():
+            from extractor import pipeline
+            from extractor.decode import allow_pixels
 
         allow_pixels(options.max_pixels)
 

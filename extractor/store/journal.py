@@ -71,14 +71,15 @@ class BatchEntry:
 
     def to_line(self) -> bytes:
         """One line of JSON; a line without its end was torn."""
-        content = {
-            "records": [
-                [os.fsdecode(one.path), *one[1:5], one.sha256.hex()] for one in self.records
-            ],
-            "failures": [one.to_list() for one in self.failures],
-            "checksum": self.checksum,
-        }
-        return json.dumps(content, ensure_ascii=True).encode() + b"\n"
+        # A text for each record: so many lists would have Python look for garbage among them.
+        records = ", ".join(
+            f"[{json.dumps(os.fsdecode(path))}, {size}, {mtime}, {width}, {height}, "
+            f'"{digest.hex()}"]'
+            for path, size, mtime, width, height, digest in self.records
+        )
+        failures = json.dumps([one.to_list() for one in self.failures])
+        line = f'{{"records": [{records}], "failures": {failures}, "checksum": {self.checksum}}}\n'
+        return line.encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> BatchEntry:
