@@ -54,7 +54,7 @@ def fold(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
     one = pixels[-1:]  # some networks look at how many there are
     with torch.no_grad(), ExitStack() as undo:
         try:
-            expected, chains = find_chains(network, embed, pixels, CONVOLUTIONS, _is_affine)
+            expected, chains = find_chains(network, embed, pixels, _is_convolution, _is_affine)
             alone = embed(one)
 
             def is_same() -> bool:
@@ -98,8 +98,8 @@ def _pack(
     for sums in (True, False):  # a network may ask what only a tensor can answer
         with ExitStack() as undo:
             try:
-                _, found = find_chains(network, embed, pixels, (nn.Conv2d,), can_do, sums=sums)
-                chains = {one.convolution: one for one in found if is_packable(one.convolution)}
+                _, found = find_chains(network, embed, pixels, is_packable, can_do, sums=sums)
+                chains = {chain.convolution: chain for chain in found}
                 for convolution in convolutions:
                     chain = chains.get(convolution, Chain(convolution, None, ""))
                     undo.callback(pack(chain))
@@ -109,7 +109,8 @@ def _pack(
                     undo.pop_all()
                     return [chain.name for chain in chains.values() if chain.name]
             except Exception as error:  # of an operation that this torch does otherwise
-                log.info("no convolution is packed: %s", first_line(error))
+                what = "with additions" if sums else "at all"
+                log.info("convolutions are not packed %s: %s", what, first_line(error))
     return None
 
 
@@ -120,6 +121,10 @@ def _replace(network: nn.Module, name: str, module: nn.Module) -> Callable[[], N
     before = getattr(holder, last)
     setattr(holder, last, module)
     return lambda: setattr(holder, last, before)
+
+
+def _is_convolution(module: nn.Module) -> bool:
+    return type(module) in CONVOLUTIONS
 
 
 def _is_affine(norm: nn.Module, _: bool) -> bool:

@@ -45,7 +45,7 @@ def find_chains(
     network: nn.Module,
     embed: Embed,
     pixels: torch.Tensor,
-    convolutions: Sequence[type[nn.Module]],
+    may_lead: Callable[[nn.Module], bool],
     may_follow: MayFollow,
     *,
     sums: bool = False,
@@ -58,7 +58,8 @@ def find_chains(
     Args:
         embed: runs the network.
         pixels: ``(B, 3, H, W)``.
-        convolutions: types of the first ones of the chains.
+        may_lead: whether a module is a convolution that may be the first of a chain.
+        may_follow: whether one may be the follower.
         sums: look for additions, too; else there is a follower in every chain.
 
     Returns:
@@ -88,7 +89,7 @@ def find_chains(
 
     with ExitStack() as hooks:
         for name, module in _lone(network):
-            if type(module) in convolutions:
+            if may_lead(module):
                 hooks.callback(module.register_forward_hook(convolved).remove)
             elif may_follow(module, False):
                 before = functools.partial(follows, name)

@@ -79,10 +79,15 @@ def test_other_activations_stay_behind_the_addition(activation: nn.Module) -> No
     assert network.activation is activation
 
 
+@pytest.mark.parametrize("groups", [1, 8])
 @pytest.mark.parametrize("precision", ["bfloat16", "float64", "mixed"])
-def test_the_sum_is_that_of_the_network_in_other_numbers(precision: str) -> None:
+def test_the_sum_is_that_of_the_network_in_other_numbers(precision: str, groups: int) -> None:
     network, whole = Block(), Block()
-    summed(network)
+    for one in (network, whole):
+        one.last = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        nn.init.constant_(one.last.weight, 0.1)
+        nn.init.zeros_(one.last.bias)
+    assert summed(network) == {"last": True}
     dtype = getattr(torch, precision, torch.float32)
     if precision == "mixed":
         convert(network, precision)
@@ -310,6 +315,14 @@ class SharedWithMore(Shared):
         return self.activation(super().block(shortcut) - 1)
 
 
+class SharedWithReflection(Shared):
+    """Of one of the convolutions, that cannot be packed, too."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU(inplace=True))
+        self.middle = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+
+
 def test_an_activation_in_several_places_goes_out_of_all_or_none() -> None:
     network = Shared()
     assert summed(network) == {"last": True}
@@ -317,9 +330,9 @@ def test_an_activation_in_several_places_goes_out_of_all_or_none() -> None:
     network = Shared(nn.ReLU(inplace=True))
     assert summed(network) == {"last": True}
     assert isinstance(network.activation, nn.Identity)
-    network = SharedWithMore(nn.ReLU(inplace=True))
-    assert summed(network) == {"last": True}
-    assert isinstance(network.activation, nn.ReLU)
+    for network in (SharedWithMore(nn.ReLU(inplace=True)), SharedWithReflection()):
+        assert summed(network) == {"last": True}
+        assert isinstance(network.activation, nn.ReLU)
 
 
 def test_gradients_are_those_of_the_whole_network() -> None:

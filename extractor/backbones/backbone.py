@@ -288,10 +288,11 @@ class Backbone:
     def fold(self) -> Backbone:
         """The same network with batch normalisations folded into its convolutions, in place.
 
-        On a CPU the convolutions also keep their weights packed, and do the activations behind
-        them. The embeddings stay what they are, up to the rounding of float32; the network computes
-        faster. Where it cannot be changed so, or is no longer in float32, nothing happens. Do it
-        last: that weights are changed through their ``data`` in place is not seen afterwards.
+        On a CPU the convolutions also keep their weights packed, and do the activations and the
+        additions behind them. The embeddings stay what they are, up to the rounding of float32; the
+        network computes faster. Where it cannot be changed so, or is no longer in float32, nothing
+        happens. Do it last: that weights are changed through their ``data`` in place is not seen
+        afterwards, and what a hook keeps that is registered later may be overwritten.
 
         Raises:
             DeviceError: the device is full, busy or broken.
