@@ -224,7 +224,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         terms = []
         for mine, added in ((one, other), (other, one))[: 1 if in_place else 2]:
             term = self.output_of(mine)
-            if term is None or term.terms or term.uses != 1:
+            if term is None or term.terms:
                 continue
             terms.append(term)
             place = _place(added)

@@ -29,3 +29,14 @@ def mean_pixel(device: str = "cpu", size: tuple[int, int] = (24, 32)) -> Backbon
 
 def normalised(colour: tuple[int, int, int]) -> list[float]:
     return [(level / 255 - m) / s for level, m, s in zip(colour, MEAN, STD, strict=True)]
+
+
+def assert_same_gradients(network: nn.Module, other: nn.Module, pixels: torch.Tensor) -> None:
+    """Two networks learn the same."""
+    for one in (network, other):
+        one.requires_grad_(True)
+        one(pixels).square().sum().backward()
+    for mine, its in zip(network.parameters(), other.parameters(), strict=True):
+        assert mine.grad is not None
+        torch.testing.assert_close(mine.grad, its.grad, atol=1e-5, rtol=1e-5)
+    network.requires_grad_(False)

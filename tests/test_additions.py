@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import assert_same_gradients
 from torch import nn
 
 from extractor import packing
@@ -266,7 +267,12 @@ class OfAnotherShape(Block):
 
 
 class IntoTheOther(Block):
-    """The sum is where the other was, which somebody sees."""
+    """The sum is where the other was, which somebody sees; here nothing is added yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
 
     def block(self, shortcut: torch.Tensor) -> torch.Tensor:
         other = shortcut.view(shortcut.shape)
@@ -338,16 +344,21 @@ def test_an_activation_in_several_places_goes_out_of_all_or_none() -> None:
 def test_gradients_are_those_of_the_whole_network() -> None:
     network, whole = Block(), Block()
     summed(network)
-    for one in (network, whole):
-        one.requires_grad_(True)
-        one(NOISE).square().sum().backward()
-    for one, other in zip(network.parameters(), whole.parameters(), strict=True):
-        assert one.grad is not None
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(network, whole, NOISE)
     shortcut = torch.randn(3, 8, 16, 16, requires_grad=True)
-    map_ = network.requires_grad_(False).last(torch.zeros(3, 8, 16, 16)) + shortcut
+    map_ = network.last(torch.zeros(3, 8, 16, 16)) + shortcut
     (gradient,) = torch.autograd.grad(map_.sum(), shortcut)
-    assert gradient.any()
+    assert torch.equal(gradient, (map_ > 0).float())
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 1, 1), (1, 1, 16, 16), (16,), ()])
+def test_what_is_added_may_be_of_another_shape_later(shape: tuple[int, ...]) -> None:
+    network = Block()
+    assert summed(network) == {"last": True}
+    given, added = torch.randn(3, 8, 16, 16), torch.randn(shape)
+    with torch.inference_mode():
+        expected = torch.relu(Block().last(given) + added)
+        torch.testing.assert_close(network.last(given) + added, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from models import assert_same_gradients
 from torch import nn
 
 from extractor import Backbone, Preprocess, folding, packing
@@ -183,13 +184,7 @@ def test_weights_where_others_lay_are_not_taken_for_them() -> None:
 def test_gradients_are_those_of_the_whole_network() -> None:
     network, whole = Net(nn.SiLU()), Net(nn.SiLU())
     packed(network)
-    for one in (network, whole):
-        one.requires_grad_(True)
-        one(NOISE).square().sum().backward()
-    for one, other in zip(network.parameters(), whole.parameters(), strict=True):
-        assert one.grad is not None
-        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-5)
-    network.requires_grad_(False)
+    assert_same_gradients(network, whole, NOISE)
     pixels = NOISE.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(network(pixels).sum(), pixels)
     assert gradient.any()

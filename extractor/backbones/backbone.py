@@ -292,7 +292,7 @@ class Backbone:
         additions behind them. The embeddings stay what they are, up to the rounding of float32; the
         network computes faster. Where it cannot be changed so, or is no longer in float32, nothing
         happens. Do it last: that weights are changed through their ``data`` in place is not seen
-        afterwards, and what a hook keeps that is registered later may be overwritten.
+        afterwards, and what a hook sees that is registered later may be no tensor, or overwritten.
 
         Raises:
             DeviceError: the device is full, busy or broken.
