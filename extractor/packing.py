@@ -8,18 +8,30 @@ takes.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from extractor.devices import has_avx2
 from extractor.wiring import Chain
 
-__all__ = ["Done", "PackedConv2d", "can_do", "can_pack", "is_packable", "pack", "unpacked"]
+__all__ = [
+    "Done",
+    "PackedConv2d",
+    "can_do",
+    "can_pack",
+    "is_packable",
+    "overwriting",
+    "pack",
+    "unpacked",
+]
 
 # As oneDNN names them, with their numbers and their variant. Its ReLU makes a zero of a NaN.
 Named: TypeAlias = "tuple[str, list[float], str]"
@@ -33,6 +45,8 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Named]] = {
     nn.Sigmoid: lambda _: ("sigmoid", [], ""),
 }
 NOTHING: Named = ("none", [], "")
+
+_passes = threading.local()
 
 
 def can_pack(device: torch.device) -> bool:
@@ -66,7 +80,8 @@ def can_do(module: nn.Module, behind_an_addition: bool) -> bool:
 def pack(chain: Chain) -> Callable[[], None]:
     """Let a convolution keep its weights packed, and do what follows it; the answer undoes it.
 
-    Where that is an addition, the convolution gives something that only takes ``+``.
+    Where that is an addition, the convolution gives something that only takes ``+``; the sum may
+    come to lie where the other was, see :func:`overwriting`.
     """
     convolution = chain.convolution
     # Not another module in its place: whoever holds this one goes on to hold the right one.
@@ -78,6 +93,21 @@ def pack(chain: Chain) -> Callable[[], None]:
         _kept=None,
     )
     return functools.partial(_make_plain, convolution)
+
+
+@contextlib.contextmanager
+def overwriting(allowed: bool) -> Iterator[None]:
+    """Let convolutions of this thread overwrite what is added to them, where that may be done.
+
+    Args:
+        allowed: the pixels are of the size and the layout for which that was found out.
+    """
+    before = getattr(_passes, "are_known", False)
+    _passes.are_known = allowed
+    try:
+        yield
+    finally:
+        _passes.are_known = before
 
 
 def unpacked(network: nn.Module) -> nn.Module:
@@ -109,7 +139,7 @@ class _Kept(NamedTuple):
     """Packed weights, and of which; holding these keeps others from coming to lie there."""
 
     storage: torch.UntypedStorage
-    state: tuple[int, torch.dtype, int]
+    state: tuple[object, ...]
     packed: torch.Tensor
 
 
@@ -135,8 +165,8 @@ class PackedConv2d(nn.Conv2d):
             return cast(torch.Tensor, _Summand(self, given))
         if not self._can_pack(given):
             return self._activated(self._conv_forward(given, self.weight, self.bias))
-        where, packed, bias = self._packed(given)
         named = ACTIVATIONS[type(self.activation)](self.activation) if self.activation else NOTHING
+        where, packed, bias = self._packed(given)
         computed: torch.Tensor = torch.ops.mkldnn._convolution_pointwise(
             given, packed, bias, *where, *named
         )
@@ -149,11 +179,14 @@ class PackedConv2d(nn.Conv2d):
         where, packed, bias = self._packed(given)
         after: tuple[Any, ...] = (*where, "add", None, "relu" if self.activation else None, [], "")
         ops = torch.ops.mkldnn
-        computed: torch.Tensor = (
-            ops._convolution_pointwise_.binary(other, given, packed, bias, *after)
-            if self.may_overwrite
-            else ops._convolution_pointwise.binary(given, other, packed, bias, *after)
-        )
+        computed: torch.Tensor
+        if self._can_overwrite(other):
+            computed = ops._convolution_pointwise_.binary(other, given, packed, bias, *after)
+        elif self.groups == 1 and given.is_contiguous(memory_format=torch.channels_last):
+            computed = ops._convolution_pointwise.binary(given, other, packed, bias, *after)
+        else:  # which that operation does in two steps, and not in bfloat16
+            computed = ops._convolution_pointwise(given, packed, bias, *where, *NOTHING)
+            computed = self._activated(computed.add_(other))
         return computed
 
     def _activated(self, output: torch.Tensor) -> torch.Tensor:
@@ -162,6 +195,8 @@ class PackedConv2d(nn.Conv2d):
     def _can_pack(self, given: torch.Tensor) -> bool:
         # A compiler packs by itself, and no operation here has a gradient.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            return False
+        if forward_ad._current_level >= 0:
             return False
         dtype, with_gradient = given.dtype, torch.is_grad_enabled()
         for one in (given, self.weight, self.bias):
@@ -191,6 +226,15 @@ class PackedConv2d(nn.Conv2d):
         ]
         return other.shape == (len(given), self.out_channels, *size)
 
+    def _can_overwrite(self, other: torch.Tensor) -> bool:
+        # What lies otherwise may be a view of less; and torch cannot add to all in bfloat16.
+        layout = torch.channels_last
+        return (
+            self.may_overwrite
+            and getattr(_passes, "are_known", False)
+            and other.is_contiguous(memory_format=layout)
+        )
+
     def _packed(
         self, given: torch.Tensor
     ) -> tuple[tuple[Any, ...], torch.Tensor, torch.Tensor | None]:
@@ -198,7 +242,7 @@ class PackedConv2d(nn.Conv2d):
         where = (self.padding, self.stride, self.dilation, self.groups)
         weight, bias, kept = self.weight, self.bias, self._kept
         version = 0 if weight.is_inference() else weight._version
-        state = (weight.data_ptr(), weight.dtype, version)
+        state = (weight.data_ptr(), weight.dtype, weight.shape, weight.stride(), version)
         if kept is None or kept.state != state:
             packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where, [*given.shape])
             self._kept = kept = _Kept(weight.untyped_storage(), state, packed)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -31,7 +32,8 @@ class Chain(NamedTuple):
         follower: the module; None where that is not alone, or none.
         name: dotted, of the follower.
         is_sum: a tensor of the same shape and type is added to what the convolution gives.
-        may_overwrite: that tensor was made in the same pass, and nothing takes it afterwards.
+        may_overwrite: that tensor was made in the same pass, and nothing takes or keeps it
+            afterwards; for pixels of another size or layout it may be something else.
     """
 
     convolution: nn.Conv2d
@@ -98,6 +100,7 @@ def find_chains(
         with watch:
             embeddings = embed(pixels)
         watch.taken(embeddings)
+        watch.finish()
     chains = [one.chain() for one in outputs if calls[one.convolution] == 1]
     places = Counter(one.follower for one in chains)
     for place, one in enumerate(chains):
@@ -132,7 +135,7 @@ class _Output:
         sum: of an output, the addition that takes it.
         given: the convolution, as long as there are no uses.
         is_given_lost: it was changed in place before there was one.
-        may_overwrite: what the addition takes besides.
+        may_overwrite: see :class:`Chain`.
     """
 
     convolution: nn.Conv2d
@@ -164,8 +167,9 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._sums = sums
         self._outputs = WeakTensorKeyDictionary()  # keeps none of them in memory
-        # By where tensors lie.
-        self._made: set[int] = set()  # in this pass
+        # By where tensors lie. What was made in this pass is held weakly, so that nothing else
+        # comes to lie there.
+        self._made: dict[int, StorageWeakRef] = {}
         self._waiting: dict[int, list[_Output]] = {}  # of convolutions of what lies there
         self._added: dict[int, _Output] = {}  # what lies there, to these
 
@@ -198,6 +202,12 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 term.may_overwrite = False
         return tensors
 
+    def finish(self) -> None:
+        """See what is still there: somebody keeps it."""
+        for place, term in self._added.items():
+            if not self._made[place].expired():  # type: ignore[no-untyped-call]
+                term.may_overwrite = False
+
     def __torch_dispatch__(
         self,
         func: Any,
@@ -212,8 +222,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             outputs = [one for one in map(self.output_of, given) if one is not None]
             if func in (ADD, ADD_IN_PLACE) and len(given) == len(args) == 2 and not kwargs:
                 self._add(given[0], given[1], result, in_place=func is ADD_IN_PLACE)
-            self._no_longer_waiting(outputs)
-            self._made_and_changed(given, result, is_mutable=func._schema.is_mutable)
+            self._follow(given, outputs, result, is_mutable=func._schema.is_mutable)
         return result
 
     def _add(
@@ -229,31 +238,36 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             terms.append(term)
             place = _place(added)
             # Whoever waits for what lies there may come to compute only after this.
-            if place in self._made and not self._waiting.get(place):
-                term.may_overwrite = added.untyped_storage().nbytes() == added.nbytes
+            is_whole = added.untyped_storage().nbytes() == added.nbytes
+            if is_whole and place in self._made and not self._waiting.get(place):
+                term.may_overwrite = True
                 self._added[place] = term
         if terms:
             self._outputs[result] = addition = _Output(terms[0].convolution, terms=tuple(terms))
             for term in terms:
                 term.sum = addition
 
-    def _no_longer_waiting(self, outputs: Sequence[_Output]) -> None:
+    def _follow(
+        self,
+        given: Sequence[torch.Tensor],
+        outputs: Sequence[_Output],
+        result: object,
+        *,
+        is_mutable: bool,
+    ) -> None:
+        """Keep true what is known of tensors that an operation took, and of those that it gave."""
         for output in outputs:
             if output.given is not None:
                 self._waiting[output.given._cdata].remove(output)
                 output.given = None
-
-    def _made_and_changed(
-        self, given: Sequence[torch.Tensor], result: object, *, is_mutable: bool
-    ) -> None:
-        before = {_place(one) for one in given}
+        places = {_place(one) for one in given}
         if is_mutable:
-            for output in (one for place in before for one in self._waiting.get(place, ())):
+            for output in (one for place in places for one in self._waiting.get(place, ())):
                 output.is_given_lost = True
-        tensors = [one for one in tree_leaves(result) if isinstance(one, torch.Tensor)]
-        for place in {_place(one) for one in tensors} - before:
-            self._made.add(place)
-            self._added.pop(place, None)  # is gone, if something new lies there
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and _place(one) not in places:
+                held = StorageWeakRef(one.untyped_storage())  # type: ignore[no-untyped-call]
+                self._made[_place(one)] = held
 
 
 def _place(tensor: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from models import assert_same_gradients
 from torch import nn
 
-from extractor import packing
+from extractor import Backbone, Preprocess, packing
 from extractor.folding import fold
 from extractor.precision import convert
 
@@ -50,7 +50,7 @@ def summed(network: nn.Module) -> dict[str, bool]:
     The embeddings are the same, also of other shapes than the first, and so is what was given.
     """
     whole = copy.deepcopy(network)
-    with torch.inference_mode():
+    with torch.inference_mode(), packing.overwriting(True):
         fold(network, lambda pixels: [network(pixels)], NOISE)
         for pixels in (NOISE, NOISE[:1], NOISE[:, :, :9, :12], NOISE.repeat(3, 1, 2, 2)):
             for layout in (torch.contiguous_format, torch.channels_last):
@@ -97,6 +97,24 @@ def test_the_sum_is_that_of_the_network_in_other_numbers(precision: str, groups:
     with torch.inference_mode():
         given = network(NOISE.to(dtype)).float()
     torch.testing.assert_close(given, whole(NOISE), atol=2e-2, rtol=2e-2)
+
+
+class Transposed(Block):
+    def block(self, shortcut: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.last(shortcut) + (shortcut * 2).transpose(2, 3))
+
+
+@pytest.mark.parametrize("kind", [Block, Transposed])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_what_is_added_may_lie_in_any_way_in_bfloat16(
+    kind: type[Block], layout: torch.memory_format
+) -> None:
+    network, whole = kind(), kind().bfloat16()
+    with torch.inference_mode(), packing.overwriting(True):
+        fold(network, lambda pixels: [network(pixels)], NOISE)
+        assert network.bfloat16().last.is_summed
+        given = NOISE.bfloat16().contiguous(memory_format=layout)
+        torch.testing.assert_close(network(given), whole(given), atol=3e-2, rtol=3e-2)
 
 
 class Behind(Block):
@@ -223,13 +241,123 @@ def test_what_is_needed_otherwise_is_not_overwritten(
     assert summed(kind()) == expected
 
 
+class Kept(Block):
+    def block(self, shortcut: torch.Tensor) -> torch.Tensor:
+        self.kept = shortcut
+        return super().block(shortcut)
+
+
+class OfNumpy(Block):
+    """Memory that no operation made; it may lie where something was that one did make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.array = torch.randn(1, 8, 16, 16).numpy()
+
+    def block(self, shortcut: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            shortcut = shortcut * 1
+        return self.activation(self.last(self.middle(shortcut)) + torch.from_numpy(self.array))
+
+
+def test_what_is_kept_or_comes_from_elsewhere_is_not_overwritten() -> None:
+    assert summed(Kept()) == {"last": False}
+    network = OfNumpy()
+    before = network.array.copy()
+    with torch.inference_mode(), packing.overwriting(True):
+        fold(network, lambda pixels: [network(pixels)], NOISE[:1])
+        for _ in range(3):
+            network(NOISE[:1].contiguous(memory_format=torch.channels_last))
+    assert network.last.is_summed
+    assert (network.array == before).all()
+
+
+class Resized(Block):
+    """What is added is a copy at the first size, and a parameter at another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.randn(1, 8, 9, 9), requires_grad=False)
+        layout = self.position.data.contiguous(memory_format=torch.channels_last)
+        self.position.data = layout
+
+    def block(self, shortcut: torch.Tensor) -> torch.Tensor:
+        place = self.position
+        if place.shape[2:] != shortcut.shape[2:]:
+            place = nn.functional.interpolate(place, shortcut.shape[2:])
+        return self.activation(self.last(shortcut) + place)
+
+
+class Expanded(Block):
+    """Of one image for all: with one image it is a tensor like others."""
+
+    def block(self, shortcut: torch.Tensor) -> torch.Tensor:
+        first = (shortcut[:1] * 2).expand_as(shortcut)
+        return self.activation(self.last(shortcut) + first)
+
+
+def test_what_may_be_overwritten_at_one_size_is_not_at_others() -> None:
+    whole = Resized()
+    backbone = Backbone.from_module(Resized(), head=None, preprocess=Preprocess.standard(16)).fold()
+    assert backbone.module.last.may_overwrite
+    for size in (16, 9, 16):
+        given = NOISE[:1, :, :size, :size].contiguous(memory_format=torch.channels_last)
+        for _ in range(2):
+            torch.testing.assert_close(backbone(given), whole(given), atol=1e-5, rtol=1e-5)
+    assert torch.equal(backbone.module.position, whole.position)
+    assert summed(Expanded()) == {"last": True}
+
+
+class Contiguous(Block):
+    """What is added is a copy of pixels in another layout, and else these themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+        self.layout = torch.contiguous_format
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        pixels = pixels.contiguous(memory_format=self.layout)
+        return (self.last(self.middle(pixels)) + pixels).mean((2, 3))
+
+
+def test_a_pass_overwrites_what_is_added_in_usual_passes_alone() -> None:
+    backbone = Backbone.from_module(Block(), head=None, preprocess=Preprocess.standard(16)).fold()
+    seen: list[torch.Tensor] = []
+    middle = backbone.module.middle
+    middle.register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    usual = NOISE.contiguous(memory_format=torch.channels_last)
+    others = (NOISE, usual[:, :, :9, :9], usual[:, :, :9].contiguous())
+    shortcuts = [Block().stem(pixels).detach() for pixels in (usual, *others)]
+    for pixels in (usual, *others):
+        backbone(pixels)
+    backbone.module(usual)  # which nobody says is one
+    is_kept = [
+        torch.allclose(one, shortcut, atol=1e-5)
+        for one, shortcut in zip(seen, (*shortcuts, shortcuts[0]), strict=True)
+    ]
+    assert is_kept == [False, True, True, True, True]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pixels_of_any_layout_stay(layout: torch.memory_format) -> None:
+    network = Contiguous()
+    network.layout = layout
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16)).fold()
+    for given_in in (torch.contiguous_format, torch.channels_last):
+        given = NOISE.clone(memory_format=given_in)
+        first = backbone(given)
+        assert torch.equal(backbone(given), first)
+        assert torch.equal(given, NOISE)
+
+
 def test_what_a_hook_may_have_kept_is_not_overwritten() -> None:
     kept = []
     network = Block()
     network.drop.register_forward_hook(lambda *_: None)
     network.stem.register_forward_hook(lambda _, __, output: kept.append(output))
     assert summed(network) == {"last": False}
-    with torch.inference_mode():
+    with torch.inference_mode(), packing.overwriting(True):
         kept.clear()
         network(NOISE)
         torch.testing.assert_close(kept[0], Block().stem(NOISE), atol=1e-5, rtol=1e-5)
@@ -356,7 +484,7 @@ def test_what_is_added_may_be_of_another_shape_later(shape: tuple[int, ...]) -> 
     network = Block()
     assert summed(network) == {"last": True}
     given, added = torch.randn(3, 8, 16, 16), torch.randn(shape)
-    with torch.inference_mode():
+    with torch.inference_mode(), packing.overwriting(True):
         expected = torch.relu(Block().last(given) + added)
         torch.testing.assert_close(network.last(given) + added, expected, atol=1e-5, rtol=1e-5)
 

@@ -181,6 +181,17 @@ def test_weights_where_others_lay_are_not_taken_for_them() -> None:
             del weights
 
 
+def test_a_view_of_the_weights_is_not_taken_for_them() -> None:
+    network = Net(convolution=nn.Conv2d(3, 3, 3))
+    other = copy.deepcopy(network)
+    packed(network)
+    for one in (network, other):
+        weight = one.convolution.weight.detach().transpose(0, 1)
+        one.convolution.weight = nn.Parameter(weight, requires_grad=False)
+    torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradients_are_those_of_the_whole_network() -> None:
     network, whole = Net(nn.SiLU()), Net(nn.SiLU())
     packed(network)
@@ -188,6 +199,9 @@ def test_gradients_are_those_of_the_whole_network() -> None:
     pixels = NOISE.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(network(pixels).sum(), pixels)
     assert gradient.any()
+    _, ahead = torch.func.jvp(network, (NOISE,), (torch.ones_like(NOISE),))
+    _, expected = torch.func.jvp(Net(nn.SiLU()), (NOISE,), (torch.ones_like(NOISE),))
+    torch.testing.assert_close(ahead, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -22,6 +22,7 @@ from extractor.backbones import targets
 from extractor.errors import InterruptedRunError, StoreError
 from extractor.options import Options
 from extractor.pipeline import Progress
+from extractor.store.journal import BatchEntry, FailureRecord, ImageRecord
 from extractor.store.verify import verify
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -279,3 +280,28 @@ def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path
     features = np.load(many[1] / "features/00000.npy")
     assert features.shape == (49, 512)
     assert len(np.unique(features, axis=0)) == 49
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"records": [], "failures": [], "checksum": Infinity}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"records": [1], "failures": [], "checksum": 0}\n',
+        b"{}\n",
+    ],
+)
+def test_a_damaged_line_of_a_journal_is_no_more_than_that(line: bytes) -> None:
+    with pytest.raises(ValueError, match="damaged line"):
+        BatchEntry.from_line(line)
+
+
+@pytest.mark.parametrize("path", [b"a b.jpg", b'\xff"\\\n.jpg', "\u00e9\U0001f600".encode(), b""])
+def test_a_line_of_a_journal_holds_any_path(path: bytes) -> None:
+    record = ImageRecord(path, 1, -2, 3, 4, bytes(range(32)))
+    failure = FailureRecord(path, "damaged", 'a "word"\n')
+    line = BatchEntry((record, record._replace(sha256=b"")), (failure,), 7).to_line()
+    assert line.count(b"\n") == 1
+    again = BatchEntry.from_line(line)
+    assert [*again.records] == [record, record._replace(sha256=b"")]
+    assert ([*again.failures], again.checksum) == ([failure], 7)

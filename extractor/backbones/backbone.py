@@ -16,6 +16,7 @@ from extractor.errors import ModelError, UsageError
 from extractor.folding import fold, may_fold
 from extractor.layers import POOLED_FEATURES, Output, Taps, find_modules
 from extractor.options import Options, Pooling, parse_pooling
+from extractor.packing import overwriting
 from extractor.precision import convert, input_type, resolve_precision
 from extractor.preprocess import Preprocess
 from extractor.trial import shapes, trial
@@ -216,7 +217,7 @@ class Backbone:
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
         pixels = pixels.to(self.device, self.dtype)
-        with torch.inference_mode():
+        with torch.inference_mode(), overwriting(self._is_usual(pixels)):
             if self.taps is not None:
                 given: tuple[object, ...] = self.taps(self.module, pixels)
             else:
@@ -231,6 +232,11 @@ class Backbone:
                 )
             embeddings.append(tensor.float())
         return tuple(embeddings)
+
+    def _is_usual(self, pixels: torch.Tensor) -> bool:
+        """Whether they are like those that a network is folded with, but for their number."""
+        is_size = pixels.shape[2:] == self.preprocess.input_size
+        return is_size and pixels.is_contiguous(memory_format=torch.channels_last)
 
     def at_layers(self, layers: Sequence[str], pool: str | Pooling = _DEFAULT.pool) -> Backbone:
         """The same network, embedding with the outputs of inner layers.
@@ -290,7 +296,8 @@ class Backbone:
 
         On a CPU the convolutions also keep their weights packed, and do the activations and the
         additions behind them. The embeddings stay what they are, up to the rounding of float32; the
-        network computes faster. Where it cannot be changed so, or is no longer in float32, nothing
+        network computes faster; one whose way depends on the size of the images is right for that
+        of ``preprocess``. Where it cannot be changed so, or is no longer in float32, nothing
         happens. Do it last: that weights are changed through their ``data`` in place is not seen
         afterwards, and what a hook sees that is registered later may be no tensor, or overwritten.
 

@@ -98,7 +98,7 @@ class BatchEntry:
             ]
             failures = [FailureRecord.from_list(one) for one in content["failures"]]
             return cls(records, failures, int(content["checksum"]))
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"a damaged line: {error}") from error
 
 
