@@ -126,7 +126,8 @@ class Normalise:
         # to normalise, computes in float32 and rounds once: 0.6 of the time of rounding afterwards.
         rows = uint8.reshape(-1, len(self._scale)).bfloat16()
         none, one = torch.zeros_like(self._scale), torch.ones_like(self._scale)
-        return torch.nn.functional.batch_norm(rows, none, one, self._scale, self._shift, eps=0.0)
+        least = 1e-12  # which is nothing beside one, and torch 2.11 takes no zero
+        return torch.nn.functional.batch_norm(rows, none, one, self._scale, self._shift, eps=least)
 
 
 class _Step:

@@ -159,7 +159,7 @@ class PackedConv2d(nn.Conv2d):
     def forward(self, given: torch.Tensor) -> torch.Tensor:
         """``(B, channels, height, width)`` as of ``nn.Conv2d``, with the activation applied.
 
-        Where it is summed, that comes only once there is something to add, which see.
+        Where something is added to that, no tensor but what :meth:`plus` is called by.
         """
         if self.is_summed:
             return cast(torch.Tensor, _Summand(self, given))
