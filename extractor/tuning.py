@@ -25,7 +25,7 @@ from extractor.packing import unpacked
 from extractor.precision import TYPES, candidates, has_matrix_units
 from extractor.trial import first_line
 
-__all__ = ["LEAST_COSINE", "Recorded", "tune"]
+__all__ = ["LEAST_COSINE", "Recorded", "compiled", "tune"]
 
 log = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class _Trial:
             # The shape that all batches will have: others would be compiled anew.
             batch = pictures.repeat(-(-self._batch_size // len(pictures)), 1, 1, 1)
             batch = batch[: self._batch_size]
-            fast = _compile(self.best)
+            fast = compiled(self.best)
             rows, _ = _timed(fast, batch)
             cosine = _least_cosine(_timed(self._exact, batch)[0], rows)
             if not cosine >= self._wanted_cosine():
@@ -234,7 +234,7 @@ class _Trial:
             if after > (1 - LEAST_GAIN) * before:
                 log.info("%s is not compiled: that makes it no faster", self._model)
                 return
-        self.best = replace(fast, is_compiled=True)
+        self.best = fast
 
     def _wanted_cosine(self) -> float:
         if self.best.precision != self._exact.precision:
@@ -267,11 +267,16 @@ def _least_cosine(expected: Rows, given: Rows) -> float:
     return least
 
 
-def _compile(backbone: Backbone) -> Backbone:
+def compiled(backbone: Backbone) -> Backbone:
+    """The backbone with its network compiled, which happens in the first pass of each shape.
+
+    Raises:
+        ExtractorError: of a backbone that takes layers out of its network.
+    """
     if backbone.taps is not None:
         raise ExtractorError("layers are taken out of a network by hooks, which do not compile")
     for name in ("torch._dynamo", "torch._inductor", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     choices: dict[str, Any] = {"freezing": True} if backbone.device.type == "cpu" else {}
     network: Any = torch.compile(unpacked(backbone.module), dynamic=False, options=choices)
-    return replace(backbone, module=network)
+    return replace(backbone, module=network, is_compiled=True)

@@ -26,7 +26,7 @@ ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
 
 
 class Chain(NamedTuple):
-    """A convolution and what alone takes what it gives: an addition, a module, or one, then other.
+    """A convolution and what alone takes what it gives: an addition, a module, or both in turn.
 
     Attributes:
         follower: the module; None where that is not alone, or none.

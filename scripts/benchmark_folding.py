@@ -20,6 +20,7 @@ from extractor import Backbone, load_backbone
 from extractor.devices import resolve_device
 from extractor.options import default_batch_size
 from extractor.process import keep_freed_memory
+from extractor.tuning import compiled
 
 SECONDS = 2.0  # for each measurement
 
@@ -42,18 +43,13 @@ def main() -> None:
         for precision in parsed.precisions:
             ways = {"built": _copy(whole, precision), "folded": _copy(folded, precision)}
             if parsed.compile:
-                ways["compiled"] = _compiled(_copy(folded, precision))
+                ways["compiled"] = compiled(_copy(folded, precision))
             print(f"{model}, {precision}: {_compared(ways, parsed.repeats)}", flush=True)
 
 
 def _copy(backbone: Backbone, precision: str) -> Backbone:
     copied = replace(backbone, module=copy.deepcopy(backbone.module))
     return copied.to(backbone.device, precision)
-
-
-def _compiled(backbone: Backbone) -> Backbone:
-    options = {"freezing": True} if backbone.device.type == "cpu" else None
-    return replace(backbone, module=torch.compile(backbone.module, dynamic=False, options=options))
 
 
 def _compared(ways: dict[str, Backbone], repeats: int) -> str:

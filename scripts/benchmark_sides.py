@@ -17,7 +17,6 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 from unittest import mock
@@ -126,6 +125,7 @@ def measure_model(task: Task) -> Figures:
     configuration writes: those of the network as its library builds it, in float32.
     """
     from extractor import load_backbone
+    from extractor.tuning import compiled
 
     torch.backends.cudnn.allow_tf32 = False  # as in a run, where float32 means float32
     backbone = load_backbone(task.model, weights=task.weights, device=task.device)
@@ -137,9 +137,7 @@ def measure_model(task: Task) -> Figures:
     backbone = backbone.fold().to(device, task.precision)
     batches = [batch.to(backbone.dtype) for batch in batches]
     if task.compiled:
-        options = {"freezing": True} if device.type == "cpu" else None
-        compiled = torch.compile(backbone.module, dynamic=False, options=options)
-        backbone = replace(backbone, module=compiled)
+        backbone = compiled(backbone)
     rows: list[torch.Tensor] = []
     first_seconds = _seconds(device, lambda: rows.append(backbone(batches[0]).cpu()))
     rows += [backbone(batch).cpu() for batch in batches[1:]]

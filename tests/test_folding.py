@@ -77,6 +77,26 @@ def test_a_convolution_takes_in_the_normalisation_behind_it(network: Pair) -> No
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
+class Both(Pair):
+    """One normalisation behind two convolutions."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm=norm)
+        self.other = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().forward(pixels) + self.norm(self.other(pixels)).amax((2, 3))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+def test_a_normalisation_behind_several_convolutions_goes_into_all(
+    kind: type[nn.BatchNorm2d],
+) -> None:
+    network = Both(trained(kind(8)))
+    assert folded(network) == ("norm",)
+    assert isinstance(network.norm, nn.Identity)
+
+
 class Twice(Pair):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().forward(pixels) + super().forward(2 * pixels)
