@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from pictures import noise
 
-from extractor.process import SPINNING, SPINS, imported_to_stay, spin_briefly
+from extractor.process import ARROW_POOL, SPINNING, SPINS, imported_to_stay, spin_briefly
 
 # Says what torch's OpenMP finds in the environment when it is loaded, and who loaded it too early.
 SEEN = """
@@ -32,6 +32,15 @@ finally:
     print(gc.isenabled(), gc.get_freeze_count() > 10_000)
 """
 
+ARROW = """
+from extractor.process import keep_freed_memory
+
+keep_freed_memory()
+import pyarrow
+
+print(pyarrow.default_memory_pool().backend_name)
+"""
+
 
 @pytest.mark.parametrize("told", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
 def test_what_the_environment_says_of_waiting_threads_holds(
@@ -45,6 +54,19 @@ def test_what_the_environment_says_of_waiting_threads_holds(
     assert {name: os.environ[name] for name in SPINNING if name in os.environ} == (
         told or {"GOMP_SPINCOUNT": SPINS}
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "taken"), [({}, "system"), ({ARROW_POOL: "mimalloc"}, "mimalloc")]
+)
+def test_arrow_takes_its_memory_where_the_process_keeps_it(
+    told: dict[str, str], taken: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != ARROW_POOL} | told
+    done = subprocess.run(
+        [sys.executable, "-c", ARROW], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, taken), done.stderr
 
 
 def test_the_command_settles_it_before_torch_is_there(tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -72,9 +71,10 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
             "sha256": pa.array(digests, pa.binary(DIGEST_BYTES)),
         }
     )
-    content = io.BytesIO()
+    # No file of Python's: each of many small writes would wait until a decoding thread lets it.
+    content = pa.BufferOutputStream()
     pq.write_table(table, content)
-    return content.getvalue()
+    return bytes(content.getvalue().to_pybytes())
 
 
 def read_column(path: Path, name: str) -> list[Any]:
