@@ -9,6 +9,7 @@ threads have the cores, which then do their own work. Each run is a process of i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import multiprocessing
 import platform
@@ -42,13 +43,12 @@ def run(images: str, model: str, weights: str, is_written: bool) -> Run:
         from extractor.filling import Filling
         from extractor.pipeline import extract
         from extractor.store.shard import ShardWriter
-    dropped = mock.patch.multiple(Filling, append=_drop), mock.patch.object(ShardWriter, "finish")
-    with tempfile.TemporaryDirectory() as folder:
-        if is_written:
-            report = extract(images, model, folder, weights=weights)
-        else:
-            with dropped[0], dropped[1]:
-                report = extract(images, model, folder, weights=weights)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if not is_written:
+            stack.enter_context(mock.patch.object(Filling, "append", _drop))
+            stack.enter_context(mock.patch.object(ShardWriter, "finish"))
+        report = extract(images, model, folder, weights=weights)
     seconds = report.spent.seconds
     busy = sum(seconds[kind] for kind in ("transfer", "model", "write", "idle"))
     return Run(report.images_per_second, seconds["write"] / busy)
