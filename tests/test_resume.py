@@ -77,6 +77,25 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     assert content(out) == expected
 
 
+@pytest.mark.parametrize("batches", [5, 6])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_shard_whose_features_a_power_cut_took_costs_no_row_behind_it(
+    photos: Path, tmp_path: Path, batches: int, is_there: bool
+) -> None:
+    settings = {"batch_size": 1, "shard_images": 3}
+    extract(photos, "mean", tmp_path / "undisturbed", **settings)
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError):
+        extract(photos, "mean", out, **settings, stop=after(batches))
+    features = out / ".extractor-partial" / "features"
+    if is_there:  # its name was not on the disk yet
+        os.replace(features / "00000.npy", features / "00000.npy.partial")
+    else:
+        (features / "00000.npy").unlink()
+    extract(photos, "mean", out, **settings)
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
 def test_what_is_done_is_not_computed_again(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

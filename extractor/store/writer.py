@@ -414,6 +414,11 @@ class StoreWriter:
             finished = FinishedShard.from_json(path.read_bytes())
             if finished.is_whole(self._staging):
                 self._finished[finished.shard] = finished
+        # Where a finished shard is lost after all, it is that which goes on, and not one behind it.
+        going_on = Path(journal_name(self._next_shard())).name
+        for path in (self._staging / JOURNAL).glob("*.jsonl"):
+            if path.name > going_on:
+                path.unlink()
 
     def _next_shard(self) -> int:
         first = self._staged.first if self._staged is not None else 0
