@@ -27,8 +27,9 @@ def keep_freed_memory() -> None:
     forward pass of 32 images ran 2.0 (SqueezeNet) and 1.6 times (ResNet-50) as fast on two cores,
     medians of three turns. Does nothing where there is no ``mallopt``.
 
-    Arrow, too, is to take from that memory, if it is imported later: from its own pool the index of
-    a shard took 20 ms instead of 3. What the environment says of it holds.
+    Arrow, too, is to take from that memory, if it is imported later: from a pool of its own, which
+    nothing had touched, the first index of a run took 20 ms instead of 3. What the environment says
+    of it holds.
     """
     os.environ.setdefault(ARROW_POOL, "system")
     with contextlib.suppress(OSError, AttributeError):

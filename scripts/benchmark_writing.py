@@ -1,4 +1,4 @@
-"""What writing costs a run: its rate beside that of the same run that drops its rows, in turns.
+"""What writing costs a run: its rate beside that of one that drops its rows, in turns.
 
     python scripts/benchmark_writing.py images/ --model mobilenetv3_small_100
 
@@ -18,6 +18,7 @@ import tempfile
 from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
+from extractor.errors import ExtractorError
 from extractor.process import imported_to_stay, keep_freed_memory, spin_briefly
 
 if TYPE_CHECKING:
@@ -70,13 +71,18 @@ def main() -> None:
     parser.add_argument("--weights", default="random")
     parser.add_argument("--repeats", type=int, default=9)
     parsed = parser.parse_args()
+    if parsed.repeats < 1:
+        parser.error(f"--repeats: got {parsed.repeats}, expected 1 or more")
     processes = multiprocessing.get_context("spawn")
     runs: dict[bool, list[Run]] = {True: [], False: []}
     for _ in range(parsed.repeats):
         for is_written in (False, True):
             with processes.Pool(1) as pool:
                 task = (parsed.images, parsed.model, parsed.weights, is_written)
-                runs[is_written].append(pool.apply(run, task))
+                try:
+                    runs[is_written].append(pool.apply(run, task))
+                except ExtractorError as error:
+                    parser.error(str(error))
     costs = [1 - w.rate / d.rate for w, d in zip(runs[True], runs[False], strict=True)]
     rates = {key: statistics.median(one.rate for one in ones) for key, ones in runs.items()}
     share = statistics.median(one.share for one in runs[True])
