@@ -85,7 +85,7 @@ def test_a_shard_whose_features_a_power_cut_took_costs_no_row_behind_it(
     settings = {"batch_size": 1, "shard_images": 3}
     extract(photos, "mean", tmp_path / "undisturbed", **settings)
     out = tmp_path / "out"
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match=f"stopped after {batches} of 11 images"):
         extract(photos, "mean", out, **settings, stop=after(batches))
     features = out / ".extractor-partial" / "features"
     if is_there:  # its name was not on the disk yet

@@ -16,10 +16,11 @@ from models import mean_pixel
 from pictures import noise
 from torch import nn
 
-from extractor import extract, precision, tuning
+from extractor import Preprocess, extract, precision, tuning
 from extractor.backbones import Backbone, targets
 from extractor.errors import InterruptedRunError, StoreError
 from extractor.options import Options
+from extractor.packing import PackedConv2d, can_pack
 from extractor.pipeline import Report
 from extractor.store.format import with_checksum
 
@@ -291,6 +292,18 @@ def test_a_network_that_was_really_compiled_gives_the_same_rows(
     np.testing.assert_allclose(
         fast.store.features[:], eager.store.features[:], rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="packs nothing here")
+def test_what_is_compiled_has_plain_convolutions() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    size = Preprocess.standard(16)
+    backbone = Backbone.from_module(network, head=None, preprocess=size).fold()
+    fast = tuning.compiled(backbone)
+    assert fast.is_compiled
+    types = [type(module) for module in fast.module.modules()]
+    assert (types.count(nn.Conv2d), types.count(nn.ReLU)) == (1, 1)
+    assert isinstance(backbone.module[0], PackedConv2d)
 
 
 def test_layers_are_not_compiled(
