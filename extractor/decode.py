@@ -173,7 +173,8 @@ class PixelBudget:
     def take(self, pixels: int) -> None:
         """Wait until there is room for so many, and take it."""
         with self._changed:
-            self._changed.wait_for(lambda: self._left >= pixels)
+            while self._left < pixels:
+                self._changed.wait()
             self._left -= pixels
 
     def give_back(self, pixels: int) -> None:
@@ -467,17 +468,17 @@ def _identified(file: IO[bytes], budget: PixelBudget) -> Iterator[Image.Image]:
     """The image in a file, not yet decoded; what has to be decoded for that claims its pixels."""
     head = file.read(4)
     file.seek(0)
-    inner = budget.max_pixels if head in _HOLD_OTHERS else 0
-    budget.take(inner)
-    try:
+    if head not in _HOLD_OTHERS:
         with _identify(file) as image:
-            if inner:
-                image.load()
-                budget.give_back(inner)
-                inner = 0
             yield image
-    finally:
-        budget.give_back(inner)
+        return
+    with contextlib.ExitStack() as claimed:
+        budget.take(budget.max_pixels)
+        claimed.callback(budget.give_back, budget.max_pixels)
+        with _identify(file) as image:
+            image.load()
+            claimed.close()
+            yield image
 
 
 def _identify(file: IO[bytes]) -> Image.Image:
@@ -527,26 +528,27 @@ def _place(
 ) -> tuple[int, int]:
     """Draw all pictures of an image; returns its width and height, the right way up."""
     with budget.claim(image.width, image.height):
-        stored = image.size
-        shrunk = _shrink(image, pictures) if how == "scaled" else 1
-        image.load()
-        if shrunk == 1:
-            stored = image.size  # some formats turn themselves while they load
-        kept = Stored(stored[0], stored[1], _orientation(image))
+        shrunk = 1
+        if image.format in LIBJPEG:
+            stored = Stored(*image.size, _orientation(image))
+            if how == "scaled":
+                shrunk = _shrink(image, pictures, stored)
+            image.load()
+        else:
+            image.load()  # where some formats turn themselves, or find how they are to be turned
+            stored = Stored(*image.size, _orientation(image))
         rgb = _to_rgb(image)
         for preprocess, out in pictures:
-            draw(rgb, preprocess, out, kept, shrunk)
-    return kept.upright
+            draw(rgb, preprocess, out, stored, shrunk)
+    return stored.upright
 
 
-def _shrink(image: Image.Image, pictures: _Pictures) -> int:
+def _shrink(image: Image.Image, pictures: _Pictures, stored: Stored) -> int:
     """Let libjpeg decode a JPEG at a half, a quarter or an eighth of its size; says by how much.
 
     No picture is made of less than :data:`SHRINK_TO` times its pixels along each edge.
     """
-    if image.format not in LIBJPEG:
-        return 1
-    width, height = Stored(*image.size, _orientation(image)).upright
+    width, height = stored.upright
     spare = math.inf
     for preprocess, _ in pictures:
         if preprocess.interpolation == "nearest":
@@ -556,9 +558,8 @@ def _shrink(image: Image.Image, pictures: _Pictures) -> int:
     scale = next((n for n in (8, 4, 2) if n * SHRINK_TO <= spare), 1)
     if scale == 1:
         return 1
-    stored_width, stored_height = image.size
-    drafted = image.draft(image.mode, (stored_width // scale, stored_height // scale))
-    return 1 if drafted is None else round(stored_width / drafted[1][2])
+    drafted = image.draft(image.mode, (stored.width // scale, stored.height // scale))
+    return 1 if drafted is None else round(stored.width / drafted[1][2])
 
 
 def _orientation(image: Image.Image) -> int:

@@ -6,6 +6,7 @@ The same convolution as Pillow's, with the same fixed-point weights, at a quarte
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,7 +62,7 @@ def resize(
             raise MemoryError from error
         raise
     del memory  # until now it was read
-    picture: npt.NDArray[np.uint8] = resized[0, :3].permute(1, 2, 0).numpy()
+    picture: npt.NDArray[np.uint8] = resized.numpy()[0, :3].transpose(1, 2, 0)
     return picture
 
 
@@ -80,8 +81,8 @@ def _pixels(rgb: Image.Image) -> tuple[torch.Tensor, object]:
         owner = np.asarray(rgb)
         address, channels = owner.ctypes.data, 3
     shape = (1, rgb.height, rgb.width, channels)
-    # By its address, since torch warns of memory that it may not write to; here it only reads.
-    memory = (ctypes.c_uint8 * (rgb.height * rgb.width * channels)).from_address(address)
+    # As if it could be written to, since torch warns of what cannot; here it is only read.
+    memory = _memory_at(address, math.prod(shape), PYBUF_WRITE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(shape), owner
 
 
@@ -101,6 +102,12 @@ _ArrowArray._fields_ = [
     ("release", ctypes.c_void_p),
     ("private_data", ctypes.c_void_p),
 ]
+
+# Not an array of ctypes, which would be a new type for every number of pixels.
+_memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
+PYBUF_WRITE = 0x200  # memoryobject.h
 
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
