@@ -173,8 +173,7 @@ class PixelBudget:
     def take(self, pixels: int) -> None:
         """Wait until there is room for so many, and take it."""
         with self._changed:
-            while self._left < pixels:
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._left >= pixels)
             self._left -= pixels
 
     def give_back(self, pixels: int) -> None:
@@ -463,22 +462,19 @@ def _kind(mode: int) -> str:
     return kinds.get(stat.S_IFMT(mode), "something else")
 
 
-@contextlib.contextmanager
-def _identified(file: IO[bytes], budget: PixelBudget) -> Iterator[Image.Image]:
+def _identified(file: IO[bytes], budget: PixelBudget) -> Image.Image:
     """The image in a file, not yet decoded; what has to be decoded for that claims its pixels."""
     head = file.read(4)
     file.seek(0)
     if head not in _HOLD_OTHERS:
-        with _identify(file) as image:
-            yield image
-        return
-    with contextlib.ExitStack() as claimed:
-        budget.take(budget.max_pixels)
-        claimed.callback(budget.give_back, budget.max_pixels)
-        with _identify(file) as image:
-            image.load()
-            claimed.close()
-            yield image
+        return _identify(file)
+    budget.take(budget.max_pixels)
+    try:
+        image = _identify(file)
+        image.load()
+        return image
+    finally:
+        budget.give_back(budget.max_pixels)
 
 
 def _identify(file: IO[bytes]) -> Image.Image:

@@ -20,6 +20,8 @@ __all__ = ["FILTERS", "is_fast", "resize"]
 
 FILTERS = ("bilinear", "bicubic")  # that torch has; with antialias, as Pillow always does it
 
+PYBUF_WRITE = 0x200  # of memory that may be written to, memoryobject.h
+
 
 def is_fast() -> bool:
     """Whether the filter has vectors for this processor: else it takes longer than Pillow's.
@@ -107,7 +109,6 @@ _ArrowArray._fields_ = [
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
 )
-PYBUF_WRITE = 0x200  # memoryobject.h
 
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)

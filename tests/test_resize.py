@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import io
+import warnings
 import weakref
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from pictures import noise
 from PIL import Image
 
@@ -89,6 +91,20 @@ def test_the_image_is_not_kept() -> None:
     gc.collect()
     assert gone() is None
     assert picture.shape == (30, 20, 3)
+
+
+@pytest.mark.parametrize("readonly", [0, 1])
+def test_nothing_is_said_of_memory_that_is_only_read(readonly: int) -> None:
+    image = noise(1, 40, 30)
+    image.readonly = readonly
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)  # by default torch says it once in a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert made(image).shape == (30, 20, 3)
+    finally:
+        torch.set_warn_always(before)
 
 
 def test_a_processor_without_vectors_leaves_it_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
