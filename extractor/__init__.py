@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 from extractor.version import __version__
 
 if TYPE_CHECKING:
-    from extractor.backbones import Backbone, load_backbone
+    from extractor.api import Extractor, extract
     from extractor.errors import ExtractorError
-    from extractor.pipeline import Extractor, extract
+    from extractor.models.backbone import Backbone
+    from extractor.models.load import load_backbone
     from extractor.preprocess import Preprocess
-    from extractor.store import FeatureStore
+    from extractor.store.reader import FeatureStore
 
 __all__ = [
     "Backbone",
@@ -34,14 +35,14 @@ __all__ = [
 
 # Resolved when they are first asked for: who only reads a store never waits for torch.
 _HOMES = {
-    "Backbone": "extractor.backbones",
-    "Extractor": "extractor.pipeline",
+    "Backbone": "extractor.models.backbone",
+    "Extractor": "extractor.api",
     "ExtractorError": "extractor.errors",
-    "FeatureStore": "extractor.store",
+    "FeatureStore": "extractor.store.reader",
     "Preprocess": "extractor.preprocess",
     "Report": "extractor.report",
-    "extract": "extractor.pipeline",
-    "load_backbone": "extractor.backbones",
+    "extract": "extractor.api",
+    "load_backbone": "extractor.models.load",
 }
 
 

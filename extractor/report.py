@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from extractor.errors import UsageError
-from extractor.store import FeatureStore
-from extractor.timing import Spent
+from extractor.store.reader import FeatureStore
+from extractor.system.timing import Spent
 
 __all__ = ["FAILURES_SHOWN", "Progress", "Report", "StoreReport"]
 

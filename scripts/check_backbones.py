@@ -13,7 +13,7 @@ go into the last layer with weights, of an encoder without classifier the mean o
 what it returns.
 
 With --results FILE what is done is kept there, a JSON object a line, and not done again. With
---write the tables docs/backbones.md and extractor/backbones/catalog.tsv are written from it; with
+--write the tables docs/backbones.md and extractor/models/catalog.tsv are written from it; with
 --add, too, what they hold already of other models stays in them.
 """
 
@@ -41,15 +41,15 @@ import torch
 import torchvision
 from torch import nn
 
-from extractor.backbones import from_timm, from_torchvision
-from extractor.backbones.backbone import Backbone
-from extractor.backbones.catalog import Catalog, Entry, outline, survey
-from extractor.backbones.load import load_backbone
-from extractor.weights import seeded
+from extractor.models import from_timm, from_torchvision
+from extractor.models.backbone import Backbone
+from extractor.models.catalog import Catalog, Entry, outline, survey
+from extractor.models.load import load_backbone
+from extractor.models.weight_files import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "backbones.md"
-CATALOG = ROOT / "extractor" / "backbones" / "catalog.tsv"
+CATALOG = ROOT / "extractor" / "models" / "catalog.tsv"
 
 TOLERANCE = 1e-4  # of the largest number in the embeddings
 SIZES = (64, 96, 128, 160, 192, 224, 256)

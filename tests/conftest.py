@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from pictures import colour
 from PIL import Image
+from support.pictures import colour
 
 REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
 

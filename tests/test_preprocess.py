@@ -19,9 +19,9 @@ from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms._presets import ImageClassification
 
-from extractor import decode
-from extractor.backbones import from_timm, from_torchvision
 from extractor.errors import UsageError
+from extractor.images import decode
+from extractor.models import from_timm, from_torchvision
 from extractor.preprocess import INTERPOLATIONS, RESIZE_MODES, Preprocess
 
 Pixels = npt.NDArray[np.uint8]

@@ -12,7 +12,7 @@ from extractor.cli.console import logging_to, print_lines, say, warn
 from extractor.errors import ModelError, WeightsError
 
 if TYPE_CHECKING:
-    from extractor.backbones import Backbone
+    from extractor.models.backbone import Backbone
 
 __all__ = ["download", "list_models"]
 
@@ -70,8 +70,8 @@ def download(arguments: Sequence[str]) -> int:
         "--weights", default="default", metavar="TAG", help="of the library (default: its default)"
     )
     parsed = parser.parse_args(arguments)
-    from extractor.backbones import load
-    from extractor.weights import sha256_of_weights
+    from extractor.models import load
+    from extractor.models.weight_files import sha256_of_weights
 
     failed = 0
     with logging_to(warn):
@@ -89,8 +89,8 @@ def download(arguments: Sequence[str]) -> int:
 
 
 def _rows(glob: str) -> list[dict[str, Any]]:
-    from extractor.backbones import from_timm, from_torchvision
-    from extractor.backbones.catalog import Catalog
+    from extractor.models import from_timm, from_torchvision
+    from extractor.models.catalog import Catalog
 
     catalog, rows = Catalog.read(), []
     for library, room in (("timm", from_timm), ("torchvision", from_torchvision)):
@@ -148,8 +148,8 @@ def _tags(known: list[dict[str, Any]]) -> str:
 
 
 def _whole(name: str) -> dict[str, Any]:
-    from extractor.backbones import from_timm, from_torchvision, load
-    from extractor.backbones.catalog import outline
+    from extractor.models import from_timm, from_torchvision, load
+    from extractor.models.catalog import outline
 
     library, own_name = load.resolve_name(name)
     if library == "file" or own_name.startswith(from_timm.SCHEMES):
@@ -177,7 +177,7 @@ def _whole(name: str) -> dict[str, Any]:
 
 def _layers(backbone: Backbone) -> list[dict[str, Any]]:
     """Names of the modules down to :data:`DEPTH`, and what each gives for one image."""
-    from extractor.layers import given_shapes
+    from extractor.network.taps import given_shapes
 
     given = given_shapes(backbone.module, backbone.preprocess.input_size)
     return [

@@ -11,7 +11,7 @@ from extractor.cli.console import logging_to, print_lines, warn
 from extractor.errors import UsageError
 
 if TYPE_CHECKING:
-    from extractor.store import FeatureStore
+    from extractor.store.reader import FeatureStore
 
 __all__ = ["compact", "info", "verify"]
 
@@ -27,7 +27,7 @@ def info(arguments: Sequence[str]) -> int:
     parser.add_argument("store", metavar="STORE", help="its folder")
     parser.add_argument("--json", action="store_true", help="the manifest itself, for programs")
     parsed = parser.parse_args(arguments)
-    from extractor.store import FeatureStore
+    from extractor.store.reader import FeatureStore
 
     store = FeatureStore.open(parsed.store)
     if parsed.json:
@@ -83,7 +83,7 @@ def compact(arguments: Sequence[str]) -> int:
         "--no-lock", dest="lock", action="store_false", help="where files cannot be locked"
     )
     parsed = parser.parse_args(arguments)
-    from extractor.record import follow
+    from extractor.run.run_json import follow
     from extractor.store.compact import compact as rewrite
 
     folder = Path(parsed.store)
@@ -112,7 +112,7 @@ def verify(arguments: Sequence[str]) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.recompute is not None and parsed.recompute < 1:
         raise UsageError(f"recompute: got {parsed.recompute}, expected 1 or more")
-    from extractor.store import FeatureStore
+    from extractor.store.reader import FeatureStore
     from extractor.store.verify import verify as problems_of
     from extractor.store.verify import verify_images
 
@@ -121,7 +121,7 @@ def verify(arguments: Sequence[str]) -> int:
     if not problems and parsed.images:
         problems += verify_images(folder, parsed.root)
     if not problems and parsed.recompute:
-        from extractor.recompute import recompute
+        from extractor.run.recompute import recompute
 
         with logging_to(warn):
             store = FeatureStore.open(folder)

@@ -12,7 +12,7 @@ import numpy as np
 from extractor.errors import StoreError
 from extractor.store.format import JOB, STAGING, Manifest
 from extractor.store.journal import ImageRecord
-from extractor.store.place import finish_publishing
+from extractor.store.publish import finish_publishing
 from extractor.store.reader import FeatureStore
 from extractor.store.verify import verify
 from extractor.store.writer import Job, StoreWriter, read_failures

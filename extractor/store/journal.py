@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from extractor.store.files import sync
+from extractor.store.atomic import sync
 
 __all__ = ["BatchEntry", "FailureRecord", "ImageRecord", "Journal", "read_journal"]
 

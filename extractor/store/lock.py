@@ -9,7 +9,7 @@ import socket
 from pathlib import Path
 
 from extractor.errors import StoreError
-from extractor.store.files import NOT_SUPPORTED
+from extractor.store.atomic import NOT_SUPPORTED
 
 __all__ = ["Lock"]
 

@@ -17,7 +17,7 @@ from extractor.errors import StoreError
 from extractor.store.array import KeptRows, ShardedArray
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.index import read_column
-from extractor.store.place import locate
+from extractor.store.publish import locate
 
 __all__ = ["FeatureStore"]
 

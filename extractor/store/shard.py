@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extractor.store.files import describe, sync, write_whole
+from extractor.store.atomic import describe, sync, write_whole
 from extractor.store.format import JOURNAL, Description, ShardEntry, features_name, images_name
 from extractor.store.index import index_bytes
 from extractor.store.journal import (
@@ -24,7 +24,7 @@ from extractor.store.journal import (
     Journal,
     read_journal,
 )
-from extractor.store.place import explained
+from extractor.store.publish import explained
 
 __all__ = ["FinishedShard", "ShardWriter", "done_name", "journal_name"]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from extractor.errors import StoreError
-from extractor.store.files import describe
+from extractor.store.atomic import describe
 from extractor.store.format import (
     FAILURES,
     FEATURES,

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.files import describe, sync_folder, undisturbed, write_whole
+from extractor.store.atomic import describe, sync_folder, undisturbed, write_whole
 from extractor.store.format import (
     FAILURES,
     FEATURES,
@@ -34,11 +34,11 @@ from extractor.store.format import (
     images_name,
     ranges,
 )
-from extractor.store.growth import Held, Plan
 from extractor.store.index import Images, read_images
 from extractor.store.journal import FailureRecord
 from extractor.store.lock import Lock
-from extractor.store.place import check_place, clear, explained, recover
+from extractor.store.plan import Held, Plan
+from extractor.store.publish import check_place, clear, explained, recover
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
 __all__ = ["Before", "Job", "StoreWriter", "failure_lines", "published", "read_failures"]

@@ -13,15 +13,11 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
-from extractor.store import (
-    Description,
-    FailureRecord,
-    FeatureStore,
-    ImageRecord,
-    Job,
-    StoreWriter,
-)
-from extractor.store.place import locate
+from extractor.store.format import Description
+from extractor.store.journal import FailureRecord, ImageRecord
+from extractor.store.publish import locate
+from extractor.store.reader import FeatureStore
+from extractor.store.writer import Job, StoreWriter
 
 
 def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Description:

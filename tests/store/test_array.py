@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extractor.store import ShardedArray
+from extractor.store.array import ShardedArray
 
 DIM = 4
 LAYOUTS = {

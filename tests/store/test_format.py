@@ -9,8 +9,14 @@ from typing import Any
 import pytest
 
 from extractor.errors import StoreError
-from extractor.store import Description, Manifest
-from extractor.store.format import FileEntry, ShardEntry, features_name, images_name
+from extractor.store.format import (
+    Description,
+    FileEntry,
+    Manifest,
+    ShardEntry,
+    features_name,
+    images_name,
+)
 
 SHA = "ab" * 32
 

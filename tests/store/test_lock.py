@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
-from extractor.store import FeatureStore, StoreWriter
 from extractor.store.lock import Lock
+from extractor.store.reader import FeatureStore
+from extractor.store.writer import StoreWriter
 
 HOLD = """
 import sys

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from extractor.store.growth import Current, Held, Plan, plan
 from extractor.store.index import Images
 from extractor.store.journal import FailureRecord
+from extractor.store.plan import Current, Held, Plan, plan
 
 EXAMPLES = max(int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "0")), 300)
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=EXAMPLES, database=None)

@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from extractor.errors import StoreError
-from extractor.store import FeatureStore, StoreWriter
+from extractor.store.reader import FeatureStore
+from extractor.store.writer import StoreWriter
 
 WriteStore = Callable[..., Path]
 

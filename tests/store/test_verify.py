@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from extractor import cli
+from extractor.cli import main as cli
 from extractor.errors import StoreError
 from extractor.store.format import with_checksum
 from extractor.store.verify import verify, verify_images

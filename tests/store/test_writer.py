@@ -27,16 +27,11 @@ import pytest
 
 import extractor.store.writer as writer_module
 from extractor.errors import StoreError
-from extractor.store import (
-    Description,
-    FailureRecord,
-    FeatureStore,
-    ImageRecord,
-    Job,
-    StoreWriter,
-)
-from extractor.store.format import STAGING
-from extractor.store.place import finish_publishing, recover
+from extractor.store.format import STAGING, Description
+from extractor.store.journal import FailureRecord, ImageRecord
+from extractor.store.publish import finish_publishing, recover
+from extractor.store.reader import FeatureStore
+from extractor.store.writer import Job, StoreWriter
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
 Checked = Callable[[Path], "np.ndarray | None"]

@@ -1,0 +1,1 @@
+"""Image files to ordered uint8 batches, decoded by threads."""

@@ -1,0 +1,165 @@
+"""What one run computes: the embeddings of several stores, from one or more backbones."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+from extractor.errors import DeviceError, UsageError
+from extractor.models.backbone import Backbone
+from extractor.models.load import load, with_changes
+from extractor.network.precision import resolve_precision
+from extractor.network.probe import first_line
+from extractor.network.taps import Output
+from extractor.options import Options, join_names, split_model, store_name
+
+__all__ = ["Model", "Part", "Target", "check_models", "load_targets"]
+
+log = logging.getLogger(__name__)
+
+Model: TypeAlias = "str | Backbone"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One output of a backbone, by its place among them."""
+
+    backbone: Backbone
+    place: int = 0
+
+    @property
+    def output(self) -> Output:
+        """What it is."""
+        return self.backbone.outputs[self.place]
+
+
+@dataclass(frozen=True)
+class Target:
+    """The embeddings of one store: one part, or several one after the other in one vector.
+
+    Attributes:
+        name: of the store, such as ``resnet50@layer3``.
+        unit_parts: each part is scaled to unit length before they are joined.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+    unit_parts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.parts or (len(self.parts) > 1 and any(len(s) > 1 for s in self._shapes)):
+            raise ValueError(f"{self.name}: shapes {self._shapes} cannot be joined")
+
+    @property
+    def _shapes(self) -> list[tuple[int, ...]]:
+        return [part.output.shape for part in self.parts]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one embedding."""
+        shapes = self._shapes
+        return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes),)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in one embedding."""
+        return sum(part.output.dim for part in self.parts)
+
+    @property
+    def backbones(self) -> tuple[Backbone, ...]:
+        """Those of its parts, each once."""
+        return tuple({id(part.backbone): part.backbone for part in self.parts}.values())
+
+    def __str__(self) -> str:
+        return " + ".join(str(backbone.provenance) for backbone in self.backbones)
+
+
+def load_targets(
+    models: Sequence[Model], options: Options, *, fold_given: bool = True
+) -> list[Target]:
+    """Load what models a run asks for, each once, and say what its stores will hold.
+
+    Args:
+        models: names, of which ``A+B`` joins the embeddings of A and B, or loaded backbones.
+        fold_given: fold copies of the latter; else they are used themselves, as they change.
+
+    Raises:
+        UsageError: options that do not go together.
+        ExtractorError: as :func:`extractor.load_backbone`.
+    """
+    check_models(models, options)
+    loaded: dict[str, Backbone] = {}
+    targets: list[Target] = []
+    for model in models:
+        if isinstance(model, Backbone):
+            backbone = with_changes(model, options)
+            backbone = _folded_copy(backbone) if fold_given else backbone
+            targets += _of_one(backbone.provenance.model, backbone, options)
+            continue
+        names = split_model(model)
+        for name in names:
+            if name not in loaded:
+                loaded[name] = _load(name, options)
+        if len(names) == 1:
+            targets += _of_one(model, loaded[model], options)
+        else:
+            parts = tuple(Part(loaded[name]) for name in names)
+            targets.append(Target(store_name(model), parts, unit_parts=True))
+    stores = [target.name for target in targets]
+    if len(set(stores)) < len(stores):
+        twice = sorted({name for name in stores if stores.count(name) > 1})
+        raise UsageError(f"several stores would have the name {', '.join(twice)}; name them apart")
+    return targets
+
+
+def _load(model: str, options: Options) -> Backbone:
+    """A model as a run computes it: folded, for which it has to be in float32 yet."""
+    backbone = load(model, replace(options, precision="float32")).fold()
+    return backbone.to(backbone.device, resolve_precision(options.precision))
+
+
+def _folded_copy(backbone: Backbone) -> Backbone:
+    """A folded copy of the user's backbone, which stays as it is; itself where that cannot be."""
+    if not backbone.may_fold:
+        return backbone
+    try:
+        return replace(backbone, module=copy.deepcopy(backbone.module)).fold()
+    except DeviceError:
+        raise
+    except Exception as error:  # not everything that a module holds can be copied
+        log.info("%s is not folded: %s", backbone.provenance.model, first_line(error))
+        return backbone
+
+
+def _of_one(model: str, backbone: Backbone, options: Options) -> list[Target]:
+    parts = [Part(backbone, place) for place in range(len(backbone.outputs))]
+    if options.concat:
+        layer = join_names([output.layer for output in backbone.outputs])
+        return [Target(store_name(model, layer), tuple(parts))]
+    return [Target(store_name(model, part.output.layer), (part,)) for part in parts]
+
+
+def check_models(models: Sequence[Model], options: Options) -> None:
+    """See whether models and options go together, before anything is loaded.
+
+    Raises:
+        UsageError: they do not.
+    """
+    names = [model for model in models if isinstance(model, str)]
+    if not models or not all(names):
+        raise UsageError("got no model, or an empty name; expected one such as resnet50")
+    if len(set(names)) < len(names):
+        raise UsageError(f"model: got {', '.join(names)}, expected each but once")
+    several = len(models) > 1 or any(len(split_model(name)) > 1 for name in names)
+    if several and options.weights not in ("default", "random"):
+        raise UsageError(
+            "weights: one file or tag cannot be that of several models; write timm's tags into the "
+            "names, such as resnet50.a1_in1k"
+        )
+    if several and options.bypass:
+        raise UsageError("bypass: names modules of one model; give one --model")
+    if options.layers and any(len(split_model(name)) > 1 for name in names):
+        raise UsageError("layers: A+B joins embeddings of whole models; leave --layer out")

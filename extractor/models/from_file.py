@@ -1,0 +1,161 @@
+"""Networks that a function of the user's own builds."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from extractor.errors import ExtractorError, ModelError, UsageError
+from extractor.models import libraries as shared
+from extractor.models import weight_files as weights
+from extractor.models.backbone import Backbone
+from extractor.options import Options
+from extractor.preprocess import Preprocess
+
+__all__ = ["build", "is_place"]
+
+log = logging.getLogger(__name__)
+
+_FOLDERS: set[str] = set()  # that model files were loaded from
+
+# The usual size of a picture where a function returns a bare module and nothing else is said.
+IMAGE_SIZE = 224
+
+
+def is_place(model: str) -> bool:
+    """Whether the name of a model is ``FILE.py:FUNCTION``."""
+    return re.fullmatch(r".*\.py:\w+", model, re.DOTALL) is not None
+
+
+def build(model: str, options: Options) -> Backbone:
+    """The backbone that ``FILE.py:FUNCTION`` returns, on the CPU in float32; runs that code.
+
+    The function takes no arguments and returns a :class:`Backbone`, or a module without
+    classifier, which gets the usual ImageNet transform.
+
+    Raises:
+        ModelError: no such file or function, or it failed, or returned something else.
+        WeightsError: weights that cannot be read or do not fit.
+    """
+    file, _, name = model.rpartition(":")
+    path = Path(file)
+    if options.weights == "random":
+        raise UsageError(f"{model} makes its own weights; leave --weights out, or name a file")
+    chosen = shared.chosen_file(options.weights)
+    if chosen is None and options.weights != "default":
+        raise UsageError(
+            f"{model} makes its own weights: got {options.weights!r}, expected a file with a state "
+            "dict, or nothing"
+        )
+    if not path.is_file():
+        raise ModelError(f"model {model}: there is no file {path}")
+    if chosen is None and options.weights_key is not None:
+        raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
+    log.warning("%s: running the code in this file", path)
+    with weights.seeded(options.seed):
+        made = _call(_function(path, name), model)
+    label = f"{path.name}:{name}"
+    if isinstance(made, Backbone):
+        backbone = made.to(torch.device("cpu"))
+    elif isinstance(made, nn.Module):
+        backbone = Backbone.from_module(
+            made, head=None, preprocess=Preprocess.standard(IMAGE_SIZE), name=label, device="cpu"
+        )
+    else:
+        raise ModelError(f"{model} returned {made!r:.80}, expected a Backbone or a torch.nn.Module")
+    # The seed that the code ran with, whatever it asked for by itself: with it, it runs again.
+    provenance = replace(
+        backbone.provenance,
+        model=label,
+        library="file",
+        seed=options.seed,
+        code=_digest_of_code(path.resolve()),
+    )
+    if chosen is not None:
+        weights.load_into(
+            backbone.module,
+            weights.read_checkpoint(chosen.path, options.weights_key),
+            discarded=backbone.heads,
+            how=f"{chosen.path} into {model}",
+        )
+        provenance = replace(
+            provenance,
+            weights="hub" if chosen.url else "file",
+            sha256=weights.sha256_of_weights(chosen),
+            source=chosen.url or chosen.path.name,
+            revision=chosen.revision,
+            key=options.weights_key or "",
+        )
+    preprocess = backbone.preprocess.changed(options.pixel_changes)
+    return replace(backbone, preprocess=preprocess, provenance=provenance)
+
+
+def _function(path: Path, name: str) -> Callable[[], object]:
+    spec = importlib.util.spec_from_file_location(f"extractor_model_{path.stem}", path)
+    assert spec is not None  # it ends in .py
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    _import_from(path.resolve().parent)
+    loader = spec.loader
+    _call(lambda: loader.exec_module(module), str(path))
+    function: Callable[[], object] | None = getattr(module, name, None)
+    if not callable(function):
+        here = sorted(
+            key
+            for key, value in vars(module).items()
+            if callable(value) and getattr(value, "__module__", "") == spec.name
+        )
+        raise ModelError(
+            f"{path} has no function {name!r}; it has {', '.join(here) or 'no functions'}"
+        )
+    return function
+
+
+def _call(code: Callable[[], object], what: str) -> object:
+    try:
+        return code()
+    except ExtractorError:
+        raise
+    except (Exception, SystemExit) as error:  # a file that ends the program ends no run
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        where = f" ({last.filename}, line {last.lineno})"
+        if isinstance(error, SyntaxError):  # says itself where
+            where = ""
+        raise ModelError(f"{what} failed: {type(error).__name__}: {error}{where}") from error
+
+
+def _digest_of_code(path: Path) -> str:
+    """SHA-256 of a file and of what was imported from its folder, but for installed packages."""
+    folder = path.parent
+    files = {path}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and folder in Path(file).parents and "site-packages" not in Path(file).parts:
+            files.add(Path(file))
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        digest.update(f"{file.relative_to(folder)}\0".encode())
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _import_from(folder: Path) -> None:
+    """Let a file import what lies beside it, and not what lay beside another one."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        home = Path(file).parent if file else None
+        if home is not None and str(home) in _FOLDERS and home != folder:
+            del sys.modules[name]
+    _FOLDERS.add(str(folder))
+    sys.path.insert(0, str(folder))

@@ -1,0 +1,351 @@
+"""Networks and weights of timm."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
+from extractor.models import libraries as shared
+from extractor.models import weight_files as weights
+from extractor.models.backbone import Backbone
+from extractor.network import heads
+from extractor.network.probe import first_line
+from extractor.network.taps import POOLED_FEATURES, Output
+from extractor.options import Options
+from extractor.preprocess import Preprocess
+
+__all__ = [
+    "SCHEMES",
+    "build",
+    "fetch",
+    "full_name",
+    "has",
+    "known_weights",
+    "names",
+    "outline",
+    "version",
+]
+
+# Names of models that are places and not architectures: a repository of the hub, a folder.
+SCHEMES = (shared.HUB, "local-dir:")
+
+
+def has(name: str) -> bool:
+    """Whether timm has the architecture of a name, its weights tag aside."""
+    return bool(_timm().is_model(name.partition(".")[0]))
+
+
+def names() -> list[str]:
+    """Every architecture of timm."""
+    return list(_timm().list_models())
+
+
+def _timm() -> Any:
+    return shared.import_library("timm")
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What to build, and with which weights.
+
+    Attributes:
+        name: of the model in messages and the manifest.
+        full_name: ``architecture[.tag]``.
+        found: the file of the weights, None for random ones.
+        own: whether they are the model's own, in whose layouts timm knows its way.
+        config: timm's ``pretrained_cfg``, where it is not timm's own.
+        arguments: of the architecture.
+    """
+
+    name: str
+    full_name: str
+    found: weights.WeightsFile | None
+    own: bool
+    config: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+def build(name: str, options: Options) -> Backbone:
+    """The backbone ``name[.tag]``, ``hf-hub:ORG/NAME`` or ``local-dir:PATH`` on the CPU in float32.
+
+    Raises:
+        WeightsError, ModelError: as :func:`extractor.load_backbone`.
+    """
+    try:
+        return _build(_source(name, options.weights), options)
+    except ExtractorError:
+        raise
+    except Exception as error:
+        if not name.startswith(SCHEMES):
+            raise
+        raise ModelError(
+            f"{name}: its config.json describes no model of RGB images that timm can build "
+            f"({first_line(error)})"
+        ) from error
+
+
+def _build(source: _Source, options: Options) -> Backbone:
+    timm = _timm()
+    if source.found is not None and source.own:
+        module = _with_own_weights(source, options.weights_key)
+        replaced = _remove_heads(module)
+    else:
+        with weights.seeded(options.seed):
+            module = timm.create_model(
+                source.full_name, pretrained_cfg=source.config, **source.arguments
+            )
+        before = tuple(module.state_dict())
+        replaced = _remove_heads(module)
+        if source.found is not None:
+            weights.load_into(
+                module,
+                weights.read_checkpoint(source.found.path, options.weights_key),
+                discarded=shared.gone(before, module),
+                how=f"{source.found.path} into {source.name}",
+            )
+    provenance = shared.provenance(source.name, timm, module, source.found, options)
+    config = timm.data.resolve_model_data_config(module)
+    own_preprocess = _preprocess(config)
+    preprocess = own_preprocess.changed(options.pixel_changes, crop_pct=config["crop_pct"])
+    if preprocess.input_size != own_preprocess.input_size:
+        _set_input_size(module, preprocess.input_size, source.name)
+    return Backbone(module, (_output(module),), replaced, preprocess, provenance)
+
+
+def outline(name: str) -> Backbone:
+    """An architecture on the meta device: shapes without values, to be looked at and not to run."""
+    timm = _timm()
+    with torch.device("meta"):
+        module = timm.create_model(name)
+    replaced = _remove_heads(module)
+    preprocess = _preprocess(timm.data.resolve_model_data_config(module))
+    provenance = shared.without_weights(f"timm:{name}", timm)
+    return Backbone(module, (_output(module),), replaced, preprocess, provenance)
+
+
+def version() -> str:
+    """Of the installed timm."""
+    return shared.public_version(_timm())
+
+
+def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
+    """The network with the weights that were published for it.
+
+    Given the tensors, timm applies what it knows of the layout of its own checkpoints.
+    """
+    assert source.found is not None
+    state = weights.read_checkpoint(source.found.path, key)
+    overlay = {"state_dict": state}
+    try:
+        module: nn.Module = _timm().create_model(
+            source.full_name,
+            pretrained=True,
+            pretrained_cfg=source.config,
+            pretrained_cfg_overlay=overlay,
+            **source.arguments,
+        )
+    except RuntimeError as error:
+        told, signs = str(error), ("Missing key", "Unexpected key", "size mismatch")
+        raise weights.MisfitError(
+            f"{source.found.path} into {source.name}: the weights do not fit: "
+            f"{' '.join(told.split())[:400].rstrip('. ')}",
+            state,
+            foreign=any(sign in told for sign in signs),
+        ) from error
+    config: Any = module.pretrained_cfg
+    config.pop("state_dict", None)
+    return module
+
+
+def _remove_heads(module: nn.Module) -> tuple[str, ...]:
+    if _has_no_classifier(module):
+        return ()
+    return heads.reset_timm_classifier(module)
+
+
+def _has_no_classifier(module: nn.Module) -> bool:
+    """Whether it is an encoder that never had one; timm's others can all reset theirs."""
+    return not hasattr(module, "reset_classifier") and getattr(module, "num_classes", None) == 0
+
+
+def _output(module: nn.Module) -> Output:
+    dim = getattr(module, "head_hidden_size", None) or module.num_features
+    if not isinstance(dim, int):
+        raise ModelError(f"{type(module).__name__} does not say how wide its embeddings are")
+    if _has_no_classifier(module):
+        return Output((dim,), POOLED_FEATURES, pool="avg")
+    return Output((dim,))
+
+
+# ---------------------------------------------------------------------------------------------
+# Names and weights
+
+
+def _source(name: str, wanted: str) -> _Source:
+    if name.startswith(SCHEMES):
+        return _placed(name, wanted)
+    own_name = full_name(name, wanted)
+    chosen = shared.chosen_file(wanted)
+    found = _fetch(own_name) if chosen is None and wanted != "random" else chosen
+    return _Source(f"timm:{_architecture(own_name)}", own_name, found, own=chosen is None)
+
+
+def _placed(name: str, wanted: str) -> _Source:
+    """The model that a folder or a repository of the hub describes in its ``config.json``."""
+    scheme, _, place = name.partition(":")
+    if not place:
+        raise ModelError(f"model {name!r}: expected hf-hub:ORG/NAME or local-dir:PATH")
+    if scheme == "local-dir":
+        described = Path(place) / "config.json"
+        if not described.is_file():
+            raise ModelError(f"{name}: there is no {described}, which names the architecture")
+    else:
+        described = weights.find_hub_file(place, ["config.json"], tag="", how=name).path
+    architecture, config, arguments = _read_config(described, name)
+    chosen = shared.chosen_file(wanted)
+    found = chosen
+    if chosen is None and wanted == "default":
+        filenames = weights.hub_filenames(config.get("hf_hub_filename"))
+        if scheme == "local-dir":
+            found = _first_file(Path(place), filenames, name)
+        else:
+            found = weights.find_hub_file(place, filenames, tag="", how=name)
+    elif chosen is None and wanted != "random":
+        raise WeightsError(shared.unknown_weights(name, wanted, []))
+    known = {one.name for one in dataclasses.fields(_timm().models.PretrainedCfg)}
+    own_config = {key: value for key, value in config.items() if key in known}
+    return _Source(name, architecture, found, chosen is None, own_config, arguments)
+
+
+def _read_config(path: Path, name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(architecture, pretrained_cfg, arguments) of a ``config.json`` as timm writes it."""
+    try:
+        content = json.loads(path.read_bytes())
+        architecture = content["architecture"]
+        # Before 2023 the configuration stood beside the architecture and not below it.
+        config = dict(content.get("pretrained_cfg", content))
+        arguments = dict(content.get("model_args") or {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"{name}: {path} is no config.json of timm ({first_line(error)})"
+        ) from error
+    if not isinstance(architecture, str) or not has(architecture):
+        raise ModelError(f"{name}: timm has no architecture {architecture!r}; try a newer timm")
+    if "num_classes" in content:
+        config["num_classes"] = content["num_classes"]
+    return architecture, config, arguments
+
+
+def _first_file(folder: Path, names: tuple[str, ...], model: str) -> weights.WeightsFile:
+    for name in names:
+        if (folder / name).is_file():
+            return weights.WeightsFile(folder / name)
+    raise WeightsError(f"{model}: {folder} has none of {', '.join(names)}; use --weights FILE")
+
+
+def _architecture(full_name: str) -> str:
+    return full_name.partition(".")[0]
+
+
+def _tags(architecture: str) -> list[str]:
+    pretrained = _timm().list_pretrained(f"{architecture}.*")
+    return [full.partition(".")[2] for full in pretrained]
+
+
+def full_name(name: str, wanted: str = "default") -> str:
+    """``architecture[.tag]``, the tag from the name or, before it, from the weights asked for.
+
+    Raises:
+        WeightsError: timm has no such tag.
+    """
+    architecture, _, tag = name.partition(".")
+    given = wanted in ("default", "random") or wanted.startswith(shared.HUB)
+    if not given and shared.chosen_file(wanted) is None:
+        tag = wanted
+    tags = _tags(architecture)
+    if tag and tag not in tags:
+        raise WeightsError(shared.unknown_weights(f"timm:{architecture}", tag, tags))
+    return f"{architecture}.{tag}" if tag else architecture
+
+
+def _fetch(full_name: str) -> weights.WeightsFile:
+    config, label = _timm().get_pretrained_cfg(full_name), f"timm:{full_name}"
+    tag = config.tag or ""
+    if config.hf_hub_id:
+        names = weights.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
+        return weights.find_hub_file(config.hf_hub_id, names, tag=tag, how=label)
+    if config.url:
+        return weights.find_url_file(config.url, tag=tag, how=label)
+    raise WeightsError(
+        f"{label}: timm has no pretrained weights for this model; use --weights FILE, or --weights "
+        "random to try things out"
+    )
+
+
+def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
+    """The published weights of ``architecture[.tag]`` or ``hf-hub:ORG/NAME``, cached or fetched.
+
+    Raises:
+        WeightsError: unknown, or neither in the cache nor within reach.
+    """
+    found = _source(name, tag).found
+    assert found is not None
+    return found
+
+
+def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
+    """Every tag of an architecture's published weights, the default first, and its cached file."""
+    timm, listed = _timm(), []
+    default = (timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).tag or ""
+    for tag in sorted(_tags(name), key=lambda tag: (tag != default, tag)):
+        config = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name)
+        cached = None
+        if config.hf_hub_id:
+            names = weights.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
+            cached = weights.cached_hub_file(config.hf_hub_id, names, tag=tag)
+        elif config.url:
+            cached = weights.cached_url_file(config.url, tag=tag)
+        listed.append((tag, cached))
+    return listed
+
+
+# ---------------------------------------------------------------------------------------------
+# Pixels
+
+
+def _set_input_size(module: nn.Module, size: tuple[int, int], model: str) -> None:
+    """Make a network of a fixed size take another, where it can resample what depends on it."""
+    resize = getattr(module, "set_input_size", None)
+    if resize is None:
+        return  # it takes any size, or says that it does not when it is tried
+    try:
+        resize(img_size=size)
+    except Exception as error:  # assertions and whatever else
+        raise ModelError(
+            f"{model} cannot take images of {size[0]} x {size[1]} pixels ({first_line(error)})"
+        ) from error
+
+
+def _preprocess(config: Mapping[str, Any]) -> Preprocess:
+    """timm's evaluation transform (``timm.data.create_transform``) as numbers."""
+    _, height, width = config["input_size"]
+    fits = {"squash": "squash", "border": "pad"}
+    try:
+        return Preprocess.standard(
+            (height, width),
+            crop_pct=config["crop_pct"],
+            fit=fits.get(config["crop_mode"], "crop"),
+            interpolation=config["interpolation"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+    except UsageError as error:  # it is the configuration that is wrong, and not the call
+        raise ValueError(str(error)) from error

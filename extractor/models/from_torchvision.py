@@ -1,0 +1,183 @@
+"""Networks and weights of torchvision."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from extractor.errors import ModelError, WeightsError
+from extractor.models import libraries as shared
+from extractor.models import weight_files as weights
+from extractor.models.backbone import Backbone
+from extractor.network import heads
+from extractor.network.taps import Output
+from extractor.options import Options
+from extractor.preprocess import Preprocess
+
+__all__ = ["AUXILIARY", "build", "fetch", "known_weights", "names", "outline", "version"]
+
+# Arguments that torchvision adds by itself when it loads its own weights, and that change what
+# these networks compute.
+_ARGUMENTS: dict[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
+    "inception_v3": {"transform_input": True, "aux_logits": False, "init_weights": False},
+}
+# Heads that only training runs, and that the checkpoints of those networks hold.
+AUXILIARY = ("aux1", "aux2", "AuxLogits")
+
+# The published DenseNet files are older than the names of its layers: norm.1 is norm1 now.
+_DENSENET_KEY = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
+
+# Classes that a network is built for, to find its classifier by them: a prime, so that it is the
+# width of no other layer.
+_CLASSES = 1009
+
+
+def names() -> list[str]:
+    """Every classification model of torchvision."""
+    models = _models()
+    return list(models.list_models(module=models))
+
+
+def _models() -> Any:
+    return shared.import_library("torchvision").models
+
+
+def build(name: str, options: Options) -> Backbone:
+    """The backbone ``name`` on the CPU in float32.
+
+    Raises:
+        WeightsError, ModelError: as :func:`extractor.load_backbone`.
+    """
+    library = shared.import_library("torchvision")
+    wanted = options.weights
+    chosen = shared.chosen_file(wanted)
+    entry = _entry(name, wanted, chosen)
+    found = _fetch(name, entry) if chosen is None and wanted != "random" else chosen
+    with weights.seeded(options.seed):
+        module = _network(name, entry)
+    classifiers = heads.modules_with_outputs(module, _CLASSES)
+    dim = _input_width(module, classifiers, name)
+    before = tuple(module.state_dict())
+    replaced = heads.replace_with_identity(module, classifiers)
+    if found is not None:
+        state = weights.read_checkpoint(found.path, options.weights_key)
+        if name.startswith("densenet"):
+            state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
+        weights.load_into(
+            module,
+            state,
+            discarded=(*shared.gone(before, module), *AUXILIARY),
+            how=f"{found.path} into torchvision:{name}",
+        )
+    return Backbone(
+        module,
+        (Output((dim,)),),
+        replaced,
+        _preprocess(entry.transforms()).changed(options.pixel_changes),
+        shared.provenance(f"torchvision:{name}", library, module, found, options),
+    )
+
+
+def outline(name: str) -> Backbone:
+    """A model to be looked at and not to run: on the meta device where it can be built there."""
+    library, entry = shared.import_library("torchvision"), _entry(name, "default", None)
+    try:
+        with torch.device("meta"):
+            module = _network(name, entry)
+    except RuntimeError:  # RegNet computes its widths with tensors
+        module = _network(name, entry)
+    classifiers = heads.modules_with_outputs(module, _CLASSES)
+    dim = _input_width(module, classifiers, name)
+    replaced = heads.replace_with_identity(module, classifiers)
+    provenance = shared.without_weights(f"torchvision:{name}", library)
+    preprocess = _preprocess(entry.transforms())
+    return Backbone(module, (Output((dim,)),), replaced, preprocess, provenance)
+
+
+def version() -> str:
+    """Of the installed torchvision."""
+    return shared.public_version(shared.import_library("torchvision"))
+
+
+def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
+    """The published weights of a model, cached or fetched.
+
+    Raises:
+        WeightsError: unknown, or neither in the cache nor within reach.
+    """
+    return _fetch(name, _entry(name, tag, None))
+
+
+def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
+    """Every tag of a model's published weights, the default first, and its cached file."""
+    entries = _models().get_model_weights(name)
+    default = entries.DEFAULT
+    return [
+        (entry.name, weights.cached_url_file(entry.url, tag=entry.name))
+        for entry in sorted(entries, key=lambda entry: entry != default)
+    ]
+
+
+def _entry(name: str, wanted: str, chosen: weights.WeightsFile | None) -> Any:
+    """The member of the model's ``WeightsEnum`` whose transform belongs to the weights."""
+    entries = _models().get_model_weights(name)
+    if chosen is not None:
+        # A file under the library's own name is that entry, with its own transform.
+        own_name = chosen.path.name
+        named = [entry for entry in entries if entry.url.rpartition("/")[2] == own_name]
+        return named[0] if named else entries.DEFAULT
+    if wanted in ("default", "random"):
+        return entries.DEFAULT
+    if wanted not in entries.__members__:
+        raise WeightsError(
+            shared.unknown_weights(f"torchvision:{name}", wanted, list(entries.__members__))
+        )
+    return entries[wanted]
+
+
+def _fetch(name: str, entry: Any) -> weights.WeightsFile:
+    label = f"torchvision:{name} ({entry.name})"
+    return weights.find_url_file(entry.url, tag=entry.name, how=label)
+
+
+def _network(name: str, entry: Any) -> nn.Module:
+    """An untrained network, built as torchvision builds it for its own weights."""
+    arguments = dict(_ARGUMENTS.get(name, {}))
+    if name.startswith("vit_"):
+        arguments["image_size"] = entry.meta["min_size"][0]
+    network: nn.Module = _models().get_model_builder(name)(
+        weights=None, num_classes=_CLASSES, **arguments
+    )
+    return network
+
+
+def _input_width(module: nn.Module, names: Sequence[str], model: str) -> int:
+    """How many numbers a model's one classifier takes."""
+    if len(names) != 1:
+        raise ModelError(f"torchvision:{model} has classifiers {list(names)}, expected one")
+    head = module.get_submodule(names[0])
+    width = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
+    if not isinstance(width, int):
+        raise ModelError(
+            f"torchvision:{model}: {names[0]} is a {type(head).__name__}, no classifier"
+        )
+    return width
+
+
+def _preprocess(preset: Any) -> Preprocess:
+    """torchvision's ``ImageClassification`` preset as numbers."""
+    height, width = (preset.crop_size * 2)[:2]
+    (edge,) = preset.resize_size
+    return Preprocess(
+        (height, width),
+        "shortest",
+        (edge, edge),
+        preset.interpolation.value,
+        tuple(preset.mean),
+        tuple(preset.std),
+    )

@@ -1,0 +1,1 @@
+"""``nn.Module`` surgery: heads, layers, precision."""

@@ -1,0 +1,1 @@
+"""Batch normalizations and activations fused into convolutions."""

@@ -1,0 +1,1 @@
+"""One run: images to finished stores, stage by stage."""

@@ -1,0 +1,97 @@
+"""What a store's manifest says of how its embeddings are made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import asdict
+from typing import Any
+
+from extractor.models.backbone import Backbone
+from extractor.models.embedding import Target
+from extractor.network.taps import Output
+from extractor.options import Options, join_names
+from extractor.run.run_json import software_versions
+from extractor.store.format import Description
+
+__all__ = ["describe", "precision_of"]
+
+
+def describe(target: Target, options: Options, root: bytes, batch_size: int) -> Description:
+    """All that the manifest keeps of one store's making."""
+    first = target.parts[0].backbone
+    several = len(target.backbones) > 1
+    cosines = [one.least_cosine for one in target.backbones if one.least_cosine is not None]
+    return Description(
+        backbone=_joined_backbones(target) if several else _backbone(first),
+        embedding={
+            **_embedding(target),
+            "dim": target.dim,
+            "shape": list(target.shape),
+            "dtype": options.dtype,
+            "normalized": options.normalize,
+        },
+        preprocess=(
+            {"parts": [backbone.preprocess.as_dict() for backbone in target.backbones]}
+            if several
+            else first.preprocess.as_dict()
+        ),
+        computation={
+            "precision": precision_of(target),
+            "least_cosine": min(cosines, default=None),
+            "compiled": any(backbone.is_compiled for backbone in target.backbones),
+            "device": first.device.type,
+            "batch_size": batch_size,
+            "decode": options.decode,
+        },
+        root=os.fsdecode(root),
+        shard_images=options.shard_images,
+        software=software_versions(),
+    )
+
+
+def precision_of(target: Target) -> str:
+    """The precision of its backbones, joined where they differ."""
+    names = [backbone.precision for backbone in target.backbones]
+    return names[0] if len(set(names)) == 1 else join_names(names)
+
+
+def _backbone(backbone: Backbone) -> dict[str, Any]:
+    return {
+        **backbone.provenance.as_dict(),
+        "heads": list(backbone.heads),
+        "bypassed": list(backbone.bypassed),
+    }
+
+
+def _joined_backbones(target: Target) -> dict[str, Any]:
+    parts = [_backbone(backbone) for backbone in target.backbones]
+    digests = "".join(part["sha256"] for part in parts)
+    return {
+        "model": join_names([part["model"] for part in parts]),
+        "weights": join_names([part["tag"] or part["weights"] for part in parts]),
+        "sha256": hashlib.sha256(digests.encode()).hexdigest(),
+        "parts": parts,
+    }
+
+
+def _embedding(target: Target) -> dict[str, Any]:
+    outputs = [_output(part.output) for part in target.parts]
+    if len(outputs) == 1:
+        return outputs[0]
+    models = [part.backbone.provenance.model for part in target.parts]
+    return {
+        "definition": "concatenation",
+        "unit_parts": target.unit_parts,
+        "parts": [
+            {"model": model, **output, "dim": part.output.dim}
+            for model, output, part in zip(models, outputs, target.parts, strict=True)
+        ],
+    }
+
+
+def _output(output: Output) -> dict[str, Any]:
+    """What an embedding is; how it is shaped stands beside it."""
+    said = asdict(output)
+    del said["shape"]
+    return said

@@ -1,0 +1,276 @@
+"""One of the stores of a run: what is there already, what is to be done, and the rows that come."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.images.decode import Failure, ImageInfo
+from extractor.images.listing import ImageList, show
+from extractor.models.embedding import Target
+from extractor.options import Options
+from extractor.report import FAILURES_SHOWN, StoreReport
+from extractor.store.format import Description, listing_digest
+from extractor.store.journal import FailureRecord, ImageRecord
+from extractor.store.plan import Current, Held, Plan, plan
+from extractor.store.publish import finish_publishing
+from extractor.store.shard import ShardWriter
+from extractor.store.writer import Job, StoreWriter
+
+__all__ = ["Filling", "claimed"]
+
+log = logging.getLogger(__name__)
+
+# Of one image, in the journal and the index together, about.
+INDEX_BYTES = 300
+
+
+@contextmanager
+def claimed(folder: Path, options: Options) -> Iterator[StoreWriter]:
+    """The place of a store, for this run alone; what is half done there is brought to its end.
+
+    Raises:
+        StoreError: it cannot be written, is in use, or holds something else.
+    """
+    finish_publishing(folder, lock=options.lock)
+    with StoreWriter(folder, overwrite=options.overwrite, extend=True, lock=options.lock) as writer:
+        yield writer
+
+
+class Filling:
+    """One store while a run fills it: taken up as it was left, extended, published.
+
+    Without :meth:`publish`, what is done is kept for the next run.
+
+    Attributes:
+        target: what it holds.
+        todo: places in the list of images of those that have to be computed, ascending.
+        done: how many of these, from the first on, are dealt with.
+        rows, failed: images with a row and images without.
+        is_finished: nothing had to be done, and nothing was.
+
+    Args:
+        writer: of its place, see :func:`claimed`.
+
+    Raises:
+        StoreError: what is there is of something else.
+    """
+
+    def __init__(
+        self,
+        writer: StoreWriter,
+        target: Target,
+        description: Description,
+        sources: ImageList,
+        current: Callable[[], Current],
+        options: Options,
+    ) -> None:
+        self.target = target
+        self.todo: Sequence[int] = ()
+        self.done = 0
+        self.rows = 0
+        self.failed = 0
+        self.is_finished = False
+        self._description = description
+        self._sources = sources
+        self._current = current
+        self._options = options
+        self._added = 0
+        self._first_failures: list[tuple[str, str]] = []
+        self._writer = writer
+        self._shard: ShardWriter | None = None
+        self._prepare()
+
+    @property
+    def staging(self) -> Path:
+        """Where it keeps what is done until it is published."""
+        return self._writer.staging
+
+    @property
+    def bytes_to_come(self) -> int:
+        """About what the rows that are left to do will take on the disk."""
+        row = math.prod(self._description.shape) * np.dtype(self._description.dtype).itemsize
+        return (len(self.todo) - self.done) * (row + INDEX_BYTES)
+
+    # -- what is there
+
+    def _prepare(self) -> None:
+        """Compare what is there with the images, and plan what is left to do."""
+        writer = self._writer
+        writer.take_up(self._description)
+        held = self._held(planned=False)
+        self._plan = self._compare(held)
+        self._job = self._job_of(self._plan)
+        done = None
+        if writer.has_staged:
+            done = self._go_on(held)
+        elif writer.base is not None and not self._plan.todo:
+            self.is_finished = not self._plan.changes(held)
+        if done is None and self._plan.todo:
+            writer.begin(self._job)
+        self.todo = self._plan.todo
+        self.done = done or 0
+        self.rows += self._plan.rows
+        self._note(self._plan.failures)
+
+    def _go_on(self, held: Held) -> int | None:
+        """Take up what an interrupted run has done; how much that is of what is to be done.
+
+        None where its images are no longer the same: what it did is kept for those that are, and
+        the rest is planned anew.
+        """
+        every = self._held(planned=True)
+        whole = self._compare(every)
+        fresh = [live for shard, live in whole.live.items() if shard >= self._job.first]
+        known = {failure.path for failure in self._plan.failures}
+        # Not those that an earlier run found, and that were mended since.
+        failures = [failure for failure in whole.failures if failure.path not in known]
+        same = all(live.all() for live in fresh) and len(failures) == len(every.new_failures) - len(
+            held.new_failures
+        )
+        done = self._writer.done_of(self._job) if same else None
+        if done is None:
+            log.warning(
+                "%s: the images are no longer those of the interrupted run (of those that it had "
+                "done, %d changed and %d are gone; %d are to be computed); what it did of others "
+                "is kept, --overwrite starts anew",
+                *(self._writer.out, whole.changed, whole.gone, len(whole.todo)),
+            )
+            self._writer.seal()
+            self._plan = whole
+            self._job = self._job_of(whole)
+            return None
+        self._note(failures)
+        self.rows += done - len(failures)
+        self._added += done - len(failures)
+        return done
+
+    def _held(self, *, planned: bool) -> Held:
+        return self._writer.held(planned=planned, digests=self._options.check == "content")
+
+    def _compare(self, held: Held) -> Plan:
+        if not (held.shards or held.failures or held.new_failures):
+            return Plan(range(len(self._sources)), {}, (), (), 0, 0)
+        options = self._options
+        return plan(
+            self._current(), held, keep_missing=options.keep_missing, retry=options.retry_failed
+        )
+
+    def _job_of(self, made: Plan) -> Job:
+        base = self._writer.base
+        return Job(
+            self._description,
+            len(made.todo),
+            listing_digest(self._sources.paths[i] for i in made.todo),
+            self._writer.first_shard,
+            base.checksum if base is not None else "",
+        )
+
+    # -- what comes
+
+    @contextmanager
+    def shard(self, place: int) -> Iterator[None]:
+        """Open a shard for :meth:`append`; it counts once this is left without an error.
+
+        Args:
+            place: among those to be done, counted from 0.
+        """
+        number = self._job.first + place
+        if self._writer.is_finished(number):
+            yield  # another store of the run is behind
+            return
+        with self._writer.shard(number, self._description) as self._shard:
+            yield
+            self._shard.finish()
+        self._shard = None
+
+    def append(
+        self,
+        start: int,
+        rows: npt.NDArray[np.float32],
+        outcomes: Sequence[ImageInfo | Failure],
+    ) -> None:
+        """Part the rows to keep, with their records, from the failures.
+
+        Args:
+            start: place of the first of the images in :attr:`todo`.
+        """
+        if start < self.done or self._shard is None:
+            return
+        kept, records, failures = [], [], []
+        with np.errstate(over="ignore"):  # beyond what float16 holds is seen as not finite
+            stored = rows.astype(self._description.dtype, copy=False)
+        finite = np.asarray(np.isfinite(stored).reshape(len(rows), -1).all(axis=1))
+        paths = [self._sources.paths[i] for i in self.todo[start : start + len(outcomes)]]
+        for i, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
+            if isinstance(outcome, ImageInfo) and not finite[i]:
+                why = _not_finite(rows[i])
+                outcome = Failure("not-finite", why, outcome.size, outcome.mtime_ns)
+            if isinstance(outcome, Failure):
+                what = (outcome.reason, outcome.message, outcome.size, outcome.mtime_ns)
+                failures.append(FailureRecord(path, *what))
+            else:
+                kept.append(i)
+                records.append(_record(path, outcome))
+        self._shard.append(stored[kept], records, failures)
+        self._note(failures)
+        self.rows += len(records)
+        self._added += len(records)
+        self.done = start + len(outcomes)
+
+    def discard(self) -> None:
+        """Keep nothing for another run."""
+        self._writer.discard()
+
+    @property
+    def listing(self) -> str:
+        """Digest of the paths of what is to be done."""
+        return self._job.listing
+
+    @property
+    def first_failures(self) -> tuple[tuple[str, str], ...]:
+        """Path and reason of the first few images without a row."""
+        return tuple(self._first_failures)
+
+    def publish(self) -> StoreReport:
+        """Make it visible, and say what is in it."""
+        if not self.is_finished:
+            listing = listing_digest(self._all_paths())
+            self._writer.publish(self._job, self._plan, listing=listing)
+        return StoreReport(
+            out=self._writer.out,
+            rows=self.rows,
+            failed=self.failed,
+            added=self._added,
+            changed=self._plan.changed,
+            gone=self._plan.gone,
+            shape=self.target.shape,
+            backbone=str(self.target),
+            first_failures=self.first_failures,
+        )
+
+    def _all_paths(self) -> Iterable[bytes]:
+        missing = self._plan.missing
+        return sorted([*self._sources.paths, *missing]) if missing else self._sources.paths
+
+    def _note(self, failures: Iterable[FailureRecord]) -> None:
+        for failure in failures:
+            self.failed += 1
+            if len(self._first_failures) < FAILURES_SHOWN:
+                self._first_failures.append((show(failure.path), failure.message))
+
+
+def _record(path: bytes, info: ImageInfo) -> ImageRecord:
+    return ImageRecord(path, info.size, info.mtime_ns, info.width, info.height, info.sha256)
+
+
+def _not_finite(row: npt.NDArray[np.float32]) -> str:
+    if np.isfinite(row).all():
+        return f"the embedding holds {abs(row).max():.3g}, more than float16 does"
+    return "the embedding holds NaN or infinity"

@@ -1,0 +1,324 @@
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.networks import mean_pixel
+
+from extractor import FeatureStore, __version__
+from extractor.cli import extract as run
+from extractor.cli import main as cli
+from extractor.models import embedding as targets
+from extractor.options import Options
+
+MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
+
+
+@pytest.fixture
+def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+
+
+def command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "extractor", *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "2", **env},
+        timeout=120,
+        check=False,
+    )
+
+
+def test_the_command_as_a_user_runs_it(photos: Path, tmp_path: Path) -> None:
+    (photos / "bad.jpg").write_text("text")
+    (photos / "notes.txt").write_text("text")
+    done = command(*MODEL, str(photos), cwd=tmp_path)
+    assert done.returncode == 3, done.stderr
+    assert "RANDOM weights (seed 0)" in done.stderr
+    assert "Traceback" not in done.stderr
+    for word in (
+        "torchvision:squeezenet1_1",
+        "11 of 12 images, 512 numbers each",
+        "images/s",
+        "features/torchvision-squeezenet1_1",
+        "1 files that are no images",
+        "bad.jpg: no image format",
+    ):
+        assert word in done.stdout
+    store = FeatureStore.open(tmp_path / "features/torchvision-squeezenet1_1")
+    assert len(store) == 11
+    plain = np.load(store.path / "features/00000.npy", mmap_mode="r")
+    assert plain.shape == (11, 512)
+
+
+def test_help_version_and_usage_do_not_load_torch() -> None:
+    code = (
+        "import sys; from extractor.cli import main as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as stop: print(stop.code)\n"
+        "heavy = {'torch', 'numpy', 'PIL', 'pyarrow', 'tqdm'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    for words in (["--help"], ["--version"], [], ["--batch-size", "0", "x"]):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert f"extract {__version__}" in command("--version").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "match"),
+    [
+        ([], 2, "no input; try: extract images/"),
+        (["a", "--list", "b"], 2, "or --list FILE, but not both"),
+        (["a", "--batch-size", "0"], 2, "batch size: got 0"),
+        (["a", "--max-failure-rate", "1.5"], 2, "failure rate: got 1.5"),
+        (["a", "--max-failure-rate", "nan"], 2, "failure rate: got nan"),
+        (["--list", "nowhere.txt"], 1, "cannot read the list nowhere.txt"),
+        (["nowhere"], 1, "cannot read .*nowhere: No such file or directory"),
+        (["."], 1, "no images in"),
+        (["a", "-o", ""], 2, "got an empty name"),
+        (["a", "-m", ""], 2, "got an empty name"),
+    ],
+)
+def test_errors_are_a_sentence_and_an_exit_code(
+    words: list[str],
+    code: int,
+    match: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import re
+
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == code
+    printed = capsys.readouterr()
+    assert re.search(match, printed.err)
+    assert "Traceback" not in printed.err
+    assert printed.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--precision", "int4", "a"], ["--nonsense"], ["-b", "x", "a"]])
+def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(words)
+
+
+def test_every_option_of_the_library_is_a_flag_with_the_same_default() -> None:
+    words = run.build_parser().parse_args([])
+    assert set(Options.__dataclass_fields__) <= set(vars(words))
+    assert run.options_of(words) == Options()
+
+
+@pytest.mark.usefixtures("mean_model")
+@pytest.mark.parametrize(
+    ("rate", "code"), [(None, 3), ("0", 3), ("0.08", 3), ("0.0834", 0), ("1", 0)]
+)
+def test_a_share_of_failures_can_be_accepted(
+    photos: Path, tmp_path: Path, rate: str | None, code: int
+) -> None:
+    (photos / "bad.jpg").write_text("text")  # one of twelve
+    accept = [] if rate is None else ["--max-failure-rate", rate]
+    assert cli.main([str(photos), "-o", str(tmp_path / "out"), *accept]) == code
+    assert len(FeatureStore.open(tmp_path / "out")) == 11
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_quiet_prints_nothing(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(photos), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_there_is_no_bar_without_a_terminal(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 0
+    printed = capfd.readouterr()
+    assert printed.err == ""
+    assert "11 of 11 images" in printed.out
+
+
+def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
+    (photos / "bad.jpg").write_text("text")
+    terminal, side = pty.openpty()
+    words = [*MODEL, "-b", "4", str(photos), "-o", str(tmp_path / "out")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "extractor", *words], stdout=subprocess.PIPE, stderr=side
+    ) as run:
+        os.close(side)
+        shown = b""
+        while True:
+            try:
+                piece = os.read(terminal, 4096)
+            except OSError:  # the other end has gone
+                break
+            if not piece:
+                break
+            shown += piece
+        assert run.wait(60) == 3
+    os.close(terminal)
+    assert b"12/12" in shown
+    assert b"img/s" in shown
+    assert b"failed=1" in shown
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_list_comes_from_a_file_or_standard_input(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(photos)
+    (tmp_path / "list.txt").write_text("deep/er/01.bmp\n00.png\n\nnowhere.png\n")
+    assert cli.main(["--list", str(tmp_path / "list.txt"), "-o", str(tmp_path / "a")]) == 3
+    store = FeatureStore.open(tmp_path / "a")
+    assert store.paths == ["00.png", "deep/er/01.bmp"]
+    (failure,) = store.failures
+    assert (failure["path"], failure["error"]) == ("nowhere.png", "unreadable")
+    assert "No such file" in failure["message"]
+
+    class Stdin:
+        buffer = (tmp_path / "list.txt").open("rb")
+
+    monkeypatch.setattr(sys, "stdin", Stdin())
+    assert cli.main(["--list", "-", "-o", str(tmp_path / "b")]) == 3
+    assert FeatureStore.open(tmp_path / "b").paths == store.paths
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
+)
+def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(400):
+        Image.new("RGB", (400, 400), (i % 256, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
+    out = tmp_path / "out"
+    words = [*MODEL, str(tmp_path / "in"), "-o", str(out)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "extractor", *words], stderr=subprocess.PIPE, text=True
+    ) as run:
+        partial = out / ".extractor-partial/features/00000.npy.partial"
+        deadline = time.monotonic() + 60
+        while not (partial.exists() and partial.stat().st_size > 0):
+            assert time.monotonic() < deadline
+            assert run.poll() is None
+            time.sleep(0.05)
+        run.send_signal(number)
+        assert run.wait(30) == code
+        assert run.stderr is not None
+        told = run.stderr.read()
+    assert "Traceback" not in told
+    assert "the same command goes on there" in told
+    assert not (out / "store.json").exists()
+
+    done = command(*words)
+    assert done.returncode == 0, done.stderr
+    assert "images were done already" in done.stdout
+    assert len(FeatureStore.open(out)) == 400
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_names_that_no_terminal_can_print_are_escaped(
+    photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (photos / os.fsdecode(b"bad\xff\n\x1b[31m.jpg")).write_text("text")
+    assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 3
+    printed = capfd.readouterr().out
+    assert r"bad\udcff\n\x1b[31m.jpg: no image format" in printed
+    (failure,) = [
+        json.loads(line) for line in (tmp_path / "out/failures.jsonl").read_text().splitlines()
+    ]
+    assert os.fsencode(failure["path"]) == b"bad\xff\n\x1b[31m.jpg"
+
+
+def test_a_fault_of_the_program_shows_where(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def broken(*_: object, **__: object) -> object:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(targets, "load", broken)
+    assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
+    assert "please report it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_torchvision_that_does_not_fit_is_said_in_one_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from extractor.models import libraries as shared
+
+    def broken(name: str) -> object:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(shared.importlib, "import_module", broken)
+    assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "were not built for each other; install a matching pair" in told
+    assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    "shell",
+    [
+        "{command} | true",
+        "{command} >&-",
+        "{command} 2>&-",
+        "{command} >&- 2>&-",
+        "{command} >{full}",
+    ],
+    ids=["pipe", "no stdout", "no stderr", "neither", "full"],
+)
+def test_a_summary_that_nobody_reads_is_no_error(shell: str, photos: Path, tmp_path: Path) -> None:
+    words = " ".join([*MODEL, str(photos), "-o", str(tmp_path / "out")])
+    line = shell.format(command=f"{sys.executable} -m extractor {words}", full="/dev/full")
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("cannot print the result: No space" in done.stderr) is ("full" in line)
+    assert len(FeatureStore.open(tmp_path / "out")) == 11
+
+
+def test_a_list_from_a_closed_standard_input_is_an_error(tmp_path: Path) -> None:
+    line = f"{sys.executable} -m extractor --list - -o {tmp_path}/out <&-"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "extract: --list -: standard input is closed\n"
+
+
+@pytest.mark.parametrize("caches", ["/proc/none", "", "here"])
+def test_a_home_that_cannot_be_written_is_no_matter(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: str
+) -> None:
+    """What is compiled goes where there is room for it, and nothing else depends on it."""
+    home = str(tmp_path / "home") if caches == "here" else "/proc/none"
+    environment = {"HOME": home, "XDG_CACHE_HOME": "" if caches == "here" else caches}
+    words = [*MODEL, "--image-size", "64", str(photos), "-o", str(tmp_path / "out")]
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    done = command(*words, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "home/.cache/extractor/compiled").is_dir() is (caches == "here")

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support.networks import mean_pixel, normalised
+from torch import nn
+
+from extractor import load_backbone
+from extractor.compute.embed import Normalise, embed
+from extractor.errors import DeviceError
+from extractor.images.decode import ImageSource
+from extractor.loading.loader import Batch, BatchLoader
+from extractor.models.backbone import Backbone
+from extractor.models.embedding import Part, Target
+from extractor.system.devices import device_errors
+
+
+def colours(count: int) -> list[tuple[int, int, int]]:
+    return [((37 * i) % 256, (91 * i) % 256, (5 * i) % 256) for i in range(count)]
+
+
+def run(
+    backbone: Backbone, images: list[np.ndarray], size: int, *, normalize: bool = False
+) -> np.ndarray:
+    plan: Iterator[list[ImageSource]] = (
+        list(images[i : i + size]) for i in range(0, len(images), size)
+    )
+    pin = backbone.device.type == "cuda"
+    with BatchLoader(plan, [backbone.preprocess], batch_size=size, workers=2, pin=pin) as loader:
+        target = Target("test", (Part(backbone),))
+        computed = embed([target], loader, normalize=normalize)
+        rows = [embedded.rows[0].copy() for embedded in computed]
+    return np.concatenate(rows)
+
+
+def flat(colour: tuple[int, int, int]) -> np.ndarray:
+    return np.full((10, 10, 3), colour, np.uint8)
+
+
+@pytest.mark.parametrize("size", [1, 3, 16, 40])
+def test_rows_are_the_normalised_colours_in_order(size: int, device: str) -> None:
+    rows = run(mean_pixel(device), [flat(c) for c in colours(16)], size)
+    np.testing.assert_allclose(rows, [normalised(c) for c in colours(16)], atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1, 4, 256])
+def test_pictures_are_normalised_in_float32_and_rounded_once(width: int) -> None:
+    levels = torch.arange(256, dtype=torch.uint8)
+    pictures = torch.stack([levels, levels.flip(0), levels.roll(5)], 1).view(-1, 1, width, 3)
+    backbone = mean_pixel("cpu")
+    size = (1, width)
+    backbone = replace(backbone, preprocess=replace(backbone.preprocess, input_size=size))
+    exact = Normalise(backbone)(pictures)
+    rounded = Normalise(backbone.to(backbone.device, "bfloat16"))(pictures)
+    assert exact.dtype == torch.float32
+    assert rounded.dtype == torch.bfloat16
+    assert rounded.shape == (256 // width, 3, *size)
+    assert rounded.stride() == exact.stride()
+    # Up to a number that lies in the middle of two.
+    assert int((rounded != exact.bfloat16()).sum()) <= 2
+
+
+def test_many_batches_stay_in_order(device: str) -> None:
+    rows = run(mean_pixel(device), [flat(c) for c in colours(200)], 2)
+    np.testing.assert_allclose(rows, [normalised(c) for c in colours(200)], atol=1e-5)
+
+
+def test_normalised_rows_have_unit_length(device: str) -> None:
+    rows = run(mean_pixel(device), [flat(c) for c in colours(9)], 4, normalize=True)
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
+    plain = np.array([normalised(c) for c in colours(9)])
+    np.testing.assert_allclose(
+        rows, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5
+    )
+
+
+def test_a_row_does_not_depend_on_its_neighbours(device: str) -> None:
+    backbone = load_backbone("resnet18", weights="random", device=device)
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (60, 50, 3), np.uint8) for _ in range(7)]
+    alone = run(backbone, images[4:], 4)  # the last three, in a padded batch
+    together = run(backbone, images, 4)
+    assert np.array_equal(alone, together[4:])
+
+
+def test_a_gpu_computes_what_a_cpu_computes(device: str) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (90, 80, 3), np.uint8) for _ in range(10)]
+    here = run(load_backbone("resnet18", weights="random", device=device), images, 4)
+    cpu = run(load_backbone("resnet18", weights="random", device="cpu"), images, 5)
+    worst = np.abs(here - cpu).max() / np.abs(cpu).max()
+    assert worst < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "taken"), [(0.0, [1, 5, 5, 5, 5, 9, 9, 9, 9]), (1.0, list(range(1, 10)))]
+)
+def test_only_quick_batches_are_computed_together(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, taken: list[int]
+) -> None:
+    class Clock(nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            nonlocal now
+            now += seconds
+            return pixels.mean((2, 3))
+
+    def counted(batches: Iterable[Batch]) -> Iterator[Batch]:
+        nonlocal count
+        for batch in batches:
+            count += 1
+            yield batch
+
+    now, count = 0.0, 0
+    backbone = replace(mean_pixel(), module=Clock())
+    plan: list[list[ImageSource]] = [[flat(colour)] for colour in colours(9)]
+    with BatchLoader(plan, [backbone.preprocess], batch_size=1, workers=2) as loader:
+        monkeypatch.setattr("extractor.compute.embed.time.perf_counter", lambda: now + 1e-6 * count)
+        computed = embed([Target("t", (Part(backbone),))], counted(loader), normalize=False)
+        assert [count for _ in computed] == taken
+
+
+def test_gradients_and_grad_mode_are_left_alone() -> None:
+    assert torch.is_grad_enabled()
+    with BatchLoader(
+        iter([[flat((1, 2, 3))]]), [mean_pixel().preprocess], batch_size=1, workers=1
+    ) as loader:
+        for _ in embed([Target("test", (Part(mean_pixel()),))], loader, normalize=False):
+            assert torch.is_grad_enabled()
+            assert not torch.is_inference_mode_enabled()
+
+
+def test_the_callers_tf32_setting_comes_back() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    run(mean_pixel(), [flat((1, 2, 3))], 1)
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "smaller --batch-size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "not enough memory"),
+        (RuntimeError("CUDA error: device-side assert\nmore"), "refuses to work: CUDA error"),
+        (RuntimeError("all CUDA-capable devices are busy"), "refuses to work: all CUDA"),
+    ],
+)
+def test_what_a_device_says_becomes_advice(error: Exception, match: str) -> None:
+    with pytest.raises(DeviceError, match=match), device_errors(torch.device("cuda:0")):
+        raise error
+
+
+def test_other_errors_pass() -> None:
+    with (
+        pytest.raises(RuntimeError, match="shapes do not fit"),
+        device_errors(torch.device("cpu")),
+    ):
+        raise RuntimeError("shapes do not fit")

@@ -1,0 +1,383 @@
+"""Half precision and compilation are taken where they are faster and leave the embeddings right."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.networks import mean_pixel
+from support.pictures import noise
+from torch import nn
+
+from extractor import Preprocess, extract
+from extractor.api import Report
+from extractor.compute import tune as tuning
+from extractor.errors import InterruptedRunError, StoreError
+from extractor.models import embedding as targets
+from extractor.models.backbone import Backbone
+from extractor.network import precision
+from extractor.network.fusion.onednn import PackedConv2d, can_pack
+from extractor.options import Options
+from extractor.store.format import with_checksum
+
+
+class Colours(nn.Module):
+    """The mean of each channel; in half precision quicker and ``error`` away from it."""
+
+    def __init__(self, error: float, seconds: float = 0.004) -> None:
+        super().__init__()
+        self.error = error
+        self.seconds = seconds
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        exact = pixels.float().mean((2, 3)) + 1
+        if self.weight.dtype == torch.float32:
+            time.sleep(self.seconds * len(pixels))
+            return exact
+        return exact + self.error * torch.tensor([1.0, -1.0, 0.0])
+
+
+@pytest.fixture
+def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
+    """Runs a model that is ``error`` off in half precision, of which a few images are enough."""
+    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(tuning, "candidates", lambda _: ("bfloat16",))
+
+    def go(error: float = 0.0, seconds: float = 0.004, **options: object) -> Report:
+        def load(_: str, given: Options) -> Backbone:
+            backbone = replace(mean_pixel(), module=Colours(error, seconds))
+            name = precision.resolve_precision(given.precision)
+            return backbone.to(torch.device("cpu"), name)
+
+        monkeypatch.setattr(targets, "load", load)
+        return extract(photos, "colours", tmp_path / "out", batch_size=4, **options)  # type: ignore[arg-type]
+
+    return go
+
+
+def computation(report: Report) -> dict[str, object]:
+    return dict(report.store.manifest.description.computation)
+
+
+def test_half_precision_that_is_near_and_fast_is_taken(run: Callable[..., Report]) -> None:
+    report = run(error=1e-3)
+    assert computation(report)["precision"] == report.precision == "bfloat16"
+    assert report.least_cosine == computation(report)["least_cosine"]
+    assert 0.9995 < float(str(report.least_cosine)) < 1
+
+
+def test_half_precision_that_is_far_off_is_not_taken(run: Callable[..., Report]) -> None:
+    report = run(error=0.3)
+    assert computation(report)["precision"] == "float32"
+    assert report.least_cosine is None
+
+
+def test_half_precision_that_gives_nan_is_not_taken(run: Callable[..., Report]) -> None:
+    assert run(error=float("nan")).precision == "float32"
+
+
+def test_half_precision_that_is_no_faster_is_not_taken(run: Callable[..., Report]) -> None:
+    class Slow(Colours):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.004 * len(pixels))
+            return super().forward(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.Colours", Slow)
+        assert run(seconds=0).precision == "float32"
+
+
+def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[..., Report]) -> None:
+    class Disturbed(Colours):
+        """Its first batches in half precision take long."""
+
+        left = 3  # that is all batches of a look
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            if self.weight.dtype != torch.float32 and type(self).left:
+                type(self).left -= 1
+                time.sleep(0.01 * len(pixels))
+            return super().forward(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.Colours", Disturbed)
+        assert run().precision == "bfloat16"
+    assert not Disturbed.left
+
+
+def test_a_network_that_cannot_compute_in_half_precision_stays_in_float32(
+    run: Callable[..., Report],
+) -> None:
+    class Refusing(Colours):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            if self.weight.dtype != torch.float32:
+                raise RuntimeError("no kernel for this")
+            return super().forward(pixels)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{__name__}.Colours", Refusing)
+        assert run().precision == "float32"
+
+
+def test_a_few_images_are_not_worth_a_trial(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "LEAST_IMAGES", 12)
+    assert run().precision == "float32"
+
+
+def test_what_was_asked_for_is_not_tried(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "candidates", None)  # calling it would be an error
+    assert run(precision="bfloat16", error=0.3).precision == "bfloat16"
+
+
+@pytest.mark.parametrize("first", ["float32", "bfloat16"])
+def test_a_store_that_grows_keeps_its_precision(
+    run: Callable[..., Report], photos: Path, monkeypatch: pytest.MonkeyPatch, first: str
+) -> None:
+    report = run(error=0.3 if first == "float32" else 1e-3)
+    assert report.precision == first
+    shutil.copy(photos / "00.png", photos / "new.png")
+    # Now the other one would be chosen.
+    monkeypatch.setattr(tuning, "candidates", lambda _: ("bfloat16",) if first == "float32" else ())
+    again = run(error=1e-3)
+    assert (again.precision, again.stores[0].added) == (first, 1)
+    assert again.least_cosine == report.least_cosine
+    assert run(overwrite=True).precision == ("bfloat16" if first == "float32" else "float32")
+
+
+def test_another_precision_is_not_mixed_in(run: Callable[..., Report], photos: Path) -> None:
+    assert run().precision == "bfloat16"
+    shutil.copy(photos / "00.png", photos / "new.png")
+    with pytest.raises(StoreError, match=r'precision: "bfloat16" there, "float32" now'):
+        run(precision="float32")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_was_interrupted_goes_on_in_its_precision(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    batches = iter([False, True])
+    with pytest.raises(InterruptedRunError, match=r"stopped after 8 of 11"):
+        run(error=1e-3, stop=lambda: next(batches), overwrite=overwrite)
+    monkeypatch.setattr(tuning, "candidates", lambda _: ())
+    report = run(error=1e-3, overwrite=overwrite)
+    assert (report.precision, report.resumed) == ("bfloat16", 8)
+    rows = report.store.features[:]
+    again = run(error=1e-3, overwrite=True, precision="bfloat16")
+    assert np.array_equal(again.store.features[:], rows)
+
+
+def test_each_of_two_models_has_its_own_precision(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(tuning, "candidates", lambda _: ("bfloat16",))
+
+    def load(name: str, given: Options) -> Backbone:
+        backbone = replace(mean_pixel(), module=Colours({"good": 1e-3, "bad": 0.3}[name]))
+        backbone = replace(backbone, provenance=replace(backbone.provenance, model=name))
+        return backbone.to(torch.device("cpu"), precision.resolve_precision(given.precision))
+
+    monkeypatch.setattr(targets, "load", load)
+    report = extract(photos, ["good", "bad", "good+bad"], tmp_path / "out", batch_size=4)
+    chosen = [store.store.manifest.description.computation["precision"] for store in report.stores]
+    assert chosen == ["bfloat16", "float32", "bfloat16+float32"]
+    again = extract(photos, ["good", "bad", "good+bad"], tmp_path / "out", batch_size=4)
+    assert again.resumed == again.images
+
+
+# ---------------------------------------------------------------------------------------------
+# Compilation
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, network: Callable[[nn.Module], object]) -> None:
+    """Let ``torch.compile`` give something else."""
+    monkeypatch.setattr(torch, "compile", lambda module, **_: network(module))
+
+
+class Quick(nn.Module):
+    """What a compiler makes of :class:`Colours`."""
+
+    def __init__(self, module: nn.Module, error: float = 0.0) -> None:
+        super().__init__()
+        self.module = module
+        self.error = error
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean((2, 3)) + 1 + self.error * torch.tensor([1.0, -1.0, 0.0])
+
+
+def test_a_long_run_is_compiled_and_goes_on_so(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, photos: Path
+) -> None:
+    pretend(monkeypatch, Quick)
+    monkeypatch.setattr(tuning, "candidates", lambda _: ())
+    assert not run().is_compiled  # it would not repay it
+    monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 0.0})
+    batches = iter([False, True])
+    with pytest.raises(InterruptedRunError, match=r"stopped after 8 of 11"):
+        run(overwrite=True, stop=lambda: next(batches))
+    monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 1e9})
+    report = run(overwrite=True)
+    assert report.is_compiled
+    assert computation(report)["compiled"] is True
+    # One more image does not repay it, and its row need not be of the same bytes.
+    shutil.copy(photos / "00.png", photos / "new.png")
+    assert not run().is_compiled
+
+
+@pytest.mark.parametrize("gain", [True, False])
+def test_what_compiling_makes_no_faster_is_not_taken(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, gain: bool
+) -> None:
+    pretend(monkeypatch, Quick if gain else lambda module: module)
+    monkeypatch.setattr(tuning, "candidates", lambda _: ())
+    monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 0.0})
+    assert run().is_compiled is gain
+
+
+def refuse(_: nn.Module) -> nn.Module:
+    raise RuntimeError("no compiler here\nand much more")
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        (refuse, "test:mean is not compiled: no compiler here"),
+        (
+            lambda module: Quick(module, 0.5),
+            r"test:mean is not compiled: compiled, its embeddings are others \(cosine 0\.\d+\)",
+        ),
+    ],
+)
+def test_what_does_not_compile_runs_without_with_one_line(
+    run: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    made: Callable[[nn.Module], nn.Module],
+    why: str,
+) -> None:
+    pretend(monkeypatch, made)
+    report = run(compile="on", precision="float32")
+    assert not report.is_compiled
+    (line,) = [record.message for record in caplog.records]
+    assert re.fullmatch(why, line)
+
+
+def test_no_compiler_is_asked_where_it_is_switched_off(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretend(monkeypatch, refuse)
+    monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 0.0})
+    assert not run(compile="off").is_compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_a_network_that_was_really_compiled_gives_the_same_rows(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    settings = {"weights": "random", "device": "cpu", "precision": "float32", "batch_size": 4}
+    eager = extract(photos, "resnet10t", tmp_path / "a", compile="off", **settings)  # type: ignore[arg-type]
+    fast = extract(photos, "resnet10t", tmp_path / "b", compile="on", **settings)  # type: ignore[arg-type]
+    assert fast.is_compiled
+    np.testing.assert_allclose(
+        fast.store.features[:], eager.store.features[:], rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="packs nothing here")
+def test_what_is_compiled_has_plain_convolutions() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    size = Preprocess.standard(16)
+    backbone = Backbone.from_module(network, head=None, preprocess=size).fold()
+    fast = tuning.compiled(backbone)
+    assert fast.is_compiled
+    types = [type(module) for module in fast.module.modules()]
+    assert (types.count(nn.Conv2d), types.count(nn.ReLU)) == (1, 1)
+    assert isinstance(backbone.module[0], PackedConv2d)
+
+
+def test_layers_are_not_compiled(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = extract(
+        photos,
+        "resnet10t",
+        tmp_path / "out",
+        weights="random",
+        device="cpu",
+        layers=["layer1"],
+        image_size=64,
+        compile="on",
+    )
+    assert not report.is_compiled
+    assert "layers are taken out of a network by hooks, which do not compile" in caplog.text
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_on_a_gpu_what_is_chosen_keeps_the_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str
+) -> None:
+    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    for seed in range(24):
+        path = tmp_path / "images" / f"{seed:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        noise(seed, 240, 320).save(path)
+    settings = {"weights": "random", "batch_size": 8}
+    exact = extract(
+        tmp_path / "images",
+        "resnet18",
+        tmp_path / "a",
+        device="cpu",
+        precision="float32",
+        **settings,
+    )  # type: ignore[arg-type]
+    fast = extract(
+        tmp_path / "images", "resnet18", tmp_path / "b", device="cuda", compile=compile, **settings
+    )  # type: ignore[arg-type]
+    assert fast.is_compiled is (compile == "on")
+    expected, given = (
+        torch.from_numpy(report.store.features[:].astype(np.float64)) for report in (exact, fast)
+    )
+    assert torch.nn.functional.cosine_similarity(expected, given).min() > tuning.LEAST_COSINE
+
+
+@pytest.mark.parametrize("precision", ["float8", "bfloat16+float32+float16", "auto", "mixed+"])
+def test_a_store_of_something_else_is_refused_and_not_followed(
+    run: Callable[..., Report], tmp_path: Path, photos: Path, precision: str
+) -> None:
+    run()
+    manifest = tmp_path / "out" / "store.json"
+    text = manifest.read_text().replace('"precision": "bfloat16"', f'"precision": "{precision}"')
+    manifest.write_text(with_checksum(re.sub('"checksum": ".*"', '"checksum": ""', text)))
+    shutil.copy(photos / "00.png", photos / "new.png")
+    with pytest.raises(StoreError, match=r"precision: .* there, .* now"):
+        run()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "gain"),
+    [
+        ({"amx_bf16"}, "bfloat16", tuning.COMPILE_GAIN_AMX),
+        ({"amx_bf16"}, "float32", tuning.COMPILE_GAIN["cpu"]),
+        ({"avx512_bf16"}, "bfloat16", tuning.COMPILE_GAIN["cpu"]),
+    ],
+)
+def test_compiling_gains_most_where_there_are_matrix_units(
+    monkeypatch: pytest.MonkeyPatch, flags: set[str], name: str, gain: float
+) -> None:
+    monkeypatch.setattr(precision, "_cpu_flags", lambda: flags)
+    assert tuning._compile_gain(mean_pixel().to(torch.device("cpu"), name)) == gain

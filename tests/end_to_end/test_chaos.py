@@ -1,0 +1,158 @@
+"""The real command, killed at random while its folder changes: the view equals the folder."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.pictures import noise
+
+from extractor import FeatureStore
+from extractor.store.verify import verify
+
+KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+GRACE_SECONDS = 5.0
+
+
+def words(photos: Path, out: Path) -> list[str]:
+    model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
+    sizes = ["-b", "4", "--shard-images", "50", "--image-size", "160"]
+    return [
+        sys.executable,
+        "-m",
+        "extractor",
+        *model,
+        *sizes,
+        "--quiet",
+        str(photos),
+        "-o",
+        str(out),
+    ]
+
+
+def is_at_work(process: int, out: Path) -> bool:
+    try:
+        return f"process {process} " in (out / ".extractor-partial/lock").read_text()
+    except FileNotFoundError:
+        return False
+
+
+class Folder:
+    """A folder of images that changes at random; every content is another one."""
+
+    def __init__(self, path: Path, draw: random.Random) -> None:
+        self.path = path
+        self._draw = draw
+        self._count = 0
+        path.mkdir()
+        for _ in range(200):
+            self._write(self._new())
+
+    def change(self) -> None:
+        there = sorted(self.path.iterdir())
+        for path in self._draw.sample(there, 6):
+            path.unlink()
+        for path in self._draw.sample(sorted(self.path.iterdir()), 6):
+            self._write(path)
+        for path in self._draw.sample(sorted(self.path.iterdir()), 2):
+            path.write_text(f"no image {self._draw.random()}")
+        for _ in range(10):
+            self._write(self._new())
+
+    def _new(self) -> Path:
+        return self.path / f"{self._draw.randrange(10**9):09d}.jpg"
+
+    def _write(self, path: Path) -> None:
+        self._count += 1
+        noise(self._count, 40 + self._count % 7, 40).save(path)
+        os.utime(path, ns=(10**18, 10**18 + self._count))
+
+
+def test_a_folder_that_changes_while_runs_are_killed_is_in_the_store_at_the_end(
+    tmp_path: Path,
+) -> None:
+    draw = random.Random(4)
+    folder, out = Folder(tmp_path / "in", draw), tmp_path / "out"
+    midway = 0
+    for turn in range(KILLS):
+        number = draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+        with subprocess.Popen(words(folder.path, out), stderr=subprocess.PIPE, env=ENV) as run:
+            while run.poll() is None and not is_at_work(run.pid, out):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.4))
+            sent = time.monotonic()
+            run.send_signal(number)
+            assert run.stderr is not None
+            told = run.stderr.read().decode()
+            run.wait()
+        assert "Traceback" not in told, turn
+        ended = {signal.SIGKILL: -9, signal.SIGINT: 130}.get(number, 143)
+        assert run.returncode in (ended, 0, 3), told
+        if run.returncode == ended:
+            midway += 1
+            assert time.monotonic() - sent < GRACE_SECONDS
+        folder.change()
+    assert midway >= KILLS // 2
+    done = subprocess.run(words(folder.path, out), capture_output=True, env=ENV, check=False)
+    assert done.returncode == 3, done.stderr
+    fresh = tmp_path / "fresh"
+    subprocess.run(words(folder.path, fresh), capture_output=True, env=ENV, check=False)
+    store, expected = FeatureStore.open(out), FeatureStore.open(fresh)
+    assert sorted(store.paths) == expected.paths
+    places = [store.index_of(path) for path in expected.paths]
+    np.testing.assert_allclose(store[places], expected.features[:], rtol=1e-4, atol=1e-5)
+    assert store.failures == expected.failures
+    assert store.manifest.listing == expected.manifest.listing
+    assert not list(verify(out))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with little room."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def test_the_same_command_goes_on_when_a_full_disk_has_room_again(
+    tmp_path: Path, small_disk: Path
+) -> None:
+    folder = Folder(tmp_path / "in", random.Random(5))
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(100 * 2**10))
+    out = small_disk / "out"
+    told = subprocess.run(words(folder.path, out), capture_output=True, env=ENV, check=False)
+    assert told.returncode == 1
+    assert b"are needed and" in told.stderr  # seen before anything was computed
+    quiet = {**ENV, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    (tmp_path / "sitecustomize.py").write_text(
+        "import shutil\n"
+        "usage = shutil.disk_usage\n"
+        "shutil.disk_usage = lambda path: usage(path)._replace(free=10**12)\n"
+    )
+    told = subprocess.run(words(folder.path, out), capture_output=True, env=quiet, check=False)
+    assert told.returncode == 1
+    assert b"No space left on device" in told.stderr
+    assert not (out / "store.json").exists()
+    filler.unlink()
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    done = subprocess.run(words(folder.path, out), capture_output=True, env=ENV, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(FeatureStore.open(out)) == 200
+    assert not list(verify(out))

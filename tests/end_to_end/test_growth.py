@@ -1,0 +1,792 @@
+"""A store follows its folder: whatever happens to the images and to the runs, it ends right."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from PIL import Image
+from support.networks import mean_pixel, normalised
+
+from extractor import FeatureStore, extract
+from extractor.api import Report
+from extractor.errors import InterruptedRunError, SourceError
+from extractor.models import embedding as targets
+from extractor.options import Options
+from extractor.store.format import STAGING, listing_digest
+from extractor.store.verify import verify
+
+EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "40"))
+STEPS = 12
+# Several shards and several batches a shard, even of few images.
+SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "device": "cpu"}
+
+DIED, SOURCE_ERROR, FAILED = 77, 78, 1
+CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+
+Colour = tuple[int, int, int]
+
+
+@pytest.fixture(autouse=True)
+def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(model: str, options: Options) -> object:
+        return mean_pixel(size=(8, 8) if model == "mean" else (4, 4))
+
+    monkeypatch.setattr(targets, "load", load)
+
+
+@dataclass(frozen=True)
+class Version:
+    """One state of a file; ``colour`` is None where it is no image."""
+
+    colour: Colour | None
+    side: int
+    mtime_ns: int
+
+
+class Folder:
+    """A folder of images of one colour each; no two states of a file have size and time alike."""
+
+    def __init__(self, place: Path):
+        self.place = place
+        self.files: dict[str, Version] = {}
+        self.past: dict[str, list[Version]] = {}
+        self._numbers = itertools.count(1)
+
+    def write(self, name: str, *, corrupt: bool = False) -> None:
+        """Add a file or replace one, with a colour that there never was."""
+        number = next(self._numbers)
+        colour = (number % 256, number * 7 % 256, number // 256 * 11)
+        self._put(name, Version(None if corrupt else colour, 4 + number % 5, self._time(number)))
+
+    def touch(self, name: str) -> None:
+        """Change the time of a file and nothing else."""
+        was = self.files[name]
+        self._put(name, Version(was.colour, was.side, self._time(next(self._numbers))))
+
+    def restore(self, name: str, version: Version) -> None:
+        """Bring back what a file was before, with its time."""
+        self._put(name, version)
+
+    def delete(self, name: str) -> None:
+        (self.place / name).unlink()
+        self._remember(name, self.files.pop(name))
+
+    @property
+    def colours(self) -> dict[str, Colour]:
+        """Those of the images that can be decoded."""
+        return {name: one.colour for name, one in self.files.items() if one.colour is not None}
+
+    @property
+    def corrupt(self) -> set[str]:
+        return set(self.files) - set(self.colours)
+
+    def _time(self, number: int) -> int:
+        return 1_700_000_000_000_000_000 + number
+
+    def _put(self, name: str, version: Version) -> None:
+        path = self.place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if version.colour is None:
+            path.write_bytes(b"x" * version.side)
+        else:
+            Image.new("RGB", (version.side, 12 - version.side), version.colour).save(path)
+        os.utime(path, ns=(version.mtime_ns, version.mtime_ns))
+        if name in self.files:
+            self._remember(name, self.files[name])
+        self.files[name] = version
+
+    def _remember(self, name: str, version: Version) -> None:
+        self.past.setdefault(name, []).append(version)
+
+
+def view(out: Path) -> dict[str, Colour] | None:
+    """The colour of each row of a store, by path; None where there is no store."""
+    if not (out / "store.json").exists() and not (out / STAGING / "store.json").exists():
+        return None
+    store = FeatureStore.open(out)
+    rows = np.asarray(store.features)
+    assert len(rows) == len(store.paths) == len(set(store.paths))
+    zero, one = (np.array(normalised((level,) * 3)) for level in (0, 255))
+    levels = (rows - zero) / (one - zero) * 255
+    assert abs(levels - levels.round()).max(initial=0) < 0.01
+    colours = [tuple(map(int, row)) for row in levels.round()]
+    return dict(zip(store.paths, colours, strict=True))
+
+
+def names_of_failures(out: Path) -> list[str]:
+    return [failure["path"] for failure in FeatureStore.open(out).failures]
+
+
+def check_files(out: Path) -> None:
+    """See that a store is whole, that nothing is beside it, and that numpy alone reads it."""
+    assert list(verify(out)) == []
+    assert not (out / STAGING).exists()
+    shards = FeatureStore.open(out).manifest.shards
+    arrays = {path.name: np.load(path) for path in sorted((out / "features").glob("*"))}
+    assert {name: len(array) for name, array in arrays.items()} == {
+        Path(shard.features.name).name: shard.rows for shard in shards
+    }
+    assert all(shard.live_rows for shard in shards)
+
+
+def published(out: Path) -> dict[str, bytes]:
+    """Every file of a store; not what a run is at work at, nor what it tells of itself."""
+    files = {path.relative_to(out): path for path in sorted(out.rglob("*")) if path.is_file()}
+    return {
+        str(name): path.read_bytes()
+        for name, path in files.items()
+        if STAGING not in name.parts and name.name != "run.json"
+    }
+
+
+def after(batches: int) -> Callable[[], bool]:
+    """Says yes when it is asked for the ``batches``-th time."""
+    asked = iter(range(1, 10**9))
+    return lambda: next(asked) >= batches
+
+
+def in_child(
+    action: Callable[[], object], when: int, counts: Callable[[], bool] = lambda: True
+) -> int:
+    """Run ``action`` in a process of its own that dies before its ``when``-th change of a file.
+
+    Args:
+        counts: is asked before every change whether it is one of them.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            steps = itertools.count(1)
+            fsync = os.fsync
+
+            def step() -> None:
+                if counts() and next(steps) == when:
+                    os._exit(DIED)
+
+            def hook(event: str, arguments: tuple[Any, ...]) -> None:
+                written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+                if written or event in CHANGES:
+                    step()
+
+            def synced(descriptor: int) -> None:
+                step()
+                fsync(descriptor)
+
+            os.fsync = synced
+            sys.addaudithook(hook)
+            action()
+            os._exit(0)
+        except SourceError:
+            os._exit(SOURCE_ERROR)
+        except BaseException:
+            traceback.print_exc()
+        os._exit(FAILED)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# ---------------------------------------------------------------------------------------------
+# Any order of changes and runs
+
+NAMES = ["a.png", "b.png", "c.png", "d/a.png", "d/ü b.png", "e.png", "f.png", "g.png", "z.png"]
+
+CHANGES_OF_IMAGES = ["write", "mend", "spoil", "touch", "delete", "restore"]
+FIRST = ["", "mend", *NAMES]
+
+
+class Growth(RuleBasedStateMachine):
+    """Changes images and runs over them; what the store must hold is worked out beside it."""
+
+    def __init__(self, home: Path):
+        super().__init__()
+        self.home = home
+        self.out = home / "out"
+        self.folder = Folder(home / "in")
+        self.folder.place.mkdir(parents=True)
+        self.view: dict[str, Colour] | None = None  # of the store as it was last seen
+        # States of files for which a row or failure is known to be in the published store.
+        self.known: dict[str, Version] = {}
+        # What else may have got a row: by runs that did not come to their end.
+        self.begun: dict[str, set[Colour]] = {}
+        self.done = 0  # images that a run was told to have done, if nothing changed since
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.home)
+
+    # -- the images
+
+    @initialize(bad=st.sets(st.sampled_from(NAMES[:7]), max_size=3))
+    def begin(self, bad: set[str]) -> None:
+        for name in NAMES[:7]:
+            self.folder.write(name, corrupt=name in bad)
+
+    @rule(what=st.sampled_from(CHANGES_OF_IMAGES), data=st.data())
+    def change_images(self, what: str, data: st.DataObject) -> None:
+        folder = self.folder
+        names = {"write": NAMES, "mend": folder.corrupt, "spoil": folder.colours}
+        names["restore"] = folder.past
+        candidates = sorted(names.get(what, folder.files))
+        some = st.sets(st.sampled_from(candidates), min_size=1) if candidates else st.just(set())
+        for name in sorted(data.draw(some)):
+            if what == "restore":
+                folder.restore(name, data.draw(st.sampled_from(folder.past[name])))
+            elif what in ("touch", "delete"):
+                getattr(folder, what)(name)
+            else:
+                folder.write(name, corrupt=what == "spoil")
+        self.done = 0
+
+    # -- the runs
+
+    @rule(
+        keep=st.sampled_from([False, False, True]),
+        retry=st.sampled_from([False, False, True]),
+        check=st.sampled_from(["stat", "stat", "content"]),
+    )
+    def run(self, keep: bool, retry: bool, check: str) -> None:
+        self.whole_run(keep_missing=keep, retry_failed=retry, check=check)
+
+    @precondition(lambda self: self.view is not None)
+    @rule()
+    def run_anew(self) -> None:
+        self.known.clear()
+        self.done = 0
+        self.whole_run(overwrite=True)
+
+    @rule(
+        first=st.sampled_from(FIRST),
+        batches=st.integers(1, 4),
+        keep=st.booleans(),
+        retry=st.booleans(),
+    )
+    def run_stopped(self, first: str, batches: int, keep: bool, retry: bool) -> None:
+        self.change(first)
+        self.whole_run(keep_missing=keep, retry_failed=retry, stop=after(batches))
+
+    @rule(
+        first=st.sampled_from(FIRST),
+        when=st.integers(1, 120),
+        publishing=st.booleans(),
+        keep=st.sampled_from([False, False, True]),
+    )
+    def run_killed(self, first: str, when: int, publishing: bool, keep: bool) -> None:
+        self.change(first)
+        if publishing:  # few steps, each with a state of its own
+            staged, when = self.out / STAGING / "store.json", when % 16 + 1
+            code = in_child(lambda: self.extract(keep_missing=keep), when, staged.exists)
+        else:
+            code = in_child(lambda: self.extract(keep_missing=keep), when)
+        assert code in (0, DIED, SOURCE_ERROR)
+        left = self.expected(keep)
+        assert (code == SOURCE_ERROR) <= self.may_fail(keep)
+        assert code != 0 or not self.must_fail(keep)
+        self.begin_all()
+        self.done = 0
+        now = view(self.out)
+        if now != self.view:
+            assert now is not None
+            self.check_view(now, left, keep)
+            self.known = {p: v for p, v in self.known.items() if self.folder.files.get(p) == v}
+            self.begun.clear()
+        self.view = now
+
+    def change(self, what: str) -> None:
+        """Change images right before a run, so that there is something to do."""
+        names = {"": [], "mend": sorted(self.folder.corrupt)}.get(what, [what])
+        for name in names:
+            self.folder.write(name)
+        self.done = 0 if names else self.done
+
+    def extract(self, **options: Any) -> Report:
+        return extract(self.folder.place, "mean", self.out, **SIZES, **options)
+
+    def whole_run(self, **options: Any) -> None:
+        keep = options.get("keep_missing", False)
+        before = published(self.out)
+        staged = [self.out / STAGING / name for name in ("store.json", "replaced.json")]
+        is_halfway = any(path.exists() for path in staged)
+        expected = self.expected(keep)
+        if options.get("retry_failed"):
+            self.done = 0  # of these, some may be done again
+        try:
+            report = self.extract(**options)
+        except InterruptedRunError as error:
+            stopped_after, report = error.done, None
+        except SourceError:
+            stopped_after, report = 0, None
+            self.done = 0
+            assert self.may_fail(keep)
+        if report is None:
+            # A run that died while it published is brought to its end first.
+            assert is_halfway or published(self.out) == before
+            assert view(self.out) == self.view
+            assert stopped_after >= self.done
+            self.done = stopped_after
+            self.begin_all()
+            return
+        assert not self.must_fail(keep)
+        found = view(self.out)
+        assert found is not None
+        self.check_view(found, expected, keep)
+        failures = names_of_failures(self.out)
+        assert failures == sorted(self.folder.corrupt, key=os.fsencode)
+        check_files(self.out)
+        store = FeatureStore.open(self.out)
+        assert (report.rows, report.failed) == (len(found), len(failures))
+        paths = sorted(map(os.fsencode, [*found, *failures]))
+        assert store.manifest.listing == listing_digest(paths)
+        assert report.resumed >= self.done
+        files = self.folder.files
+        if not options.get("retry_failed"):
+            new = [name for name in files if self.known.get(name) != files[name]]
+            assert report.images - report.resumed <= len(new)
+        if options.get("check") == "content":  # a row may stand that is of another time
+            self.known = {p: v for p, v in self.known.items() if files.get(p) == v}
+        else:
+            self.known = dict(files)
+        self.view = found
+        self.begun.clear()
+        self.done = 0
+        self.check_idle(keep_missing=keep, check=options.get("check", "stat"))
+
+    def check_idle(self, **options: Any) -> None:
+        """Nothing changed, so a run has nothing to do and leaves every byte as it is."""
+        before = published(self.out)
+        assert self.extract(**options).resumed == len(self.folder.files)
+        assert published(self.out) == before
+        assert not (self.out / STAGING).exists()
+
+    # -- what must be
+
+    def expected(self, keep: bool) -> dict[str, Colour]:
+        missing = {} if not keep or self.view is None else self.view
+        kept = {name: it for name, it in missing.items() if name not in self.folder.files}
+        return {**self.folder.colours, **kept}
+
+    def check_view(self, found: dict[str, Colour], expected: dict[str, Colour], keep: bool) -> None:
+        for name in set(found) | set(expected):
+            colours = {expected.get(name)}
+            if keep and name not in self.folder.files:
+                colours |= self.begun.get(name, set())
+            assert found.get(name) in colours, name
+
+    def begin_all(self) -> None:
+        for name, colour in self.folder.colours.items():
+            self.begun.setdefault(name, set()).add(colour)
+
+    def may_fail(self, keep: bool) -> bool:
+        return not self.folder.files or not self.expected(keep)
+
+    def must_fail(self, keep: bool) -> bool:
+        begun = keep and bool(self.begun)
+        return not self.folder.files or (not self.expected(keep) and not begun)
+
+
+def test_a_store_follows_its_folder_whatever_happens(tmp_path: Path) -> None:
+    numbers = itertools.count()
+    run_state_machine_as_test(
+        lambda: Growth(tmp_path / str(next(numbers))),
+        settings=settings(
+            max_examples=EXAMPLES,
+            stateful_step_count=STEPS,
+            deadline=None,
+            derandomize=True,
+            database=None,
+        ),
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# One law each
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """Seven images: three shards, the last of them with one."""
+    made = Folder(tmp_path / "in")
+    for name in NAMES[:7]:
+        made.write(name)
+    return made
+
+
+def run(folder: Folder, out: Path, **options: Any) -> Report:
+    return extract(folder.place, "mean", out, **SIZES, **options)
+
+
+def test_only_new_and_changed_images_are_computed(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    folder.write("c.png")
+    folder.write("z.png")
+    folder.delete("a.png")
+    report = run(folder, out)
+    (store,) = report.stores
+    assert (report.resumed, store.added, store.changed, store.gone) == (5, 2, 1, 1)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_a_run_without_a_change_leaves_every_file_as_it_is(folder: Folder, tmp_path: Path) -> None:
+    folder.write("b.png", corrupt=True)
+    run(folder, tmp_path / "out")
+
+    def stamps() -> dict[str, tuple[int, int]]:
+        files = {name: (tmp_path / "out" / name).stat() for name in published(tmp_path / "out")}
+        return {name: (status.st_ino, status.st_mtime_ns) for name, status in files.items()}
+
+    before = stamps()
+    assert run(folder, tmp_path / "out").resumed == 7
+    assert stamps() == before
+    check_files(tmp_path / "out")
+
+
+def test_with_content_a_touched_image_is_not_computed_again(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    for name in folder.files:
+        folder.touch(name)
+    before = published(out)
+    assert run(folder, out, check="content").resumed == 7
+    assert published(out) == before
+    assert run(folder, out).resumed == 0
+
+
+def test_with_content_a_change_of_the_same_size_and_time_is_found(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    path = folder.place / "b.bmp"
+    for colour in [(1, 2, 3), (4, 5, 6)]:
+        Image.new("RGB", (5, 5), colour).save(path)
+        os.utime(path, ns=(10**18, 10**18))
+        if colour == (1, 2, 3):
+            run(folder, out)
+    assert run(folder, out).resumed == 8  # sizes and times do not tell
+    assert view(out) == {**folder.colours, "b.bmp": (1, 2, 3)}
+    report = run(folder, out, check="content")
+    assert (report.resumed, report.stores[0].changed) == (7, 1)
+    assert view(out) == {**folder.colours, "b.bmp": (4, 5, 6)}
+    check_files(out)
+
+
+def test_an_image_that_comes_back_unchanged_has_its_old_row_again(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    was = folder.files["b.png"]
+    for change in (lambda: folder.delete("b.png"), lambda: folder.write("b.png")):
+        change()
+        run(folder, out)
+        assert view(out) == folder.colours
+        folder.restore("b.png", was)
+        report = run(folder, out)
+        assert (report.resumed, report.stores[0].added) == (7, 0)
+        assert view(out) == folder.colours
+        check_files(out)
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_a_failed_image_is_tried_again_when_that_is_asked_for(
+    folder: Folder, tmp_path: Path, retry: bool
+) -> None:
+    out = tmp_path / "out"
+    folder.write("b.png", corrupt=True)
+    folder.write("e.png", corrupt=True)
+    run(folder, out)
+    report = run(folder, out, retry_failed=retry)
+    assert (report.resumed, report.rows, report.failed) == (5 if retry else 7, 5, 2)
+    # What made it fail is over, and nothing of the file tells.
+    path = folder.place / "b.png"
+    was = path.stat()
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "right.ppm")
+    right = (tmp_path / "right.ppm").read_bytes()
+    path.write_bytes(b"y" * len(right))
+    os.utime(path, ns=(was.st_mtime_ns, was.st_mtime_ns))
+    assert run(folder, out).resumed == 6  # another size
+    path.write_bytes(right)
+    os.utime(path, ns=(was.st_mtime_ns, was.st_mtime_ns))
+    assert run(folder, out, retry_failed=retry).failed == (1 if retry else 2)
+    expected = {**folder.colours, "b.png": (9, 8, 7)} if retry else folder.colours
+    assert view(out) == expected
+    check_files(out)
+
+
+@pytest.mark.parametrize("change", ["touch", "write"])
+def test_a_failed_image_is_tried_again_once_its_file_is_another(
+    folder: Folder, tmp_path: Path, change: str
+) -> None:
+    out = tmp_path / "out"
+    folder.write("b.png", corrupt=True)
+    run(folder, out)
+    getattr(folder, change)("b.png")
+    report = run(folder, out)
+    assert (report.resumed, report.failed) == (6, 1 if change == "touch" else 0)
+    assert names_of_failures(out) == sorted(folder.corrupt)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_an_unreadable_image_is_tried_again_once_it_can_be_read(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (folder.place / "b.png").chmod(0)
+    run(folder, out)
+    assert names_of_failures(out) == ["b.png"]
+    assert run(folder, out).resumed == 7  # it still cannot
+    (folder.place / "b.png").chmod(0o644)
+    report = run(folder, out)
+    assert (report.resumed, report.failed) == (6, 0)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_a_link_that_leads_nowhere_is_tried_again_once_it_leads_to_an_image(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    (folder.place / "link.png").symlink_to(tmp_path / "later.png")
+    run(folder, out)
+    assert names_of_failures(out) == ["link.png"]
+    assert run(folder, out).resumed == 8
+    Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "later.png")
+    report = run(folder, out)
+    assert (report.resumed, report.failed) == (7, 0)
+    assert view(out) == {**folder.colours, "link.png": (9, 8, 7)}
+
+
+def test_rows_of_missing_images_are_kept_until_a_run_that_does_not_keep_them(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before = view(out)
+    assert before is not None
+    folder.delete("a.png")
+    folder.delete("d/a.png")
+    folder.write("b.png")
+    report = run(folder, out, keep_missing=True)
+    (store,) = report.stores
+    assert (report.rows, store.added, store.changed, store.gone) == (7, 1, 1, 0)
+    kept = {name: before[name] for name in ("a.png", "d/a.png")}
+    assert view(out) == {**folder.colours, **kept}
+    check_files(out)
+    folder.write("a.png")  # one of them is there again, as another
+    run(folder, out, keep_missing=True)
+    assert view(out) == {**folder.colours, "d/a.png": before["d/a.png"]}
+    report = run(folder, out)
+    assert (report.rows, report.stores[0].gone, report.stores[0].added) == (6, 1, 0)
+    assert view(out) == folder.colours
+    # What was given up is not kept later.
+    run(folder, out, keep_missing=True)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_rows_of_missing_images_alone_are_a_store(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before = view(out)
+    assert before is not None
+    for name in list(folder.files)[1:]:
+        folder.delete(name)
+    folder.write("a.png", corrupt=True)
+    report = run(folder, out, keep_missing=True)
+    assert (report.rows, report.failed) == (6, 1)
+    del before["a.png"]
+    assert view(out) == before
+    check_files(out)
+
+
+def test_a_reader_reads_its_rows_and_paths_while_its_store_grows(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    folder.write("f.png", corrupt=True)
+    run(folder, out)
+    old = folder.colours
+    reader = FeatureStore.open(out)
+    for name in ("b.png", "g.png"):  # one of a shard retires, one comes
+        folder.write(name)
+        run(folder, out)
+    assert view(out) == folder.colours
+    assert len(reader) == len(old)
+    assert dict(zip(reader.paths, reader.column("mtime_ns"), strict=True)).keys() == old.keys()
+    for name, colour in old.items():
+        assert np.allclose(reader[reader.index_of(name)], normalised(colour), atol=1e-4), name
+
+
+def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path: Path) -> None:
+    models = ["mean", "small"]
+    settings = {**SIZES, "shard_images": 2}
+    places = [tmp_path / "out" / model for model in models]
+    for change in [lambda: None, lambda: folder.write("c.png"), lambda: folder.delete("a.png")]:
+        change()
+        extract(folder.place, ["mean"], places[0], **settings)  # finished, the other is not
+        if places[1].exists():
+            for name in ("z.png", "g.png", "e.png"):
+                folder.write(name)
+            with pytest.raises(InterruptedRunError, match=r"stopped after \d of \d"):
+                extract(folder.place, ["small"], places[1], **settings, stop=after(1))
+        report = extract(folder.place, models, tmp_path / "out", **settings)
+        for place, store in zip(places, report.stores, strict=True):
+            assert view(place) == folder.colours
+            assert (store.rows, store.failed) == (len(folder.files), 0)
+            check_files(place)
+        assert extract(folder.place, models, tmp_path / "out", **settings).resumed == len(
+            folder.files
+        )
+
+
+def test_two_stores_that_lack_different_images_end_alike(folder: Folder, tmp_path: Path) -> None:
+    models = ["mean", "small"]
+    folder.write("b.png", corrupt=True)
+    extract(folder.place, models, tmp_path / "out", **SIZES)
+    folder.write("b.png")
+    folder.write("z.png", corrupt=True)
+    extract(folder.place, ["small"], tmp_path / "out/small", **SIZES)
+    folder.write("c.png")
+    report = extract(folder.place, models, tmp_path / "out", **SIZES)
+    assert [store.added for store in report.stores] == [2, 1]
+    assert report.resumed == 5  # the worst of them
+    for model in models:
+        assert view(tmp_path / "out" / model) == folder.colours
+        assert names_of_failures(tmp_path / "out" / model) == ["z.png"]
+        check_files(tmp_path / "out" / model)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_folder_in_which_nothing_is_an_image_any_more_changes_nothing(
+    folder: Folder, tmp_path: Path, interrupted: bool
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before, old = published(out), view(out)
+    if interrupted:
+        for name in list(folder.files):
+            folder.write(name)
+        with pytest.raises(InterruptedRunError, match="stopped after 3 of 7"):
+            run(folder, out, stop=after(2))
+    for name in list(folder.files):
+        folder.write(name, corrupt=True)
+    for _ in range(2):
+        with pytest.raises(SourceError, match="none of the 7 images gives an embedding"):
+            run(folder, out)
+        assert published(out) == before
+        check_files(out)
+    assert view(out) == old
+    folder.write("b.png")
+    report = run(folder, out)
+    assert (report.rows, report.failed) == (1, 6)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_shards_of_which_no_row_counts_vanish(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+
+    def shards() -> list[int]:
+        numbers = [shard.shard for shard in FeatureStore.open(out).manifest.shards]
+        for name in ("features", "images"):
+            assert [int(path.stem) for path in sorted((out / name).iterdir())] == numbers
+        return numbers
+
+    assert shards() == [0, 1, 2]
+    for name in ("b.png", "a.png", "c.png"):
+        assert 0 in shards()
+        folder.write(name)
+        run(folder, out)
+        assert view(out) == folder.colours
+        check_files(out)
+    assert 0 not in shards()
+    was = shards()
+    folder.delete("z.png" if "z.png" in folder.files else "f.png")
+    run(folder, out)
+    assert 2 in was  # it held f.png alone
+    assert 2 not in shards()
+    check_files(out)
+
+
+def test_what_an_interrupted_run_has_done_is_kept_where_it_is_still_right(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError, match="stopped after 5 of 7"):
+        run(folder, out, stop=after(3))
+    folder.write("a.png")
+    folder.write("z.png")
+    folder.write("b.png", corrupt=True)
+    report = run(folder, out)
+    assert (report.resumed, report.rows, report.failed) == (3, 7, 1)
+    assert view(out) == folder.colours
+    assert names_of_failures(out) == ["b.png"]
+    check_files(out)
+
+
+def test_an_image_that_an_interrupted_run_found_corrupt_may_be_mended(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        folder.write(name, corrupt=True)
+    with pytest.raises(InterruptedRunError, match="stopped after 2 of 7"):
+        run(folder, out, stop=after(1))
+    for name in list(folder.files):
+        folder.write(name, corrupt=name not in ("a.png", "b.png"))
+    with pytest.raises(InterruptedRunError, match="stopped after 2 of 7"):
+        run(folder, out, stop=after(1))
+    report = run(folder, out)
+    assert (report.resumed, report.rows, report.failed) == (2, 2, 5)
+    assert view(out) == folder.colours
+    check_files(out)
+
+
+def test_a_run_goes_on_where_one_died_at_any_step_of_growing(tmp_path: Path) -> None:
+    template = Folder(tmp_path / "in")
+    for name in NAMES[:4]:
+        template.write(name)
+    run(template, tmp_path / "template")
+    old = view(tmp_path / "template")
+    for name in ("a.png", "b.png", "e.png"):
+        template.write(name)
+    template.delete("c.png")  # of the first shard no row is left
+    outcomes = []
+    for when in itertools.count(1):
+        out = tmp_path / "out"
+        shutil.copytree(tmp_path / "template", out)
+        code = in_child(lambda out=out: run(template, out), when)
+        found = view(out)
+        outcomes.append((code, found == template.colours))
+        assert found in (old, template.colours), when
+        report = run(template, out)
+        assert report.rows == len(template.colours), when
+        assert view(out) == template.colours, when
+        check_files(out)
+        shutil.rmtree(out)
+        if code != DIED:
+            break
+    assert code == 0
+    assert len(outcomes) > 40
+    stages = [stage for stage, _ in itertools.groupby(outcomes)]
+    assert stages == [(DIED, False), (DIED, True), (0, True)]

@@ -1,0 +1,326 @@
+"""A run that was stopped, killed or failed goes on, and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.networks import mean_pixel
+from support.pictures import noise
+
+from extractor import FeatureStore, extract
+from extractor.api import Progress
+from extractor.errors import InterruptedRunError, StoreError
+from extractor.models import embedding as targets
+from extractor.options import Options
+from extractor.store.journal import BatchEntry, FailureRecord, ImageRecord
+from extractor.store.verify import verify
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
+
+
+@pytest.fixture(autouse=True)
+def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(model: str, options: Options) -> object:
+        return mean_pixel(size=(24, 32) if model == "mean" else (16, 16))
+
+    monkeypatch.setattr(targets, "load", load)
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Every file of a store; of the manifest all but the time and what hangs on it."""
+    files: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "run.json":
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    manifest = json.loads((folder / "store.json").read_bytes())
+    files["store.json"] = {k: v for k, v in manifest.items() if k not in ("created", "checksum")}
+    return files
+
+
+def after(batches: int) -> Callable[[], bool]:
+    """Says yes when it is asked for the ``batches``-th time."""
+    asked = iter(range(1, 10**9))
+    return lambda: next(asked) >= batches
+
+
+@pytest.mark.parametrize("bad", [[], [0], [4, 5, 6, 7], [10]])
+@pytest.mark.parametrize("shard_images", [3, 4, 100])
+def test_a_stopped_run_ends_as_an_undisturbed_one(
+    photos: Path, tmp_path: Path, bad: list[int], shard_images: int
+) -> None:
+    files = sorted(path for path in photos.rglob("*") if path.is_file())
+    for place in bad:
+        files[place].write_text("bad")
+    settings = {"batch_size": 2, "shard_images": shard_images}
+    extract(photos, "mean", tmp_path / "undisturbed", **settings)
+    expected = content(tmp_path / "undisturbed")
+    out = tmp_path / "out"
+    for batches in range(1, 20):  # each run does one batch more than the one before it
+        try:
+            report = extract(photos, "mean", out, **settings, stop=after(batches))
+            break
+        except InterruptedRunError:
+            assert not (out / "store.json").exists()
+    assert batches > 1
+    assert report.failed == len(bad)
+    assert content(out) == expected
+
+
+@pytest.mark.parametrize("batches", [5, 6])
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_shard_whose_features_a_power_cut_took_costs_no_row_behind_it(
+    photos: Path, tmp_path: Path, batches: int, is_there: bool
+) -> None:
+    settings = {"batch_size": 1, "shard_images": 3}
+    extract(photos, "mean", tmp_path / "undisturbed", **settings)
+    out = tmp_path / "out"
+    with pytest.raises(InterruptedRunError, match=f"stopped after {batches} of 11 images"):
+        extract(photos, "mean", out, **settings, stop=after(batches))
+    features = out / ".extractor-partial" / "features"
+    if is_there:  # its name was not on the disk yet
+        os.replace(features / "00000.npy", features / "00000.npy.partial")
+    else:
+        (features / "00000.npy").unlink()
+    extract(photos, "mean", out, **settings)
+    assert content(out) == content(tmp_path / "undisturbed")
+
+
+def test_what_is_done_is_not_computed_again(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InterruptedRunError, match="stopped after 4 of 11 images"):
+        extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(2))
+    told: list[Progress] = []
+    report = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=told.append)
+    assert [progress.done for progress in told] == [4, 6, 8, 10, 11]
+    assert report.resumed == 4
+    again = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=told.append)
+    assert again.resumed == again.images == 11
+    assert again.rows == 11
+    assert len(told) == 5  # nothing was computed
+
+
+def test_several_stores_go_on_side_by_side(photos: Path, tmp_path: Path) -> None:
+    models = ["mean", "small"]
+    extract(photos, models, tmp_path / "undisturbed", batch_size=2, shard_images=4)
+    with pytest.raises(InterruptedRunError, match="stopped after 6"):
+        extract(photos, models, tmp_path / "out", batch_size=2, shard_images=4, stop=after(3))
+    # One of them alone goes on, and is finished before the other.
+    extract(photos, ["small"], tmp_path / "out/small", batch_size=2, shard_images=4)
+    extract(photos, models, tmp_path / "out", batch_size=2, shard_images=4)
+    for model in models:
+        assert content(tmp_path / "out" / model) == content(tmp_path / "undisturbed" / model)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda photos: {"batch_size": 3}, r"computation.batch_size: 2 there, 3 now"),
+        (lambda photos: {"dtype": "float16"}, r'embedding.dtype: "float32" there, "float16" now'),
+        (lambda photos: {"normalize": True}, r"embedding.normalized: false there, true now"),
+        (lambda photos: {"shard_images": 9}, r"shard_images: 65536 there, 9 now"),
+    ],
+)
+@pytest.mark.parametrize("finished", [False, True])
+def test_what_was_asked_for_otherwise_is_told_and_never_mixed(
+    photos: Path,
+    tmp_path: Path,
+    change: Callable[[Path], dict[str, object] | None],
+    match: str,
+    finished: bool,
+) -> None:
+    out = tmp_path / "out"
+    settings: dict[str, object] = {"batch_size": 2}
+    if finished:
+        extract(photos, "mean", out, **settings)
+    else:
+        with pytest.raises(InterruptedRunError, match="stopped after 8"):
+            extract(photos, "mean", out, **settings, stop=after(4))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    settings |= change(photos) or {}
+    with pytest.raises(StoreError, match=rf"{match}.*--overwrite"):
+        extract(photos, "mean", out, **settings)
+    left = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    lock = out / ".extractor-partial/lock"
+    assert {p: b for p, b in left.items() if p != lock} == {
+        p: b for p, b in before.items() if p != lock
+    }
+    extract(photos, "mean", out, **settings, overwrite=True)
+    extract(photos, "mean", tmp_path / "anew", **settings)
+    assert content(out) == content(tmp_path / "anew")
+
+
+def noise_file(path: Path) -> None:
+    noise(1, 9, 9).save(path)
+
+
+@pytest.mark.parametrize("shard_images", [3, 100])
+@pytest.mark.parametrize("finished", [False, True])
+def test_images_that_changed_meanwhile_are_computed_and_no_others(
+    photos: Path, tmp_path: Path, finished: bool, shard_images: int
+) -> None:
+    out = tmp_path / "out"
+    settings = {"batch_size": 2, "shard_images": shard_images}
+    if finished:
+        extract(photos, "mean", out, **settings)
+    else:
+        with pytest.raises(InterruptedRunError, match=r"stopped after [56] of 11"):
+            extract(photos, "mean", out, **settings, stop=after(3))
+    done = 11 if finished else 6 if shard_images == 100 else 5
+    noise_file(photos / "00.png")
+    noise_file(photos / "000.png")
+    gone = sorted(path for path in photos.rglob("*") if path.is_file())[3]
+    gone.unlink()
+    told: list[Progress] = []
+    report = extract(photos, "mean", out, **settings, progress=told.append)
+    assert (report.resumed, told[0].done) == (done - 2, done - 2)
+    assert (report.stores[0].changed, report.stores[0].gone) == (1, 1)
+    extract(photos, "mean", tmp_path / "anew", **settings)
+    store, anew = (FeatureStore.open(folder) for folder in (out, tmp_path / "anew"))
+    assert len(store) == len(anew) == 11
+    for path in anew.paths:
+        assert np.array_equal(store[store.index_of(path)], anew[anew.index_of(path)]), path
+    assert not list(verify(out))
+    assert store.manifest.listing == anew.manifest.listing
+    extract(photos, "mean", out, **settings, overwrite=True)
+    assert content(out) == content(tmp_path / "anew")
+
+
+@pytest.mark.parametrize("cut", [1, 5, 12, 40, 200])
+@pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
+def test_a_torn_tail_costs_its_batch_and_no_more(
+    photos: Path, tmp_path: Path, what: str, cut: int
+) -> None:
+    extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
+    with pytest.raises(InterruptedRunError, match="stopped after 8"):
+        extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(4))
+    torn = tmp_path / "out/.extractor-partial" / what
+    os.truncate(torn, max(torn.stat().st_size - cut, 0))
+    report = extract(photos, "mean", tmp_path / "out", batch_size=2)
+    assert report.resumed in (0, 2, 4, 6)
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
+def test_a_damaged_batch_is_computed_again(photos: Path, tmp_path: Path, what: str) -> None:
+    extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
+    draw = random.Random(0)
+    for turn in range(20):
+        out = tmp_path / f"out{turn}"
+        with pytest.raises(InterruptedRunError, match="stopped after 8"):
+            extract(photos, "mean", out, batch_size=2, stop=after(4))
+        damaged = out / ".extractor-partial" / what
+        data = bytearray(damaged.read_bytes())
+        place = draw.randrange(128, len(data)) if "npy" in what else data.index(b"\n") - 5
+        data[place] ^= 1 << draw.randrange(8)
+        damaged.write_bytes(data)
+        extract(photos, "mean", out, batch_size=2)
+        assert content(out) == content(tmp_path / "undisturbed")
+
+
+# ---------------------------------------------------------------------------------------------
+# The real command
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A folder of images, some of them bad, and the store of an undisturbed run."""
+    home = tmp_path_factory.mktemp("many")
+    (home / "in").mkdir()
+    for place in range(400):
+        path = home / "in" / f"{place:03d}.jpg"
+        if place % 50 == 7:
+            path.write_text("no image")
+        else:
+            noise(place, 60, 50).save(path)
+    done = subprocess.run(words(home, "undisturbed"), capture_output=True, check=False, env=ENV)
+    assert done.returncode == 3, done.stderr
+    return home / "in", home / "undisturbed"
+
+
+def is_at_work(process: int, out: Path) -> bool:
+    lock = out / ".extractor-partial/lock"
+    return lock.exists() and f"process {process} " in lock.read_text()
+
+
+def words(home: Path, out: str) -> list[str]:
+    model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
+    sizes = ["-b", "4", "--shard-images", "50", "--image-size", "160"]
+    command = [sys.executable, "-m", "extractor", *model, *sizes, "--quiet"]
+    return [*command, str(home / "in"), "-o", str(home / out)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+def test_a_run_that_is_ended_again_and_again_ends_as_an_undisturbed_one(
+    many: tuple[Path, Path], number: signal.Signals
+) -> None:
+    home = many[0].parent
+    draw = random.Random(number)
+    midway = stores = 0
+    while midway < KILLS:  # a store takes some of them, and then the next one begins
+        stores += 1
+        assert stores <= KILLS, "no run was ended before it was done"
+        out = home / f"out-{number.name}-{stores}"
+        while (code := ended_run(home, out, number, draw, midway < KILLS)) != 3:
+            # SIGTERM before the command has begun to listen ends it as it ends any process.
+            assert code in (-number, 143 if number is signal.SIGTERM else -number)
+            midway += not (out / "store.json").exists()
+        assert content(out) == content(many[1])
+
+
+def ended_run(
+    home: Path, out: Path, number: signal.Signals, draw: random.Random, is_ended: bool
+) -> int:
+    """Run the command, and end it at a random instant of its work; returns its exit code."""
+    with subprocess.Popen(words(home, out.name), stderr=subprocess.PIPE, env=ENV) as run:
+        if is_ended:
+            while run.poll() is None and not is_at_work(run.pid, out):
+                time.sleep(0.01)
+            time.sleep(draw.uniform(0, 0.5))
+            run.send_signal(number)
+        assert run.stderr is not None
+        told = run.stderr.read().decode()
+    assert "Traceback" not in told
+    return run.returncode
+
+
+def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path]) -> None:
+    features = np.load(many[1] / "features/00000.npy")
+    assert features.shape == (49, 512)
+    assert len(np.unique(features, axis=0)) == 49
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"records": [], "failures": [], "checksum": Infinity}\n',
+        b"[" * 100_000 + b"\n",
+        b'{"records": [1], "failures": [], "checksum": 0}\n',
+        b"{}\n",
+    ],
+)
+def test_a_damaged_line_of_a_journal_is_no_more_than_that(line: bytes) -> None:
+    with pytest.raises(ValueError, match="damaged line"):
+        BatchEntry.from_line(line)
+
+
+@pytest.mark.parametrize("path", [b"a b.jpg", b'\xff"\\\n.jpg', "\u00e9\U0001f600".encode(), b""])
+def test_a_line_of_a_journal_holds_any_path(path: bytes) -> None:
+    record = ImageRecord(path, 1, -2, 3, 4, bytes(range(32)))
+    failure = FailureRecord(path, "damaged", 'a "word"\n')
+    line = BatchEntry((record, record._replace(sha256=b"")), (failure,), 7).to_line()
+    assert line.count(b"\n") == 1
+    again = BatchEntry.from_line(line)
+    assert [*again.records] == [record, record._replace(sha256=b"")]
+    assert ([*again.failures], again.checksum) == ([failure], 7)

@@ -1,0 +1,622 @@
+"""Several stores of one run: models, layers and what is joined of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import pytest
+import torch
+from support.networks import MeanPixel
+from support.pictures import noise
+from torch import nn
+
+from extractor import Backbone, Extractor, FeatureStore, extract
+from extractor.cli import main as cli
+from extractor.compute.embed import pictures_of
+from extractor.errors import ModelError, SourceError, StoreError, UsageError
+from extractor.images import decode
+from extractor.images.decode import ImageInfo
+from extractor.loading import loader
+from extractor.models import embedding as targets
+from extractor.models.embedding import Part, Target
+from extractor.options import Options, planned_stores, store_folders
+from extractor.preprocess import Preprocess
+from extractor.store.array import ShardedArray
+
+NAMES = ["resnet18", "torchvision:squeezenet1_1"]
+RANDOM: dict[str, Any] = {"weights": "random", "device": "cpu", "image_size": 64, "batch_size": 4}
+WORDS = ["--weights", "random", "--device", "cpu", "--image-size", "64", "-b", "4", "--quiet"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The networks are small: threads that wait for each other would cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Six pictures with structure, of different sizes."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(6):
+        noise(i, 70 + 9 * i, 110 - 6 * i).save(folder / f"{i}.png")
+    return folder
+
+
+class Stripes(nn.Module):
+    """The mean of each row and channel."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.mean(3).flatten(1)
+
+
+class DarkIsNone(nn.Module):
+    """The mean of each channel; not a number for a picture that is darker than grey."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        rows = pixels.mean((2, 3))
+        return torch.where(rows.mean(1, keepdim=True) < 0, torch.nan, rows)
+
+
+HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+
+
+def small(network: nn.Module, size: int | tuple[int, int] = 8, name: str = "") -> Backbone:
+    preprocess = Preprocess.standard(size, crop_pct=1.0, fit="squash", **HALF)  # type: ignore[arg-type]
+    return Backbone.from_module(network, head=None, preprocess=preprocess, name=name, device="cpu")
+
+
+@pytest.fixture
+def named_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Backbone]:
+    """Models that a name loads."""
+    made = {"mean": small(MeanPixel()), "stripes": small(Stripes(), (6, 10))}
+    monkeypatch.setattr(targets, "load", lambda name, _: made[name])
+    return made
+
+
+def rows_of(store: FeatureStore) -> npt.NDArray[np.float32]:
+    return np.asarray(store.features)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "features").iterdir()}
+
+
+# ---------------------------------------------------------------------------------------------
+# Several models
+
+
+def test_each_model_fills_the_store_that_it_would_fill_alone(images: Path, tmp_path: Path) -> None:
+    report = extract(images, NAMES, tmp_path / "both", shard_images=4, **RANDOM)
+    folders = ["resnet18", "torchvision-squeezenet1_1"]
+    assert [store.out for store in report.stores] == [tmp_path / "both" / name for name in folders]
+    assert [store.shape for store in report.stores] == [(512,), (512,)]
+    assert report.images == 6
+    for store, name in zip(report.stores, NAMES, strict=True):
+        alone = extract(images, name, tmp_path / "alone" / name, shard_images=4, **RANDOM)
+        assert files_of(store.out) == files_of(alone.out)
+        assert list(files_of(store.out)) != []
+        assert store.store.paths == alone.store.paths == [f"{i}.png" for i in range(6)]
+        assert store.rows == alone.rows == 6
+        ours, theirs = store.store.manifest.description, alone.store.manifest.description
+        assert ours == theirs
+        assert ours.model == (name if ":" in name else f"timm:{name}")
+
+
+def test_the_command_takes_several_models(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word for name in NAMES for word in ("-m", name)]
+    assert cli.main([*words, *WORDS, str(images), "-o", str(tmp_path / "command")]) == 0
+    capsys.readouterr()
+    report = extract(images, NAMES, tmp_path / "library", **RANDOM)
+    for store in report.stores:
+        assert files_of(tmp_path / "command" / store.out.name) == files_of(store.out)
+
+
+def test_the_summary_names_every_store(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", "resnet18", "--layer", "layer1", "--layer", "layer2", *WORDS[:-1]]
+    (images / "bad.jpg").write_text("text")
+    assert cli.main([*words, str(images), "-o", str(tmp_path / "out")]) == 3
+    printed = capsys.readouterr().out
+    for folder, dim in (("resnet18@layer1", 64), ("resnet18@layer2", 128)):
+        assert f"6 of 7 images, {dim} numbers each" in printed
+        assert f"{tmp_path}/out/{folder}\n" in printed
+        assert f"listed in {tmp_path}/out/{folder}/failures.jsonl" in printed
+
+
+def test_every_image_is_opened_and_decoded_once(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, decoded, lock = [], [], threading.Lock()
+    open_image, decode_into = PIL.Image.open, loader.decode_into
+
+    def count_open(*arguments: Any, **keywords: Any) -> PIL.Image.Image:
+        with lock:
+            opened.append(arguments)
+        return open_image(*arguments, **keywords)
+
+    def count_decode(source: Any, preprocesses: Any, *rest: Any) -> ImageInfo:
+        with lock:
+            decoded.append((Path(str(source.path, "utf8")).name, len(preprocesses)))
+        return decode_into(source, preprocesses, *rest)
+
+    monkeypatch.setattr(PIL.Image, "open", count_open)
+    monkeypatch.setattr(loader, "decode_into", count_decode)
+    models = [small(MeanPixel()), small(Stripes()), small(MeanPixel(), 5, name="other")]
+    extract(images, models, tmp_path / "out", batch_size=4)
+    assert len(opened) == 6
+    assert sorted(decoded) == [(f"{i}.png", 2) for i in range(6)]
+
+
+def test_each_model_sees_its_own_picture(images: Path, tmp_path: Path) -> None:
+    models = [small(Stripes(), (4, 9), "low"), small(Stripes(), (7, 5), "high")]
+    report = extract(images, models, tmp_path / "out", batch_size=4)
+    for store, size in zip(report.stores, [(4, 9), (7, 5)], strict=True):
+        for row, name in zip(rows_of(store.store), store.store.paths, strict=True):
+            with PIL.Image.open(images / name) as image:
+                squashed = image.resize(size[::-1], PIL.Image.Resampling.BICUBIC)
+            levels = np.asarray(squashed, np.float32) / 255
+            expected = ((levels - 0.5) / 0.5).mean(1).T.ravel()
+            np.testing.assert_allclose(row, expected, atol=0.004)  # a level or less
+
+
+def test_equal_pictures_are_made_once() -> None:
+    one, same = small(MeanPixel()), small(Stripes())
+    other_levels = Backbone.from_module(
+        MeanPixel(),
+        head=None,
+        preprocess=Preprocess.standard(8, crop_pct=1.0, fit="squash"),
+        device="cpu",
+    )
+    larger = small(MeanPixel(), 9)
+    made = pictures_of([Target("x", (Part(b),)) for b in (one, same, larger, other_levels)])
+    assert [preprocess.input_size for preprocess in made] == [(8, 8), (9, 9)]
+    joined = Target("y", (Part(larger), Part(one)))
+    assert pictures_of([joined]) == [larger.preprocess, one.preprocess]
+
+
+def test_decoding_into_several_pictures_is_decoding_several_times(images: Path) -> None:
+    preprocesses = [
+        Preprocess.standard(24),
+        Preprocess.standard((20, 30), fit="pad", mean=(0.2, 0.4, 0.6)),
+        Preprocess.standard(17, fit="squash", interpolation="bilinear"),
+    ]
+    rotated = PIL.Image.open(images / "3.png")
+    rotated.getexif()[0x0112] = 6
+    for source in (str(images / "0.png"), np.asarray(rotated), rotated):
+        together = [np.full((*p.input_size, 3), 7, np.uint8) for p in preprocesses]
+        info = decode.decode_into(source, preprocesses, together)
+        for preprocess, picture in zip(preprocesses, together, strict=True):
+            alone = np.full_like(picture, 9)
+            assert decode.decode_into(source, [preprocess], [alone]) == info
+            assert np.array_equal(alone, picture)
+            assert alone.std() > 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Failures
+
+
+def test_a_bad_image_costs_its_row_in_every_store(images: Path, tmp_path: Path) -> None:
+    (images / "2.png").write_text("no image")
+    report = extract(images, [small(MeanPixel()), small(Stripes(), 5)], tmp_path / "out")
+    assert report.failure_rate == pytest.approx(1 / 6)
+    for store in report.stores:
+        assert (store.rows, store.failed) == (5, 1)
+        assert store.store.paths == [f"{i}.png" for i in (0, 1, 3, 4, 5)]
+        assert [entry["path"] for entry in store.store.failures] == ["2.png"]
+        assert store.first_failures[0][0] == "2.png"
+
+
+@pytest.fixture
+def shades(tmp_path: Path) -> Path:
+    folder = tmp_path / "shades"
+    folder.mkdir()
+    for i, level in enumerate((250, 30, 200, 10, 240)):
+        PIL.Image.new("RGB", (9, 9), (level, level, level)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_an_embedding_that_is_not_finite_fails_in_its_own_store_only(
+    shades: Path, tmp_path: Path
+) -> None:
+    report = extract(shades, [small(MeanPixel()), small(DarkIsNone())], tmp_path / "out")
+    whole, gaps = report.stores
+    assert (whole.rows, whole.failed, gaps.rows, gaps.failed) == (5, 0, 3, 2)
+    assert report.failure_rate == pytest.approx(2 / 5)
+    assert whole.store.failures == []
+    assert {entry["path"]: entry["error"] for entry in gaps.store.failures} == {
+        "1.png": "not-finite",
+        "3.png": "not-finite",
+    }
+    expected = [[(level / 255 - 0.5) / 0.5] * 3 for level in (250, 30, 200, 10, 240)]
+    np.testing.assert_allclose(rows_of(whole.store), expected, atol=1e-5)
+    assert gaps.store.paths == ["0.png", "2.png", "4.png"]
+    np.testing.assert_allclose(rows_of(gaps.store), np.array(expected)[[0, 2, 4]], atol=1e-5)
+
+
+def test_when_no_image_has_a_row_in_one_store_nothing_is_added(
+    shades: Path, tmp_path: Path
+) -> None:
+    for name in ("0.png", "2.png", "4.png"):
+        (shades / name).unlink()
+    models = [small(MeanPixel()), small(DarkIsNone())]
+    with pytest.raises(SourceError, match=r"none of the 2 images .* of module-DarkIsNone"):
+        extract(shades, models, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_that_is_in_the_way_stops_all(images: Path, tmp_path: Path) -> None:
+    extract(images, small(Stripes()), tmp_path / "out" / "module-Stripes", dtype="float16")
+    models = [small(MeanPixel()), small(Stripes())]
+    with pytest.raises(
+        StoreError,
+        match=r"finished store of something else \(embedding.dtype",
+    ):
+        extract(images, models, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["module-Stripes"]
+    report = extract(images, models, tmp_path / "out", overwrite=True)
+    assert [store.rows for store in report.stores] == [6, 6]
+
+
+def test_two_stores_of_one_name_are_a_usage_error(images: Path, tmp_path: Path) -> None:
+    models = [small(MeanPixel()), small(MeanPixel(), 9)]
+    with pytest.raises(UsageError, match=r"module[-:]MeanPixel"):
+        extract(images, models, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# Joined
+
+
+@pytest.mark.usefixtures("named_models")
+@pytest.mark.parametrize("normalize", [False, True])
+def test_joined_models_are_parts_of_unit_length(
+    images: Path, tmp_path: Path, normalize: bool
+) -> None:
+    apart = extract(images, ["mean", "stripes"], tmp_path / "apart")
+    report = extract(images, "mean+stripes", tmp_path / "joined", normalize=normalize)
+    mean, stripes = (rows_of(store.store).astype(np.float64) for store in apart.stores)
+    parts = [rows / np.sqrt((rows**2).sum(1, keepdims=True)) for rows in (mean, stripes)]
+    expected = np.hstack(parts) / (np.sqrt(2) if normalize else 1)
+    assert report.dim == 3 + 18
+    np.testing.assert_allclose(rows_of(report.store), expected, atol=1e-6)
+    embedding = report.store.manifest.description.embedding
+    assert (embedding["definition"], embedding["unit_parts"]) == ("concatenation", True)
+    assert [part["dim"] for part in embedding["parts"]] == [3, 18]
+    backbone = report.store.manifest.description.backbone
+    assert backbone["model"] == "module:MeanPixel+module:Stripes"
+    sizes = [p["input_size"] for p in report.store.manifest.description.preprocess["parts"]]
+    assert sizes == [[8, 8], [6, 10]]
+
+
+@pytest.mark.usefixtures("named_models")
+def test_a_model_that_is_joined_and_alone_computes_once(images: Path, tmp_path: Path) -> None:
+    calls: list[int] = []
+    backbone = targets.load("mean", Options())
+    backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
+    report = extract(images, ["mean", "mean+stripes"], tmp_path / "out", batch_size=3)
+    assert len(calls) == 2  # batches
+    assert [store.out.name for store in report.stores] == ["mean", "mean+stripes"]
+    alone, joined = (rows_of(store.store) for store in report.stores)
+    unit = alone / np.linalg.norm(alone, axis=1, keepdims=True)
+    np.testing.assert_allclose(joined[:, :3], unit, atol=1e-6)
+
+
+def test_joined_layers_are_not_scaled(images: Path, tmp_path: Path) -> None:
+    layers = ["layer3", "layer1", "fc"]
+    apart = extract(images, "resnet18", tmp_path / "apart", layers=layers, **RANDOM)
+    assert [store.out.name for store in apart.stores] == [f"resnet18@{layer}" for layer in layers]
+    words = [word for layer in layers for word in ("--layer", layer)]
+    out = tmp_path / "joined"
+    assert (
+        cli.main(["-m", "resnet18", *words, "--concat", *WORDS, str(images), "-o", str(out)]) == 0
+    )
+    store = FeatureStore.open(out)
+    expected = np.hstack([rows_of(one.store) for one in apart.stores])
+    assert expected.shape == (6, 256 + 64 + 512)
+    assert np.array_equal(rows_of(store), expected)
+    assert store.manifest.description.embedding["unit_parts"] is False
+
+
+def test_joined_layers_are_one_embedding_to_normalize(images: Path, tmp_path: Path) -> None:
+    options = {**RANDOM, "layers": ["layer1", "layer2"]}
+    apart = extract(images, "resnet18", tmp_path / "apart", **options)
+    store = extract(
+        images, "resnet18", tmp_path / "joined", concat=True, normalize=True, **options
+    ).store
+    rows = np.hstack([rows_of(one.store) for one in apart.stores])
+    expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    np.testing.assert_allclose(rows_of(store), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (
+            {"model": NAMES, "weights": "w.pth"},
+            "weights: one file or tag cannot be that of several",
+        ),
+        ({"model": "resnet18+resnet34", "weights": "a1_in1k"}, "weights: one file or tag cannot"),
+        ({"model": "resnet18+resnet34", "layers": ["layer1"]}, r"layers: A\+B joins embeddings"),
+        ({"model": ["a", "b+c"], "layers": ["layer1"]}, r"layers: A\+B joins embeddings"),
+        ({"model": ["resnet18", "resnet18"]}, "expected each but once"),
+        ({"model": []}, "got no model"),
+        ({"model": ["resnet18", ""]}, "got no model, or an empty name"),
+        ({"model": NAMES, "bypass": ["layer1.0"]}, "bypass: names modules of one model"),
+        ({"layers": ["a", "b"], "pool": "none", "concat": True}, "pool: none keeps maps or tokens"),
+        ({"layers": ["a"], "pool": "none", "normalize": True}, "pool: none keeps maps or tokens"),
+        ({"pool": "max"}, "pool: max pools a layer; name one"),
+        ({"concat": True}, "concat: joins several layers"),
+        ({"layers": ["layer1"], "concat": True}, "concat: joins several layers"),
+        ({"layers": "layer1"}, "layers: got 'layer1', expected a list of names"),
+        ({"layers": [""]}, r"layers: got \[''\], expected a list of names"),
+        ({"bypass": "layer1"}, "bypass: got 'layer1', expected a list"),
+    ],
+)
+def test_options_that_do_not_go_together_are_errors(
+    options: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=match):
+        extract(tmp_path / "nowhere", **{"model": "resnet18", **options})
+
+
+@pytest.mark.parametrize("glob", ["layer[12]", "layer?", "layer*", "**.downsample"])
+def test_any_glob_may_be_joined(images: Path, tmp_path: Path, glob: str) -> None:
+    store = extract(
+        images, "resnet18", tmp_path / "out", layers=[glob], concat=True, **RANDOM
+    ).store
+    dims = {"layer[12]": 64 + 128, "**.downsample": 128 + 256 + 512}
+    assert store.dim == dims.get(glob, 64 + 128 + 256 + 512)
+
+
+def test_weights_for_a_loaded_backbone_are_an_error(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a backbone brings its own weights"):
+        extract(images, small(MeanPixel()), tmp_path / "out", weights="random")
+
+
+# ---------------------------------------------------------------------------------------------
+# Backbones, and in memory
+
+
+def test_a_backbone_may_stand_for_its_name(images: Path, tmp_path: Path) -> None:
+    from extractor import load_backbone
+
+    backbone = load_backbone(
+        "resnet18", weights="random", device="cpu", image_size=64, layers=["layer2"], pool="max"
+    )
+    ours = extract(images, backbone, tmp_path / "a", batch_size=4)
+    theirs = extract(images, "resnet18", tmp_path / "b", layers=["layer2"], pool="max", **RANDOM)
+    assert files_of(ours.out) == files_of(theirs.out)
+    embedding = ours.store.manifest.description.embedding
+    assert embedding == theirs.store.manifest.description.embedding
+    assert (embedding["layer"], embedding["pool"]) == ("layer2", "max")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"precision": "bfloat16"},
+        {"bypass": ["1"]},
+        {"layers": ["0"], "pool": "max"},
+        {"image_size": 12, "mean": (0, 0, 0), "resize": "crop"},
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_a_run_leaves_the_backbone_that_it_was_given_as_it_was(
+    images: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone, pixels = small(network), torch.rand(2, 3, 8, 8)
+    before = backbone(pixels)
+    extract(images, backbone, tmp_path / "out", **options)
+    assert torch.equal(backbone(pixels), before)
+    assert backbone.preprocess.input_size == (8, 8)
+
+
+@pytest.mark.usefixtures("named_models")
+@pytest.mark.parametrize("model", ["stripes", "mean+stripes"])
+def test_in_memory_it_is_the_same_embedding(images: Path, tmp_path: Path, model: str) -> None:
+    store = extract(images, model, tmp_path / "out", batch_size=4).store
+    embed = Extractor(model, batch_size=4)
+    rows = embed([images / path for path in store.paths])
+    assert embed.dim == store.dim
+    assert embed.shape == (store.dim,)
+    assert len(embed.backbones) == model.count("+") + 1
+    np.testing.assert_allclose(rows, rows_of(store), atol=1e-6)
+
+
+def test_in_memory_layers_keep_their_shape(images: Path, tmp_path: Path) -> None:
+    paths = [images / f"{i}.png" for i in range(6)]
+    options = {**RANDOM, "layers": ["layer4"], "pool": "none"}
+    embed = Extractor("resnet18", **options)
+    assert (embed.shape, embed.dim) == ((512, 2, 2), 2048)
+    rows = embed(paths)
+    store = extract(images, "resnet18", tmp_path / "out", **options).store
+    np.testing.assert_allclose(rows, rows_of(store), rtol=1e-3, atol=1e-5)
+    assert embed([]).shape == (0, 512, 2, 2)
+    pooled = Extractor("resnet18", **{**options, "pool": "avg"})(paths)
+    np.testing.assert_allclose(rows.mean((2, 3)), pooled, rtol=1e-4, atol=1e-5)
+
+
+def test_several_layers_in_memory_must_be_joined() -> None:
+    options = {**RANDOM, "layers": ["layer1", "layer2"]}
+    with pytest.raises(
+        UsageError, match=r"2 embeddings of an image \(resnet18@layer1, resnet18@layer2\)"
+    ):
+        Extractor("resnet18", **options)
+    assert Extractor("resnet18", concat=True, **options).dim == 64 + 128
+
+
+# ---------------------------------------------------------------------------------------------
+# Rows with axes
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [("layer2", (128, 8, 8)), ("layer3.0.conv1", (256, 4, 4))]
+)
+def test_maps_are_plain_npy_files(
+    images: Path, tmp_path: Path, layer: str, shape: tuple[int, ...]
+) -> None:
+    options = {**RANDOM, "layers": [layer]}
+    store = extract(
+        images, "resnet18", tmp_path / "maps", pool="none", shard_images=4, **options
+    ).store
+    parts = [np.load(store.path / f"features/0000{i}.npy") for i in (0, 1)]
+    assert [part.shape for part in parts] == [(4, *shape), (2, *shape)]
+    assert all(part.flags.c_contiguous and part.dtype == np.float32 for part in parts)
+    pooled = rows_of(extract(images, "resnet18", tmp_path / "avg", **options).store)
+    np.testing.assert_allclose(np.concatenate(parts).mean((2, 3)), pooled, rtol=1e-3, atol=1e-5)
+    assert store.features.shape == (6, *shape)
+    assert store[4].shape == shape
+    assert np.array_equal(store[[5, 0], 3], np.concatenate(parts)[[5, 0], 3])
+    assert store.manifest.description.embedding["shape"] == list(shape)
+    assert store.dim == np.prod(shape)
+
+
+ROWS = np.arange(9 * 4 * 3 * 5, dtype=np.float32).reshape(9, 4, 3, 5)
+MASK = np.array([True, False, True, True, False, False, True, False, True])
+INDICES: list[Any] = [
+    0, -1, np.int64(3), np.array(4), slice(None), slice(2, 7), slice(None, None, -1),
+    slice(8, 1, -3), slice(5, 5), ..., (), [0, 8, 4, 4], [-1, -9], [], range(1, 9, 3),
+    MASK, list(MASK), np.zeros(9, bool), np.array([[0, 8], [3, 3]]), np.array([2, 7], np.uint8),
+    (3, 1), (3, 1, 2, 4), (-1, -1, -1, -1), (slice(1, 8, 2), 3), (slice(None), slice(None), 1),
+    (..., 2), (..., 2, 1), (..., slice(1, 3)), (0, ..., 1), (slice(2, 6), ..., [0, 4]),
+    ([0, 8, 5], 1), ([0, 8, 5], [1, 2, 3]), ([0, 8, 5], [1, 2, 3], [0, 0, 2], [4, 3, 2]),
+    ([0, 8, 5], slice(None), [1, 2, 0]), ([0, 8], slice(None), slice(None), [1, 2]),
+    (MASK, 2), (MASK, slice(None), 1), (MASK, [0, 1, 2, 3, 0]), (5, [0, 1], slice(None), [2, 3]),
+    (5, slice(None), [0, 1]), (slice(3, 8), [0, 1], slice(None), [2, 3]),
+    (np.array([[0], [8]]), [1, 2, 3]), (np.array([[0, 1], [2, 3]]), ..., 0),
+    (slice(None), np.array([True, False, True, False])), (4, ..., np.array([True, False, True]), 0),
+    ((0, 3), (1, 2)), (range(4), 1), (slice(None, None, -2), 0, ..., slice(None, None, -1)),
+    (..., None), (slice(None), None), (2, None), (0, ..., None), (slice(1, 7), ..., None, 0),
+    (slice(None), 0, None, 1, 2), ([1, 6], None, 0, 1, 2), (slice(None), None, None, 0, 0, 0),
+    (slice(2, 5), np.ones((4, 3), bool)), (..., np.eye(3, 5, dtype=bool)),
+    (6, ..., np.eye(3, 5, dtype=bool)), ([1, 5], ..., slice(0, 2), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cuts", [(), (4,), (1, 2, 7)], ids=str)
+@pytest.mark.parametrize("index", INDICES, ids=lambda index: " ".join(repr(index).split()))
+def test_sharded_rows_are_indexed_as_numpy_indexes_them(index: Any, cuts: tuple[int, ...]) -> None:
+    array = ShardedArray(np.split(ROWS, cuts), row_shape=ROWS.shape[1:], dtype=ROWS.dtype)
+    expected = ROWS[list(index) if isinstance(index, range) else index]
+    got = array[index]
+    assert got.shape == expected.shape
+    assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [9, -10, [0, 9], (0, 4), (..., 5), (0, 0, 0, 0, 0), (..., ...), 1.0, "a", MASK[:8], [0.5]],
+    ids=repr,
+)
+def test_what_numpy_refuses_is_refused(index: Any) -> None:
+    array = ShardedArray(np.split(ROWS, (4,)), row_shape=ROWS.shape[1:], dtype=ROWS.dtype)
+    with pytest.raises(IndexError, match=r"."):
+        ROWS[index]
+    with pytest.raises((IndexError, TypeError), match=r"."):
+        array[index]
+
+
+def test_sharded_rows_are_an_array_and_an_iterable() -> None:
+    array = ShardedArray(np.split(ROWS, (4,)), row_shape=ROWS.shape[1:], dtype=ROWS.dtype)
+    assert (array.shape, array.ndim, len(array), array.size) == (ROWS.shape, 4, 9, ROWS.size)
+    assert array.nbytes == ROWS.nbytes
+    assert np.array_equal(np.asarray(array), ROWS)
+    assert np.asarray(array, np.float64).dtype == np.float64
+    assert all(np.array_equal(a, b) for a, b in zip(array, ROWS, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------
+# Reports and places
+
+
+def test_a_report_of_several_stores_has_no_one_number_of_rows(images: Path, tmp_path: Path) -> None:
+    report = extract(images, [small(MeanPixel()), small(Stripes())], tmp_path / "out")
+    for name in ("rows", "failed", "out", "dim", "store", "failures", "first_failures"):
+        with pytest.raises(UsageError, match=r"filled 2 stores; look at report.stores"):
+            getattr(report, name)
+    assert report.images_per_second > 0
+    assert [store.rows for store in report.stores] == [6, 6]
+
+
+@pytest.mark.parametrize(
+    ("out", "names", "folders"),
+    [
+        (None, ["resnet18"], ["features/resnet18"]),
+        (None, ["a", "b@layer1"], ["features/a", "features/b@layer1"]),
+        ("x/y", ["a"], ["x/y"]),
+        ("x/y", ["a", "b"], ["x/y/a", "x/y/b"]),
+        ("x/", ["a", "b"], ["x/a", "x/b"]),
+        ("x", [], []),
+    ],
+)
+def test_one_store_lies_in_out_and_several_below_it(
+    out: str | None, names: list[str], folders: list[str]
+) -> None:
+    assert store_folders(out, names) == folders
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "names"),
+    [
+        (["resnet18"], {}, ["resnet18"]),
+        (["torchvision:vgg11", "a+b"], {}, ["torchvision-vgg11", "a+b"]),
+        (["a"], {"layers": ["l.1"]}, ["a@l.1"]),
+        (["a", "b"], {"layers": ["x", "y"]}, ["a@x", "a@y", "b@x", "b@y"]),
+        (["a"], {"layers": ["x", "y"], "concat": True}, ["a@x+y"]),
+        (["a"], {"layers": ["x*"]}, None),
+        (["a"], {"layers": ["x", "-1"]}, None),
+        (["a"], {"layers": ["x[12]"]}, None),
+        (["a"], {"layers": ["x?"]}, None),
+    ],
+)
+def test_the_stores_are_known_before_a_model_is_loaded_but_for_globs(
+    models: list[str], options: dict[str, Any], names: list[str] | None
+) -> None:
+    assert planned_stores(models, Options(**options)) == names
+
+
+@pytest.mark.parametrize("layers", [["layer1", "layer2"], ["layer[12]"], ["-4", "-3"]])
+def test_stores_are_named_after_the_layers_that_were_found(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    report = extract(images, "resnet18", layers=layers, **RANDOM)
+    folders = ["features/resnet18@layer1", "features/resnet18@layer2"]
+    assert [str(store.out) for store in report.stores] == folders
+
+
+def test_a_store_in_the_way_is_found_before_a_model_is_loaded(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out" / "b@x").mkdir(parents=True)
+    (tmp_path / "out" / "b@x" / "thesis.tex").write_text("years of work")
+
+    def load(*_: object) -> Backbone:
+        raise ModelError("loaded too early")
+
+    monkeypatch.setattr(targets, "load", load)
+    with pytest.raises(StoreError, match="b@x is not empty and holds no store"):
+        extract(images, ["a", "b"], tmp_path / "out", layers=["x"])

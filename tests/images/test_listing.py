@@ -1,0 +1,457 @@
+"""Which images are listed, in which order, and what is passed over."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from extractor.errors import SourceError
+from extractor.images.listing import ImageList, list_images, read_list, show
+
+not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
+
+
+def add(folder: Path | bytes, *names: str | bytes, content: bytes = b"no image at all") -> None:
+    """Make files, with the folders that they lie in."""
+    for name in names:
+        path = os.path.join(os.fsencode(folder), os.fsencode(name))
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as file:
+            file.write(content)
+
+
+def jpeg() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 10, 10)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def eps() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "EPS")
+    return file.getvalue()
+
+
+def listed(*inputs: str | bytes | os.PathLike[str]) -> list[bytes]:
+    return list(list_images(inputs).paths)
+
+
+class TestFolder:
+    def test_images_at_any_depth_are_listed(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "b/c.png", "b/d/e/f.webp")
+        (tmp_path / "empty").mkdir()
+        images = list_images(tmp_path)
+        assert images.root == os.fsencode(tmp_path)
+        assert list(images.paths) == [b"a.jpg", b"b/c.png", b"b/d/e/f.webp"]
+        assert len(images) == 3
+        assert images.full_path(2) == os.fsencode(tmp_path / "b/d/e/f.webp")
+        assert images.passed_over == 0
+
+    def test_order_is_that_of_the_bytes_and_not_of_the_text(self, tmp_path: Path) -> None:
+        # As text, a byte that is no UTF-8 becomes U+DCFF and comes before an emoji.
+        emoji, byte = "\N{CAMERA}.jpg".encode(), b"\xff.jpg"
+        assert os.fsdecode(byte) < os.fsdecode(emoji)
+        assert emoji < byte
+        try:
+            add(tmp_path, emoji, byte)
+        except OSError:
+            pytest.skip("the file system takes only UTF-8 names")
+        assert listed(tmp_path) == [emoji, byte]
+
+    def test_order_is_that_of_whole_paths_and_not_of_folders(self, tmp_path: Path) -> None:
+        # "." and "-" come before "/", and "0" after it.
+        add(tmp_path, "a/b.jpg", "a.jpg", "a-1.jpg", "a0.jpg", "a/a/z.jpg", "B.jpg")
+        assert listed(tmp_path) == [
+            b"B.jpg",
+            b"a-1.jpg",
+            b"a.jpg",
+            b"a/a/z.jpg",
+            b"a/b.jpg",
+            b"a0.jpg",
+        ]
+
+    def test_hidden_files_and_folders_do_not_count(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", ".b.jpg", ".c/d.jpg", "e/.f/g.jpg", "e/.h.jpg", "._a.jpg")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg"]
+        assert images.passed_over == 0
+
+    def test_a_hidden_input_counts(self, tmp_path: Path) -> None:
+        add(tmp_path, ".photos/a.jpg", ".photos/.b.jpg", ".c.jpg")
+        assert listed(tmp_path / ".photos") == [b"a.jpg"]
+        assert listed(tmp_path / ".c.jpg") == [b".c.jpg"]
+
+    def test_other_files_are_passed_over_and_counted(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "notes.txt", "README", "b/Thumbs.db", "b/c.jpg.part", "d.h5")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg"]
+        assert images.passed_over == 5
+
+    @pytest.mark.parametrize(
+        "name",
+        ["a.jpg", "a.JPG", "a.Jpeg", "a.png", "a.gif", "a.bmp", "a.tif", "a.tiff", "a.webp"],
+    )
+    def test_an_image_ending_is_enough(self, tmp_path: Path, name: str) -> None:
+        add(tmp_path, name, content=b"text")  # that it is none is reported when it is read
+        assert listed(tmp_path) == [name.encode()]
+
+    @pytest.mark.parametrize("name", ["a", "a.dat", "a.jpg_large", "a.txt", "a.jpg~", "a.ps"])
+    def test_image_content_is_enough(self, tmp_path: Path, name: str) -> None:
+        add(tmp_path, name, content=jpeg())
+        add(tmp_path, "other" + name)
+        images = list_images(tmp_path)
+        assert list(images.paths) == [name.encode()]
+        assert images.passed_over == 1
+
+    @pytest.mark.parametrize("name", ["a.eps", "a.ps", "a"])
+    def test_formats_that_are_not_decoded_are_passed_over(self, tmp_path: Path, name: str) -> None:
+        add(tmp_path, name, content=eps())
+        add(tmp_path, "b.jpg")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"b.jpg"]
+        assert images.passed_over == 1
+
+    def test_a_pipe_is_passed_over_without_waiting(self, tmp_path: Path) -> None:
+        add(tmp_path, "b.jpg")
+        os.mkfifo(tmp_path / "a.jpg")
+        os.mkfifo(tmp_path / "pipe")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"b.jpg"]
+        assert images.passed_over == 2
+
+    def test_a_folder_with_the_name_of_an_image_is_a_folder(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg/b.jpg")
+        (tmp_path / "c.jpg").mkdir()
+        assert listed(tmp_path) == [b"a.jpg/b.jpg"]
+
+    def test_names_that_are_no_text_are_listed(self, tmp_path: Path) -> None:
+        strange = [b"new\nline.jpg", b"tab\t.jpg", b" .jpg", b"-o.jpg", b"deep\n/a.jpg"]
+        add(tmp_path, *strange)
+        assert listed(tmp_path) == sorted(strange)
+
+    @not_root
+    def test_a_closed_folder_appears_as_a_path(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "closed/b.jpg")
+        (tmp_path / "closed").chmod(0)
+        try:
+            assert listed(tmp_path) == [b"a.jpg", b"closed"]
+            with pytest.raises(SourceError, match=r"cannot list .*closed: Permission denied"):
+                list_images(tmp_path / "closed")
+        finally:
+            (tmp_path / "closed").chmod(0o700)
+
+    def test_a_folder_that_cannot_be_listed_appears_as_a_path(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(tmp_path, "a.jpg", "broken/b.jpg", "c/d.jpg")
+        scandir = os.scandir
+
+        def failing(path: bytes) -> object:
+            if os.path.basename(path.rstrip(b"/")) == b"broken":
+                raise OSError(5, "Input/output error")
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", failing)
+        assert listed(tmp_path) == [b"a.jpg", b"broken", b"c/d.jpg"]
+        with pytest.raises(SourceError, match=r"cannot list .*broken: Input/output error"):
+            list_images(tmp_path / "broken")
+
+
+class TestLinks:
+    def test_linked_folders_are_followed(self, tmp_path: Path) -> None:
+        add(tmp_path, "elsewhere/a.jpg", "photos/b.jpg")
+        (tmp_path / "photos/linked").symlink_to(tmp_path / "elsewhere")
+        assert listed(tmp_path / "photos") == [b"b.jpg", b"linked/a.jpg"]
+
+    def test_two_links_to_one_folder_are_two_folders(self, tmp_path: Path) -> None:
+        add(tmp_path, "elsewhere/a.jpg")
+        (tmp_path / "photos").mkdir()
+        for name in ("x", "y"):
+            (tmp_path / "photos" / name).symlink_to(tmp_path / "elsewhere")
+        assert listed(tmp_path / "photos") == [b"x/a.jpg", b"y/a.jpg"]
+
+    @pytest.mark.parametrize(("link", "target"), [("a/b/up", ".."), ("a/here", "."), ("a/top", "")])
+    def test_a_link_that_leads_back_ends_the_walk(
+        self, tmp_path: Path, link: str, target: str
+    ) -> None:
+        add(tmp_path, "a/b/c.jpg")
+        (tmp_path / link).symlink_to(target or tmp_path)
+        assert listed(tmp_path) == [b"a/b/c.jpg"]
+
+    def test_links_in_a_ring_end_the_walk(self, tmp_path: Path) -> None:
+        add(tmp_path, "a/1.jpg", "b/2.jpg")
+        (tmp_path / "a/over").symlink_to(tmp_path / "b")
+        (tmp_path / "b/over").symlink_to(tmp_path / "a")
+        assert listed(tmp_path) == [b"a/1.jpg", b"a/over/2.jpg", b"b/2.jpg", b"b/over/1.jpg"]
+
+    def test_linked_images_are_listed_by_the_name_of_the_link(self, tmp_path: Path) -> None:
+        add(tmp_path, "data/0017", content=jpeg())
+        (tmp_path / "photos").mkdir()
+        (tmp_path / "photos/cat.jpg").symlink_to(tmp_path / "data/0017")
+        (tmp_path / "photos/dog").symlink_to(tmp_path / "data/0017")
+        assert listed(tmp_path / "photos") == [b"cat.jpg", b"dog"]
+
+    def test_a_link_to_itself_with_the_name_of_an_image_counts(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jpg").symlink_to("a.jpg")
+        (tmp_path / "b").symlink_to("b")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg"]
+        assert images.passed_over == 1
+
+    def test_a_link_to_nothing_with_the_name_of_an_image_counts(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jpg").symlink_to("gone")
+        (tmp_path / "b.txt").symlink_to("gone")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg"]
+        assert images.passed_over == 1
+
+
+class TestInputs:
+    def test_the_root_of_a_single_file_is_its_folder(self, tmp_path: Path) -> None:
+        add(tmp_path, "a/b.txt")
+        images = list_images(tmp_path / "a/b.txt")  # named by itself, it counts
+        assert images.root == os.fsencode(tmp_path / "a")
+        assert list(images.paths) == [b"b.txt"]
+        assert images.passed_over == 0
+
+    def test_the_root_of_several_inputs_is_their_common_folder(self, tmp_path: Path) -> None:
+        add(tmp_path, "p/x/1.jpg", "p/xy/2.jpg", "p/z/3.jpg", "p/4.jpg")
+        images = list_images([tmp_path / "p/xy", tmp_path / "p/x", tmp_path / "p/z/3.jpg"])
+        assert images.root == os.fsencode(tmp_path / "p")
+        assert list(images.paths) == [b"x/1.jpg", b"xy/2.jpg", b"z/3.jpg"]
+
+    def test_the_root_of_a_folder_and_a_file_in_it_is_the_folder(self, tmp_path: Path) -> None:
+        add(tmp_path, "p/a.jpg", "p/q/b.jpg")
+        images = list_images([tmp_path / "p/q/b.jpg", tmp_path / "p"])
+        assert images.root == os.fsencode(tmp_path / "p")
+        assert list(images.paths) == [b"a.jpg", b"q/b.jpg"]
+
+    def test_what_is_given_twice_is_listed_once(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "b/c.jpg")
+        inputs = [tmp_path, tmp_path / "b", tmp_path / "a.jpg", tmp_path / "b/../a.jpg", tmp_path]
+        images = list_images(inputs)
+        assert images.root == os.fsencode(tmp_path)
+        assert list(images.paths) == [b"a.jpg", b"b/c.jpg"]
+
+    def test_what_is_walked_twice_is_passed_over_once(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "notes.txt", "b/more.txt")
+        assert list_images([tmp_path, tmp_path]).passed_over == 2
+        assert list_images([tmp_path, tmp_path / "b"]).passed_over == 2
+
+    def test_text_bytes_and_path_objects_mean_the_same(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "b/c.jpg")
+        path = tmp_path
+        expected = list_images(path)
+        assert len(expected) == 2
+        assert list_images(str(path)) == expected
+        assert list_images(os.fsencode(path)) == expected
+        assert list_images([str(path), os.fsencode(path), path]) == expected
+        assert list_images(iter([path])) == expected  # any iterable, read once
+
+    @pytest.mark.parametrize("form", ["./p", "p/", "p/.", "p//", "p/q/..", "q/../p"])
+    def test_the_form_of_a_relative_path_does_not_matter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+    ) -> None:
+        add(tmp_path, "p/a.jpg", "p/q/b.jpg", "q/c.jpg")
+        monkeypatch.chdir(tmp_path)
+        images = list_images(form)
+        assert images.root == os.fsencode(tmp_path / "p")
+        assert list(images.paths) == [b"a.jpg", b"q/b.jpg"]
+
+    def test_a_doubled_leading_slash_leads_to_the_same_images(self, tmp_path: Path) -> None:
+        # POSIX keeps "//" apart from "/", and so does os.path.abspath.
+        add(tmp_path, "a.jpg")
+        for given in (f"/{tmp_path}", f"/{tmp_path}/a.jpg"):
+            images = list_images(given)
+            assert list(images.paths) == [b"a.jpg"]
+            assert os.path.samefile(images.full_path(0), tmp_path / "a.jpg")
+
+    def test_a_linked_input_keeps_the_name_that_was_given(self, tmp_path: Path) -> None:
+        add(tmp_path, "real/a.jpg")
+        (tmp_path / "link").symlink_to("real")
+        images = list_images(tmp_path / "link")
+        assert images.root == os.fsencode(tmp_path / "link")
+        assert list(images.paths) == [b"a.jpg"]
+
+    def test_a_missing_input_is_an_error_that_names_it(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg")
+        with pytest.raises(
+            SourceError, match=r"cannot read .*/gone\.jpg: No such file .*; expected a folder"
+        ):
+            list_images([tmp_path / "a.jpg", tmp_path / "gone.jpg"])
+
+    def test_a_name_that_cannot_be_printed_is_escaped_in_the_error(self, tmp_path: Path) -> None:
+        with pytest.raises(SourceError, match=r"cannot read .*/new\\nline\\udcff: No such file"):
+            list_images(os.fsencode(tmp_path) + b"/new\nline\xff")
+
+    def test_no_input_is_an_error(self) -> None:
+        with pytest.raises(SourceError, match="no input: expected a folder of images"):
+            list_images([])
+
+    def test_no_image_is_an_error_that_says_how_many_files_there_were(self, tmp_path: Path) -> None:
+        (tmp_path / "p").mkdir()
+        with pytest.raises(SourceError, match=r"no images in .*/p$"):
+            list_images(tmp_path / "p")
+        add(tmp_path, "p/a.txt", "p/b/c.txt", "p/.hidden.jpg")
+        with pytest.raises(SourceError, match=r"no images in .*/p \(passed over 2 other files\)"):
+            list_images(tmp_path / "p")
+
+    def test_no_image_in_several_folders_names_them_all(self, tmp_path: Path) -> None:
+        add(tmp_path, "p/a.txt", "q/b.txt")
+        with pytest.raises(SourceError, match=r"no images in .*/p, .*/q \(passed over 2 other"):
+            list_images([tmp_path / "p", tmp_path / "q"])
+
+
+class TestReadList:
+    @pytest.fixture(autouse=True)
+    def here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
+        """The current folder: ``tmp_path/here``."""
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        return os.fsencode(tmp_path / "here")
+
+    @pytest.mark.parametrize(
+        ("lines", "paths"),
+        [
+            (b"b.jpg\na/c.jpg\n", [b"a/c.jpg", b"b.jpg"]),
+            (b"b.jpg\r\na.jpg\r\n", [b"a.jpg", b"b.jpg"]),
+            (b"b.jpg\na.jpg", [b"a.jpg", b"b.jpg"]),
+            (b"only.jpg", [b"only.jpg"]),
+            (b"\n\nb.jpg\n\n\r\na.jpg\n\n", [b"a.jpg", b"b.jpg"]),
+            (b"a.jpg\na.jpg\n./a.jpg\nb/../a.jpg\nb//c.jpg\nb/c.jpg\n", [b"a.jpg", b"b/c.jpg"]),
+            (b"\xff\xfe.jpg\n\xc3\xa9.jpg\n", [b"\xc3\xa9.jpg", b"\xff\xfe.jpg"]),
+            (b" a.jpg \n#b.jpg\n", [b" a.jpg ", b"#b.jpg"]),
+            (b".hidden.jpg\nb.txt\n", [b".hidden.jpg", b"b.txt"]),
+            (b"a/b.jpg\na.jpg\na0.jpg\n", [b"a.jpg", b"a/b.jpg", b"a0.jpg"]),
+        ],
+        ids=[
+            "sorted",
+            "crlf",
+            "no-newline-at-the-end",
+            "no-newline",
+            "empty-lines",
+            "duplicates",
+            "invalid-utf-8",
+            "spaces-and-hashes-are-names",
+            "named-so-counted",
+            "whole-paths",
+        ],
+    )
+    def test_every_line_is_a_path_below_the_current_folder(
+        self, here: bytes, lines: bytes, paths: list[bytes]
+    ) -> None:
+        images = read_list(io.BytesIO(lines))
+        assert images.root == here
+        assert list(images.paths) == paths
+        assert images.passed_over == 0
+
+    def test_absolute_paths_below_the_current_folder_keep_it_as_the_root(self, here: bytes) -> None:
+        images = read_list(io.BytesIO(here + b"/a/b.jpg\n" + here + b"/a/c.jpg\na/b.jpg\n"))
+        assert images.root == here
+        assert list(images.paths) == [b"a/b.jpg", b"a/c.jpg"]
+
+    def test_paths_that_lead_out_move_the_root_to_their_common_folder(self, here: bytes) -> None:
+        above = os.path.dirname(here)
+        images = read_list(io.BytesIO(b"a.jpg\n../there/b.jpg\n"))
+        assert images.root == above
+        assert list(images.paths) == [b"here/a.jpg", b"there/b.jpg"]
+
+    def test_a_folder_that_begins_like_the_current_one_is_outside(self, here: bytes) -> None:
+        images = read_list(io.BytesIO(here + b"2/a.jpg\n"))
+        assert images.root == here + b"2"
+        assert list(images.paths) == [b"a.jpg"]
+
+    def test_paths_with_nothing_in_common_have_the_root_folder(self) -> None:
+        images = read_list(io.BytesIO(b"/b/y.jpg\n/a/x.jpg\n/z.jpg\n"))
+        assert images.root == b"/"
+        assert list(images.paths) == [b"a/x.jpg", b"b/y.jpg", b"z.jpg"]
+        assert [images.full_path(i) for i in range(3)] == [b"/a/x.jpg", b"/b/y.jpg", b"/z.jpg"]
+
+    def test_the_root_folder_can_be_the_current_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir("/")
+        images = read_list(io.BytesIO(b"b.jpg\na/c.jpg\n"))
+        assert images.root == b"/"
+        assert list(images.paths) == [b"a/c.jpg", b"b.jpg"]
+
+    def test_a_doubled_leading_slash_leads_to_the_same_image(self) -> None:
+        images = read_list(io.BytesIO(b"//data/photos/a.jpg\n"))
+        assert os.path.normpath(images.full_path(0)).lstrip(b"/") == b"data/photos/a.jpg"
+        assert list(images.paths) == [b"a.jpg"]
+
+    @pytest.mark.parametrize("lines", [b"", b"\n", b"\r\n\n\r\n"])
+    def test_a_list_without_paths_is_an_error(self, lines: bytes) -> None:
+        with pytest.raises(SourceError, match=r"no paths in list\.txt; expected one a line"):
+            read_list(io.BytesIO(lines), "list.txt")
+
+
+class TestImageList:
+    def test_full_path_joins_root_and_path(self) -> None:
+        images = ImageList(b"/data", [b"a.jpg", b"b/c.jpg"], 3)
+        assert [images.full_path(i) for i in range(2)] == [b"/data/a.jpg", b"/data/b/c.jpg"]
+        assert (len(images), images.passed_over) == (2, 3)
+
+    def test_nothing_and_one_are_in_order(self) -> None:
+        assert len(ImageList(b"/data", [])) == 0
+        assert len(ImageList(b"/data", [b"a"])) == 1
+
+    def test_a_relative_root_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="root must be absolute, got b'data'"):
+            ImageList(b"data", [b"a.jpg"])
+
+    @pytest.mark.parametrize(
+        "paths", [[b"b", b"a"], [b"a", b"a"], [b"a", b"c", b"b"], [b"a/b", b"a.b"]]
+    )
+    def test_paths_out_of_order_or_repeated_are_refused(self, paths: list[bytes]) -> None:
+        with pytest.raises(ValueError, match="paths must ascend strictly by their bytes"):
+            ImageList(b"/data", paths)
+
+
+def test_an_empty_path_is_not_the_current_folder() -> None:
+    with pytest.raises(SourceError, match="got an empty path"):
+        list_images("")
+
+
+def test_binary_files_without_a_signature_are_not_taken_for_images(tmp_path: Path) -> None:
+    # The first bytes of a TARGA image, which has no signature, in a file of another kind.
+    (tmp_path / "data.bin").write_bytes(bytes([0, 0, 2, *[0] * 9, 9, 0, 9, 0, 24, 0]) + b"x" * 999)
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.tga")
+    images = list_images(tmp_path)
+    assert (list(images.paths), images.passed_over) == ([b"a.tga"], 1)
+
+
+def test_a_list_may_be_ended_by_zero_bytes() -> None:
+    images = read_list(io.BytesIO(b"b.jpg\0a\nb.jpg\0\0"))
+    assert list(images.paths) == [b"a\nb.jpg", b"b.jpg"]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_path() -> None:
+    assert list(read_list(io.BytesIO(b"\xef\xbb\xbfa.jpg\r\n")).paths) == [b"a.jpg"]
+
+
+def test_what_is_no_path_is_an_error() -> None:
+    with pytest.raises(SourceError, match="got a int, expected a folder"):
+        list_images(5)  # type: ignore[arg-type]
+
+
+def test_a_folder_too_deep_to_name_costs_itself_and_nothing_else(tmp_path: Path) -> None:
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.jpg")
+    here = os.getcwd()
+    try:
+        os.chdir(tmp_path)
+        for _ in range(20):
+            os.mkdir("d" * 240)
+            os.chdir("d" * 240)
+    finally:
+        os.chdir(here)
+    deep, found = sorted(list_images(tmp_path).paths, key=len, reverse=True)
+    assert found == b"a.jpg"
+    assert set(deep.split(b"/")) == {b"d" * 240}
+
+
+def test_long_paths_are_shortened_for_people() -> None:
+    assert len(show(b"/" + b"x" * 9000)) <= 300
+    assert show(b"/a b/\xff") == r"/a b/\udcff"

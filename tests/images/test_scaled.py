@@ -1,0 +1,172 @@
+"""JPEGs that are much larger than the model's input are decoded at a part of their size."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from extractor import extract
+from extractor.errors import StoreError, UsageError
+from extractor.images.decode import EncodedImage, ImageInfo, decode_into
+from extractor.preprocess import Preprocess
+
+
+def scene(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """Blurred noise of several sizes, as a photo has detail of several sizes."""
+    draw = np.random.default_rng(seed)
+    picture = np.zeros((height, width, 3))
+    for cell in (4, 16, 64, 256):
+        small = draw.integers(0, 256, (height // cell + 2, width // cell + 2, 3), np.uint8)
+        large = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+        picture += np.asarray(large) / 4
+    image = Image.fromarray(picture.astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
+    return image.convert(mode)
+
+
+def jpeg(image: Image.Image, **options: Any) -> EncodedImage:
+    file = io.BytesIO()
+    image.save(file, "JPEG", **{"quality": 92, **options})
+    return EncodedImage(file.getvalue())
+
+
+def both(
+    source: EncodedImage, preprocess: Preprocess
+) -> tuple[np.ndarray, np.ndarray, ImageInfo, ImageInfo]:
+    outs = [np.empty((*preprocess.input_size, 3), np.uint8) for _ in range(2)]
+    infos = [
+        decode_into(source, [preprocess], [out], how=how)
+        for out, how in zip(outs, ("scaled", "exact"), strict=True)
+    ]
+    return outs[0].astype(int), outs[1].astype(int), infos[0], infos[1]
+
+
+@pytest.fixture
+def drafts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """By how much each JPEG was shrunk as it was decoded."""
+    from PIL.JpegImagePlugin import JpegImageFile
+
+    seen: list[int] = []
+    draft = JpegImageFile.draft
+
+    def noted(self: JpegImageFile, mode: str, size: tuple[int, int]) -> Any:
+        width = self.size[0]
+        drafted = draft(self, mode, size)
+        if drafted is not None:
+            seen.append(round(width / drafted[1][2]))
+        return drafted
+
+    monkeypatch.setattr(JpegImageFile, "draft", noted)
+    return seen
+
+
+STANDARD = Preprocess.standard(64, crop_pct=0.875, interpolation="bicubic")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(1201, 803), (803, 1201), (640, 640)])
+def test_the_picture_is_that_of_the_whole_image(
+    size: tuple[int, int], orientation: int, drafts: list[int]
+) -> None:
+    image = scene(*size)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    scaled, exact, info, whole = both(jpeg(image, exif=exif), STANDARD)
+    assert drafts == [4]  # 640 pixels for 73, of which at least twice as many are wanted
+    assert abs(scaled - exact).mean() < 1
+    # Shifted by a pixel or turned otherwise it would not be.
+    assert abs(np.roll(scaled, 1, 1) - exact).mean() > 2
+    assert info == whole
+    assert (info.width, info.height) == (size if orientation < 5 else size[::-1])
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_every_kind_of_jpeg_is_the_same_picture(
+    mode: str, options: dict[str, Any], drafts: list[int]
+) -> None:
+    scaled, exact, _, _ = both(jpeg(scene(900, 700, mode), **options), STANDARD)
+    assert drafts == [4]
+    assert abs(scaled - exact).mean() < 1
+
+
+@pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
+def test_every_fit_and_filter_is_the_same_picture(fit: str, interpolation: str) -> None:
+    preprocess = Preprocess.standard(64, fit=fit, interpolation=interpolation)
+    scaled, exact, _, _ = both(jpeg(scene(1500, 700)), preprocess)
+    assert abs(scaled - exact).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("edge", "shrunk"), [(145, []), (146, []), (292, [2]), (583, [2]), (584, [4]), (1168, [8])]
+)
+def test_no_fewer_than_twice_the_pixels_are_decoded(
+    edge: int, shrunk: list[int], drafts: list[int]
+) -> None:
+    # 73 pixels of the resized edge: 292 is four times as many, half of that twice.
+    both(jpeg(scene(edge, edge)), STANDARD)
+    assert drafts == shrunk
+
+
+def test_the_largest_picture_of_several_decides(drafts: list[int]) -> None:
+    large = Preprocess.standard(256, crop_pct=1.0)
+    outs = [np.empty((*one.input_size, 3), np.uint8) for one in (STANDARD, large)]
+    decode_into(jpeg(scene(1200, 1100)), [STANDARD, large], outs)
+    assert drafts == [2]
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
+def test_other_formats_are_decoded_whole(form: str) -> None:
+    file = io.BytesIO()
+    scene(700, 600).save(file, form)
+    scaled, exact, _, _ = both(EncodedImage(file.getvalue()), STANDARD)
+    assert np.array_equal(scaled, exact)
+
+
+def test_the_nearest_pixel_is_that_of_the_whole_image(drafts: list[int]) -> None:
+    nearest = Preprocess.standard(64, interpolation="nearest")
+    scaled, exact, _, _ = both(jpeg(scene(1200, 1100)), nearest)
+    assert np.array_equal(scaled, exact)
+    assert drafts == []
+
+
+@pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
+def test_a_cut_jpeg_fails_all_the_same(cut: float, tmp_path: Path) -> None:
+    from extractor.errors import DecodeError
+
+    data = jpeg(scene(1200, 900)).data
+    with pytest.raises(DecodeError, match="truncated"):
+        both(EncodedImage(data[: int(cut * len(data))]), STANDARD)
+
+
+def test_how_it_was_decoded_is_part_of_what_a_store_is(tmp_path: Path) -> None:
+    from support.networks import mean_pixel
+
+    (tmp_path / "in").mkdir()
+    for place in range(2):
+        content = jpeg(scene(900, 700, seed=place)).data
+        (tmp_path / "in" / f"{place}.jpg").write_bytes(content)
+    scaled = extract(tmp_path / "in", mean_pixel(), tmp_path / "scaled").store
+    exact = extract(tmp_path / "in", mean_pixel(), tmp_path / "exact", decode="exact").store
+    assert [one.manifest.description.computation["decode"] for one in (scaled, exact)] == [
+        "scaled",
+        "exact",
+    ]
+    np.testing.assert_allclose(scaled.features[:], exact.features[:], atol=0.01)
+    with pytest.raises(StoreError, match=r'computation.decode: "scaled" there, "exact" now'):
+        extract(tmp_path / "in", mean_pixel(), tmp_path / "scaled", decode="exact")
+    with pytest.raises(UsageError, match="decode: got 'fast', expected one of scaled, exact"):
+        extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")
+
+
+def test_an_image_of_the_callers_stays_as_large_as_it_is() -> None:
+    buffer = io.BytesIO()
+    scene(800, 600).save(buffer, "JPEG")
+    image = Image.open(buffer)
+    decode_into(image, [Preprocess.standard(32)], [np.empty((32, 32, 3), np.uint8)])
+    assert image.size == (800, 600)

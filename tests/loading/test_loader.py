@@ -1,0 +1,382 @@
+from __future__ import annotations
+
+import io
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from extractor.images.decode import EncodedImage, Failure, ImageInfo, ImageSource
+from extractor.loading.loader import BUFFERS, MORE_BUFFERS, BatchLoader
+from extractor.preprocess import Preprocess
+
+SIZE = (8, 6)
+PREPROCESS = Preprocess(SIZE, "squash", SIZE, "bilinear", (0, 0, 0), (1, 1, 1))
+
+
+def grey(level: int) -> np.ndarray:
+    return np.full((5, 5), level, np.uint8)
+
+
+def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
+    for i in range(0, len(levels), size):
+        yield [grey(level) for level in levels[i : i + size]]
+
+
+def load(
+    plan: Iterator[list[ImageSource]], size: int, workers: int
+) -> list[tuple[np.ndarray, list[object]]]:
+    with BatchLoader(plan, [PREPROCESS], batch_size=size, workers=workers) as loader:
+        result = []
+        for batch in loader:
+            result.append((batch.pictures[0].numpy().copy(), list(batch.outcomes)))
+            batch.release()
+        return result
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+@pytest.mark.parametrize("size", [1, 4, 50])
+@pytest.mark.parametrize("count", [0, 1, 4, 37])
+def test_order_ignores_worker_count_and_batch_size(count: int, size: int, workers: int) -> None:
+    levels = [(i * 7) % 256 for i in range(count)]
+    seen = load(batches_of(levels, size), size, workers)
+    assert len(seen) == -(-count // size)
+    flat = [int(row[0, 0, 0]) for pixels, outcomes in seen for row in pixels[: len(outcomes)]]
+    assert flat == levels
+
+
+def test_every_batch_has_one_shape_and_the_rest_is_black() -> None:
+    seen = load(batches_of([9] * 13, 5), 5, 2)
+    assert [pixels.shape for pixels, _ in seen] == [(5, *SIZE, 3)] * 3
+    assert [len(outcomes) for _, outcomes in seen] == [5, 5, 3]
+    assert (seen[-1][0][3:] == 0).all()
+    assert (seen[-1][0][:3] == 9).all()
+
+
+def test_a_slow_image_does_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extractor.loading import loader as module
+
+    decode = module.decode_into
+
+    def slow(source: np.ndarray, *rest: object) -> ImageInfo:
+        time.sleep(0.15 if source[0, 0] % 10 == 0 else 0)
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_into", slow)
+    seen = load(batches_of(range(40), 3), 3, 4)
+    flat = [int(row[0, 0, 0]) for pixels, outcomes in seen for row in pixels[: len(outcomes)]]
+    assert flat == list(range(40))
+
+
+def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    Image.effect_noise((300, 300), 90).save(stream, "JPEG")
+    cut = EncodedImage(stream.getvalue()[:-3000])
+    plan = iter([[grey(1), cut, grey(3)], [str(tmp_path / "none.jpg"), grey(5)]])
+    (first, first_outcomes), (second, second_outcomes) = load(plan, 3, 2)
+    assert [type(o) for o in first_outcomes] == [ImageInfo, Failure, ImageInfo]
+    assert [type(o) for o in second_outcomes] == [Failure, ImageInfo]
+    assert first_outcomes[1].reason == "truncated"  # type: ignore[attr-defined]
+    assert second_outcomes[0].reason == "unreadable"  # type: ignore[attr-defined]
+    assert (first[0] == 1).all()
+    assert (first[1] == 0).all()  # black, not half a picture
+    assert (first[2] == 3).all()
+    assert (second[0] == 0).all()
+    assert (second[1] == 5).all()
+
+
+def test_a_batch_of_failures_goes_on() -> None:
+    bad = EncodedImage(b"no image")
+    plan = iter([[bad, bad], [grey(7)]])
+    (_, outcomes), (pixels, _) = load(plan, 2, 2)
+    assert all(isinstance(o, Failure) for o in outcomes)
+    assert (pixels[0] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("memory", "batches"), [(10**9, MORE_BUFFERS), (6 * 2 * (8 * 6 * 3), 6), (1, BUFFERS)]
+)
+def test_the_look_ahead_is_bounded(
+    monkeypatch: pytest.MonkeyPatch, memory: int, batches: int
+) -> None:
+    monkeypatch.setattr("extractor.loading.loader.MORE_BUFFERS_BYTES", memory)
+    asked = 0
+
+    def plan() -> Iterator[list[ImageSource]]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield [grey(1), grey(2)]
+
+    with BatchLoader(plan(), [PREPROCESS], batch_size=2, workers=3) as loader:
+        iterator = iter(loader)
+        next(iterator)  # never released
+        deadline = time.monotonic() + 5
+        while asked < batches and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        assert asked == batches
+
+
+def test_buffers_are_reused() -> None:
+    with BatchLoader(batches_of([1] * 60, 2), [PREPROCESS], batch_size=2, workers=2) as loader:
+        places = set()
+        for batch in loader:
+            places.add(batch.pictures[0].data_ptr())
+            batch.release()
+    assert len(places) <= MORE_BUFFERS
+
+
+def test_leaving_early_stops_the_threads() -> None:
+    before = threading.active_count()
+    with BatchLoader(batches_of([1] * 999, 2), [PREPROCESS], batch_size=2, workers=4) as loader:
+        next(iter(loader))
+    assert threading.active_count() == before
+
+
+def test_a_fault_in_the_plan_reaches_the_caller() -> None:
+    def plan() -> Iterator[list[ImageSource]]:
+        yield [grey(1)]
+        raise RuntimeError("the plan broke")
+
+    with pytest.raises(RuntimeError, match="the plan broke"):
+        load(plan(), 1, 2)
+
+
+def test_a_fault_of_the_program_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> ImageInfo:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("extractor.loading.loader.decode_into", broken)
+    with pytest.raises(ZeroDivisionError, match="a bug"):
+        load(batches_of([1, 2], 2), 2, 2)
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
+    with pytest.raises(ValueError, match=f"a batch of {count} images, expected 1 to 2"):
+        load(iter([[grey(1)] * count]), 2, 1)
+
+
+@pytest.mark.cuda
+def test_pinned_buffers_are_pinned() -> None:
+    with BatchLoader(batches_of([1], 1), [PREPROCESS], batch_size=1, workers=1, pin=True) as loader:
+        assert next(iter(loader)).pictures[0].is_pinned()
+
+
+def test_files_that_come_slowly_are_read_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, with one that cannot be read and one that cannot be decoded among them."""
+    from extractor.loading import loader as module
+
+    paths = [tmp_path / f"{i:03d}.png" for i in range(200)]
+    for i, path in enumerate(paths):
+        Image.new("L", (5, 5), i).save(path)
+    paths[60].unlink()
+    paths[150].write_bytes(b"no image")
+    read = module.read_file
+    at_a_time: set[int] = set()
+    most = 0
+
+    def slow(path: str, *rest: int) -> object:
+        nonlocal most
+        at_a_time.add(threading.get_ident())
+        most = max(most, len(at_a_time))
+        time.sleep(0.02)
+        at_a_time.discard(threading.get_ident())
+        return read(path, *rest)
+
+    monkeypatch.setattr(module, "read_file", slow)
+    plan = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
+    with BatchLoader(plan, [PREPROCESS], batch_size=8, workers=2) as loader:
+        levels: list[int | str] = []
+        for batch in loader:
+            for place, outcome in enumerate(batch.outcomes):
+                level = int(batch.pictures[0][place, 0, 0, 0])
+                levels.append(outcome.reason if isinstance(outcome, Failure) else level)
+            batch.release()
+        assert 2 < loader.readers <= module.MAX_READERS
+    assert 2 < most <= 2 + module.MAX_READERS
+    expected: list[int | str] = list(range(200))
+    expected[60], expected[150] = "unreadable", "not-an-image"
+    assert levels == expected
+
+
+def test_files_that_come_quickly_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.effect_noise((400, 300), 90).save(path)
+    with BatchLoader(iter([[str(path)] * 64]), [PREPROCESS], batch_size=64, workers=2) as loader:
+        (batch,) = loader
+        assert all(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
+        assert loader.readers == 0
+
+
+@pytest.mark.parametrize("last", ["reads", "hangs"])
+def test_a_reader_that_hangs_costs_its_image_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    from extractor.loading import loader as module
+
+    paths = [str(tmp_path / f"{i:02d}.png") for i in range(80)]
+    for i, path in enumerate(paths):
+        Image.new("L", (5, 5), i).save(path)
+    bad = 79 if last == "hangs" else 50
+    go_on = threading.Event()
+    read = module.read_file
+
+    def slow(path: str, *rest: int) -> object:
+        if path == paths[bad]:
+            go_on.wait(30)
+        time.sleep(0.005)
+        return read(path, *rest)
+
+    monkeypatch.setattr(module, "read_file", slow)
+    plan = iter([paths[i : i + 8] for i in range(0, 80, 8)])
+    seen: list[bool] = []
+    with BatchLoader(plan, [PREPROCESS], batch_size=8, workers=2, image_timeout=0.5) as loader:
+        for batch in loader:
+            seen += [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
+            batch.release()
+        assert loader.readers
+        go_on.set()
+    assert seen == [place != bad for place in range(80)]
+
+
+@pytest.mark.parametrize("cores", [0, 1, 2, 5])
+def test_decoding_threads_rest_while_a_network_has_their_cores(
+    monkeypatch: pytest.MonkeyPatch, cores: int
+) -> None:
+    from extractor.loading import loader as module
+
+    lock, busy, most = threading.Lock(), 0, 0
+
+    def counted(source: np.ndarray, *rest: object) -> ImageInfo:
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        time.sleep(0.02)  # so that there is work left all the while
+        with lock:
+            busy -= 1
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    decode = module.decode_into
+    monkeypatch.setattr(module, "decode_into", counted)
+    monkeypatch.setattr(module, "LAST_DECODE_SECONDS", 5.0)
+    seen = 0
+    plan = batches_of([1] * 60, 6)
+    with BatchLoader(plan, [PREPROCESS], batch_size=6, workers=3) as loader:
+        for batch in loader:
+            with batch.alone_on(cores):
+                most = busy  # those at an image came to its end
+                time.sleep(0.05)
+                assert most == 0 if cores >= 3 else most <= 3 - cores
+                batch.release()
+            seen += len(batch.outcomes)
+    assert seen == 60
+
+
+def test_nobody_waits_long_for_the_decoders_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extractor.loading import loader as module
+
+    slow, go_on = threading.Event(), threading.Event()
+    decode = module.decode_into
+
+    def hang(source: np.ndarray, *rest: object) -> ImageInfo:
+        if source[0, 0] == 3:
+            slow.set()
+            go_on.wait(30)
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_into", hang)
+    with BatchLoader(batches_of([0, 1, 2, 3], 2), [PREPROCESS], batch_size=2, workers=1) as loader:
+        batch = next(iter(loader))
+        assert slow.wait(30)
+        begun = time.monotonic()
+        with batch.alone_on(1):
+            assert module.LAST_DECODE_SECONDS <= time.monotonic() - begun < 10
+        go_on.set()
+
+
+def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    from extractor.loading import loader as module
+
+    go_on = threading.Event()
+    decode = module.decode_into
+
+    def hang(source: np.ndarray, *rest: object) -> ImageInfo:
+        if source[0, 0] == 3:
+            go_on.wait(30)
+        return decode(source, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_into", hang)
+    seen = []
+    with BatchLoader(
+        batches_of(list(range(20)), 2), [PREPROCESS], batch_size=2, workers=2, image_timeout=0.3
+    ) as loader:
+        for batch in loader:
+            with batch.alone_on(1):  # one is left, though one hung
+                time.sleep(0.02)
+            seen += [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
+            batch.release()
+        go_on.set()
+    assert seen == [place != 3 for place in range(20)]
+
+
+def test_what_is_read_ahead_is_bounded_in_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from extractor.loading import loader as module
+
+    path = str(tmp_path / "a.png")
+    Image.effect_noise((100, 80), 90).save(path)
+    size = (tmp_path / "a.png").stat().st_size
+    read = module.read_file
+    ahead, most = 0, 0
+
+    def slow(*given: object) -> object:
+        nonlocal ahead, most
+        time.sleep(0.01)
+        ahead += 1
+        most = max(most, ahead)
+        return read(*given)  # type: ignore[arg-type]
+
+    def decoded(*given: object) -> ImageInfo:
+        nonlocal ahead
+        ahead -= 1
+        time.sleep(0.002)
+        return decode(*given)  # type: ignore[arg-type]
+
+    decode = module.decode_into
+    monkeypatch.setattr(module, "read_file", slow)
+    monkeypatch.setattr(module, "decode_into", decoded)
+    monkeypatch.setattr(module, "MAX_AHEAD_BYTES", 3 * size)
+    monkeypatch.setattr(module, "MAX_READERS", 4)
+    plan = iter([[path] * 50 for _ in range(4)])
+    with BatchLoader(plan, [PREPROCESS], batch_size=50, workers=1) as loader:
+        seen = 0
+        for batch in loader:
+            seen += sum(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
+            batch.release()
+        assert loader.readers
+    assert seen == 200
+    assert most <= 3 + 4 + 1  # what waits, what each reader has just read, and what is decoded
+
+
+def test_threads_that_begin_others_at_once_are_begun_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extractor.loading.loader.SLOW_READ_SECONDS", 0.0)
+    monkeypatch.setattr("extractor.loading.loader.SLOW_READ_SHARE", 0.0)
+    monkeypatch.setattr("extractor.loading.loader.OBSERVED", 1)
+    begin = threading.Thread.start
+
+    def slowly(thread: threading.Thread) -> None:
+        begin(thread)
+        time.sleep(0.02)  # what began already gets to work before the next one begins
+
+    monkeypatch.setattr(threading.Thread, "start", slowly)
+    assert len(load(batches_of([1] * 60, 2), 2, 4)) == 30

@@ -1,0 +1,362 @@
+"""What a GPU decodes is drawn as the CPU draws it, and what it cannot decode is not lost.
+
+The decoder itself is stood in for by one of the CPU, but for the tests marked cuda.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.networks import mean_pixel
+from support.pictures import noise
+
+from extractor import api as pipeline
+from extractor import extract
+from extractor.api import Report
+from extractor.errors import UsageError
+from extractor.images.decode import EncodedJpeg, ReadFile, decode_into, plain_jpeg
+from extractor.loading import loader
+from extractor.loading import nvjpeg as device_decode
+from extractor.loading.crash_log import InFlight
+from extractor.loading.nvjpeg import DeviceDecoder, draw_all
+from extractor.models import embedding as targets
+from extractor.preprocess import Preprocess
+from extractor.store.format import IN_FLIGHT
+
+STANDARD = Preprocess.standard(32)
+PADDED = Preprocess((40, 24), "contain", (40, 24), "bilinear", (0,) * 3, (1,) * 3, (9, 8, 7))
+SQUASHED = Preprocess((24, 40), "squash", (24, 40), "bicubic", (0,) * 3, (1,) * 3)
+
+
+def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture without the noise that two decoders may draw otherwise."""
+    return noise(seed, 5, 4).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def jpeg(image: Image.Image, orientation: int = 1, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, exif=exif, **options)
+    return buffer.getvalue()
+
+
+def read(content: bytes) -> ReadFile:
+    return ReadFile(b"a.jpg", content, len(content), 1)
+
+
+def plain(content: bytes, preprocess: Preprocess = STANDARD) -> EncodedJpeg | None:
+    found = plain_jpeg(read(content), [preprocess], 10**6)
+    return found and found[1]
+
+
+def pillow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+    """What nvJPEG would give."""
+    images = [Image.open(io.BytesIO(one.numpy().tobytes())).convert("RGB") for one in encoded]
+    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+
+
+# ---------------------------------------------------------------------------------------------
+# Which images
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        jpeg(smooth(60, 40)),
+        jpeg(smooth(60, 40).convert("L")),
+        *(jpeg(smooth(60, 40), subsampling=sampling) for sampling in (0, 1, 2)),
+        jpeg(smooth(60, 40), orientation=6),
+        jpeg(smooth(60, 40)) + bytes(3),
+    ],
+)
+def test_a_plain_jpeg_is_left_to_the_device(content: bytes) -> None:
+    found = plain_jpeg(read(content), [STANDARD], 2400)
+    expected = decode_into(read(content), [STANDARD], [np.empty((32, 32, 3), np.uint8)])
+    assert found is not None
+    assert found[0] == expected
+
+
+def with_adobe_transform(content: bytes, transform: int) -> bytes:
+    marker = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00" + bytes([transform])
+    return content[:2] + marker + content[2:]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\xff\xd8\xff\xd9",
+        jpeg(smooth(60, 40))[:-200],
+        jpeg(smooth(60, 40))[:-200] + b"\xff\xff\xd8",
+        jpeg(smooth(60, 40), progressive=True),
+        jpeg(smooth(60, 40)).replace(b"\xff\xc0", b"\xff\xc9"),  # arithmetic codes
+        jpeg(smooth(60, 40))[:-200] + jpeg(smooth(60, 40)),  # cut, and another one
+        jpeg(smooth(60, 40)).replace(b"\xff\xdb", b"\xff\xfe"),  # no tables
+        jpeg(smooth(60, 40).convert("CMYK")),
+        jpeg(smooth(60, 40), keep_rgb=True),
+        with_adobe_transform(jpeg(smooth(60, 40)), 0),
+        jpeg(smooth(61, 40)),  # one pixel too many
+        jpeg(smooth(1000, 2)),  # resized whole it would be very long
+    ],
+)
+def test_all_else_is_not(content: bytes) -> None:
+    assert plain_jpeg(read(content), [STANDARD], 2400) is None
+
+
+def test_nor_is_what_torch_has_no_filter_for() -> None:
+    lanczos = Preprocess((8, 8), "squash", (8, 8), "lanczos", (0,) * 3, (1,) * 3)
+    assert plain(jpeg(smooth(60, 40)), lanczos) is None
+
+
+# ---------------------------------------------------------------------------------------------
+# Drawing
+
+
+@pytest.mark.parametrize("preprocess", [STANDARD, PADDED, SQUASHED])
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(60, 40), (40, 61), (20, 30)])
+def test_the_picture_is_that_of_the_cpu(
+    preprocess: Preprocess, orientation: int, size: tuple[int, int]
+) -> None:
+    contents = [jpeg(smooth(*size, seed), orientation) for seed in (1, 2)]
+    expected = np.empty((2, *preprocess.input_size, 3), np.uint8)
+    for content, out in zip(contents, expected, strict=True):
+        decode_into(read(content), [preprocess], [out], how="exact")
+    image = plain(contents[0], preprocess)
+    assert image is not None
+    decoded = torch.stack(
+        pillow([torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents])
+    )
+    drawn = draw_all(decoded, preprocess, image.stored).numpy()
+    assert drawn.shape == expected.shape
+    assert np.abs(drawn.astype(int) - expected).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------
+# In a run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "in"
+    place.mkdir()
+    for number in range(8):
+        content = jpeg(smooth(60 + number % 2, 40, number), orientation=number + 1)
+        (place / f"{number}.jpg").write_bytes(content)
+    (place / "cut.jpg").write_bytes(jpeg(smooth(60, 40))[:-300])
+    (place / "progressive.jpg").write_bytes(jpeg(smooth(60, 40, 9), progressive=True))
+    smooth(50, 70, 11).save(place / "x.png")
+    return place
+
+
+class Run:
+    """Runs with a decoder that stands in for the GPU's."""
+
+    def __init__(self, folder: Path, out: Path, patch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.out = out
+        self.calls: list[int] = []  # images in each call of the decoder
+        self.decode: Callable[[list[torch.Tensor]], list[torch.Tensor]] = pillow
+        patch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+        patch.setattr(pipeline, "_check_decode", lambda *_: None)
+        patch.setattr(DeviceDecoder, "_nvjpeg", lambda _, encoded: self._counted(encoded))
+
+    def _counted(self, encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        self.calls.append(len(encoded))
+        return self.decode(encoded)
+
+    def __call__(self, decode: str = "gpu", **options: Any) -> Report:
+        options = {"batch_size": 4, "workers": 2, **options}
+        return extract(self.folder, "mean", self.out / decode, decode=decode, **options)
+
+    def is_as_exact(self, report: Report) -> bool:
+        store, expected = report.stores[0].store, self("exact").stores[0].store
+        assert list(store.paths) == list(expected.paths)
+        assert store.failures == expected.failures
+        return bool(np.abs(store.features[:] - expected.features[:]).max() < 0.01)
+
+
+@pytest.fixture
+def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    return Run(folder, tmp_path / "out", monkeypatch)
+
+
+def test_a_run_leaves_plain_jpegs_to_the_device(run: Run) -> None:
+    report = run()
+    assert run.is_as_exact(report)
+    assert sum(run.calls) == 8
+    assert report.stores[0].store.manifest.description.computation["decode"] == "gpu"
+
+
+@pytest.mark.parametrize(("limit", "value"), [("PIXELS", 2 * 61 * 40), ("IMAGES", 2)])
+def test_images_are_decoded_together_as_far_as_memory_goes(
+    run: Run, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
+) -> None:
+    monkeypatch.setattr(device_decode, f"{limit}_TOGETHER", value)
+    assert run.is_as_exact(run())
+    assert max(run.calls) == 2
+    assert sum(run.calls) == 8
+
+
+def test_what_waits_for_the_device_is_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "MAX_ENCODED_BYTES", 0)
+    assert run.is_as_exact(run())
+    assert not run.calls
+
+
+def test_what_waits_is_counted_until_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = max(path.stat().st_size for path in run.folder.iterdir())
+    monkeypatch.setattr(loader, "MAX_ENCODED_BYTES", largest)
+    assert run.is_as_exact(run(batch_size=1, workers=1))
+    assert len(run.calls) >= 3  # and not the first one alone
+
+
+def test_one_that_the_device_refuses_is_decoded_by_the_cpu(run: Run) -> None:
+    refused = (run.folder / "2.jpg").read_bytes()
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        if any(one.numpy().tobytes() == refused for one in encoded):
+            raise RuntimeError("Error while decoding JPEG images")
+        return pillow(encoded)
+
+    run.decode = decode
+    assert run.is_as_exact(run())
+    assert sorted(run.calls) == [1, 1, 1, 1, 4, 4]
+
+
+def test_an_image_of_another_size_than_its_header_says_is_not_believed(run: Run) -> None:
+    run.decode = lambda encoded: [image[:, :, :-1] for image in pillow(encoded)]
+    assert run.is_as_exact(run())
+
+
+@pytest.mark.parametrize("kind", ["other pixels", "error"])
+def test_a_decoder_that_is_wrong_is_left(
+    run: Run, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        if kind == "error":
+            raise RuntimeError("torchvision not compiled with nvJPEG support")
+        return [255 - image for image in pillow(encoded)]
+
+    run.decode = decode
+    with caplog.at_level(logging.WARNING):
+        report = run(batch_size=2, workers=1)
+    assert run.is_as_exact(report)
+    assert run.calls == ([2] if kind == "other pixels" else [2, 1, 1])
+    warned = [one.message for one in caplog.records if "are decoded by the CPU" in one.message]
+    assert len(warned) == 1
+
+
+def test_nothing_of_a_decoder_that_was_found_wrong_is_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_decode, "IMAGES_TOGETHER", 2)
+    monkeypatch.setattr(device_decode, "COMPARED", 3)
+    seen = 0
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal seen
+        seen += len(encoded)
+        return [255 - image if seen > 2 else image for image in pillow(encoded)]
+
+    run.decode = decode
+    assert run.is_as_exact(run(batch_size=16, workers=1))
+    assert run.calls == [2, 2]
+
+
+def test_what_cannot_be_drawn_on_the_device_is_drawn_by_the_cpu(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(images: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if images.shape[-1] == 61:
+            raise RuntimeError("Too much shared memory required")
+        return draw_all(images, *rest)
+
+    monkeypatch.setattr(device_decode, "draw_all", draw)
+    assert run.is_as_exact(run())
+    assert sum(run.calls) == 8
+
+
+def test_an_image_that_nothing_decodes_has_no_row(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = (run.folder / "3.jpg").read_bytes()
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        if any(one.numpy().tobytes() == bad for one in encoded):
+            raise RuntimeError("cannot be decoded")
+        return pillow(encoded)
+
+    def on_cpu(file: ReadFile, *rest: Any) -> Any:
+        if file.content == bad:
+            raise device_decode.DecodeError("corrupt", "broken data stream")
+        return decode_into(file, *rest)
+
+    run.decode = decode
+    monkeypatch.setattr(device_decode, "decode_into", on_cpu)
+    (store,) = run().stores
+    assert (store.rows, store.failed) == (9, 2)
+    names = [Path(path).name for path in store.store.paths]
+    assert names == sorted(
+        p.name for p in run.folder.iterdir() if p.name not in ("3.jpg", "cut.jpg")
+    )
+
+
+def test_which_images_are_at_hand_outlives_the_process(run: Run) -> None:
+    noted: list[list[str]] = []
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        (file,) = run.out.rglob(IN_FLIGHT)
+        noted.append([Path(path.decode()).name for path in InFlight.left(file)])
+        return pillow(encoded)
+
+    run.decode = decode
+    run(workers=1)
+    assert {"0.jpg", "1.jpg", "2.jpg", "3.jpg"} <= set(noted[0])
+    assert not {"0.jpg", "1.jpg", "2.jpg", "3.jpg"} & set(noted[1])
+
+
+def test_it_needs_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    with pytest.raises(
+        UsageError, match="got gpu, which needs a CUDA device; this run computes on"
+    ):
+        extract(folder, "mean", tmp_path / "out", decode="gpu", device="cpu")
+
+
+@pytest.fixture
+def gpu_store(folder: Path, tmp_path: Path) -> Report:
+    for number in range(200):
+        (folder / f"more-{number}.jpg").write_bytes(jpeg(smooth(500, 375 + number % 3, number)))
+    settings: dict[str, Any] = {"weights": "random", "device": "cuda", "precision": "float32"}
+    return extract(folder, "resnet18", tmp_path / "gpu", decode="gpu", batch_size=64, **settings)
+
+
+@pytest.mark.cuda
+def test_nvjpeg_gives_the_embeddings_of_the_cpu(
+    folder: Path, tmp_path: Path, gpu_store: Report, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert not [one for one in caplog.records if "are decoded by the CPU" in one.message]
+    expected = extract(
+        folder,
+        "resnet18",
+        tmp_path / "cpu",
+        weights="random",
+        device="cpu",
+        precision="float32",
+        decode="exact",
+    )
+    a, b = gpu_store.stores[0].store, expected.stores[0].store
+    assert list(a.paths) == list(b.paths)
+    assert a.failures == b.failures
+    one, other = torch.from_numpy(a.features[:]), torch.from_numpy(b.features[:])
+    assert float(torch.cosine_similarity(one, other).min()) > 0.999

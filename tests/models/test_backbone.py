@@ -1,0 +1,363 @@
+"""Embeddings against references that share no code with ours: the libraries' own models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from torch import nn
+
+from extractor import load_backbone
+from extractor.errors import DeviceError, ModelError, UsageError, WeightsError
+from extractor.models import from_torchvision
+
+# The classifier of one member of each family, read off torchvision's source by hand.
+TORCHVISION = {
+    "alexnet": "classifier.6",
+    "convnext_tiny": "classifier.2",
+    "densenet121": "classifier",
+    "efficientnet_b0": "classifier.1",
+    "efficientnet_v2_s": "classifier.1",
+    "googlenet": "fc",
+    "inception_v3": "fc",
+    "maxvit_t": "classifier.5",
+    "mnasnet0_5": "classifier.1",
+    "mobilenet_v2": "classifier.1",
+    "mobilenet_v3_small": "classifier.3",
+    "regnet_y_400mf": "fc",
+    "resnet18": "fc",
+    "resnext50_32x4d": "fc",
+    "shufflenet_v2_x0_5": "fc",
+    "squeezenet1_1": "classifier.1",
+    "swin_t": "head",
+    "swin_v2_t": "head",
+    "vgg11": "classifier.6",
+    "vit_b_32": "heads.head",
+    "wide_resnet50_2": "fc",
+}
+
+TIMM = [
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "convnext_atto",
+    "deit_tiny_distilled_patch16_224",
+    "densenet121",
+    "efficientnet_lite0",
+    "inception_v3",
+    "maxvit_rmlp_pico_rw_256",
+    "mnasnet_small",
+    "mobilenetv3_small_050",
+    "regnety_002",
+    "resnet18",
+    "resnext26ts",
+    "swin_tiny_patch4_window7_224",
+    "tf_efficientnetv2_b0",
+    "vgg11",
+    "vit_tiny_patch16_224",
+    "xception41",
+]
+
+
+def picture(size: tuple[int, int]) -> torch.Tensor:
+    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    worst = (got - expected).abs().max() / expected.abs().max().clamp_min(1e-12)
+    assert worst < 1e-4
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_torchvision_embedding_is_the_input_of_the_classifier(name: str) -> None:
+    backbone = load_backbone(f"torchvision:{name}", weights="random", device="cpu")
+    head = TORCHVISION[name]
+    assert backbone.heads == (head,)
+    assert type(backbone.module.get_submodule(head)) is nn.Identity
+
+    options: dict[str, Any] = {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"transform_input": True, "init_weights": False}
+    untouched = torchvision.models.get_model(name, weights=None, **options).eval()
+    untouched.load_state_dict(backbone.module.state_dict(), strict=False)
+    seen: list[torch.Tensor] = []
+    untouched.get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    pixels = picture(backbone.preprocess.input_size)
+    with torch.inference_mode():
+        untouched(pixels)
+    expected = seen[0].mean((2, 3)) if seen[0].ndim == 4 else seen[0]
+    assert backbone.dim == expected.shape[1]
+    assert expected.std() > 0
+    assert_close(backbone(pixels), expected)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_timm_embedding_is_its_pre_logits(name: str) -> None:
+    backbone = load_backbone(f"timm:{name}", weights="random", device="cpu")
+    untouched = timm.create_model(name).eval()
+    untouched.load_state_dict(backbone.module.state_dict(), strict=False)
+    pixels = picture(backbone.preprocess.input_size)
+    with torch.inference_mode():
+        features = untouched.forward_features(pixels)
+        expected = untouched.forward_head(features, pre_logits=True)
+    assert backbone.dim == untouched.head_hidden_size == expected.shape[1]
+    assert expected.std() > 0
+    assert_close(backbone(pixels), expected)
+
+
+def test_every_head_of_a_distilled_model_is_replaced() -> None:
+    backbone = load_backbone("deit_tiny_distilled_patch16_224", weights="random", device="cpu")
+    assert backbone.heads == ("head", "head_dist")
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
+def test_auxiliary_heads_are_off(name: str) -> None:
+    backbone = load_backbone(f"torchvision:{name}", weights="random", device="cpu")
+    assert not [key for key in backbone.module.state_dict() if key.lower().startswith("aux")]
+
+
+def test_a_bare_name_is_timms_where_timm_has_it() -> None:
+    def provenance(name: str) -> str:
+        return load_backbone(name, weights="random", device="cpu").provenance.model
+
+    assert provenance("resnet18") == "timm:resnet18"
+    assert provenance("torchvision:resnet18") == "torchvision:resnet18"
+    assert provenance("squeezenet1_1") == "torchvision:squeezenet1_1"  # timm has none
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("resnet5", r"unknown model 'resnet5'; did you mean .*resnet50"),
+        ("timm:squeezenet1_0", "unknown model 'timm:squeezenet1_0'"),
+        ("torchvision:vit_tiny_patch16_224", "unknown model"),
+        ("keras:resnet50", "unknown library 'keras'; expected timm:NAME"),
+        ("", "unknown model ''"),
+        ("torchvision:fcn_resnet50", "unknown model"),
+    ],
+)
+def test_an_unknown_model_is_an_error(name: str, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        load_backbone(name, weights="random", device="cpu")
+
+
+def test_random_weights_follow_the_seed_and_nothing_else() -> None:
+    def digest(seed: int) -> str:
+        torch.rand(3)  # the caller's own generator has no say
+        backbone = load_backbone("resnet18", weights="random", seed=seed, device="cpu")
+        return backbone.provenance.sha256
+
+    assert digest(0) == digest(0) != digest(1)
+
+
+def test_random_weights_leave_the_callers_generator_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(4)
+    torch.manual_seed(5)
+    load_backbone("resnet18", weights="random", device="cpu")
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_random_weights_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    load_backbone("resnet18", weights="random", seed=3, device="cpu")
+    assert "RANDOM weights (seed 3)" in caplog.text
+
+
+def test_pixels_of_another_shape_are_an_error() -> None:
+    backbone = load_backbone("resnet18", weights="random", device="cpu")
+    with pytest.raises(UsageError, match=r"got shape \(3, 32, 32\), expected \(B, 3, H, W\)"):
+        backbone(torch.zeros(3, 32, 32))
+
+
+def test_the_network_is_in_eval_mode_and_frozen() -> None:
+    module = load_backbone("torchvision:alexnet", weights="random", device="cpu").module
+    assert not any(child.training for child in module.modules())
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_half_precision_stays_near_float32(precision: str, device: str) -> None:
+    pixels = picture((64, 64))
+    exact = load_backbone("resnet18", weights="random", device="cpu")(pixels)
+    backbone = load_backbone("resnet18", weights="random", device=device, precision=precision)
+    rows = backbone(pixels)
+    assert next(backbone.module.parameters()).dtype == getattr(torch, precision)
+    assert rows.dtype == torch.float32
+    cosine = torch.nn.functional.cosine_similarity(rows.cpu(), exact)
+    assert cosine.min() > 0.999
+
+
+def test_absent_devices_are_errors() -> None:
+    with pytest.raises(UsageError, match="device: got 'tpu', expected auto, cpu"):
+        load_backbone("resnet18", weights="random", device="tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(DeviceError, match=r"device cuda: .*--device cpu"):
+            load_backbone("resnet18", weights="random", device="cuda")
+    else:
+        with pytest.raises(DeviceError, match="device cuda:99: only cuda:0 to"):
+            load_backbone("resnet18", weights="random", device="cuda:99")
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights, laid out as the libraries' caches are
+
+
+def torchvision_cache(home: Path, name: str, tag: str = "DEFAULT", **options: Any) -> nn.Module:
+    """Put random weights where torchvision would download them, as its own builder makes them."""
+    torch.manual_seed(2)
+    model = torchvision.models.get_model(name, weights=None, **options)
+    entry = torchvision.models.get_model_weights(name)[tag]
+    checkpoints = home / "torch" / "hub" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    torch.save(model.state_dict(), checkpoints / entry.url.rpartition("/")[2])
+    return model
+
+
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "densenet121", "mnasnet0_5"])
+def test_cached_torchvision_weights_compute_what_torchvision_computes(
+    name: str, empty_caches: Path
+) -> None:
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    torchvision_cache(empty_caches, name, **options)
+    backbone = load_backbone(f"torchvision:{name}", device="cpu")
+    theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
+    seen: list[torch.Tensor] = []
+    head = theirs.get_submodule(TORCHVISION[name])
+    head.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    pixels = picture((96, 96))
+    with torch.inference_mode():
+        theirs(pixels)
+    assert_close(backbone(pixels), seen[0])
+    assert backbone.provenance.weights == "hub"
+    assert backbone.provenance.tag == torchvision.models.get_model_weights(name).DEFAULT.name
+
+
+def test_old_densenet_key_names_are_understood(tmp_path: Path) -> None:
+    model = torchvision.models.densenet121(weights=None)
+    old = {
+        key.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.")
+        .replace("conv2.", "conv.2.") if "denselayer" in key else key: value
+        for key, value in model.state_dict().items()
+    }  # fmt: skip
+    torch.save(old, tmp_path / "old.pth")
+    backbone = load_backbone("torchvision:densenet121", weights=tmp_path / "old.pth", device="cpu")
+    pixels = picture((64, 64))
+    with torch.inference_mode():
+        features = torch.relu(model.eval().features(pixels)).mean((2, 3))
+    assert_close(backbone(pixels), features)
+
+
+def test_a_tag_chooses_weights_and_transform(empty_caches: Path) -> None:
+    torchvision_cache(empty_caches, "resnet50", "IMAGENET1K_V1")
+    backbone = load_backbone("torchvision:resnet50", weights="IMAGENET1K_V1", device="cpu")
+    assert backbone.provenance.tag == "IMAGENET1K_V1"
+    assert backbone.preprocess.resize_size == (256, 256)  # V2, the default, has 232
+
+
+def test_a_file_under_the_librarys_own_name_brings_that_entrys_transform(tmp_path: Path) -> None:
+    path = tmp_path / "resnet50-0676ba61.pth"
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
+    backbone = load_backbone("torchvision:resnet50", weights=path, device="cpu")
+    assert backbone.preprocess.resize_size == (256, 256)
+    assert backbone.provenance.weights == "file"
+
+
+def test_a_vit_is_built_for_the_image_size_of_its_weights() -> None:
+    entries = torchvision.models.ViT_B_16_Weights
+    entry = entries.IMAGENET1K_SWAG_E2E_V1
+    with torch.device("meta"):
+        network = from_torchvision._network("vit_b_16", entry)
+    assert network.image_size == 384
+
+
+def timm_cache(home: Path, name: str) -> nn.Module:
+    """Put random weights where the hub's cache would have them."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(2)
+    model = timm.create_model(name)
+    repository = model.pretrained_cfg["hf_hub_id"].replace("/", "--")
+    folder = home / "huggingface" / "hub" / f"models--{repository}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("c0ffee")
+    (folder / "snapshots" / "c0ffee").mkdir(parents=True)
+    save_file(model.state_dict(), folder / "snapshots" / "c0ffee" / "model.safetensors")
+    return model
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
+def test_cached_timm_weights_are_the_ones_that_are_used(name: str, empty_caches: Path) -> None:
+    model = timm_cache(empty_caches, name).eval()
+    backbone = load_backbone(name, device="cpu")
+    pixels = picture(backbone.preprocess.input_size)
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(pixels), pre_logits=True)
+    assert_close(backbone(pixels), expected)
+    assert backbone.provenance.weights == "hub"
+    assert backbone.provenance.revision == "c0ffee"
+    assert backbone.provenance.tag == model.pretrained_cfg["tag"]
+    assert "state_dict" not in backbone.module.pretrained_cfg
+
+
+def test_a_timm_tag_may_be_in_the_name_or_in_the_weights(empty_caches: Path) -> None:
+    timm_cache(empty_caches, "resnet18.a1_in1k")
+    by_name = load_backbone("resnet18.a1_in1k", device="cpu").provenance
+    by_weights = load_backbone("resnet18", weights="a1_in1k", device="cpu").provenance
+    assert by_name == by_weights
+    assert by_name.tag == "a1_in1k"
+
+
+@pytest.mark.parametrize("model", ["resnet18", "torchvision:resnet18"])
+def test_an_unknown_tag_names_the_known_ones(model: str) -> None:
+    with pytest.raises(WeightsError, match=r"unknown weights 'NOPE'; .*(a1_in1k|IMAGENET1K_V1)"):
+        load_backbone(model, weights="NOPE", device="cpu")
+
+
+@pytest.mark.parametrize("model", ["resnet18", "torchvision:resnet18"])
+def test_weights_that_are_nowhere_say_where_was_looked_and_what_to_do(
+    model: str, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("extractor.models.weight_files._reachable", lambda url: False)
+    with pytest.raises(
+        WeightsError, match=rf"Looked in {empty_caches}.*--weights FILE.*--weights random"
+    ):
+        load_backbone(model, device="cpu")
+
+
+def headless(state: dict[str, torch.Tensor], head: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in state.items() if not key.startswith(head)}
+
+
+@pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize("layout", ["plain", "state_dict", "model", "ddp", "safetensors", "head"])
+def test_files_of_every_layout_give_the_same_backbone(
+    model: str, layout: str, tmp_path: Path
+) -> None:
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(weights=None)  # timm's has the same key names
+    state = network.state_dict()
+    path = tmp_path / "weights.pth"
+    if layout == "plain":
+        torch.save(state, path)
+    elif layout in ("state_dict", "model"):
+        torch.save({layout: state, "epoch": 3, "best": 0.7}, path)
+    elif layout == "ddp":
+        torch.save({"module." + key: value for key, value in state.items()}, path)
+    elif layout == "safetensors":
+        path = path.with_suffix(".safetensors")
+        save_file(headless(state, "fc."), path)
+    else:
+        other_classes = {"fc.weight": torch.zeros(37, 512), "fc.bias": torch.zeros(37)}
+        torch.save({**state, **other_classes}, path)
+    backbone = load_backbone(model, weights=path, device="cpu")
+    pixels = picture((64, 64))
+    network.fc = nn.Identity()
+    with torch.inference_mode():
+        assert_close(backbone(pixels), network.eval()(pixels))
+    assert backbone.provenance.source == path.name

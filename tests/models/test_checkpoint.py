@@ -1,0 +1,545 @@
+"""Checkpoints as trainers leave them: each gives the embeddings of the model it was saved from."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from extractor import load_backbone
+from extractor.errors import ExtractorError, WeightsError
+from extractor.models.weight_files import MisfitError, load_into, read_checkpoint
+
+Tensors: TypeAlias = "dict[str, torch.Tensor]"
+
+TIMM = "timm:test_resnet"
+TORCHVISION = "torchvision:squeezenet1_1"
+HEADS = ("fc.", "classifier.")  # of these two
+
+PIXELS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache
+def network(model: str, seed: int = 3) -> nn.Module:
+    """The library's own, with weights that half precision holds exactly; not to be changed."""
+    library, _, name = model.partition(":")
+    torch.manual_seed(seed)
+    made = timm.create_model(name) if library == "timm" else torchvision.models.get_model(name)
+    return made.half().float().eval()
+
+
+@functools.cache
+def embeddings(of: nn.Module) -> torch.Tensor:
+    """What goes into the classifier, its mean where that is a convolution."""
+    seen: list[torch.Tensor] = []
+    head = of.classifier[1] if hasattr(of, "classifier") else of.fc
+    handle = head.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.inference_mode():
+        of(PIXELS)
+    handle.remove()
+    return seen[0].mean((2, 3)) if seen[0].ndim == 4 else seen[0]
+
+
+def loaded(model: str, path: Path, key: str | None = None) -> torch.Tensor:
+    return load_backbone(model, weights=path, weights_key=key, device="cpu")(PIXELS)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    assert expected.std() > 0
+    assert (got - expected).abs().max() / expected.abs().max() < 1e-5
+
+
+def under(prefix: str, state: Tensors) -> Tensors:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9))
+
+
+def headless(state: Tensors) -> Tensors:
+    return {key: value for key, value in state.items() if not key.startswith(HEADS)}
+
+
+def other_classes(state: Tensors) -> Tensors:
+    resized = {k: noise(7, *v.shape[1:]) for k, v in state.items() if k.startswith(HEADS)}
+    assert len(resized) == 2
+    return {**state, **resized}
+
+
+def trainer(state: Tensors) -> dict[str, Any]:
+    """As timm's ``CheckpointSaver`` writes it."""
+    weight = nn.Parameter(noise(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1, momentum=0.9)
+    weight.sum().backward()
+    optimizer.step()
+    return {
+        "epoch": 3,
+        "arch": "net",
+        "state_dict": state,
+        "optimizer": optimizer.state_dict(),
+        "version": 2,
+        "args": argparse.Namespace(lr=0.1, aa="rand-m9", img_size=None, mean=[0.5, 0.5, 0.5]),
+        "metric": 71.5,
+        "state_dict_ema": {key: value + 1 for key, value in state.items()},
+    }
+
+
+def lightning(state: Tensors) -> dict[str, Any]:
+    return {
+        "epoch": 3,
+        "global_step": 17,
+        "pytorch-lightning_version": "2.4.0",
+        "state_dict": under("model.", state),
+        "loops": {"fit_loop": {"state_dict": {}}},
+        "callbacks": {"EarlyStopping{'monitor': 'loss'}": {"best_score": torch.tensor(0.5)}},
+        "optimizer_states": [{"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]}],
+        "hyper_parameters": {"lr": 0.1},
+    }
+
+
+CONTENTS: dict[str, Callable[[Tensors], object]] = {
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3, "best": 0.7},
+    "model": lambda state: {"model": state, "scaler": {"scale": 65536.0}},
+    "model_state_dict": lambda state: {"model_state_dict": state, "loss": torch.tensor(0.5)},
+    "DDP": lambda state: under("module.", state),
+    "DDP in state_dict": lambda state: {"state_dict": under("module.", state)},
+    "encoder": lambda state: under("encoder.", headless(state)),
+    "module.backbone": lambda state: {"state_dict": under("module.backbone.", headless(state))},
+    "torch.compile": lambda state: under("_orig_mod.", state),
+    "compiled in DDP": lambda state: under("module._orig_mod.", state),
+    "Lightning of a compiled backbone": lambda state: under("model.backbone._orig_mod.", state),
+    "Lightning": lightning,
+    "timm's trainer": trainer,
+    "another number of classes": other_classes,
+    "no classifier": headless,
+    "half precision": lambda state: {k: v.half() if v.is_floating_point() else v
+                                     for k, v in state.items()},
+    "parameters": lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v
+                                 for k, v in state.items()},
+    "no counters": lambda state: {k: v for k, v in state.items() if "num_batches" not in k},
+}  # fmt: skip
+
+
+# Of torchvision only what takes another way there: its heads, and every kind of unwrapping.
+IN_BOTH = ("Lightning", "module.backbone", "another number of classes", "no classifier")
+
+
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [(TIMM, layout) for layout in CONTENTS] + [(TORCHVISION, layout) for layout in IN_BOTH],
+)
+def test_every_layout_of_a_trainer_gives_the_embeddings_of_its_model(
+    model: str, layout: str, tmp_path: Path
+) -> None:
+    trained = network(model)
+    torch.save(CONTENTS[layout](trained.state_dict()), tmp_path / "w.pth")
+    assert_close(loaded(model, tmp_path / "w.pth"), embeddings(trained))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pth.tar", ".ckpt"])
+def test_every_name_of_a_saved_state_dict_is_read(
+    suffix: str, zipped: bool, tmp_path: Path
+) -> None:
+    trained = network(TIMM)
+    path = tmp_path / f"w{suffix}"
+    torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    assert zipfile.is_zipfile(path) is zipped
+    assert_close(loaded(TIMM, path), embeddings(trained))
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".weights"])
+def test_safetensors_are_known_by_their_content(suffix: str, tmp_path: Path) -> None:
+    trained = network(TIMM)
+    path = tmp_path / f"w{suffix}"
+    save_file(under("module.", trained.state_dict()), path)
+    assert_close(loaded(TIMM, path), embeddings(trained))
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_checkpoint_of_torch_is_known_by_its_content(zipped: bool, tmp_path: Path) -> None:
+    trained, path = network(TIMM), tmp_path / "w.safetensors"
+    torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
+    assert_close(loaded(TIMM, path), embeddings(trained))
+
+
+def test_code_in_what_is_named_safetensors_does_not_run(tmp_path: Path) -> None:
+    torch.save({"a": noise(2), "hook": Bomb(tmp_path / "ran")}, tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match="refused: it holds more than tensors"):
+        loaded(TIMM, tmp_path / "w.safetensors")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("tag", ["mps", "cuda:0"])
+def test_tensors_that_were_saved_on_another_device_are_read_on_the_cpu(
+    tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained, path = network(TIMM), tmp_path / "w.pth"
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.serialization, "location_tag", lambda _: tag)
+        torch.save(trained.state_dict(), path)
+    assert tag.encode() in path.read_bytes()
+    assert {value.device.type for value in read_checkpoint(path).values()} == {"cpu"}
+    assert_close(loaded(TIMM, path), embeddings(trained))
+
+
+def test_a_projector_beside_the_backbone_is_left_out_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = network(TIMM)
+    state = under("backbone.", headless(trained.state_dict()))
+    state |= {"projector.0.weight": noise(8, 96), "predictor.bias": noise(8)}
+    torch.save({"state_dict": state}, tmp_path / "w.pth")
+    assert_close(loaded(TIMM, tmp_path / "w.pth"), embeddings(trained))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "without projector.0.weight, predictor.bias" in told
+
+
+def test_nothing_is_said_where_nothing_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(under("module.", network(TIMM).state_dict()), tmp_path / "w.pth")
+    loaded(TIMM, tmp_path / "w.pth")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "module.encoder."])
+def test_a_networks_own_encoder_is_no_prefix(prefix: str) -> None:
+    def vit(seed: int) -> VisionTransformer:
+        torch.manual_seed(seed)
+        made = VisionTransformer(32, 16, 2, 2, 16, 32)
+        made.heads = nn.Identity()
+        return made.eval()
+
+    trained, fresh = vit(1), vit(2)
+    pixels = PIXELS[..., :32, :32]
+    with torch.inference_mode():
+        expected = trained(pixels)
+        assert not torch.allclose(fresh(pixels), expected)
+        load_into(fresh, under(prefix, trained.state_dict()), discarded=["heads"], how="a into b")
+        assert torch.equal(fresh(pixels), expected)
+
+
+# ---------------------------------------------------------------------------------------------
+# Several state dicts in one file
+
+
+@pytest.fixture
+def averaged(tmp_path: Path) -> tuple[Path, nn.Module, nn.Module]:
+    """A checkpoint, the network of its ``model`` and that of its ``model_ema``."""
+    plain, ema = network(TIMM), network(TIMM, seed=4)
+    content = {
+        "model": plain.state_dict(),
+        "model_ema": under("module.", ema.state_dict()),
+        "nested": {"teacher": {"state_dict": ema.state_dict()}, "epoch": 3},
+        "a.b": ema.state_dict(),
+    }
+    torch.save(content, tmp_path / "w.pth")
+    return tmp_path / "w.pth", plain, ema
+
+
+def test_averaged_weights_that_were_not_asked_for_are_told(
+    averaged: tuple[Path, nn.Module, nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, plain, _ = averaged
+    assert_close(loaded(TIMM, path), embeddings(plain))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "took model; it holds averaged weights too, --weights-key model_ema" in told
+
+
+@pytest.mark.parametrize("key", ["model_ema", "nested.teacher", "nested.teacher.state_dict", "a.b"])
+def test_a_key_chooses_a_state_dict(
+    key: str, averaged: tuple[Path, nn.Module, nn.Module], caplog: pytest.LogCaptureFixture
+) -> None:
+    path, _, ema = averaged
+    assert_close(loaded(TIMM, path, key), embeddings(ema))
+    assert caplog.records == []
+    made = load_backbone(TIMM, weights=path, weights_key=key, device="cpu").provenance
+    assert (made.key, made.source) == (key, "w.pth")
+
+
+@pytest.mark.parametrize("key", ["nope", "nested.nope", "nested.epoch", "model.fc.weight"])
+def test_a_key_that_is_not_there_lists_those_that_are(
+    key: str, averaged: tuple[Path, nn.Module, nn.Module]
+) -> None:
+    match = (
+        rf"no state dict under '{key}'; choose one of model, model_ema, a\.b, "
+        r"nested\.teacher\.state_dict with --weights-key"
+    )
+    with pytest.raises(WeightsError, match=match):
+        loaded(TIMM, averaged[0], key)
+
+
+# Where trainers put the averaged weights when they do not lie right under a key of their own, and
+# what is beside them there.
+DEEP: dict[str, Callable[[Tensors, Tensors], tuple[str, object]]] = {
+    "module": lambda plain, ema: ("ema.module", {"model": plain, "ema": {"module": ema}}),
+    "counts": lambda plain, ema: (
+        "ema.shadow",
+        {"model": plain, "ema": {"decay": torch.tensor(0.99), "updates": 3, "shadow": ema}},
+    ),
+    "below a key": lambda plain, ema: (
+        "net.ema.module",
+        {"net": {"model": plain, "ema": {"module": ema}}, "optimizer": {"state": {0: ema}}},
+    ),
+    "dots": lambda plain, ema: ("ema.a.b", {"state_dict": plain, "ema": {"a.b": ema}}),
+    "state_dict": lambda plain, ema: (
+        "ema.state_dict",
+        {"model": plain, "ema": {"state_dict": ema}},
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", DEEP)
+def test_the_key_that_is_told_for_averaged_weights_takes_them(
+    layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain, ema = network(TIMM), network(TIMM, seed=4)
+    key, content = DEEP[layout](plain.state_dict(), ema.state_dict())
+    torch.save(content, tmp_path / "w.pth")
+    outer = "net" if layout == "below a key" else None
+    assert_close(loaded(TIMM, tmp_path / "w.pth", outer), embeddings(plain))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told.endswith(f"it holds averaged weights too, --weights-key {key} takes them")
+    assert_close(loaded(TIMM, tmp_path / "w.pth", key), embeddings(ema))
+
+
+def test_averages_of_something_else_than_weights_are_not_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    content = {"model": network(TIMM).state_dict(), "ema": {"decay": torch.tensor(0.99)}}
+    torch.save(content, tmp_path / "w.pth")
+    loaded(TIMM, tmp_path / "w.pth")
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("key", ["ema", "run.ema", None])
+def test_a_key_above_state_dicts_names_them_from_the_top(key: str | None, tmp_path: Path) -> None:
+    state = network(TIMM).state_dict()
+    inner = {"ema": {"module": state, "other": {"b": state}, "epoch": 3}}
+    torch.save({"run": inner} if key == "run.ema" else inner, tmp_path / "w.pth")
+    top = "run.ema" if key == "run.ema" else "ema"
+    names = [f"{top}.module", f"{top}.other.b"]
+    match = rf"holds no tensors by name.*; choose one of {', '.join(names)} with --weights-key"
+    with pytest.raises(WeightsError, match=match):
+        loaded(TIMM, tmp_path / "w.pth", key)
+    for name in names:
+        assert loaded(TIMM, tmp_path / "w.pth", name).shape == (2, 96)
+
+
+def test_a_key_of_many_dots_is_looked_up_at_once(tmp_path: Path) -> None:
+    torch.save({"a": {"b": {"c": noise(2)}}}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"under 'a\.a.*; choose one of a\.b with"):
+        read_checkpoint(tmp_path / "w.pth", ".".join("a" * 200))
+
+
+def test_a_checkpoint_of_two_networks_says_which_there_are(tmp_path: Path) -> None:
+    state = network(TIMM).state_dict()
+    torch.save({"student": state, "teacher": state, "epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="choose one of student, teacher with --weights-key"):
+        loaded(TIMM, tmp_path / "w.pth")
+    assert loaded(TIMM, tmp_path / "w.pth", "teacher").shape == (2, 96)
+
+
+def test_a_key_of_weights_that_no_file_holds_is_refused() -> None:
+    with pytest.raises(ExtractorError, match=r"weights.key"):
+        load_backbone(TIMM, weights="random", weights_key="model_ema", device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# What is refused
+
+
+class Bomb:
+    """Unpickling this makes a file: code that came with a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("where", ["beside", "whole", "args", "in the state dict"])
+def test_code_in_a_checkpoint_does_not_run_and_is_named(
+    where: str, zipped: bool, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    state = network(TIMM).state_dict()
+    content: object = {
+        "beside": {"state_dict": state, "hook": Bomb(ran)},
+        "whole": Bomb(ran),
+        "args": {"state_dict": state, "args": argparse.Namespace(hook=Bomb(ran))},
+        "in the state dict": {**state, "fc.weight": Bomb(ran)},
+    }[where]
+    torch.save(content, tmp_path / "w.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        WeightsError, match=r"w\.pth is refused: it holds more than tensors \(posix\.system\).*code"
+    ):
+        loaded(TIMM, tmp_path / "w.pth")
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Bomb(ran)))  # it would have
+    assert ran.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_code_in_a_plain_pickle_does_not_run(protocol: int, tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol))
+    with pytest.raises(WeightsError, match=r"w\.pth is (refused|no checkpoint).* code"):
+        loaded(TIMM, tmp_path / "w.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickled_module_is_refused_by_the_name_of_its_class(tmp_path: Path) -> None:
+    torch.save(network(TIMM), tmp_path / "w.pth")
+    with pytest.raises(
+        WeightsError, match=r"refused.*timm\.models\.resnet\.ResNet.*torch\.save\(model\.state_dict"
+    ):
+        loaded(TIMM, tmp_path / "w.pth")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_torchscript_archive_is_refused_as_one(tmp_path: Path) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pt"))
+    with pytest.raises(WeightsError, match=r"refused: it is a TorchScript archive.*holds code"):
+        loaded(TIMM, tmp_path / "w.pt")
+
+
+def zip_of_text(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes/readme.txt", "no weights")
+
+
+def half_a_checkpoint(path: Path) -> None:
+    torch.save(network(TIMM).state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def half_of_safetensors(path: Path) -> None:
+    save_file(network(TIMM).state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    "write", [zip_of_text, half_a_checkpoint, half_of_safetensors, Path.touch], ids=str
+)
+def test_what_is_no_whole_checkpoint_is_said_to_be_none(
+    write: Callable[[Path], None], tmp_path: Path
+) -> None:
+    write(tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"w\.pth is no checkpoint that can be read.*expected a"):
+        loaded(TIMM, tmp_path / "w.pth")
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights of another model
+
+
+def shapes(name: str) -> dict[str, torch.Size]:
+    state = timm.create_model(name).state_dict()
+    return {
+        key: value.shape
+        for key, value in state.items()
+        if not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
+def test_misfits_are_listed_and_the_right_model_is_named(prefix: str, tmp_path: Path) -> None:
+    torch.save(under(prefix, timm.create_model("resnet10t").state_dict()), tmp_path / "w.pth")
+    with pytest.raises(MisfitError, match="the weights do not fit") as raised:
+        loaded("resnet18", tmp_path / "w.pth")
+    told = str(raised.value)
+    given, wanted = shapes("resnet10t"), shapes("resnet18")
+    missing = sorted(wanted.keys() - given.keys())
+    assert f"{len(missing)} missing: {', '.join(missing[:5])}, and {len(missing) - 5} more" in told
+    assert "unexpected: conv1.0.weight, " in told
+    misshapen = [key for key in wanted if key in given and given[key] != wanted[key]]
+    assert f"{len(misshapen)} of another shape: " in told
+    for key in misshapen[:5]:
+        assert f"{key} {tuple(given[key])} instead of {tuple(wanted[key])}" in told
+    assert told.endswith("They are those of timm:resnet10t: use --model with that name")
+
+
+@pytest.mark.parametrize(("model", "right"), [(TIMM, TORCHVISION), (TORCHVISION, TIMM)])
+def test_weights_of_the_other_library_are_known(model: str, right: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": network(right).state_dict()}, tmp_path / "w.pth")
+    with pytest.raises(MisfitError, match=rf"They are those of {right}: use --model"):
+        loaded(model, tmp_path / "w.pth")
+
+
+def test_a_fine_tuned_model_is_known_by_its_backbone(tmp_path: Path) -> None:
+    torch.save(other_classes(network(TIMM).state_dict()), tmp_path / "w.pth")
+    with pytest.raises(MisfitError, match=rf"They are those of {TIMM}: use --model"):
+        loaded(TORCHVISION, tmp_path / "w.pth")
+
+
+def test_weights_of_no_known_model_say_to_check(tmp_path: Path) -> None:
+    torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(MisfitError, match=r"2 unexpected: bias, weight\. Check that they were"):
+        loaded(TIMM, tmp_path / "w.pth")
+
+
+def test_broken_weights_of_the_right_model_do_not_advise_the_same_model(tmp_path: Path) -> None:
+    state = network(TIMM).state_dict()
+    state["conv1.0.weight"] = state["conv1.0.weight"] * torch.nan
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(MisfitError, match=r"1 with NaN or infinity: conv1\.0\.weight") as raised:
+        loaded(TIMM, tmp_path / "w.pth")
+    assert "They are those of" not in str(raised.value)
+
+
+def infinite(value: torch.Tensor) -> torch.Tensor:
+    return value * torch.inf
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.int8)
+
+
+def complex_(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.complex64)
+
+
+def empty(value: torch.Tensor) -> torch.Tensor:
+    return value.to("meta")
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (infinite, r"1 with NaN or infinity: conv1\.weight"),
+        (whole, r"1 without fractions: conv1\.weight torch\.int8"),
+        (complex_, r"1 without fractions: conv1\.weight torch\.complex64"),
+        (empty, r"1 without values: conv1\.weight"),
+        (torch.Tensor.to_sparse, r"1 sparse: conv1\.weight torch\.sparse_coo"),
+    ],
+)
+def test_wrong_values_do_not_advise_a_model_with_the_same_names(
+    spoil: Callable[[torch.Tensor], torch.Tensor], match: str, tmp_path: Path
+) -> None:
+    state = torchvision.models.resnet18().state_dict()  # timm's has the same names and shapes
+    state["conv1.weight"] = spoil(state["conv1.weight"])
+    torch.save(state, tmp_path / "w.pth")
+    match += r"\. Names and shapes are right: check how these values were made$"
+    for model in ("timm:resnet18", "torchvision:resnet18"):
+        with pytest.raises(MisfitError, match=match):
+            load_backbone(model, weights=tmp_path / "w.pth", device="cpu")

@@ -1,0 +1,477 @@
+"""Networks of the user's own: a module in hand, or a function in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.networks import MEAN, STD, normalised
+from support.pictures import colour
+from torch import nn
+
+from extractor import Backbone, FeatureStore, extract, load_backbone
+from extractor.cli import main as cli
+from extractor.errors import ExtractorError, ModelError, StoreError, UsageError, WeightsError
+from extractor.models.weight_files import MisfitError
+from extractor.preprocess import Preprocess
+from extractor.run.recompute import recompute
+
+PREPROCESS = Preprocess((8, 8), "squash", (8, 8), "bilinear", MEAN, STD)
+
+W, BIAS = [[1.0, 2.0, 3.0], [0.0, -1.0, 1.0]], [0.5, -0.5]
+
+
+def by_hand(i: int) -> list[float]:
+    """The embedding of image ``i`` of the photos: its normalised colour times W."""
+    values = normalised(colour(i))
+    return [
+        sum(w * v for w, v in zip(row, values, strict=True)) + b
+        for row, b in zip(W, BIAS, strict=True)
+    ]
+
+
+def linear() -> nn.Linear:
+    layer = nn.Linear(3, 2)
+    layer.weight.data, layer.bias.data = torch.tensor(W), torch.tensor(BIAS)
+    return layer
+
+
+def classifier() -> nn.Sequential:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(), nn.Linear(2, 5))
+
+
+def backbone(module: nn.Module, head: Any, preprocess: Preprocess = PREPROCESS) -> Backbone:
+    return Backbone.from_module(module, head=head, preprocess=preprocess, device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def own_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """What a user's file adds to the interpreter goes with the test."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and tmp_path in Path(file).parents:
+            del sys.modules[name]
+
+
+# ---------------------------------------------------------------------------------------------
+# A module
+
+
+def assert_rows_by_hand(store: FeatureStore) -> None:
+    expected = {path: by_hand(int(Path(path).stem)) for path in store.paths}
+    assert len(expected) == 11
+    np.testing.assert_allclose(store.features[:], list(expected.values()), atol=1e-5)
+
+
+def test_a_modules_embeddings_are_those_worked_out_by_hand(photos: Path, tmp_path: Path) -> None:
+    module = classifier()
+    state = dict(module.state_dict())
+    made = Backbone.from_module(module, head="3", preprocess=PREPROCESS, name="mine", device="cpu")
+    report = extract(photos, made, tmp_path / "out", batch_size=4)
+    assert (report.rows, report.dim) == (11, 2)
+    assert_rows_by_hand(report.store)
+    description = report.store.manifest.description
+    said = description.backbone
+    assert (said["model"], said["library"], said["weights"]) == ("module:mine", "module", "given")
+    assert said["heads"] == ["3"]
+    assert description.preprocess["input_size"] == [8, 8]
+    assert description.preprocess["mean"] == list(MEAN)
+    other = Backbone.from_module(classifier(), head="3", preprocess=PREPROCESS, device="cpu")
+    assert other.provenance.model == "module:Sequential"
+    assert len(said["sha256"]) == 64
+    assert said["sha256"] != other.provenance.sha256  # its random head was another
+    again = classifier()
+    again.load_state_dict(state)
+    assert backbone(again, "3").provenance.sha256 == said["sha256"]
+
+
+def test_a_module_without_classifier_has_no_heads() -> None:
+    made = backbone(classifier()[:3], None)
+    assert (made.heads, made.dim) == ((), 2)
+    pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 8, 8)
+    assert made(pixels).tolist() == [[1 + 4 + 9 + 0.5, -2 + 3 - 0.5]]
+
+
+class Distilled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = classifier()[:3]
+        self.heads = nn.ModuleDict({"a": nn.Linear(2, 5), "b": nn.Linear(2, 5)})
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        features = self.body(pixels)
+        return (self.heads["a"](features) + self.heads["b"](features)) / 2
+
+
+def test_several_heads_are_all_replaced() -> None:
+    made = backbone(Distilled(), ["heads.a", "heads.b"])
+    assert made.heads == ("heads.a", "heads.b")
+    pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 8, 8)
+    assert made(pixels).tolist() == [[14.5, 0.5]]
+
+
+@pytest.mark.parametrize(
+    ("head", "match"),
+    [
+        ("fc", "no module 'fc' in Sequential"),
+        (["3", "4"], "no module '4' in Sequential"),
+        ("3.weight", r"no module '3\.weight' in Sequential"),
+        ("", "the whole model cannot be its own head"),
+    ],
+)
+def test_a_head_that_is_none_is_an_error(head: object, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        backbone(classifier(), head)
+
+
+@pytest.mark.parametrize("head", [5, ["3", 4], b"3", {"3"}, object()])
+def test_a_head_that_is_no_name_is_wrong_usage(head: object) -> None:
+    with pytest.raises(UsageError, match=r"head: got .*, expected the dotted name of a module"):
+        backbone(classifier(), head)
+
+
+@pytest.mark.parametrize("preprocess", [None, 224, nn.Identity()])
+def test_a_transform_that_is_none_of_ours_is_wrong_usage(preprocess: Any) -> None:
+    match = r"preprocess: got .*, expected a Preprocess; try Preprocess\.standard\(224\)"
+    module = classifier()
+    with pytest.raises(UsageError, match=match):
+        backbone(module, "3", preprocess)
+    assert isinstance(module[3], nn.Linear)  # it is as it was
+
+
+@pytest.mark.parametrize("module", [5, None, nn.Linear, "resnet50", torch.zeros(3)])
+def test_what_is_no_module_is_wrong_usage(module: Any) -> None:
+    with pytest.raises(UsageError, match=r"module: got .*, expected a torch\.nn\.Module"):
+        backbone(module, None)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_of_torchscript_nothing_can_be_replaced() -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.Linear(4, 2)).eval()
+    pixels = torch.rand(2, 3, 8, 8)
+    for script in (torch.jit.script(network), torch.jit.trace(network, pixels)):
+        with pytest.raises(UsageError, match="give the module that it was made of"):
+            Backbone.from_module(script, head="2", preprocess=PREPROCESS)
+        backbone = Backbone.from_module(script, head=None, preprocess=PREPROCESS)
+        torch.testing.assert_close(backbone(pixels), network(pixels))
+
+
+def test_a_map_is_no_embedding() -> None:
+    with pytest.raises(ModelError, match=r"module:Conv2d gives \(4, 6, 6\) for an image, expected"):
+        backbone(nn.Conv2d(3, 4, 3), None)
+
+
+def test_a_map_of_one_position_is_an_embedding() -> None:
+    made = backbone(nn.AdaptiveAvgPool2d(1), None)
+    assert made.dim == 3
+    assert made(torch.ones(2, 3, 8, 8)).tolist() == [[1, 1, 1]] * 2
+
+
+def test_a_module_that_gives_no_row_for_each_image_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"gives .* for 3 images, expected a row each"):
+        backbone(nn.Flatten(0), None)
+
+
+def test_a_module_is_tried_with_the_size_of_its_transform() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
+    assert backbone(module, None).dim == 4
+    with pytest.raises(ModelError, match="module:Sequential"):
+        backbone(module, None, Preprocess.standard(16))
+
+
+def test_a_module_is_frozen_and_no_longer_trained() -> None:
+    module = nn.Sequential(nn.BatchNorm2d(3), *classifier()).train()
+    made = backbone(module, "4")
+    assert not any(part.training for part in made.module.modules())
+    assert not any(parameter.requires_grad for parameter in made.module.parameters())
+    assert module[0].num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("options", [{"weights": "random"}, {"weights_key": "model_ema"}])
+def test_a_backbone_in_hand_takes_no_other_weights(
+    options: dict[str, str], photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="a backbone brings its own weights"):
+        extract(photos, backbone(classifier(), "3"), tmp_path / "out", **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# A function in a file
+
+CODE = f"""
+import sys
+import torch
+from torch import nn
+from extractor import Backbone
+from extractor.preprocess import Preprocess
+
+class Net(nn.Sequential):
+    pass
+
+def bare():
+    layer = nn.Linear(3, 2)
+    layer.weight.data, layer.bias.data = torch.tensor({W}), torch.tensor({BIAS})
+    return Net(nn.AdaptiveAvgPool2d(1), nn.Flatten(), layer)
+
+def whole():
+    preprocess = Preprocess((8, 8), "squash", (8, 8), "bilinear", {MEAN}, {STD})
+    module = nn.Sequential(*bare(), nn.Linear(2, 5))
+    return Backbone.from_module(module, head="3", preprocess=preprocess, device="cpu")
+
+def drawn():
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+
+def a_map():
+    return nn.Conv2d(3, 4, 3)
+
+def a_number():
+    return 3
+
+def raises():
+    return {{}}["nothing"]
+
+def ends():
+    sys.exit(0)
+
+not_a_function = 3
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "code" / "net.py"
+    path.parent.mkdir()
+    path.write_text(CODE)
+    return path
+
+
+def load(file: Path, name: str, **options: Any) -> Backbone:
+    return load_backbone(f"{file}:{name}", device="cpu", **options)
+
+
+def test_a_function_may_return_a_bare_module(file: Path) -> None:
+    made = load(file, "bare")
+    assert made.preprocess == Preprocess.standard(224)
+    pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 224, 224)
+    np.testing.assert_allclose(made(pixels), [[14.5, 0.5]], atol=1e-5)
+    provenance = made.provenance
+    assert (provenance.model, provenance.library) == ("net.py:bare", "file")
+    assert provenance.weights == "given"
+
+
+def test_that_code_is_run_is_said(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(file, "bare")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert told == f"{file}: running the code in this file"
+
+
+def test_the_command_takes_a_function(
+    file: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["-m", f"{file}:whole", str(photos), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert cli.main(words) == 0
+    printed = capfd.readouterr()
+    assert printed.err == f"extract: warning: {file}: running the code in this file\n"
+    assert "net.py:whole" in printed.out
+    store = FeatureStore.open(tmp_path / "out")
+    assert_rows_by_hand(store)
+    said = store.manifest.description.backbone
+    assert (said["model"], said["library"], said["heads"]) == ("net.py:whole", "file", ["3"])
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [
+        ("a_number", "returned 3, expected a Backbone or a torch.nn.Module"),
+        ("raises", r"net\.py:raises failed: KeyError: 'nothing' \(.*net\.py, line \d+\)"),
+        ("a_map", r"gives \(4, 222, 222\) for an image, expected a vector"),
+        ("nowhere", "has no function 'nowhere'; it has Net, a_map, a_number, bare, drawn, ends"),
+        ("not_a_function", "has no function 'not_a_function'; it has Net, "),
+    ],
+)
+def test_a_function_that_gives_no_network_is_an_error(
+    name: str, match: str, file: Path, capsys: pytest.CaptureFixture[str], photos: Path
+) -> None:
+    with pytest.raises(ModelError, match=match):
+        load(file, name)
+    assert cli.main(["-m", f"{file}:{name}", str(photos), "-o", str(file.parent / "out")]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_function_that_ends_the_program_is_no_success(
+    file: Path, photos: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="SystemExit"):
+        load(file, "ends")
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("def f(:\n", r"broken\.py failed: SyntaxError: .*\(broken\.py, line 1\)"),
+        ("\n1 / 0\n", r"broken\.py failed: ZeroDivisionError: .*broken\.py, line 2\)"),
+        ("import no_such_module\n", r"failed: ModuleNotFoundError: No module named 'no_such_mod"),
+        ("", r"broken\.py has no function 'f'; it has no functions"),
+    ],
+)
+def test_a_file_that_does_not_run_is_an_error(content: str, match: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(content)
+    with pytest.raises(ModelError, match=match):
+        load(tmp_path / "broken.py", "f")
+
+
+def test_a_file_that_is_not_there_is_an_error_and_nothing_is_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ModelError, match=r"there is no file .*nowhere\.py"):
+        load(tmp_path / "nowhere.py", "f")
+    assert caplog.records == []
+
+
+def beside(folder: Path, width: int) -> Path:
+    """A file that takes the width of its embeddings from the file ``width_beside`` beside it."""
+    folder.mkdir()
+    (folder / "width_beside.py").write_text(f"WIDTH = {width}\n")
+    (folder / "net.py").write_text(
+        "from torch import nn\nfrom width_beside import WIDTH\n"
+        "def f(): return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, WIDTH))"
+    )
+    return folder / "net.py"
+
+
+def test_a_file_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: Any) -> None:
+    assert load(beside(tmp_path / "a", 5), "f").dim == 5
+    monkeypatch.chdir(tmp_path / "a")
+    assert load(Path("net.py"), "f").dim == 5
+
+
+def test_two_files_import_each_what_lies_beside_it(tmp_path: Path) -> None:
+    first, second = beside(tmp_path / "a", 5), beside(tmp_path / "b", 6)
+    assert (load(first, "f").dim, load(second, "f").dim) == (5, 6)
+
+
+def test_two_stores_of_one_name_are_wrong_usage(tmp_path: Path, photos: Path) -> None:
+    models = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "net.py").write_text(CODE)
+        models.append(f"{tmp_path / folder}/net.py:whole")
+    with pytest.raises(UsageError, match=r"net\.py-whole"):
+        extract(photos, models, tmp_path / "out", device="cpu")
+
+
+def test_a_plus_in_the_name_of_a_folder_joins_nothing(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "c++").mkdir()
+    (tmp_path / "c++" / "net.py").write_text(CODE)
+    model = f"{tmp_path}/c++/net.py:whole"
+    assert extract(photos, model, tmp_path / "out", device="cpu").rows == 11
+
+
+@pytest.mark.parametrize("name", ["bare", "whole"])
+def test_weights_from_a_file_are_loaded_into_it(name: str, file: Path, tmp_path: Path) -> None:
+    state = {
+        "module.2.weight": torch.tensor([[1.0, 0, 0], [0, 0, 2]]),
+        "module.2.bias": torch.ones(2),
+    }
+    if name == "whole":
+        state |= {"module.3.weight": torch.zeros(9, 2), "module.3.bias": torch.zeros(9)}
+    torch.save({"ema": state}, tmp_path / "w.pth")
+    made = load(file, name, weights=tmp_path / "w.pth", weights_key="ema")
+    pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 8, 8)
+    np.testing.assert_allclose(made(pixels), [[2, 7]], atol=1e-5)
+    said = made.provenance
+    assert (said.weights, said.source, said.key) == ("file", "w.pth", "ema")
+    assert said.sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+
+
+def test_weights_that_do_not_fit_a_function_are_an_error(file: Path, tmp_path: Path) -> None:
+    torch.save({"2.weight": torch.zeros(4, 3), "2.bias": torch.zeros(2)}, tmp_path / "w.pth")
+    with pytest.raises(
+        MisfitError, match=r"into .*net\.py:bare: .*1 of another shape: 2\.weight \(4, 3\) instead"
+    ):
+        load(file, "bare", weights=tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="no such file"):
+        load(file, "bare", weights=tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("name", ["w.pth", "pipe"])
+def test_a_pipe_is_refused_as_weights_and_nobody_waits_for_it(
+    name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo(name)
+    for model in (f"{file}:bare", "resnet18", "torchvision:resnet18"):
+        for path in (name, str(tmp_path / name), os.devnull):
+            with pytest.raises(WeightsError, match=f"weights {path}: is no regular file"):
+                load_backbone(model, weights=path, device="cpu")
+
+
+def test_a_folder_with_the_name_of_a_tag_hides_no_tag(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nosuch").mkdir()
+    with pytest.raises(WeightsError, match="unknown weights 'nosuch'"):
+        load_backbone("resnet18", weights="nosuch", device="cpu")
+
+
+@pytest.mark.parametrize("weights", ["random", "a1_in1k"])
+def test_a_function_makes_its_own_weights(weights: str, file: Path) -> None:
+    with pytest.raises(UsageError, match="makes its own weights"):
+        load(file, "bare", weights=weights)
+
+
+def test_a_key_of_no_file_is_refused(file: Path) -> None:
+    with pytest.raises(ExtractorError, match=r"weights.key"):
+        load(file, "bare", weights_key="model_ema")
+
+
+def test_what_a_function_draws_follows_the_seed(file: Path) -> None:
+    def digest(seed: int) -> str:
+        return load(file, "drawn", seed=seed).provenance.sha256
+
+    assert digest(0) == digest(0) != digest(1)
+
+
+def test_the_seed_of_a_function_is_kept(file: Path, photos: Path, tmp_path: Path) -> None:
+    assert load(file, "drawn").provenance.seed == 0
+    assert load(file, "drawn", seed=7).provenance.seed == 7
+    store = extract(
+        photos, f"{file}:drawn", tmp_path / "out", seed=7, image_size=8, device="cpu"
+    ).store
+    assert store.manifest.description.backbone["seed"] == 7
+    assert backbone(classifier(), "3").provenance.seed is None  # nothing was seeded here
+
+
+def test_pixels_of_a_function_can_be_changed(file: Path) -> None:
+    made = load(file, "bare", image_size=(32, 64), mean=(0.0, 0.0, 0.0))
+    assert made.preprocess.input_size == (32, 64)
+    assert made.preprocess.mean == (0, 0, 0)
+
+
+def test_other_code_is_another_network(file: Path, photos: Path, tmp_path: Path) -> None:
+    (file.parent / "beside_it.py").write_text("FACTOR = 1\n")
+    text = file.read_text()
+    file.write_text(f"from beside_it import FACTOR\n{text}")
+    settings = {"image_size": 8, "device": "cpu", "batch_size": 4}
+    out = tmp_path / "out"
+    made = extract(photos, f"{file}:bare", out, **settings)
+    assert extract(photos, f"{file}:bare", out, **settings).resumed == made.rows
+    name = f"{file}:bare"
+    assert list(recompute(made.store, 3, weights=name, device="cpu")) == []
+    with pytest.raises(StoreError, match=r"code of your own; name it with --weights PATH"):
+        list(recompute(made.store, 3, device="cpu"))
+    (file.parent / "beside_it.py").write_text("FACTOR = 2\n")
+    with pytest.raises(StoreError, match=r"backbone.code: .* there, .* now"):
+        extract(photos, name, out, **settings)
+    with pytest.raises(StoreError, match=r"code of .* is not what it was"):
+        list(recompute(made.store, 3, weights=name, device="cpu"))

@@ -1,0 +1,340 @@
+"""Normalisations go into convolutions where that changes nothing, and stay where it would."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from timm.layers.norm_act import BatchNormAct2d
+from timm.layers.std_conv import ScaledStdConv2d
+from torch import nn
+from torch.nn.utils import parametrizations
+
+from extractor import Backbone, Extractor, Preprocess, extract, load_backbone
+from extractor.errors import UsageError
+from extractor.models.embedding import load_targets
+from extractor.network.fusion.fold_batchnorm import fold
+from extractor.options import Options
+
+NOISE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def trained(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
+    """A normalisation that does something."""
+    generator = torch.Generator().manual_seed(norm.num_features)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean.uniform_(-1, 1, generator=generator)
+    norm.running_var.uniform_(0.5, 2, generator=generator)
+    if norm.affine:
+        norm.weight.data.uniform_(-2, 2, generator=generator)
+        norm.bias.data.uniform_(-1, 1, generator=generator)
+    return norm
+
+
+class Pair(nn.Module):
+    """A convolution, a normalisation, and the mean of each channel."""
+
+    def __init__(self, convolution: nn.Module | None = None, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = convolution or nn.Conv2d(3, 8, 3)
+        self.norm = norm or trained(nn.BatchNorm2d(8))
+        self.eval()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.convolution(pixels)).mean((2, 3))
+
+
+def folded(network: nn.Module) -> tuple[str, ...]:
+    """What :func:`fold` folds; the embeddings stay the same."""
+    with torch.inference_mode():
+        before = network(NOISE)
+        names = fold(network, lambda pixels: [network(pixels)], NOISE)
+        torch.testing.assert_close(network(NOISE), before, rtol=1e-5, atol=1e-5)
+    return names
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Pair(),
+        Pair(nn.Conv2d(3, 8, 3, bias=False)),
+        Pair(nn.Conv2d(3, 8, 3, stride=2, padding=1, dilation=2)),
+        Pair(nn.Conv2d(3, 6, 3, groups=3), trained(nn.BatchNorm2d(6))),
+        Pair(norm=trained(nn.BatchNorm2d(8, affine=False))),
+        Pair(norm=trained(BatchNormAct2d(8))),
+        Pair(norm=trained(BatchNormAct2d(8, apply_act=False))),
+    ],
+)
+def test_a_convolution_takes_in_the_normalisation_behind_it(network: Pair) -> None:
+    assert folded(network) == ("norm",)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
+
+
+class Both(Pair):
+    """One normalisation behind two convolutions."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm=norm)
+        self.other = nn.Conv2d(3, 8, 3, padding=1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().forward(pixels) + self.norm(self.other(pixels)).amax((2, 3))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
+def test_a_normalisation_behind_several_convolutions_goes_into_all(
+    kind: type[nn.BatchNorm2d],
+) -> None:
+    network = Both(trained(kind(8)))
+    assert folded(network) == ("norm",)
+    assert isinstance(network.norm, nn.Identity)
+
+
+class Twice(Pair):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().forward(pixels) + super().forward(2 * pixels)
+
+
+class Elsewhere(Pair):
+    """What the convolution gives goes to two places."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        given = self.convolution(pixels)
+        return self.norm(given).mean((2, 3)) + self.further(given)
+
+    def further(self, given: torch.Tensor) -> torch.Tensor:
+        return given.amax((2, 3))
+
+
+class ElsewhereUnseen(Elsewhere):
+    """The other place does not show in these embeddings."""
+
+    def further(self, given: torch.Tensor) -> torch.Tensor:
+        return 0 * given.amax((2, 3))
+
+
+class Between(Pair):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.convolution(pixels).relu()).mean((2, 3))
+
+
+class SameWeights(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Conv2d(3, 8, 3)
+        self.other.weight = self.convolution.weight
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return super().forward(pixels) + self.other(pixels).mean((2, 3))
+
+
+class TwoNames(Pair):
+    def __init__(self) -> None:
+        super().__init__()
+        self.again = self.norm
+
+
+def with_hook(name: str) -> Pair:
+    network = Pair()
+    network.get_submodule(name).register_forward_hook(lambda *_: None)
+    return network
+
+
+@pytest.mark.parametrize(
+    "network",
+    [
+        Twice(),
+        Elsewhere(),
+        ElsewhereUnseen(),
+        Between(),
+        SameWeights(),
+        TwoNames(),
+        with_hook("convolution"),
+        with_hook("norm"),
+        Pair(ScaledStdConv2d(3, 8, 3)),
+        Pair(parametrizations.weight_norm(nn.Conv2d(3, 8, 3))),
+        Pair(norm=trained(BatchNormAct2d(8, drop_layer=nn.Dropout2d))),
+        Pair(norm=nn.BatchNorm2d(8, track_running_stats=False)),
+    ],
+    ids=lambda network: type(network).__name__,
+)
+def test_what_is_not_alone_or_not_as_simple_stays(network: Pair) -> None:
+    state = copy.deepcopy(network.state_dict())
+    assert folded(network) == ()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+class LooksAtItself(Pair):
+    """It computes something else once its modules are others."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        is_whole = isinstance(self.norm, nn.BatchNorm2d)
+        return super().forward(pixels) * (1 if is_whole else 2)
+
+
+class NeedsItsNorm(Pair):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.norm, nn.BatchNorm2d)
+        return super().forward(pixels) * self.norm.num_features
+
+
+@pytest.mark.parametrize("kind", [LooksAtItself, NeedsItsNorm])
+def test_a_network_that_would_change_is_put_back(kind: Callable[[], Pair]) -> None:
+    network = kind()
+    state = copy.deepcopy(network.state_dict())
+    assert folded(network) == ()
+    assert isinstance(network.norm, nn.BatchNorm2d)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name])
+
+
+@pytest.mark.parametrize(
+    "model", ["timm:test_resnet", "timm:mobilenetv3_small_050", "torchvision:mobilenet_v2"]
+)
+def test_a_run_folds_and_what_is_loaded_to_be_looked_into_is_whole(model: str) -> None:
+    whole = load_backbone(model, weights="random", device="cpu")
+    (run,) = Extractor(model, weights="random", device="cpu").backbones
+    pixels = torch.randn(2, 3, *whole.preprocess.input_size)
+    torch.testing.assert_close(run(pixels), whole(pixels), rtol=1e-4, atol=1e-5)
+    norms = [
+        sum(isinstance(module, nn.BatchNorm2d) for module in backbone.module.modules())
+        for backbone in (whole, run)
+    ]
+    assert norms[0] > 0
+    assert norms[1] == 0
+
+
+def test_layers_keep_their_values(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = ["conv1", "bn1", "layer2.0.bn2", "layer3"]
+    report = extract(
+        photos,
+        "torchvision:resnet18",
+        tmp_path,
+        weights="random",
+        device="cpu",
+        layers=layers,
+        image_size=64,
+    )
+    whole = load_backbone(
+        "torchvision:resnet18", weights="random", device="cpu", layers=layers, image_size=64
+    )
+    monkeypatch.setattr("extractor.models.embedding._folded_copy", lambda backbone: backbone)
+    computed = extract(photos, whole, tmp_path / "whole")
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in whole.module.modules())
+    assert norms == 20
+    for folded_store, store in zip(report.stores, computed.stores, strict=True):
+        a, b = folded_store.store.features[:], store.store.features[:]
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_backbone_of_the_users_stays_as_it_is_and_its_copy_is_folded() -> None:
+    network = Pair()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    (run,) = load_targets([backbone], Options())[0].backbones
+    assert isinstance(network.norm, nn.BatchNorm2d)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
+    torch.testing.assert_close(run(NOISE), backbone(NOISE), rtol=1e-5, atol=1e-5)
+
+
+class NotToBeCopied(Pair):
+    def __deepcopy__(self, memo: object) -> NotToBeCopied:
+        raise TypeError("cannot pickle a lock")
+
+
+@pytest.mark.parametrize("kind", ["not to be copied", "compiled"])
+def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str) -> None:
+    network = NotToBeCopied() if kind == "not to be copied" else Pair()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    if kind == "compiled":
+        backbone = replace(backbone, module=torch.compile(network, backend="eager"))
+    (run,) = load_targets([backbone], Options())[0].backbones
+    assert run.module is backbone.module
+    assert isinstance(network.norm, nn.BatchNorm2d)
+
+
+def test_half_precision_is_of_the_folded_network() -> None:
+    half = load_backbone("timm:test_resnet", weights="random", device="cpu", precision="bfloat16")
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in half.module.modules())
+    half.fold()
+    assert norms == sum(isinstance(module, nn.BatchNorm2d) for module in half.module.modules())
+    (run,) = Extractor(
+        "timm:test_resnet", weights="random", device="cpu", precision="bfloat16"
+    ).backbones
+    assert run.precision == "bfloat16"
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
+
+
+def test_an_extractor_follows_the_users_module() -> None:
+    network = Pair()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    extractor = Extractor(backbone)
+    image = np.full((20, 20, 3), 200, np.uint8)
+    before = extractor([image])
+    assert isinstance(network.convolution, nn.Conv2d)
+    network.convolution.weight.data.mul_(-3)
+    assert not np.allclose(extractor([image]), before)
+
+
+class Night(Pair):
+    """Dark images go another way, through a normalisation of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.night = trained(nn.BatchNorm2d(8))
+        self.eval()
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        given = self.convolution(pixels)
+        seen = self.norm(given)
+        dark = pixels.mean((1, 2, 3)) < -1
+        if dark.any():
+            seen = torch.where(dark[:, None, None, None], self.night(given), seen)
+        return seen.mean((2, 3))
+
+
+class ByNumber(Pair):
+    """One image alone goes another way."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        given = self.convolution(pixels)
+        return (given if len(pixels) == 1 else self.norm(given)).mean((2, 3))
+
+
+@pytest.mark.parametrize("kind", [Night, ByNumber])
+def test_a_network_that_takes_several_ways_stays(kind: Callable[[], Pair]) -> None:
+    network = kind()
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    assert backbone.fold().folded == ()
+    assert isinstance(network.norm, nn.BatchNorm2d)
+
+
+class OwnWeight(NeedsItsNorm):
+    """The weight is no parameter, and the network has to be put back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weight = self.convolution.weight.data
+        del self.convolution.weight
+        self.convolution.register_buffer("weight", weight)
+
+
+def test_weights_that_are_no_parameters_stay() -> None:
+    assert folded(OwnWeight()) == ()
+
+
+@pytest.mark.parametrize("choose", ["at_layers", "bypass"])
+def test_layers_are_chosen_before_folding(choose: str) -> None:
+    backbone = load_backbone("timm:test_resnet", weights="random", device="cpu").fold()
+    assert "bn1" in backbone.folded
+    with pytest.raises(UsageError, match="before a network is folded"):
+        getattr(backbone, choose)(["conv1"])

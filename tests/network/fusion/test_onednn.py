@@ -1,0 +1,307 @@
+"""Convolutions keep their weights packed and do their activations, and give what they gave."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.networks import assert_same_gradients
+from torch import nn
+
+from extractor import Backbone, Preprocess
+from extractor.network.fusion import fold_batchnorm as folding
+from extractor.network.fusion import onednn as packing
+from extractor.network.fusion.fold_batchnorm import fold
+
+NOISE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+pytestmark = pytest.mark.skipif(
+    not packing.can_pack(torch.device("cpu")), reason="no processor that gains by it"
+)
+
+
+class Net(nn.Module):
+    """A convolution, an activation, and the mean of each channel."""
+
+    def __init__(
+        self, activation: nn.Module | None = None, convolution: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.convolution = convolution or nn.Conv2d(3, 8, 3)
+        self.activation = activation or nn.ReLU()
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.convolution(pixels)).mean((2, 3))
+
+
+def is_packed(convolution: nn.Module) -> bool:
+    return isinstance(convolution, packing.PackedConv2d)
+
+
+def packed(network: nn.Module) -> tuple[str, ...]:
+    """What is gone; the embeddings are the same, also of other shapes than the first."""
+    whole = copy.deepcopy(network)
+    with torch.inference_mode():
+        names = fold(network, lambda pixels: [network(pixels)], NOISE)
+        for pixels in (NOISE, NOISE[:1], NOISE[:, :, :9, :12], NOISE.repeat(3, 1, 2, 2)):
+            torch.testing.assert_close(network(pixels), whole(pixels), rtol=1e-5, atol=1e-5)
+            channels_last = pixels.to(memory_format=torch.channels_last)
+            torch.testing.assert_close(network(channels_last), whole(pixels), rtol=1e-5, atol=1e-5)
+    return names
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "activation",
+    [
+        nn.ReLU(),
+        nn.ReLU(inplace=True),
+        nn.ReLU6(inplace=True),
+        nn.LeakyReLU(0.3),
+        nn.SiLU(),
+        nn.Hardswish(inplace=True),
+        nn.GELU(),
+        nn.GELU(approximate="tanh"),
+        nn.Sigmoid(),
+    ],
+    ids=str,
+)
+def test_a_convolution_does_the_activation_behind_it(activation: nn.Module, precision: str) -> None:
+    network = Net(activation)
+    whole = copy.deepcopy(network)
+    assert packed(network) == ("activation",)
+    assert is_packed(network.convolution)
+    assert isinstance(network.activation, nn.Identity)
+    assert not list(network.convolution.children())
+    assert list(network.state_dict()) == list(whole.state_dict())
+    dtype = getattr(torch, precision)
+    with torch.inference_mode():
+        given = network.to(dtype)(NOISE.to(dtype)).float()
+    torch.testing.assert_close(given, whole(NOISE), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(3, 6, 3, groups=3, bias=False),
+        nn.Conv2d(3, 8, 3, stride=2, padding=1),
+        nn.Conv2d(3, 8, (1, 3), padding=(0, 2), dilation=2),
+        nn.Conv2d(3, 8, 1),
+    ],
+    ids=str,
+)
+def test_convolutions_of_any_form_are_packed(convolution: nn.Module) -> None:
+    network = Net(convolution=convolution)
+    assert packed(network) == ("activation",)
+    assert is_packed(network.convolution)
+
+
+@pytest.mark.parametrize(
+    "convolution",
+    [
+        nn.Conv2d(3, 8, 3, padding="same"),
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
+    ],
+    ids=["same", "reflect", "parametrised"],
+)
+def test_others_stay_as_they_are(convolution: nn.Module) -> None:
+    network = Net(convolution=nn.Sequential(nn.Conv2d(3, 3, 1), convolution))
+    assert packed(network) == ()
+    assert is_packed(network.convolution[0])
+    assert not is_packed(convolution)
+    assert isinstance(network.activation, nn.ReLU)
+
+
+class AlsoElsewhere(Net):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        map_ = self.convolution(pixels)
+        return self.activation(map_).mean((2, 3)) + map_.mean((2, 3))
+
+
+class AfterASum(Net):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        map_ = self.convolution(pixels)
+        map_ += pixels.mean()
+        return self.activation(map_).mean((2, 3))
+
+
+class OfAPart(Net):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.convolution(pixels)[:, :4]).mean((2, 3))
+
+
+class Twice(Net):
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        map_ = self.activation(self.convolution(pixels))
+        return self.activation(map_ - 1).mean((2, 3))
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("kind", [AfterASum, OfAPart, Twice])
+def test_an_activation_of_something_else_stays(kind: type[Net], inplace: bool) -> None:
+    network = kind(nn.ReLU(inplace=inplace))
+    assert packed(network) == ()
+    assert isinstance(network.activation, nn.ReLU)
+    assert is_packed(network.convolution)
+
+
+def test_an_activation_stays_where_its_input_goes_elsewhere_too() -> None:
+    assert packed(AlsoElsewhere()) == ()
+
+
+def test_what_was_changed_in_place_is_what_goes_elsewhere() -> None:
+    assert packed(AlsoElsewhere(nn.ReLU(inplace=True))) == ("activation",)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_new_weights_are_seen(assign: bool) -> None:
+    network = Net()
+    packed(network)
+    for value in (0.1, 0.2, 0.3):
+        other = Net(convolution=nn.Conv2d(3, 8, 3))
+        nn.init.constant_(other.convolution.weight, value)
+        network.load_state_dict(other.state_dict(), assign=assign)
+        network.load_state_dict(copy.deepcopy(other.state_dict()), assign=assign)
+        torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
+
+
+def test_weights_where_others_lay_are_not_taken_for_them() -> None:
+    network, other = Net(), Net()
+    packed(network)
+    with torch.inference_mode():
+        for _ in range(20):
+            weights = {name: torch.randn(one.shape) for name, one in network.state_dict().items()}
+            given = torch.func.functional_call(network, weights, (NOISE,))
+            expected = torch.func.functional_call(other, weights, (NOISE,))
+            torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+            del weights
+
+
+def test_a_view_of_the_weights_is_not_taken_for_them() -> None:
+    network = Net(convolution=nn.Conv2d(3, 3, 3))
+    other = copy.deepcopy(network)
+    packed(network)
+    for one in (network, other):
+        weight = one.convolution.weight.detach().transpose(0, 1)
+        one.convolution.weight = nn.Parameter(weight, requires_grad=False)
+    torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gradients_are_those_of_the_whole_network() -> None:
+    network, whole = Net(nn.SiLU()), Net(nn.SiLU())
+    packed(network)
+    assert_same_gradients(network, whole, NOISE)
+    pixels = NOISE.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(network(pixels).sum(), pixels)
+    assert gradient.any()
+    _, ahead = torch.func.jvp(network, (NOISE,), (torch.ones_like(NOISE),))
+    _, expected = torch.func.jvp(Net(nn.SiLU()), (NOISE,), (torch.ones_like(NOISE),))
+    torch.testing.assert_close(ahead, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_gets_all_of_it_or_nothing() -> None:
+    network = Net(nn.SiLU())
+    before = network(NOISE)
+    packed(network)
+    torch.testing.assert_close(torch.jit.trace(network, NOISE)(NOISE), before)
+    with pytest.raises(Exception, match=r"annotation|activation|_kept"):
+        torch.jit.script(network)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_has_weights_of_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
+    network = Net()
+    packed(network)
+    before = network(NOISE)
+    other = copied(network)
+    assert torch.equal(other(NOISE), before)
+    nn.init.zeros_(other.convolution.weight)
+    nn.init.zeros_(other.convolution.bias)
+    assert not other(NOISE).any()
+    assert torch.equal(network(NOISE), before)
+
+
+def test_numbers_that_it_cannot_compute_with_are_left_to_torch() -> None:
+    network, whole = Net(nn.SiLU()), Net(nn.SiLU())
+    packed(network)
+    expected = whole.double()(NOISE.double())
+    assert torch.equal(network.double()(NOISE.double()), expected)
+
+
+def test_weights_that_are_too_large_to_be_there_twice_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(folding, "MAX_PACKED_BYTES", 100)
+    network = Net()
+    assert packed(network) == ()
+    assert not is_packed(network.convolution)
+
+
+def test_a_network_that_would_give_something_else_is_put_together_again() -> None:
+    class Careful(Net):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            changed = isinstance(self.activation, nn.Identity)
+            return super().forward(pixels) + changed
+
+    network = Careful()
+    assert packed(network) == ()
+    assert isinstance(network.activation, nn.ReLU)
+    assert not is_packed(network.convolution)
+
+
+def wrong(given: torch.Tensor, *_: object) -> torch.Tensor:
+    return given + 1
+
+
+def refusing(*_: object) -> torch.Tensor:
+    raise RuntimeError("no such operation")
+
+
+@pytest.mark.parametrize("failing", [wrong, refusing])
+def test_normalisations_stay_folded_where_packing_fails(
+    failing: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).eval()
+    nn.init.uniform_(network[1].weight, 1, 2)  # type: ignore[arg-type]
+    monkeypatch.setattr(packing.PackedConv2d, "forward", lambda _, given: failing(given))
+    before = network(NOISE)
+    assert fold(network, lambda pixels: [network(pixels)], NOISE) == ("1",)
+    assert not is_packed(network[0])
+    torch.testing.assert_close(network(NOISE), before, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("wrap", [lambda network: network, copy.deepcopy])
+def test_a_packed_network_compiles(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    network = Net(nn.Hardswish())
+    packed(network)
+    before = network(NOISE)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(wrap(network), backend=backend, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(NOISE), before, atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 1
+
+
+def test_the_output_of_a_convolution_can_still_be_a_layer() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
+    network.append(nn.Flatten())
+    backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
+    for pool in ("avg", "none"):
+        layer = backbone.at_layers(["0", "2"], pool)
+        expected = [one.clone() for one in layer.embed(NOISE)]
+        twin = copy.deepcopy(backbone).at_layers(["0", "2"], pool).fold()
+        for one, other in zip(expected, twin.embed(NOISE), strict=True):
+            torch.testing.assert_close(other, one, atol=1e-5, rtol=1e-5)

@@ -1,0 +1,601 @@
+"""Inner layers against plain forward hooks on networks that were never touched."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+from torchvision.models.swin_transformer import SwinTransformer as TorchvisionSwin
+from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVit
+
+from extractor import Backbone, load_backbone
+from extractor.errors import ModelError, UsageError
+from extractor.network.taps import Output
+from extractor.preprocess import Preprocess
+
+POOLS = ["avg", "max", "gem", "gem:4.5", "avg+max"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The networks are small: threads that wait for each other would cost more than they bring."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def picture(*size: int, images: int = 2) -> torch.Tensor:
+    return torch.randn(images, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.shape == expected.shape
+    assert expected.std() > 0
+    assert (got - expected).abs().max() / expected.abs().max() < 1e-4
+
+
+def pooled(positions: torch.Tensor, pool: str) -> torch.Tensor:
+    """(B, positions, channels), pooled by the book."""
+    if pool == "avg":
+        return positions.sum(1) / positions.shape[1]
+    if pool == "max":
+        return positions.max(1).values
+    if pool == "avg+max":
+        return torch.hstack([pooled(positions, "avg"), pooled(positions, "max")])
+    power = {"gem": 3.0, "gem:4.5": 4.5}[pool]
+    return (positions.clamp(min=1e-6) ** power).mean(1) ** (1 / power)
+
+
+def hooked(network: nn.Module, layer: str, pixels: torch.Tensor) -> torch.Tensor:
+    """What a layer gave the last time that it ran, before anything could write into it."""
+    seen: list[torch.Tensor] = []
+    module = network.get_submodule(layer)
+    handle = module.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
+    with torch.inference_mode():
+        network.eval()(pixels)
+    handle.remove()
+    return seen[-1]
+
+
+# Small images, so that the tests are quick: 4 x 4 or 2 x 2 positions behind the last stage.
+SIDE = 64
+VIT = "vit_tiny_patch16_224"
+
+
+@functools.cache
+def loaded(name: str) -> Backbone:
+    return load_backbone(name, weights="random", device="cpu", image_size=SIDE)
+
+
+@functools.cache
+def untouched(name: str) -> nn.Module:
+    library, _, short = name.rpartition(":")
+    if library == "torchvision":
+        network = torchvision.models.get_model(short, weights=None)
+    else:
+        network = timm.create_model(short, **({"img_size": SIDE} if name == VIT else {}))
+    network.load_state_dict(loaded(name).module.state_dict(), strict=False)
+    return network.eval()
+
+
+def wrapped(
+    network: nn.Module, size: int | tuple[int, int], head: str | None = "head"
+) -> tuple[Backbone, nn.Module]:
+    """A backbone, and the network as it was."""
+    backbone = Backbone.from_module(
+        copy.deepcopy(network), head=head, preprocess=Preprocess.standard(size), device="cpu"
+    )
+    return backbone, network.eval()
+
+
+def small_vit(size: tuple[int, int], patch: int = 16, **options: Any) -> nn.Module:
+    torch.manual_seed(3)
+    given = {"embed_dim": 20, "depth": 3, "num_heads": 2, "num_classes": 5, **options}
+    network = VisionTransformer(img_size=size, patch_size=patch, **given)
+    for name, parameter in network.named_parameters():
+        if name in ("cls_token", "reg_token"):  # tokens that no mean could miss
+            nn.init.constant_(parameter, 9.0)
+    return network
+
+
+# ---------------------------------------------------------------------------------------------
+# Maps
+
+
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
+def test_a_pooled_map_is_a_hooks_map_pooled_by_hand(name: str, pool: str) -> None:
+    backbone, pixels = loaded(name).at_layers(["layer3"], pool), picture(SIDE, SIDE)
+    expected = pooled(hooked(untouched(name), "layer3", pixels).flatten(2).mT, pool)
+    assert_close(backbone(pixels), expected)
+    assert backbone.dim == expected.shape[1] == (512 if pool == "avg+max" else 256)
+    (output,) = backbone.outputs
+    assert (output.layer, output.layout, output.definition) == ("layer3", "map", "layer")
+    assert output.pool == ("gem:3" if pool == "gem" else pool)
+
+
+def test_load_backbone_takes_layers_and_pool() -> None:
+    backbone = load_backbone(
+        "resnet18", weights="random", device="cpu", layers=["layer2", "layer1"], pool="max"
+    )
+    pixels = picture(SIDE, SIDE)
+    for got, layer in zip(backbone.embed(pixels), ["layer2", "layer1"], strict=True):
+        assert_close(got, hooked(untouched("resnet18"), layer, pixels).amax((2, 3)))
+
+
+def test_an_unpooled_map_is_channels_first_and_contiguous() -> None:
+    backbone, pixels = loaded("resnet18").at_layers(["layer4"], "none"), picture(SIDE, SIDE)
+    got = backbone(pixels)
+    assert_close(got, hooked(untouched("resnet18"), "layer4", pixels))
+    assert got.shape == (2, 512, 2, 2)
+    assert got.is_contiguous()
+    assert backbone.outputs[0].shape == (512, 2, 2)
+    assert backbone.dim == 512 * 2 * 2
+
+
+@pytest.mark.parametrize("pool", ["avg", "none"])
+def test_layers_of_images_that_are_not_square(pool: str) -> None:
+    backbone = load_backbone(
+        "resnet18",
+        weights="random",
+        device="cpu",
+        layers=["layer4"],
+        pool=pool,
+        image_size=(160, 192),
+    )
+    pixels = picture(160, 192)
+    expected = hooked(untouched("resnet18"), "layer4", pixels)
+    assert expected.shape == (2, 512, 5, 6)
+    assert_close(backbone(pixels), expected if pool == "none" else expected.mean((2, 3)))
+
+
+def test_the_last_layer_of_all_is_the_embedding_itself() -> None:
+    backbone, pixels = loaded("resnet18"), picture(SIDE, SIDE)
+    head = backbone.at_layers(["fc"])
+    assert torch.equal(head(pixels), backbone(pixels))
+    assert (head.outputs[0].layout, head.outputs[0].pool) == ("vector", "")
+
+
+def small_swin(embed_dim: int) -> nn.Module:
+    torch.manual_seed(4)
+    return SwinTransformer(
+        img_size=64, patch_size=4, window_size=4, embed_dim=embed_dim, depths=(1, 1),
+        num_heads=(1, 2), num_classes=5,
+    )  # fmt: skip
+
+
+def small_torchvision_swin(embed_dim: int) -> nn.Module:
+    torch.manual_seed(4)
+    return TorchvisionSwin([4, 4], embed_dim, [1, 1], [1, 2], [4, 4], num_classes=5)
+
+
+# Of 64 pixels these make 16 x 16 positions: with 16 channels no length tells the axes apart.
+@pytest.mark.parametrize("embed_dim", [24, 16])
+@pytest.mark.parametrize(
+    ("make", "head", "layer"),
+    [(small_swin, "head.fc", "layers.0"), (small_torchvision_swin, "head", "features.1")],
+)
+def test_channels_last_maps_are_pooled_over_their_positions(
+    make: Callable[[int], nn.Module], head: str, layer: str, embed_dim: int
+) -> None:
+    backbone, network = wrapped(make(embed_dim), 64, head)
+    pixels = picture(SIDE, SIDE)
+    expected = hooked(network, layer, pixels)
+    assert expected.shape == (2, 16, 16, embed_dim)
+    assert_close(backbone.at_layers([layer])(pixels), expected.mean((1, 2)))
+    assert_close(backbone.at_layers([layer], "max")(pixels), expected.amax((1, 2)))
+    kept = backbone.at_layers([layer], "none")(pixels)
+    assert_close(kept, expected.permute(0, 3, 1, 2))
+    assert kept.is_contiguous()
+
+
+def test_a_channels_first_layer_of_a_channels_last_network_stays_one() -> None:
+    backbone, network = wrapped(small_swin(16), 64, "head.fc")
+    pixels = picture(SIDE, SIDE)
+    expected = hooked(network, "patch_embed.proj", pixels)  # a convolution, (B, 16, 16, 16)
+    assert_close(backbone.at_layers(["patch_embed.proj"])(pixels), expected.mean((2, 3)))
+
+
+def test_a_stage_of_torchvisions_swin_is_channels_last() -> None:
+    name, pixels = "torchvision:swin_t", picture(SIDE, SIDE)
+    expected = hooked(untouched(name), "features.3", pixels)
+    assert expected.shape == (2, 8, 8, 192)
+    backbone = loaded(name).at_layers(["features.3"], "gem")
+    assert_close(backbone(pixels), pooled(expected.flatten(1, 2), "gem"))
+
+
+# ---------------------------------------------------------------------------------------------
+# Tokens
+
+
+@pytest.mark.parametrize("pool", [*POOLS, "cls", "none"])
+def test_tokens_are_pooled_without_the_class_token(pool: str) -> None:
+    name, layer = VIT, "blocks.5"
+    backbone, pixels = loaded(name).at_layers([layer], pool), picture(SIDE, SIDE)
+    tokens = hooked(untouched(name), layer, pixels)
+    assert tokens.shape == (2, 17, 192)
+    by_hand = {"cls": tokens[:, 0], "none": tokens}
+    expected = by_hand[pool] if pool in by_hand else pooled(tokens[:, 1:], pool)
+    assert_close(backbone(pixels), expected)
+    assert backbone.outputs == (
+        Output(
+            tuple(expected.shape[1:]),
+            "layer",
+            layer,
+            "gem:3" if pool == "gem" else pool,
+            "tokens",
+            1,
+        ),
+    )
+
+
+# At 80 x 96, 5 prefix tokens and 5 x 6 positions are 35, which is 5 x 7, too.
+@pytest.mark.parametrize("size", [(64, 64), (64, 96), (80, 96), (96, 80), (112, 112)])
+@pytest.mark.parametrize("pool", ["avg", "max", "cls"])
+def test_register_tokens_are_left_out(size: tuple[int, int], pool: str) -> None:
+    backbone, network = wrapped(small_vit(size, reg_tokens=4), size)
+    pixels, count = picture(*size), size[0] * size[1] // 256
+    tokens = hooked(network, "blocks.1", pixels)
+    assert tokens.shape == (2, 5 + count, 20)
+    expected = tokens[:, 0] if pool == "cls" else pooled(tokens[:, 5:], pool)
+    assert_close(backbone.at_layers(["blocks.1"], pool)(pixels), expected)
+
+
+def test_registers_of_a_network_without_class_token_are_left_out() -> None:
+    network = small_vit((64, 64), class_token=False, reg_tokens=4, global_pool="avg")
+    backbone, network = wrapped(network, 64)
+    pixels = picture(SIDE, SIDE)
+    tokens = hooked(network, "blocks.2", pixels)
+    assert tokens.shape == (2, 20, 20)
+    assert_close(backbone.at_layers(["blocks.2"])(pixels), tokens[:, 4:].mean(1))
+    with pytest.raises(UsageError, match=r"pool cls: 'blocks.2' of module:\w+ gives .*; try avg"):
+        backbone.at_layers(["blocks.2"], "cls")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 96), (96, 64)])
+@pytest.mark.parametrize("registers", [0, 4])
+def test_what_comes_before_the_prefix_tokens_has_none(
+    size: tuple[int, int], registers: int
+) -> None:
+    backbone, network = wrapped(small_vit(size, reg_tokens=registers), size)
+    pixels = picture(*size)
+    tokens = hooked(network, "patch_embed", pixels)
+    assert tokens.shape == (2, size[0] * size[1] // 256, 20)
+    assert_close(backbone.at_layers(["patch_embed"])(pixels), tokens.mean(1))
+    with pytest.raises(
+        UsageError, match=r"pool cls: 'patch_embed' .* gives tokens without a class"
+    ):
+        backbone.at_layers(["patch_embed"], "cls")
+
+
+def test_tokens_of_images_that_are_not_square() -> None:
+    backbone = load_backbone(
+        VIT,
+        weights="random",
+        device="cpu",
+        layers=["blocks.2"],
+        image_size=(160, 192),
+    )
+    network = timm.create_model(VIT, img_size=(160, 192))
+    network.load_state_dict(backbone.module.state_dict(), strict=False)
+    pixels = picture(160, 192)
+    tokens = hooked(network, "blocks.2", pixels)
+    assert tokens.shape == (2, 121, 192)  # 11 x 11, but one is the class and the rest 10 x 12
+    assert_close(backbone(pixels), tokens[:, 1:].mean(1))
+
+
+@pytest.fixture
+def torchvision_vit() -> tuple[Backbone, nn.Module]:
+    torch.manual_seed(5)
+    network = TorchvisionVit(32, 8, 3, 2, 16, 32, num_classes=5)
+    nn.init.constant_(network.class_token, 9.0)
+    return wrapped(network, 32, "heads.head")
+
+
+def test_torchvisions_class_token_is_left_out_and_its_blocks_are_counted(
+    torchvision_vit: tuple[Backbone, nn.Module],
+) -> None:
+    backbone, network = torchvision_vit
+    pixels = picture(32, 32)
+    for wanted, block in ((-1, 2), (-3, 0)):
+        tokens = hooked(network, f"encoder.layers.encoder_layer_{block}", pixels)
+        assert tokens.shape == (2, 17, 16)
+        assert_close(backbone.at_layers([str(wanted)])(pixels), tokens[:, 1:].mean(1))
+        assert_close(backbone.at_layers([str(wanted)], "cls")(pixels), tokens[:, 0])
+
+
+def test_a_tensor_that_comes_with_nothing_else_is_taken(
+    torchvision_vit: tuple[Backbone, nn.Module],
+) -> None:
+    backbone, network = torchvision_vit
+    layer, pixels, seen = "encoder.layers.encoder_layer_1.self_attention", picture(32, 32), []
+    network.get_submodule(layer).register_forward_hook(lambda _, __, out: seen.append(out))
+    with torch.inference_mode():
+        network(pixels)
+    values, nothing = seen[0]
+    assert nothing is None
+    assert_close(backbone.at_layers([layer])(pixels), values[:, 1:].mean(1))
+
+
+@pytest.mark.parametrize("layer", ["layer4", "fc"])
+def test_there_is_no_class_token_in_a_convolutional_network(layer: str) -> None:
+    with pytest.raises(UsageError, match=f"pool cls: '{layer}' of timm:resnet18 gives a (map|vec)"):
+        loaded("resnet18").at_layers([layer], "cls")
+
+
+# ---------------------------------------------------------------------------------------------
+# What happens around the layer
+
+
+class InPlace(nn.Module):
+    """Writes into what its layers gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.narrow, self.relu = nn.Linear(6, 4), nn.ReLU(inplace=True)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        values = self.conv(pixels)
+        values += 5
+        values = self.relu(self.norm(values) - 1)
+        values = self.narrow(values.mean((2, 3)))
+        values *= -7
+        return self.relu(values)
+
+
+@pytest.mark.parametrize("pool", ["none", "avg"])
+@pytest.mark.parametrize("layer", ["conv", "norm", "narrow"])
+def test_what_is_written_into_a_layers_output_later_does_not_count(layer: str, pool: str) -> None:
+    backbone, network = wrapped(InPlace(), 8, None)
+    pixels = picture(8, 8)
+    expected = hooked(network, layer, pixels)
+    if pool == "avg" and layer != "narrow":
+        expected = expected.mean((2, 3))
+    # A second layer behind it, so that the network goes on.
+    got, _ = backbone.at_layers([layer, "relu"], pool).embed(pixels)
+    assert_close(got, expected)
+
+
+def test_an_activation_in_place_leaves_the_norm_before_it_alone() -> None:
+    pixels = picture(SIDE, SIDE)
+    expected = hooked(untouched("resnet18"), "bn1", pixels)
+    assert expected.min() < 0
+    got, _ = loaded("resnet18").at_layers(["bn1", "layer1"], "none").embed(pixels)
+    assert_close(got, expected)
+
+
+def test_a_module_that_runs_several_times_gives_its_last_call() -> None:
+    name, pixels = "torchvision:resnet18", picture(SIDE, SIDE)
+    backbone = loaded(name).at_layers(["layer1.0.relu"], "none")
+    # Its second call is the last step of the block.
+    assert_close(backbone(pixels), hooked(untouched(name), "layer1.0", pixels))
+
+
+def calls_of(network: nn.Module, name: str) -> list[str]:
+    calls: list[str] = []
+    for inner, module in network.get_submodule(name).named_modules():
+        module.register_forward_pre_hook(lambda _, __, inner=inner: calls.append(inner))
+    return calls
+
+
+def test_one_pass_gives_all_layers_and_ends_behind_the_last() -> None:
+    backbone = load_backbone("resnet18", weights="random", device="cpu", image_size=SIDE)
+    tapped = backbone.at_layers(["layer3", "layer2"])
+    network = backbone.module
+    stem, third, fourth = (calls_of(network, name) for name in ("conv1", "layer3.1", "layer4"))
+    pixels = picture(SIDE, SIDE)
+    given = tapped.embed(pixels)
+    assert len(stem) == 1
+    assert third.count("") == 1
+    assert fourth == []
+    for got, layer in zip(given, ["layer3", "layer2"], strict=True):
+        assert_close(got, hooked(untouched("resnet18"), layer, pixels).mean((2, 3)))
+    backbone(pixels)
+    assert fourth.count("") == 1  # the counter counts
+
+
+def test_the_backbone_without_layers_goes_on_as_before() -> None:
+    backbone = load_backbone("resnet18", weights="random", device="cpu", image_size=SIDE)
+    pixels = picture(SIDE, SIDE)
+    before = backbone(pixels)
+    first, second = backbone.at_layers(["layer1"]), backbone.at_layers(["layer2"], "max")
+    assert (first.dim, second.dim, backbone.dim) == (64, 128, 512)
+    assert_close(first(pixels), hooked(untouched("resnet18"), "layer1", pixels).mean((2, 3)))
+    assert_close(second(pixels), hooked(untouched("resnet18"), "layer2", pixels).amax((2, 3)))
+    assert torch.equal(backbone(pixels), before)
+
+
+class Meeting(nn.Module):
+    """Two layers, between which two threads wait for each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.barrier = nn.ReLU(), nn.ReLU(), None
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        values = self.first(pixels)
+        if self.barrier is not None:
+            self.barrier.wait(20)
+        values = self.second(values * 2)
+        if self.barrier is not None:
+            self.barrier.wait(20)
+        return values.mean((2, 3))
+
+
+def test_two_threads_get_their_own_layers() -> None:
+    network = Meeting()
+    tapped = Backbone.from_module(
+        network, head=None, preprocess=Preprocess.standard(4), device="cpu"
+    ).at_layers(["first", "second"])
+    network.barrier = threading.Barrier(2)
+    given: dict[int, tuple[torch.Tensor, ...]] = {}
+
+    def work(level: int) -> None:
+        given[level] = tapped.embed(torch.full((1, 3, 4, 4), float(level)))
+
+    # The second layer is the last: the barrier behind it is not reached.
+    threads = [threading.Thread(target=work, args=(level,)) for level in (3, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    for level in (3, 8):
+        assert [values.tolist() for values in given[level]] == [[[level] * 3], [[2 * level] * 3]]
+
+
+def test_several_outputs_have_no_one_dim_and_no_one_embedding() -> None:
+    backbone = loaded("resnet18").at_layers(["layer1", "layer2"])
+    for ask in (lambda: backbone.dim, lambda: backbone(picture(SIDE, SIDE))):
+        with pytest.raises(UsageError, match=r"2 outputs \(layer1, layer2\); use embed"):
+            ask()
+
+
+# ---------------------------------------------------------------------------------------------
+# Names
+
+
+def layers_of(name: str, *wanted: str) -> list[str]:
+    return [output.layer for output in loaded(name).at_layers(wanted).outputs]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "layer"),
+    [
+        (VIT, "-1", "blocks.11"),
+        (VIT, "-12", "blocks.0"),
+        ("resnet18", "-1", "layer4"),
+        ("resnet18", "-4", "layer1"),
+    ],
+)
+def test_negative_numbers_count_blocks_from_the_end(name: str, wanted: str, layer: str) -> None:
+    assert layers_of(name, wanted) == [layer]
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "match"),
+    [
+        (VIT, "-13", "no block -13: .* has 12 blocks"),
+        ("torchvision:resnet18", "-1", "no block -1: this ResNet has no list of blocks"),
+        ("torchvision:resnet18", "-0", "-0"),
+        ("resnet18", "-0", "-0"),
+    ],
+)
+def test_a_block_that_is_not_there_is_an_error(name: str, wanted: str, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        loaded(name).at_layers([wanted])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layers"),
+    [
+        (["layer*"], ["layer1", "layer2", "layer3", "layer4"]),
+        (["layer[23]"], ["layer2", "layer3"]),
+        (["layer[2-4]"], ["layer2", "layer3", "layer4"]),
+        (["layer?"], ["layer1", "layer2", "layer3", "layer4"]),
+        (["layer4.*"], ["layer4.0", "layer4.1"]),
+        (["*.1"], ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
+        (["layer1.*.conv?"], [f"layer1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]),
+        (["layer1**conv2"], ["layer1.0.conv2", "layer1.1.conv2"]),
+        (["**.downsample.0"], [f"layer{i}.0.downsample.0" for i in (2, 3, 4)]),
+        (["layer3", "layer[34]", "layer1"], ["layer3", "layer4", "layer1"]),
+        (["conv1", "*conv1"], ["conv1"]),
+    ],
+)
+def test_globs_stay_between_two_dots_unless_they_have_two_stars(
+    wanted: list[str], layers: list[str]
+) -> None:
+    assert layers_of("resnet18", *wanted) == layers
+
+
+@pytest.mark.parametrize(
+    ("wanted", "match"),
+    [
+        ("layer5", r"no module 'layer5' in this ResNet; did you mean .*layer4"),
+        ("layer4.7.conv1", r"did you mean .*layer4.1.conv1"),
+        ("xyzzy", "it begins with conv1, bn1, act1, maxpool, layer1"),
+        ("block*", r"no module 'block\*'"),
+        ("layer1.conv1*", r"no module 'layer1.conv1\*'"),
+        ("layer[z-a]", "layer.z-a."),
+        ("layer[2", "no module"),
+        ("fc.weight", "no module 'fc.weight'"),
+    ],
+)
+def test_an_unknown_layer_shows_the_nearest(wanted: str, match: str) -> None:
+    with pytest.raises(ModelError, match=match):
+        loaded("resnet18").at_layers([wanted])
+
+
+def test_no_layers_at_all_are_a_usage_error() -> None:
+    with pytest.raises(UsageError, match="layer"):
+        loaded("resnet18").at_layers([])
+
+
+def test_an_unknown_pooling_is_a_usage_error() -> None:
+    for pool in ("mean", "gem:0", "gem:-1", "gem:nan", "gem:x", "avg:3", "", "gem:inf"):
+        with pytest.raises(UsageError, match=r"pool: got .*, expected one of avg, max, gem"):
+            loaded("resnet18").at_layers(["layer1"], pool)
+
+
+class Halves(nn.Module):
+    """Gives two tensors."""
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return pixels[:, :, :4], pixels[:, :, 4:]
+
+
+class Odd(nn.Module):
+    """Layers that are no layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Conv2d(3, 3, 1), nn.ReLU()])
+        self.unused = nn.Linear(2, 2)
+        self.halves = Halves()
+        self.rows = nn.Flatten(0, 1)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            pixels = block(pixels)
+        self.rows(pixels)
+        upper, _ = self.halves(pixels)
+        return upper.mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("layer", "match"),
+    [
+        ("blocks", r"layer 'blocks' does not run as a whole .*it holds 0, 1"),
+        ("unused", "layer 'unused' does not run as a whole"),
+        ("halves", r"'halves' gives \[\(3, 3, 4, 8\), \(3, 3, 4, 8\)\] for 3 images, expected one"),
+        ("rows", r"'rows' gives \(9, 8, 8\) for 3 images"),
+    ],
+)
+def test_what_is_no_layer_is_an_error(layer: str, match: str) -> None:
+    backbone, _ = wrapped(Odd(), 8, None)
+    with pytest.raises(ModelError, match=match):
+        backbone.at_layers([layer])
+
+
+def test_a_module_whose_weights_alone_are_used_does_not_run(
+    torchvision_vit: tuple[Backbone, nn.Module],
+) -> None:
+    with pytest.raises(ModelError, match="out_proj' does not run as a whole"):
+        torchvision_vit[0].at_layers(["encoder.layers.encoder_layer_0.self_attention.out_proj"])
+
+
+def test_the_heads_of_an_attention_are_no_map() -> None:
+    # (B, heads, tokens, channels of a head) is neither a map nor tokens.
+    with pytest.raises(ModelError, match=r"q_norm' gives \(3, 3, 17, 64\)"):
+        loaded(VIT).at_layers(["blocks.0.attn.q_norm"])

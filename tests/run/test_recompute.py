@@ -1,0 +1,102 @@
+"""Rows are drawn again from what the manifest says, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.pictures import noise
+
+from extractor import FeatureStore, extract, load_backbone
+from extractor.cli import main as cli
+from extractor.compute.embed import embed
+from extractor.errors import StoreError
+from extractor.models.embedding import Target
+from extractor.run.recompute import recompute
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "in").mkdir()
+    for place in range(5):
+        noise(place, 60 + place, 50).save(tmp_path / "in" / f"{place}.png")
+    return tmp_path / "in"
+
+
+MODEL = "torchvision:squeezenet1_1"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings"),
+    [
+        (MODEL, {}),
+        (MODEL, {"seed": 3, "dtype": "float16", "normalize": True}),
+        (MODEL, {"image_size": 96, "resize": "squash", "mean": (0.5, 0.5, 0.5)}),
+        (MODEL, {"layers": ["features.7"], "pool": "gem:4"}),
+        (MODEL, {"layers": ["features.5", "features.7"], "concat": True}),
+        (MODEL, {"layers": ["features.7"], "pool": "none", "image_size": 64}),
+        (f"{MODEL}+resnet18", {}),
+        (MODEL, {"precision": "bfloat16"}),
+        (f"{MODEL}+resnet18", {"precision": "mixed"}),
+        ("torchvision:resnet18", {"bypass": ["layer4.1"], "image_size": 64}),
+    ],
+)
+def test_rows_come_out_as_they_are_in_the_store(
+    folder: Path, tmp_path: Path, model: str, settings: dict[str, Any]
+) -> None:
+    store = extract(folder, model, tmp_path / "s", weights="random", device="cpu", **settings).store
+    assert list(recompute(store, 5, device="cpu")) == []
+
+
+def test_rows_are_drawn_again_in_the_precision_of_the_store(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+
+    def spy(targets: Sequence[Target], *rest: Any, **options: Any) -> Any:
+        computed.extend(backbone.precision for backbone in targets[0].backbones)
+        return embed(targets, *rest, **options)
+
+    monkeypatch.setattr("extractor.run.recompute.embed", spy)
+    settings: dict[str, Any] = {"weights": "random", "device": "cpu", "precision": "mixed"}
+    store = extract(folder, MODEL, tmp_path / "s", **settings).store
+    assert list(recompute(store, 2, device="cpu")) == []
+    assert computed == ["mixed"]
+
+
+def test_a_row_that_is_another_is_named(folder: Path, tmp_path: Path) -> None:
+    store = extract(folder, MODEL, tmp_path / "s", weights="random", device="cpu").store
+    array = np.load(store.path / "features/00000.npy")
+    array[3] = array[1]
+    np.save(store.path / "features/00000.npy", array)
+    (problem,) = recompute(FeatureStore.open(store.path), 5, device="cpu")
+    assert problem.startswith("row 3: ")
+    assert "comes out otherwise now" in problem
+
+
+def test_an_image_that_is_gone_is_named(folder: Path, tmp_path: Path) -> None:
+    store = extract(folder, MODEL, tmp_path / "s", weights="random", device="cpu").store
+    (folder / "2.png").unlink()
+    (problem,) = recompute(store, 100, device="cpu")
+    assert "cannot be decoded any more" in problem
+
+
+def test_weights_of_the_users_own_are_asked_for_and_compared(folder: Path, tmp_path: Path) -> None:
+    def save(name: str, seed: int) -> Path:
+        module = load_backbone(MODEL, weights="random", seed=seed, device="cpu").module
+        torch.save(module.state_dict(), tmp_path / name)
+        return tmp_path / name
+
+    mine, other = save("mine.pth", 1), save("other.pth", 2)
+    store = extract(folder, MODEL, tmp_path / "s", weights=mine, device="cpu").store
+    with pytest.raises(StoreError, match=r"made with mine\.pth; name that file with --weights"):
+        list(recompute(store, 1, device="cpu"))
+    with pytest.raises(StoreError, match="are others now"):
+        list(recompute(store, 1, device="cpu", weights=str(other)))
+    words = ["verify", str(store.path), "--recompute", "3", "--device", "cpu"]
+    assert cli.main([*words, "--weights", str(mine), "--images"]) == 0
+    assert cli.main(words) == 1

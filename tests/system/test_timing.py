@@ -1,0 +1,147 @@
+"""Where the time of a run goes."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from extractor import extract
+from extractor.errors import UsageError
+from extractor.system.timing import KINDS, Spent, Timer
+
+
+def spent(
+    device: str = "mps", how: str = "scaled", readers: int = 0, cores: int = 2, **seconds: float
+) -> Spent:
+    every = {**dict.fromkeys(KINDS, 0.0), **seconds}
+    return Spent(1000, 2, cores, readers, device, how, every)
+
+
+@pytest.mark.parametrize(
+    ("spent", "expected"),
+    [
+        (
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores",
+        ),
+        (  # two threads that share a core
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, cores=1),
+            "bound by decoding: 2 threads decode 250 images/s, the model could do 4,000; add cores",
+        ),
+        (
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, cores=4),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; use more "
+            "--workers",
+        ),
+        (
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda"),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores "
+            "or --decode gpu",
+        ),
+        (  # what a GPU cannot decode either
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda", how="gpu"),
+            "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores",
+        ),
+        (
+            spent(decode=2.0, model=8.0, read=0.1, device="cpu"),
+            "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; a smaller "
+            "one or a GPU would be faster",
+        ),
+        (
+            spent(decode=2.0, model=2.5, transfer=5.5, read=0.1),
+            "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; a smaller "
+            "one or a faster GPU would be faster",
+        ),
+        (
+            spent(decode=2.0, model=1.0, read=80.0, idle=39.0),
+            "bound by reading: 25 images/s come from the disk, the rest could do 1,000; read from "
+            "a faster disk, or with more --workers",
+        ),
+        # With 32 readers, so many files come at a time.
+        (
+            spent(decode=2.0, model=2.0, read=16.0, readers=32),
+            "bound by the model: it embeds 500 images/s, 2 threads could decode 1,000; a smaller "
+            "one or a faster GPU would be faster",
+        ),
+        (
+            spent(decode=1.0, model=1.0, write=20.0),
+            "bound by writing: the disk takes 50 rows/s; write to a faster one",
+        ),
+        (spent(decode=0.5, model=0.5), ""),  # too little to tell
+        (spent(), ""),
+    ],
+)
+def test_what_bounds_the_rate_is_said_in_a_sentence(spent: Spent, expected: str) -> None:
+    assert spent.bound == expected
+
+
+def test_the_time_of_all_threads_is_summed() -> None:
+    timer = Timer(trace=True)
+
+    def work() -> None:
+        for _ in range(100):
+            timer.add("decode", 1.0, 0.5, counted=0.25)
+
+    threads = [threading.Thread(target=work, name=f"decode-{i}") for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert timer.seconds == {**dict.fromkeys(KINDS, 0.0), "decode": 100.0}
+    events = json.loads(timer.chrome_trace())["traceEvents"]
+    assert sum(event["ph"] == "X" and event["dur"] == 5e5 for event in events) == 400
+
+
+def test_a_run_tells_what_its_time_went_to(photos: Path, tmp_path: Path) -> None:
+    profile = tmp_path / "trace.json"
+    report = extract(
+        photos,
+        "torchvision:squeezenet1_1",
+        tmp_path / "out",
+        weights="random",
+        image_size=64,
+        batch_size=4,
+        workers=2,
+        device="cpu",
+        profile=profile,
+    )
+    assert report.spent is not None
+    assert report.spent.images == 11
+    seconds = report.spent.seconds
+    assert all(seconds[kind] > 0 for kind in ("read", "decode", "model", "write", "idle"))
+    assert sum(seconds[kind] for kind in ("model", "write", "idle")) <= report.seconds
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["spent"]["threads"] == 2
+    assert list(record["spent"])[2:] == list(KINDS)
+
+    events = json.loads(profile.read_text())["traceEvents"]
+    names = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    kinds = [(names[event["tid"]], event["name"]) for event in events if event["ph"] == "X"]
+    assert sum(kind == "decode" for _, kind in kinds) == 11
+    assert {name for name, kind in kinds if kind == "decode"} <= {"decode-0", "decode-1"}
+    assert sum(kind == "model" for _, kind in kinds) == 3
+    assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_a_profile_without_a_folder_is_seen_before_anything_is_done(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"profile: there is no folder for the file '.*trace'"):
+        extract(tmp_path, profile=tmp_path / "none" / "trace")
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_a_profile_that_can_be_no_file_is_seen_before_anything_is_done(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UsageError, match=r"profile: got '.*', expected the name of a file"):
+        extract(tmp_path, profile=name)
+
+
+def test_nothing_to_do_has_no_time_to_tell_of(photos: Path, tmp_path: Path) -> None:
+    settings = {"weights": "random", "image_size": 64, "device": "cpu"}
+    extract(photos, "torchvision:squeezenet1_1", tmp_path / "out", **settings)  # type: ignore[arg-type]
+    again = extract(photos, "torchvision:squeezenet1_1", tmp_path / "out", **settings)  # type: ignore[arg-type]
+    assert again.spent is not None
+    assert again.spent.bound == ""

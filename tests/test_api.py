@@ -1,0 +1,422 @@
+from __future__ import annotations
+
+import inspect
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from support.networks import MeanPixel, mean_pixel, normalised
+from support.pictures import colour, noise
+
+from extractor import Backbone, Extractor, FeatureStore, Preprocess, extract
+from extractor import api as pipeline
+from extractor.api import BatchPlan, Progress, plan_batches
+from extractor.errors import (
+    DecodeError,
+    ExtractorError,
+    SourceError,
+    StoreError,
+    UsageError,
+    WeightsError,
+)
+from extractor.models import embedding as targets
+from extractor.options import Options
+
+
+@pytest.fixture
+def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model is the one that averages pixels."""
+
+    def load(model: str, options: Options) -> object:
+        return mean_pixel("cpu" if options.device == "auto" else options.device)
+
+    monkeypatch.setattr(targets, "load", load)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# The plan
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 24, 25])
+@pytest.mark.parametrize("shard_images", [1, 5, 8, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_plan_covers_every_image_once_and_no_batch_spans_shards(
+    images: int, shard_images: int, batch_size: int
+) -> None:
+    plan = list(plan_batches(images, shard_images=shard_images, batch_size=batch_size))
+    assert [i for b in plan for i in range(b.start, b.stop)] == list(range(images))
+    for batch in plan:
+        assert {i // shard_images for i in range(batch.start, batch.stop)} == {batch.shard}
+        assert 1 <= batch.stop - batch.start <= batch_size
+        assert (batch.start - batch.shard * shard_images) % batch_size == 0
+
+
+def test_no_images_make_no_plan() -> None:
+    assert list(plan_batches(0, shard_images=5, batch_size=2)) == []
+    assert next(plan_batches(1, shard_images=5, batch_size=2)) == BatchPlan(0, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# The store that comes out
+
+
+@pytest.mark.usefixtures("mean_model")
+@pytest.mark.parametrize("shard_images", [1, 3, 4, 100])
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_row_i_belongs_to_image_i(
+    photos: Path, tmp_path: Path, shard_images: int, batch_size: int
+) -> None:
+    report = extract(photos, out=tmp_path / "out", shard_images=shard_images, batch_size=batch_size)
+    store = FeatureStore.open(tmp_path / "out")
+    assert report.rows == report.images == len(store) == 11
+    assert report.failed == 0
+    names = [int(Path(path).stem) for path in store.paths]
+    assert sorted(names) == list(range(11))
+    assert [p.encode() for p in store.paths] == sorted(p.encode() for p in store.paths)
+    expected = [normalised(colour(i)) for i in names]
+    np.testing.assert_allclose(store.features[:], expected, atol=1e-5)
+    assert len(store.manifest.shards) == -(-11 // shard_images)
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_the_store_is_the_same_bytes_for_any_worker_count(photos: Path, tmp_path: Path) -> None:
+    for workers in (1, 4):
+        extract(photos, out=tmp_path / f"{workers}", workers=workers, batch_size=3, shard_images=5)
+    one, four = files_of(tmp_path / "1"), files_of(tmp_path / "4")
+    assert one.keys() == four.keys()
+    for name in ("store.json", "run.json"):  # hold the time of the run
+        del one[name], four[name]
+    assert one == four
+
+
+@pytest.mark.usefixtures("mean_model")
+@pytest.mark.parametrize("bad", [[0], [10], [2, 3, 4], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
+def test_bad_images_shift_no_row(photos: Path, tmp_path: Path, bad: list[int]) -> None:
+    paths = sorted(photos.rglob("*.*"), key=lambda path: path.name)
+    for i in bad:
+        paths[i].write_text("not an image")
+    report = extract(photos, out=tmp_path / "out", batch_size=2, shard_images=3)
+    store = report.store
+    assert (report.images, report.rows, report.failed) == (11, 11 - len(bad), len(bad))
+    names = [int(Path(path).stem) for path in store.paths]
+    assert sorted(names) == sorted(set(range(11)) - set(bad))
+    np.testing.assert_allclose(store.features[:], [normalised(colour(i)) for i in names], atol=1e-5)
+    assert sorted(int(Path(f["path"]).stem) for f in report.failures) == bad
+    assert {f["error"] for f in report.failures} == {"not-an-image"}
+    planned = [3, 3, 3, 2]
+    assert all(shard.images == planned[shard.shard] for shard in store.manifest.shards)
+    assert len(report.first_failures) == min(len(bad), 5)
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_folder_of_nothing_but_bad_images_leaves_no_store(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(5):
+        (tmp_path / "in" / f"{i}.jpg").write_text("text")
+    with pytest.raises(SourceError, match="none of the 5 images gives an embedding"):
+        extract(tmp_path / "in", out=tmp_path / "new" / "out", batch_size=2)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_one_image_makes_a_store(photos: Path, tmp_path: Path) -> None:
+    store = extract(photos / "00.png", out=tmp_path / "out").store
+    assert store.paths == ["00.png"]
+    assert store.root == str(photos)
+    np.testing.assert_allclose(store[0], normalised(colour(0)), atol=1e-5)
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_the_index_describes_the_files(photos: Path, tmp_path: Path) -> None:
+    store = extract(photos, out=tmp_path / "out").store
+    for column, value in (("size", "st_size"), ("mtime_ns", "st_mtime_ns")):
+        expected = [getattr((photos / path).stat(), value) for path in store.paths]
+        assert store.column(column) == expected
+    sizes = list(zip(store.column("width"), store.column("height"), strict=True))
+    assert sizes == [Image.open(photos / path).size for path in store.paths]
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_half_floats_and_unit_length_are_stored_as_asked(photos: Path, tmp_path: Path) -> None:
+    store = extract(photos, out=tmp_path / "out", dtype="float16", normalize=True).store
+    assert store.features.dtype == np.float16
+    assert np.load(tmp_path / "out/features/00000.npy").dtype == np.dtype("<f2")
+    np.testing.assert_allclose(np.linalg.norm(np.asarray(store.features, float), axis=1), 1, 2e-3)
+    assert store.manifest.description.embedding["normalized"] is True
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_an_embedding_that_is_not_finite_is_a_failure_of_its_image(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = MeanPixel.forward
+
+    def blow_up(self: MeanPixel, pixels: torch.Tensor) -> torch.Tensor:
+        rows = forward(self, pixels).clone()
+        rows[rows[:, 0] < normalised(colour(2))[0]] = torch.nan  # images 0 and 1
+        return rows
+
+    monkeypatch.setattr(MeanPixel, "forward", blow_up)
+    report = extract(photos, out=tmp_path / "out", batch_size=4)
+    assert report.rows == 9
+    assert {f["path"]: f["error"] for f in report.failures} == {
+        "00.png": "not-finite",
+        "deep/er/01.bmp": "not-finite",
+    }
+    assert np.isfinite(report.store.features[:]).all()
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_batch_is_no_larger_than_a_shard(photos: Path, tmp_path: Path) -> None:
+    report = extract(photos, out=tmp_path / "out", shard_images=3, batch_size=32)
+    assert report.store.manifest.description.computation["batch_size"] == 3
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_progress_is_told_after_every_batch(photos: Path, tmp_path: Path) -> None:
+    (photos / "05.png").write_text("bad")
+    told: list[Progress] = []
+    extract(photos, out=tmp_path / "out", batch_size=5, progress=told.append)
+    assert [p.done for p in told] == [0, 5, 10, 12]  # 0: the models are ready
+    assert {p.total for p in told} == {12}
+    assert told[-1].failed == 1
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_the_manifest_says_how_to_repeat_the_vectors(photos: Path, tmp_path: Path) -> None:
+    description = extract(photos, out=tmp_path / "out", batch_size=7).store.manifest.description
+    assert description.backbone["model"] == "test:mean"
+    assert description.backbone["heads"] == ["fc"]
+    assert description.embedding["definition"] == "pre-logits"
+    assert description.computation == {
+        "precision": "float32",
+        "least_cosine": None,
+        "compiled": False,
+        "device": "cpu",
+        "batch_size": 7,
+        "decode": "scaled",
+    }
+    assert description.preprocess["resize"] == "squash"
+    assert description.root == str(photos)
+    assert description.software["torch"].startswith(torch.__version__.partition("+")[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Places and options
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_finished_store_is_only_replaced_when_asked(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract(photos, out=out, shard_images=4)
+    before = files_of(out)
+    with pytest.raises(StoreError, match=r"shard_images: 4 there, 65536 now.*--overwrite"):
+        extract(photos, out=out)
+    assert files_of(out) == before
+    shutil.rmtree(photos / "deep")
+    report = extract(photos, out=out, overwrite=True)
+    assert report.rows == len(report.store) == 4
+    assert sorted(path.name for path in (out / "features").iterdir()) == ["00000.npy"]
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_run_that_fails_leaves_the_old_store(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    extract(photos, out=out)
+    before = files_of(out)
+
+    def stop(progress: Progress) -> None:
+        if progress.done > 4:
+            raise KeyboardInterrupt("enough")
+
+    with pytest.raises(KeyboardInterrupt, match="enough"):
+        extract(photos, out=out, overwrite=True, batch_size=3, progress=stop)
+    now = files_of(out)
+    assert {name: now[name] for name in before} == before
+    assert {name.split("/")[0] for name in now.keys() - before.keys()} == {".extractor-partial"}
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_a_foreign_folder_is_refused_before_anything_is_read(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    with pytest.raises(StoreError, match="not empty and holds no store"):
+        extract(tmp_path / "nowhere", out=tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == {"thesis.tex": b"years of work"}
+
+
+def test_the_default_place_is_named_after_the_model(
+    photos: Path, tmp_path: Path, mean_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert str(extract(photos).out) == "features/resnet50"
+    assert str(extract(photos, "torchvision:vgg11").out) == "features/torchvision-vgg11"
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"batch_size": 0}, "batch size: got 0, expected a whole number from 1 to"),
+        ({"workers": -1}, "workers: got -1"),
+        ({"shard_images": 0}, "images in a shard: got 0"),
+        ({"dtype": "int8"}, "dtype: got 'int8', expected one of float32, float16"),
+        ({"precision": "half"}, "precision: got 'half'"),
+        ({"workers": 10**6}, "workers: got 1000000, expected a whole number from 1 to 1024"),
+        ({"seed": -1}, "seed: got -1, expected a whole number from 0"),
+        ({"batch_size": "4"}, "batch size: got '4', expected a whole number"),
+        ({"seed": 2**64}, "seed: got 18446744073709551616"),
+        ({"model": ""}, "or an empty name"),
+        ({"out": ""}, "got an empty name"),
+        ({"weights": ""}, "weights: got an empty name"),
+    ],
+)
+def test_options_out_of_range_are_errors(options: dict[str, object], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        extract("nowhere", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("mean_model")
+def test_more_shards_than_names_is_an_error(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "MAX_SHARDS", 10)
+    with pytest.raises(UsageError, match="use a larger --shard-images"):
+        extract(photos, out=tmp_path / "out", shard_images=1)
+
+
+def test_every_option_is_an_argument_with_the_same_default() -> None:
+    arguments = inspect.signature(extract).parameters
+    for name, field in Options.__dataclass_fields__.items():
+        assert arguments[name].default == field.default, name
+        assert arguments[name].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_weights_that_do_not_fit_leave_nothing_behind(photos: Path, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="do not fit"):
+        extract(photos, "resnet18", tmp_path / "out", weights=tmp_path / "w.pth", device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------
+# In memory
+
+
+@pytest.fixture
+def squeezenet(device: str) -> Extractor:
+    return Extractor("torchvision:squeezenet1_1", weights="random", device=device, batch_size=4)
+
+
+def encoded(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_all_kinds_of_images_give_the_same_row(squeezenet: Extractor, tmp_path: Path) -> None:
+    image = noise(3, 140, 190)
+    image.save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    rows = squeezenet([path, str(path), image, np.asarray(image), encoded(image)])
+    assert rows.shape == (5, squeezenet.dim) == (5, 512)
+    assert rows.dtype == np.float32
+    np.testing.assert_allclose(rows, rows[[0] * 5], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_in_memory_are_the_rows_of_a_store(squeezenet: Extractor, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for i in range(6):
+        noise(i, 100 + 9 * i, 120).save(tmp_path / "in" / f"{i}.png")
+    store = extract(
+        tmp_path / "in",
+        "torchvision:squeezenet1_1",
+        tmp_path / "out",
+        weights="random",
+        device=str(squeezenet.backbones[0].device),
+    ).store
+    rows = squeezenet([tmp_path / "in" / path for path in store.paths])
+    np.testing.assert_allclose(rows, store.features[:], rtol=1e-3, atol=1e-5)
+
+
+def test_no_images_give_no_rows(squeezenet: Extractor) -> None:
+    assert squeezenet([]).shape == (0, 512)
+
+
+def test_a_bad_image_in_memory_is_an_error_that_names_its_place(squeezenet: Extractor) -> None:
+    good = np.zeros((9, 9, 3), np.uint8)
+    with pytest.raises(DecodeError, match="image 5: no image format") as raised:
+        squeezenet([good] * 5 + [b"no image"])
+    assert raised.value.reason == "not-an-image"
+
+
+@pytest.mark.parametrize("one", [5, "a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))])
+def test_a_single_image_is_not_taken_for_a_list(squeezenet: Extractor, one: object) -> None:
+    with pytest.raises(UsageError, match="expected a list of images"):
+        squeezenet(one)  # type: ignore[arg-type]
+
+
+def test_what_is_no_image_is_an_error_that_names_its_place(squeezenet: Extractor) -> None:
+    with pytest.raises(UsageError, match="image 1: got a NoneType, expected a path, bytes"):
+        squeezenet([b"", None])  # type: ignore[list-item]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_an_extractor_does_not_hang_in_a_forked_process(squeezenet: Extractor) -> None:
+    images = [np.zeros((9, 9, 3), np.uint8)]
+    squeezenet(images)
+    child = os.fork()
+    if child == 0:
+        try:
+            squeezenet(images)
+        except UsageError as error:
+            os._exit(7 if "make one after the fork" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_errors_of_the_package_are_one_family() -> None:
+    for error in (DecodeError, SourceError, StoreError, UsageError, WeightsError):
+        assert issubclass(error, ExtractorError)
+
+
+def test_callbacks_are_called_from_the_callers_thread(
+    photos: Path, tmp_path: Path, mean_model: None
+) -> None:
+    import threading
+
+    seen: list[object] = []
+    callback: Callable[[Progress], None] = lambda _: seen.append(threading.current_thread())  # noqa: E731
+    extract(photos, out=tmp_path / "out", progress=callback)
+    assert set(seen) == {threading.main_thread()}
+
+
+def test_numbers_that_float16_cannot_hold_are_failures_and_no_infinities(tmp_path: Path) -> None:
+    class Sum(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            return pixels.sum((2, 3)) * 100  # of 8 x 8 pixels: 6,400 times the level
+
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (9, 9), (0, 0, 255)).save(tmp_path / "in/a.png")
+    Image.new("RGB", (9, 9), (0, 0, 0)).save(tmp_path / "in/b.png")
+    preprocess = Preprocess.standard(8, mean=(0.0,) * 3, std=(0.01, 0.01, 0.01))
+    backbone = Backbone.from_module(Sum(), head=None, preprocess=preprocess, device="cpu")
+    report = extract(tmp_path / "in", backbone, tmp_path / "out", dtype="float16")
+    assert report.store.features[:].tolist() == [[0, 0, 0]]
+    assert report.store.paths == ["b.png"]
+    (failure,) = report.failures
+    assert failure["error"] == "not-finite"
+    assert "6.4e+05, more than float16 does" in failure["message"]
