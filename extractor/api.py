@@ -32,7 +32,7 @@ from extractor.errors import (
 )
 from extractor.images.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.images.listing import ImageList, Input, list_images, show
-from extractor.loading.crash_log import InFlight, Suspects
+from extractor.loading.crash_log import InFlight
 from extractor.loading.loader import MAX_ABANDONED, BatchLoader
 from extractor.loading.nvjpeg import IMAGES_TOGETHER, DeviceDecoder
 from extractor.models.backbone import Backbone
@@ -50,6 +50,7 @@ from extractor.run.describe import describe, precision_of
 from extractor.run.output import Filling, claimed
 from extractor.run.run_json import request_of, write_record
 from extractor.run.snapshot import current_images
+from extractor.run.suspects import Suspects
 from extractor.store.format import IN_FLIGHT, MAX_SHARDS
 from extractor.store.publish import check_place
 from extractor.store.writer import StoreWriter

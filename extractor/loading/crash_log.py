@@ -27,11 +27,9 @@ from extractor.errors import DecodeError
 from extractor.images.decode import ImageInfo, PixelBudget, allow_pixels, decode_into
 from extractor.options import DECODE
 from extractor.preprocess import Preprocess
-from extractor.store.atomic import write_whole
-from extractor.store.format import IN_FLIGHT, SUSPECTS
 from extractor.store.publish import explained
 
-__all__ = ["InFlight", "Suspects", "decode_apart"]
+__all__ = ["InFlight", "decode_apart"]
 
 SLOT_BYTES = 8192  # two for a length, and a path, which Linux does not take longer than 4095
 LENGTH_BYTES = 2
@@ -86,32 +84,6 @@ class InFlight:
             length = int.from_bytes(slot[:LENGTH_BYTES], "little")
             found.append(slot[LENGTH_BYTES : LENGTH_BYTES + length])
         return sorted({name for name in found if name})
-
-
-class Suspects:
-    """The images during whose decoding a process died, kept until the store is complete.
-
-    Args:
-        folder: where an interrupted run keeps what it has done.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.in_flight = folder / IN_FLIGHT
-        self._path = folder / SUSPECTS
-
-    def load(self) -> tuple[list[bytes], list[bytes]]:
-        """All of them, and those of the run that died last; these are kept with the others."""
-        new = InFlight.left(self.in_flight)
-        try:
-            known = [os.fsencode(path) for path in json.loads(self._path.read_bytes())]
-        except (FileNotFoundError, ValueError):
-            known = []
-        every = sorted({*known, *new})
-        if new:
-            with explained(self._path.parent.parent):
-                content = json.dumps([os.fsdecode(path) for path in every])
-                write_whole(self._path, content.encode("ascii"))
-        return every, new
 
 
 def decode_apart(

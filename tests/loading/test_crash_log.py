@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -20,9 +19,8 @@ from support.pictures import noise
 from extractor.errors import DecodeError
 from extractor.images.decode import ImageInfo, decode_into
 from extractor.loading import crash_log as isolation
-from extractor.loading.crash_log import SLOT_BYTES, InFlight, Suspects, decode_apart
+from extractor.loading.crash_log import SLOT_BYTES, InFlight, decode_apart
 from extractor.preprocess import Preprocess
-from extractor.store.format import IN_FLIGHT, SUSPECTS
 
 PREPROCESSES = [
     Preprocess((8, 6), "squash", (8, 6), "bilinear", (0, 0, 0), (1, 1, 1)),
@@ -131,53 +129,6 @@ def test_a_process_that_is_killed_leaves_its_images(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path / "f")], check=False)
     assert ended.returncode == -signal.SIGKILL
     assert InFlight.left(tmp_path / "f") == [b"/at hand"]
-
-
-# ---------------------------------------------------------------------------------------------
-# Suspects
-
-
-def died(folder: Path, *names: bytes) -> None:
-    """Leave what a run leaves that dies."""
-    left = InFlight(folder / IN_FLIGHT, len(names)).__enter__()
-    for slot, name in enumerate(names):
-        left.note(slot, name)
-
-
-def test_no_run_that_died_has_no_suspects(tmp_path: Path) -> None:
-    assert Suspects(tmp_path).load() == ([], [])
-    died(tmp_path, b"")
-    assert Suspects(tmp_path).load() == ([], [])
-    assert not (tmp_path / SUSPECTS).exists()
-
-
-def test_suspects_of_all_runs_that_died_are_remembered(tmp_path: Path) -> None:
-    died(tmp_path, *NAMES)
-    assert Suspects(tmp_path).load() == (sorted(NAMES), sorted(NAMES))
-    died(tmp_path, b"/z", b"/a/b.jpg")
-    every = sorted([*NAMES, b"/z"])
-    assert Suspects(tmp_path).load() == (every, [b"/a/b.jpg", b"/z"])
-    (tmp_path / IN_FLIGHT).unlink()
-    assert Suspects(tmp_path).load() == (every, [])
-
-
-@pytest.mark.parametrize("content", [b"", b'["/a', b"\xff\xfe"])
-def test_a_torn_list_of_suspects_is_none_and_takes_new_ones(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / SUSPECTS).write_bytes(content)
-    assert Suspects(tmp_path).load() == ([], [])
-    died(tmp_path, b"/z")
-    assert Suspects(tmp_path).load() == ([b"/z"], [b"/z"])
-    assert json.loads((tmp_path / SUSPECTS).read_bytes()) == ["/z"]
-
-
-@pytest.mark.parametrize("size", [1, SLOT_BYTES - 1, SLOT_BYTES + 1])
-def test_a_torn_file_of_images_in_flight_is_read_as_far_as_it_goes(
-    tmp_path: Path, size: int
-) -> None:
-    died(tmp_path, b"/a", b"/b")
-    os.truncate(tmp_path / IN_FLIGHT, size)
-    found, _ = Suspects(tmp_path).load()
-    assert found == ([b"/a"] if size >= SLOT_BYTES - 1 else [])
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,0 +1,40 @@
+"""Images that were being decoded when a run died."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from extractor.loading.crash_log import InFlight
+from extractor.store.atomic import write_whole
+from extractor.store.format import IN_FLIGHT, SUSPECTS
+from extractor.store.publish import explained
+
+__all__ = ["Suspects"]
+
+
+class Suspects:
+    """Images that were being decoded when a run died, kept until the store is complete.
+
+    Args:
+        folder: Staging folder of the store, where an interrupted run keeps its work.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._crash_log = folder / IN_FLIGHT
+        self._path = folder / SUSPECTS
+
+    def load(self) -> tuple[list[bytes], list[bytes]]:
+        """Return all suspects and, of these, those of the last run, and save them all."""
+        new = InFlight.left(self._crash_log)
+        try:
+            known = [os.fsencode(path) for path in json.loads(self._path.read_bytes())]
+        except (FileNotFoundError, ValueError):
+            known = []
+        suspects = sorted({*known, *new})
+        if new:
+            with explained(self._path.parent.parent):
+                content = json.dumps([os.fsdecode(path) for path in suspects])
+                write_whole(self._path, content.encode("ascii"))
+        return suspects, new
