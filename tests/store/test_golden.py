@@ -1,0 +1,173 @@
+"""Stores of an earlier program open, verify, extend, compact and resume (``golden/README.md``)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from extractor import FeatureStore, Report, extract
+from extractor.run.run_json import software_versions
+from extractor.store.compact import compact
+from extractor.store.format import STAGING, Manifest, with_checksum
+from extractor.store.journal import BatchEntry
+from extractor.store.shard import FinishedShard
+from extractor.store.verify import verify, verify_images
+from extractor.store.writer import Job, failure_lines, read_failures
+
+GOLDEN = Path(__file__).parent / "golden"
+STORE = GOLDEN / "store"
+INTERRUPTED = GOLDEN / "interrupted"
+
+# Color and modification time, in seconds, of every image of the finished store; 4.ppm is no image.
+COLORS = {
+    "0.ppm": ((0, 0, 0), 1000),
+    "1.ppm": ((200, 100, 50), 2001),
+    "2.ppm": ((20, 40, 60), 1002),
+    "3.ppm": ((30, 60, 90), 1003),
+    "5.ppm": ((50, 100, 150), 1005),
+}
+# Those that the interrupted run was to add, in the order of their names.
+ADDED = {f"{i:02d}.ppm": ((10 * i, 20 * i, 5 * i), 1000 + i) for i in range(6, 11)}
+ROWS = ["0.ppm", "2.ppm", "3.ppm", "5.ppm", "1.ppm"]  # 1.ppm changed and has a new row, the last
+
+
+def embedding(name: str) -> list[float]:
+    """What the network makes of a one-color image after the normalization of ImageNet."""
+    color, _ = {**COLORS, **ADDED}[name]
+    channels = zip(color, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), (1, 2, 4), strict=True)
+    return [(level / 255 - mean) / std * scale for level, mean, std, scale in channels]
+
+
+def assert_holds(store: FeatureStore, names: list[str]) -> None:
+    assert store.paths == names
+    np.testing.assert_allclose(store.features, [embedding(name) for name in names], atol=1e-4)
+    assert [failure["path"] for failure in store.failures] == ["4.ppm"]
+
+
+def write_images(folder: Path, images: dict[str, tuple[tuple[int, int, int], int]]) -> None:
+    for name, (color, seconds) in images.items():
+        (folder / name).write_bytes(b"P6 8 8 255\n" + bytes(color) * 64)
+        os.utime(folder / name, ns=(0, seconds * 10**9))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """The images of the finished store, byte by byte."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    write_images(folder, COLORS)
+    (folder / "4.ppm").write_bytes(b"not an image")
+    os.utime(folder / "4.ppm", ns=(0, 1004 * 10**9))
+    return folder
+
+
+def adopt(content: dict[str, Any], photos: Path) -> None:
+    """Put in what differs from machine to machine: the folder, and versions of software."""
+    content["root"] = str(photos)
+    content["software"] = software_versions()
+    content["backbone"]["library_version"] = software_versions()["extractor"]
+
+
+@pytest.fixture
+def old(tmp_path: Path, photos: Path) -> Path:
+    """A copy of the finished store that takes itself for one of this machine."""
+    out = tmp_path / "out"
+    shutil.copytree(STORE, out)
+    content = json.loads((out / "store.json").read_bytes())
+    adopt(content, photos)
+    content["checksum"] = ""
+    (out / "store.json").write_text(with_checksum(json.dumps(content, indent=2) + "\n"))
+    return out
+
+
+@pytest.fixture
+def interrupted(old: Path, photos: Path) -> Path:
+    """The store with the staging folder of the run that was killed, and that run's images."""
+    write_images(photos, ADDED)
+    shutil.copytree(INTERRUPTED, old / STAGING)
+    job = json.loads((old / STAGING / "job.json").read_bytes())
+    adopt(job, photos)
+    job["base"] = json.loads((old / "store.json").read_bytes())["checksum"]
+    (old / STAGING / "job.json").write_text(json.dumps(job) + "\n")
+    return old
+
+
+def run_again(photos: Path, out: Path) -> Report:
+    return extract(
+        photos,
+        f"{GOLDEN / 'network.py'}:mean_color",
+        out,
+        device="cpu",
+        precision="float32",
+        compile="off",
+        decode="exact",
+        shard_images=3,
+        batch_size=1,
+        threads=1,
+    )
+
+
+def test_old_store_opens() -> None:
+    assert_holds(FeatureStore.open(STORE), ROWS)
+
+
+def test_old_store_verifies(old: Path) -> None:
+    assert list(verify(STORE)) == []
+    assert list(verify(old)) == []
+    assert list(verify_images(old)) == []
+
+
+def test_old_files_are_written_the_same_today() -> None:
+    text = (STORE / "store.json").read_text("ascii")
+    assert Manifest.from_json(text, "store.json").to_json() == text
+    assert failure_lines(read_failures(STORE / "failures.jsonl")) == (
+        (STORE / "failures.jsonl").read_bytes()
+    )
+    job = (INTERRUPTED / "job.json").read_bytes()
+    assert Job.from_json(job).to_json().encode() == job
+    done = (INTERRUPTED / "journal/00003.done").read_bytes()
+    assert FinishedShard.from_json(done).to_json().encode() == done
+    line = (INTERRUPTED / "journal/00004.jsonl").read_bytes()
+    assert BatchEntry.from_line(line).to_line() == line
+
+
+def test_old_store_extends(old: Path, photos: Path) -> None:
+    before = {path: path.read_bytes() for path in old.glob("*/*")}
+    write_images(photos, {"10.ppm": ADDED["10.ppm"]})
+    report = run_again(photos, old)
+    assert (report.images, report.resumed) == (7, 6)
+    assert_holds(FeatureStore.open(old), [*ROWS, "10.ppm"])
+    assert {path: path.read_bytes() for path in before} == before
+    assert list(verify(old)) == []
+
+
+def test_old_store_without_new_images_is_up_to_date(old: Path, photos: Path) -> None:
+    manifest = (old / "store.json").read_bytes()
+    report = run_again(photos, old)
+    assert (report.images, report.resumed) == (6, 6)
+    assert (old / "store.json").read_bytes() == manifest
+
+
+def test_old_store_compacts(old: Path) -> None:
+    before, after = compact(old)
+    assert (before.retired, len(before.shards)) == (1, 3)
+    assert (after.retired, len(after.shards)) == (0, 2)
+    assert_holds(FeatureStore.open(old), sorted(COLORS))
+    assert list(verify(old)) == []
+
+
+def test_old_interrupted_run_resumes(interrupted: Path, photos: Path) -> None:
+    assert_holds(FeatureStore.open(interrupted), ROWS)
+    report = run_again(photos, interrupted)
+    assert (report.images, report.resumed) == (11, 10)  # one image was left to do
+    assert_holds(FeatureStore.open(interrupted), [*ROWS, *ADDED])
+    features = (interrupted / "features/00003.npy").read_bytes()
+    assert features == (INTERRUPTED / "features/00003.npy").read_bytes()
+    assert list(verify(interrupted)) == []
+    assert not (interrupted / STAGING).exists()
