@@ -36,7 +36,7 @@ from extractor.loading.crash_log import InFlight
 from extractor.loading.loader import MAX_ABANDONED, BatchLoader
 from extractor.loading.nvjpeg import IMAGES_TOGETHER, DeviceDecoder
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Model, Target, check_models, load_targets
+from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.options import (
     DEFAULT_MODEL,
     Options,
@@ -210,36 +210,36 @@ def extract(
             f"{len(sources)} images in shards of {shard_images} are more than {MAX_SHARDS} "
             "shards; use a larger --shard-images"
         )
-    targets = load_targets(models, options)
+    specs = load_specs(models, options)
     import pyarrow.parquet  # noqa: F401  (not only at the end of the first shard, hours later)
 
-    folders = [Path(folder) for folder in store_folders(place, [one.name for one in targets])]
-    _check_decode(options.decode, targets[0].parts[0].backbone.device)
+    folders = [Path(folder) for folder in store_folders(place, [one.name for one in specs])]
+    _check_decode(options.decode, specs[0].parts[0].backbone.device)
     clock.ended("load")
-    batch_size = _batch_size(targets, options)
+    batch_size = _batch_size(specs, options)
     current = functools.cache(lambda: current_images(sources, content=options.check == "content"))
     with ExitStack() as stack:
         stack.enter_context(compute_threads(options.threads))
         writers = [stack.enter_context(claimed(folder, options)) for folder in folders]
         suspects = _suspects([writer.staging for writer in writers])
-        targets = _tuned(targets, models, writers, sources, options, batch_size, suspects)
+        specs = _tuned(specs, models, writers, sources, options, batch_size, suspects)
         clock.ended("tune")
         stores = [
             Filling(
                 writer,
-                target,
-                describe(target, options, sources.root, batch_size),
+                spec,
+                describe(spec, options, sources.root, batch_size),
                 sources,
                 current,
                 options,
             )
-            for writer, target in zip(writers, targets, strict=True)
+            for writer, spec in zip(writers, specs, strict=True)
         ]
         to_do = max(len(store.todo) - store.done for store in stores)
         _check_room(stores)
         clock.ended("compare")
         timer = Timer(trace=options.profile is not None)
-        run = _Run(sources, models, targets, options, batch_size, suspects, timer)
+        run = _Run(sources, models, specs, options, batch_size, suspects, timer)
         try:
             run.fill(stores, progress or _nothing, stop or _never)
         finally:
@@ -249,14 +249,14 @@ def extract(
         clock.ended("compute")
         reports = tuple(store.publish() for store in stores)
     clock.ended("publish")
-    backbones = [backbone for target in targets for backbone in target.backbones]
+    backbones = [backbone for spec in specs for backbone in spec.backbones]
     report = Report(
         stores=reports,
         images=len(sources),
         resumed=len(sources) - to_do,
         passed_over=sources.passed_over,
         device=str(backbones[0].device),
-        precision=join_names(list(dict.fromkeys(map(precision_of, targets)))),
+        precision=join_names(list(dict.fromkeys(map(precision_of, specs)))),
         least_cosine=min((c for b in backbones if (c := b.least_cosine) is not None), default=None),
         is_compiled=any(backbone.is_compiled for backbone in backbones),
         seconds=sum(clock.seconds.values()),
@@ -332,7 +332,7 @@ class _Run:
         self,
         sources: ImageList,
         models: Sequence[Model],
-        targets: Sequence[Target],
+        specs: Sequence[EmbeddingSpec],
         options: Options,
         batch_size: int,
         suspects: Collection[bytes],
@@ -340,7 +340,7 @@ class _Run:
     ) -> None:
         self._sources = sources
         self._models = models
-        self._targets = targets
+        self._specs = specs
         self._options = options
         self._batch_size = batch_size
         self._suspects = suspects
@@ -351,7 +351,7 @@ class _Run:
     @property
     def spent(self) -> Spent:
         """What the time went to."""
-        device = self._targets[0].parts[0].backbone.device
+        device = self._specs[0].parts[0].backbone.device
         return Spent(
             self._computed,
             _workers(self._options),
@@ -397,12 +397,12 @@ class _Run:
             len(todo), shard_images=options.shard_images, batch_size=self._batch_size
         )
         batches = [batch for batch in whole if batch.stop > done]
-        targets = [store.target for store in stores]
+        specs = [store.spec for store in stores]
 
         def images_of(batch: BatchPlan) -> list[ImageSource]:
             return [self._sources.full_path(i) for i in todo[batch.start : batch.stop]]
 
-        mend = self._mender(targets)
+        mend = self._mender(specs)
         on_device = options.decode == "gpu"
         decoding = _workers(options) + MAX_ABANDONED
         slots = decoding + (IMAGES_TOGETHER if on_device else 0)
@@ -410,7 +410,7 @@ class _Run:
             in_flight = stack.enter_context(InFlight(stores[0].staging / IN_FLIGHT, slots))
             loader = _loader(
                 map(images_of, batches),
-                targets,
+                specs,
                 options,
                 self._batch_size,
                 self._suspects,
@@ -421,8 +421,8 @@ class _Run:
             stack.enter_context(loader)
             decoder = (
                 DeviceDecoder(
-                    targets[0].parts[0].backbone.device,
-                    pictures_of(targets),
+                    specs[0].parts[0].backbone.device,
+                    pictures_of(specs),
                     max_pixels=options.max_pixels,
                     in_flight=in_flight,
                     first_slot=decoding,
@@ -431,7 +431,7 @@ class _Run:
                 else None
             )
             computed = embed(
-                targets, loader, normalize=options.normalize, timer=self._timer, decoder=decoder
+                specs, loader, normalize=options.normalize, timer=self._timer, decoder=decoder
             )
             pairs = zip(batches, computed, strict=True)
             for number, part in itertools.groupby(pairs, key=lambda pair: pair[0].shard):
@@ -451,21 +451,21 @@ class _Run:
                         shards.close()
 
     def _mender(
-        self, targets: Sequence[Target]
+        self, specs: Sequence[EmbeddingSpec]
     ) -> Callable[[Callable[[], Sequence[ImageSource]], Embedded], Embedded]:
         """What mends the rows of a batch, given its images; nothing where none can be wanting."""
-        half = any(b.precision != "float32" for target in targets for b in target.backbones)
+        half = any(b.precision != "float32" for spec in specs for b in spec.backbones)
         if not half or not all(isinstance(model, str) for model in self._models):
             return lambda _, embedded: embedded
         options = replace(self._options, precision="float32")
 
-        def load() -> list[Target]:
-            again = load_targets(self._models, options)
-            return [again[self._targets.index(target)] for target in targets]
+        def load() -> list[EmbeddingSpec]:
+            again = load_specs(self._models, options)
+            return [again[self._specs.index(spec)] for spec in specs]
 
         mender = Mender(
             load,
-            lambda targets, batches: _loader(batches, targets, options, 1),
+            lambda specs, batches: _loader(batches, specs, options, 1),
             normalize=options.normalize,
         )
         return lambda images, embedded: mender.mend(images, embedded)
@@ -476,21 +476,21 @@ def _left(group: Sequence[Filling]) -> int:
 
 
 def _tuned(
-    targets: Sequence[Target],
+    specs: Sequence[EmbeddingSpec],
     models: Sequence[Model],
     writers: Sequence[StoreWriter],
     sources: ImageList,
     options: Options,
     batch_size: int,
     suspects: Collection[bytes],
-) -> list[Target]:
-    """The targets in the precision that is taken, compiled where that pays."""
+) -> list[EmbeddingSpec]:
+    """The specs in the precision that is taken, compiled where that pays."""
     before = [
-        writer.before(describe(target, options, sources.root, batch_size))
-        for writer, target in zip(writers, targets, strict=True)
+        writer.before(describe(spec, options, sources.root, batch_size))
+        for writer, spec in zip(writers, specs, strict=True)
     ]
     left = max(len(sources) - (0 if one is None else one.images) for one in before)
-    pictures = pictures_of(targets)
+    pictures = pictures_of(specs)
 
     def sample(count: int) -> list[torch.Tensor]:
         spread = np.unique(np.linspace(0, len(sources) - 1, count).astype(int))
@@ -498,14 +498,14 @@ def _tuned(
         slots = _workers(options) + MAX_ABANDONED
         with (
             InFlight(writers[0].staging / IN_FLIGHT, slots) as in_flight,
-            _loader([some], targets, options, len(some), suspects, in_flight) as loader,
+            _loader([some], specs, options, len(some), suspects, in_flight) as loader,
         ):
             (batch,) = loader
             kept = [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
             return [picture[torch.tensor(kept)] for picture in batch.pictures]
 
     return tune(
-        targets,
+        specs,
         [
             None if one is None else Recorded.of(one.computation, same_run=one.is_interrupted)
             for one in before
@@ -570,22 +570,22 @@ def _check_any_row(stores: Sequence[Filling]) -> None:
             for each in stores:
                 each.discard()
             told = "; ".join(f"{path}: {reason}" for path, reason in store.first_failures)
-            which = f" of {store.target.name}" if len(stores) > 1 else ""
+            which = f" of {store.spec.name}" if len(stores) > 1 else ""
             raise SourceError(
                 f"none of the {store.failed} images gives an embedding{which} ({told})"
             )
 
 
-def _batch_size(targets: Sequence[Target], options: Options) -> int:
+def _batch_size(specs: Sequence[EmbeddingSpec], options: Options) -> int:
     # No larger than a shard, which ends a batch; not cut to the number of images, on which the
     # value of a row must not depend.
-    device = targets[0].parts[0].backbone.device
+    device = specs[0].parts[0].backbone.device
     return min(options.batch_size or default_batch_size(device.type), options.shard_images)
 
 
 def _loader(
     batches: Iterable[Sequence[ImageSource]],
-    targets: Sequence[Target],
+    specs: Sequence[EmbeddingSpec],
     options: Options,
     batch_size: int,
     suspects: Collection[bytes] = (),
@@ -594,12 +594,12 @@ def _loader(
     *,
     decode: str | None = None,
 ) -> BatchLoader:
-    """Decodes batches for some targets; all of it, unless ``decode`` leaves some to the device."""
-    device = targets[0].parts[0].backbone.device
+    """Decodes batches for some specs; all of it, unless ``decode`` leaves some to the device."""
+    device = specs[0].parts[0].backbone.device
     with device_errors(device):
         return BatchLoader(
             batches,
-            pictures_of(targets),
+            pictures_of(specs),
             batch_size=batch_size,
             workers=_workers(options),
             pin=device.type == "cuda",
@@ -685,26 +685,26 @@ class Extractor:
             workers=workers,
             decode=decode,
         )
-        targets = load_targets([model], self._options, fold_given=False)
-        if len(targets) != 1:
-            names = ", ".join(target.name for target in targets)
-            raise UsageError(f"{len(targets)} embeddings of an image ({names}); use concat=True")
-        self._targets = targets
+        specs = load_specs([model], self._options, fold_given=False)
+        if len(specs) != 1:
+            names = ", ".join(spec.name for spec in specs)
+            raise UsageError(f"{len(specs)} embeddings of an image ({names}); use concat=True")
+        self._specs = specs
 
     @property
     def backbones(self) -> tuple[Backbone, ...]:
         """That compute the embedding; one, but for ``A+B``."""
-        return self._targets[0].backbones
+        return self._specs[0].backbones
 
     @property
     def dim(self) -> int:
         """Numbers in one embedding."""
-        return self._targets[0].dim
+        return self._specs[0].dim
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of one embedding: ``(dim,)``, or the axes of a layer that is not pooled."""
-        return self._targets[0].shape
+        return self._specs[0].shape
 
     def __call__(self, images: Iterable[AnyImage]) -> npt.NDArray[np.float32]:
         """Embed images, in the order in which they come.
@@ -732,15 +732,15 @@ class Extractor:
         if not sources:
             return np.empty((0, *self.shape), np.float32)
         # One image at the prompt should not pay for a full batch of padding.
-        size = min(_batch_size(self._targets, self._options), len(sources))
+        size = min(_batch_size(self._specs, self._options), len(sources))
         cuts = range(0, len(sources), size)
         rows = []
         batches = (sources[i : i + size] for i in cuts)
         with (
             compute_threads(),
-            _loader(batches, self._targets, self._options, size) as loader,
+            _loader(batches, self._specs, self._options, size) as loader,
         ):
-            computed = embed(self._targets, loader, normalize=self._options.normalize)
+            computed = embed(self._specs, loader, normalize=self._options.normalize)
             for start, embedded in zip(cuts, computed, strict=True):
                 for i, outcome in enumerate(embedded.outcomes, start):
                     if isinstance(outcome, Failure):

@@ -25,7 +25,7 @@ from extractor.errors import (
     UsageError,
     WeightsError,
 )
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.options import Options
 
 
@@ -36,7 +36,7 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(model: str, options: Options) -> object:
         return mean_pixel("cpu" if options.device == "auto" else options.device)
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from extractor.images.decode import Failure, ImageInfo
 from extractor.loading.loader import Batch
 from extractor.loading.nvjpeg import DeviceDecoder
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Target
+from extractor.models.embedding import EmbeddingSpec
 from extractor.preprocess import Preprocess
 from extractor.system.devices import device_errors
 from extractor.system.timing import Timer
@@ -42,7 +42,7 @@ TOGETHER_SECONDS = 0.25
 class Embedded(NamedTuple):
     """One batch's embeddings.
 
-    ``rows`` holds, for each target, ``(len(outcomes), *shape)`` float32, in the order of the
+    ``rows`` holds, for each spec, ``(len(outcomes), *shape)`` float32, in the order of the
     images; the row of an image whose outcome is a failure means nothing.
     """
 
@@ -50,9 +50,9 @@ class Embedded(NamedTuple):
     outcomes: list[ImageInfo | Failure]
 
 
-def pictures_of(targets: Sequence[Target]) -> list[Preprocess]:
-    """What must be made of each image for all targets, each picture once; order as in a batch."""
-    every = (backbone.preprocess for target in targets for backbone in target.backbones)
+def pictures_of(specs: Sequence[EmbeddingSpec]) -> list[Preprocess]:
+    """What must be made of each image for all specs, each picture once; order as in a batch."""
+    every = (backbone.preprocess for spec in specs for backbone in spec.backbones)
     pictures: dict[object, Preprocess] = {}
     for preprocess in every:
         pictures.setdefault(preprocess.picture, preprocess)
@@ -60,7 +60,7 @@ def pictures_of(targets: Sequence[Target]) -> list[Preprocess]:
 
 
 def embed(
-    targets: Sequence[Target],
+    specs: Sequence[EmbeddingSpec],
     batches: Iterable[Batch],
     *,
     normalize: bool,
@@ -70,7 +70,7 @@ def embed(
     """Embed batches in order, and release each as soon as its pixels are no longer needed.
 
     Args:
-        targets: what to compute; all on one device, and each backbone once a batch.
+        specs: what to compute; all on one device, and each backbone once a batch.
         batches: with the pictures that :func:`pictures_of` lists.
         normalize: scale every embedding to unit Euclidean length.
         timer: sums what waiting for batches and the model take.
@@ -79,7 +79,7 @@ def embed(
     Raises:
         DeviceError: the device is full, busy or broken.
     """
-    step = _Step(targets, normalize)
+    step = _Step(specs, normalize)
     with device_errors(step.device), full_float32():
         timer = timer or Timer()
         run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
@@ -134,18 +134,16 @@ class Normalise:
 class _Step:
     """The computation of one batch on the device of its pictures."""
 
-    def __init__(self, targets: Sequence[Target], normalize: bool) -> None:
-        self._targets = targets
+    def __init__(self, specs: Sequence[EmbeddingSpec], normalize: bool) -> None:
+        self._specs = specs
         self._unit_length = normalize
-        self._backbones = list(
-            {id(one): one for target in targets for one in target.backbones}.values()
-        )
+        self._backbones = list({id(one): one for spec in specs for one in spec.backbones}.values())
         devices = {backbone.device for backbone in self._backbones}
         if len(devices) != 1:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
         (self.device,) = devices
         self._part = 0  # images at a time where the device takes no whole batch
-        places = {one.picture: place for place, one in enumerate(pictures_of(targets))}
+        places = {one.picture: place for place, one in enumerate(pictures_of(specs))}
         self._picture = [places[backbone.preprocess.picture] for backbone in self._backbones]
         self._normalise = [Normalise(backbone) for backbone in self._backbones]
 
@@ -181,7 +179,7 @@ class _Step:
     def __call__(
         self, pictures: Sequence[torch.Tensor], taken: Callable[[], None]
     ) -> list[torch.Tensor]:
-        """``(B, *shape)`` float32 for each target, on the device.
+        """``(B, *shape)`` float32 for each spec, on the device.
 
         Args:
             pictures: ``(B, H, W, 3)`` uint8 on the device.
@@ -193,11 +191,13 @@ class _Step:
             if place == len(self._backbones) - 1:
                 taken()
             outputs[id(backbone)] = backbone.embed(pixels)
-        return [self._rows(target, outputs) for target in self._targets]
+        return [self._rows(spec, outputs) for spec in self._specs]
 
-    def _rows(self, target: Target, outputs: dict[int, tuple[torch.Tensor, ...]]) -> torch.Tensor:
-        parts = [outputs[id(part.backbone)][part.place] for part in target.parts]
-        if target.unit_parts:
+    def _rows(
+        self, spec: EmbeddingSpec, outputs: dict[int, tuple[torch.Tensor, ...]]
+    ) -> torch.Tensor:
+        parts = [outputs[id(part.backbone)][part.index] for part in spec.parts]
+        if spec.unit_parts:
             parts = [torch.nn.functional.normalize(part) for part in parts]
         rows = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return torch.nn.functional.normalize(rows) if self._unit_length else rows

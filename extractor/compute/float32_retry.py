@@ -12,7 +12,7 @@ import numpy.typing as npt
 from extractor.compute.embed import Embedded, embed
 from extractor.images.decode import ImageInfo, ImageSource
 from extractor.loading.loader import BatchLoader
-from extractor.models.embedding import Target
+from extractor.models.embedding import EmbeddingSpec
 
 __all__ = ["Mender"]
 
@@ -23,15 +23,15 @@ class Mender:
     """Mends the rows of a batch that are not finite.
 
     Args:
-        load: gives the same targets in float32; is called when the first such row is met.
-        loader: decodes batches of images for targets.
+        load: gives the same specs in float32; is called when the first such row is met.
+        loader: decodes batches of images for specs.
         normalize: scale every embedding to unit length.
     """
 
     def __init__(
         self,
-        load: Callable[[], Sequence[Target]],
-        loader: Callable[[Sequence[Target], list[list[ImageSource]]], BatchLoader],
+        load: Callable[[], Sequence[EmbeddingSpec]],
+        loader: Callable[[Sequence[EmbeddingSpec], list[list[ImageSource]]], BatchLoader],
         *,
         normalize: bool,
     ) -> None:
@@ -53,19 +53,19 @@ class Mender:
         ]
         if not places:
             return embedded
-        targets, sources = self._targets(), images()
-        with self._loader(targets, [[sources[place]] for place in places]) as loader:
-            again = list(embed(targets, loader, normalize=self._normalize))
+        specs, sources = self._specs(), images()
+        with self._loader(specs, [[sources[place]] for place in places]) as loader:
+            again = list(embed(specs, loader, normalize=self._normalize))
         mended: list[npt.NDArray[np.float32]] = []
-        for target, rows in enumerate(embedded.rows):
+        for spec, rows in enumerate(embedded.rows):
             copy = rows.copy()
             for place, one in zip(places, again, strict=True):
                 if isinstance(one.outcomes[0], ImageInfo) and not np.isfinite(copy[place]).all():
-                    copy[place] = one.rows[target][0]
+                    copy[place] = one.rows[spec][0]
             mended.append(copy)
         return Embedded(tuple(mended), embedded.outcomes)
 
-    def _targets(self) -> Sequence[Target]:
+    def _specs(self) -> Sequence[EmbeddingSpec]:
         if not self._load.cache_info().currsize:
             log.warning("half precision overflows for some images; these are computed in float32")
         return self._load()

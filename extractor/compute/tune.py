@@ -20,7 +20,7 @@ import torch
 from extractor.compute.embed import Normalise, full_float32
 from extractor.errors import ExtractorError
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Part, Target
+from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.network.fusion.onednn import unpacked
 from extractor.network.precision import TYPES, candidates, has_matrix_units
 from extractor.network.probe import first_line
@@ -75,7 +75,7 @@ class Recorded(NamedTuple):
 
 
 def tune(
-    targets: Sequence[Target],
+    specs: Sequence[EmbeddingSpec],
     recorded: Sequence[Recorded | None],
     *,
     choose: bool,
@@ -84,25 +84,25 @@ def tune(
     batch_size: int,
     sample: Callable[[int], Pictures],
     pictures_of: Callable[[Backbone], int],
-) -> list[Target]:
-    """The same targets, computed in the precision and the way that a run takes.
+) -> list[EmbeddingSpec]:
+    """The same specs, computed in the precision and the way that a run takes.
 
     Args:
-        targets: in float32 where the precision is to be chosen.
+        specs: in float32 where the precision is to be chosen.
         recorded: what each one's store says of rows that are there; None for a new one.
-        choose: the precision; else the targets are in it already.
+        choose: the precision; else the specs are in it already.
         compile: ``auto``, ``on`` or ``off``.
         images: how many there are to compute, about.
         batch_size: images in one forward pass.
         sample: decodes some of the images; gives fewer where some cannot be decoded.
         pictures_of: the place of a backbone's pictures among those.
     """
-    known = _known(targets, recorded)
+    known = _known(specs, recorded)
     before = [one.is_compiled for one in recorded if one and one.is_compiled is not None]
     count = min(max(images // SAMPLE_SHARE, LEAST_SAMPLE), LARGEST_SAMPLE)
     decoded = functools.cache(lambda: sample(count))
     tuned: dict[int, Backbone] = {}
-    for backbone in {id(one): one for target in targets for one in target.backbones}.values():
+    for backbone in {id(one): one for spec in specs for one in spec.backbones}.values():
         pictures = functools.partial(lambda place: decoded()[place], pictures_of(backbone))
         trial = _Trial(backbone, pictures, batch_size)
         if choose and id(backbone) in known:
@@ -117,22 +117,24 @@ def tune(
                 trial.try_compiled(anyway=False)
         tuned[id(backbone)] = trial.best
     return [
-        replace(target, parts=tuple(Part(tuned[id(p.backbone)], p.place) for p in target.parts))
-        for target in targets
+        replace(
+            spec, parts=tuple(EmbeddingPart(tuned[id(p.backbone)], p.index) for p in spec.parts)
+        )
+        for spec in specs
     ]
 
 
 def _known(
-    targets: Sequence[Target], recorded: Sequence[Recorded | None]
+    specs: Sequence[EmbeddingSpec], recorded: Sequence[Recorded | None]
 ) -> dict[int, tuple[str, float | None]]:
     """The precision of each backbone that a store has rows of already, by the backbone's id."""
     known: dict[int, tuple[str, float | None]] = {}
-    for target, one in zip(targets, recorded, strict=True):
+    for spec, one in zip(specs, recorded, strict=True):
         if one is None:
             continue
-        names = one.precisions * (1 if len(one.precisions) > 1 else len(target.backbones))
+        names = one.precisions * (1 if len(one.precisions) > 1 else len(spec.backbones))
         # What does not fit is the store of something else, which is refused with all that differs.
-        for backbone, name in zip(target.backbones, names, strict=False):
+        for backbone, name in zip(spec.backbones, names, strict=False):
             if name in TYPES:
                 known.setdefault(id(backbone), (name, one.least_cosine))
     return known

@@ -16,7 +16,7 @@ from extractor.network.probe import first_line
 from extractor.network.taps import Output
 from extractor.options import Options, join_names, split_model, store_name
 
-__all__ = ["Model", "Part", "Target", "check_models", "load_targets"]
+__all__ = ["EmbeddingPart", "EmbeddingSpec", "Model", "check_models", "load_specs"]
 
 log = logging.getLogger(__name__)
 
@@ -24,20 +24,20 @@ Model: TypeAlias = "str | Backbone"
 
 
 @dataclass(frozen=True)
-class Part:
+class EmbeddingPart:
     """One output of a backbone, by its place among them."""
 
     backbone: Backbone
-    place: int = 0
+    index: int = 0
 
     @property
     def output(self) -> Output:
         """What it is."""
-        return self.backbone.outputs[self.place]
+        return self.backbone.outputs[self.index]
 
 
 @dataclass(frozen=True)
-class Target:
+class EmbeddingSpec:
     """The embeddings of one store: one part, or several one after the other in one vector.
 
     Attributes:
@@ -46,7 +46,7 @@ class Target:
     """
 
     name: str
-    parts: tuple[Part, ...]
+    parts: tuple[EmbeddingPart, ...]
     unit_parts: bool = False
 
     def __post_init__(self) -> None:
@@ -77,9 +77,9 @@ class Target:
         return " + ".join(str(backbone.provenance) for backbone in self.backbones)
 
 
-def load_targets(
+def load_specs(
     models: Sequence[Model], options: Options, *, fold_given: bool = True
-) -> list[Target]:
+) -> list[EmbeddingSpec]:
     """Load what models a run asks for, each once, and say what its stores will hold.
 
     Args:
@@ -92,27 +92,27 @@ def load_targets(
     """
     check_models(models, options)
     loaded: dict[str, Backbone] = {}
-    targets: list[Target] = []
+    specs: list[EmbeddingSpec] = []
     for model in models:
         if isinstance(model, Backbone):
             backbone = with_changes(model, options)
             backbone = _folded_copy(backbone) if fold_given else backbone
-            targets += _of_one(backbone.provenance.model, backbone, options)
+            specs += _of_one(backbone.provenance.model, backbone, options)
             continue
         names = split_model(model)
         for name in names:
             if name not in loaded:
                 loaded[name] = _load(name, options)
         if len(names) == 1:
-            targets += _of_one(model, loaded[model], options)
+            specs += _of_one(model, loaded[model], options)
         else:
-            parts = tuple(Part(loaded[name]) for name in names)
-            targets.append(Target(store_name(model), parts, unit_parts=True))
-    stores = [target.name for target in targets]
+            parts = tuple(EmbeddingPart(loaded[name]) for name in names)
+            specs.append(EmbeddingSpec(store_name(model), parts, unit_parts=True))
+    stores = [spec.name for spec in specs]
     if len(set(stores)) < len(stores):
         twice = sorted({name for name in stores if stores.count(name) > 1})
         raise UsageError(f"several stores would have the name {', '.join(twice)}; name them apart")
-    return targets
+    return specs
 
 
 def _load(model: str, options: Options) -> Backbone:
@@ -134,12 +134,12 @@ def _folded_copy(backbone: Backbone) -> Backbone:
         return backbone
 
 
-def _of_one(model: str, backbone: Backbone, options: Options) -> list[Target]:
-    parts = [Part(backbone, place) for place in range(len(backbone.outputs))]
+def _of_one(model: str, backbone: Backbone, options: Options) -> list[EmbeddingSpec]:
+    parts = [EmbeddingPart(backbone, index) for index in range(len(backbone.outputs))]
     if options.concat:
         layer = join_names([output.layer for output in backbone.outputs])
-        return [Target(store_name(model, layer), tuple(parts))]
-    return [Target(store_name(model, part.output.layer), (part,)) for part in parts]
+        return [EmbeddingSpec(store_name(model, layer), tuple(parts))]
+    return [EmbeddingSpec(store_name(model, part.output.layer), (part,)) for part in parts]
 
 
 def check_models(models: Sequence[Model], options: Options) -> None:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Target
+from extractor.models.embedding import EmbeddingSpec
 from extractor.network.taps import Output
 from extractor.options import Options, join_names
 from extractor.run.run_json import software_versions
@@ -17,29 +17,29 @@ from extractor.store.format import Description
 __all__ = ["describe", "precision_of"]
 
 
-def describe(target: Target, options: Options, root: bytes, batch_size: int) -> Description:
+def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int) -> Description:
     """All that the manifest keeps of one store's making."""
-    first = target.parts[0].backbone
-    several = len(target.backbones) > 1
-    cosines = [one.least_cosine for one in target.backbones if one.least_cosine is not None]
+    first = spec.parts[0].backbone
+    several = len(spec.backbones) > 1
+    cosines = [one.least_cosine for one in spec.backbones if one.least_cosine is not None]
     return Description(
-        backbone=_joined_backbones(target) if several else _backbone(first),
+        backbone=_joined_backbones(spec) if several else _backbone(first),
         embedding={
-            **_embedding(target),
-            "dim": target.dim,
-            "shape": list(target.shape),
+            **_embedding(spec),
+            "dim": spec.dim,
+            "shape": list(spec.shape),
             "dtype": options.dtype,
             "normalized": options.normalize,
         },
         preprocess=(
-            {"parts": [backbone.preprocess.as_dict() for backbone in target.backbones]}
+            {"parts": [backbone.preprocess.as_dict() for backbone in spec.backbones]}
             if several
             else first.preprocess.as_dict()
         ),
         computation={
-            "precision": precision_of(target),
+            "precision": precision_of(spec),
             "least_cosine": min(cosines, default=None),
-            "compiled": any(backbone.is_compiled for backbone in target.backbones),
+            "compiled": any(backbone.is_compiled for backbone in spec.backbones),
             "device": first.device.type,
             "batch_size": batch_size,
             "decode": options.decode,
@@ -50,9 +50,9 @@ def describe(target: Target, options: Options, root: bytes, batch_size: int) -> 
     )
 
 
-def precision_of(target: Target) -> str:
+def precision_of(spec: EmbeddingSpec) -> str:
     """The precision of its backbones, joined where they differ."""
-    names = [backbone.precision for backbone in target.backbones]
+    names = [backbone.precision for backbone in spec.backbones]
     return names[0] if len(set(names)) == 1 else join_names(names)
 
 
@@ -64,8 +64,8 @@ def _backbone(backbone: Backbone) -> dict[str, Any]:
     }
 
 
-def _joined_backbones(target: Target) -> dict[str, Any]:
-    parts = [_backbone(backbone) for backbone in target.backbones]
+def _joined_backbones(spec: EmbeddingSpec) -> dict[str, Any]:
+    parts = [_backbone(backbone) for backbone in spec.backbones]
     digests = "".join(part["sha256"] for part in parts)
     return {
         "model": join_names([part["model"] for part in parts]),
@@ -75,17 +75,17 @@ def _joined_backbones(target: Target) -> dict[str, Any]:
     }
 
 
-def _embedding(target: Target) -> dict[str, Any]:
-    outputs = [_output(part.output) for part in target.parts]
+def _embedding(spec: EmbeddingSpec) -> dict[str, Any]:
+    outputs = [_output(part.output) for part in spec.parts]
     if len(outputs) == 1:
         return outputs[0]
-    models = [part.backbone.provenance.model for part in target.parts]
+    models = [part.backbone.provenance.model for part in spec.parts]
     return {
         "definition": "concatenation",
-        "unit_parts": target.unit_parts,
+        "unit_parts": spec.unit_parts,
         "parts": [
             {"model": model, **output, "dim": part.output.dim}
-            for model, output, part in zip(models, outputs, target.parts, strict=True)
+            for model, output, part in zip(models, outputs, spec.parts, strict=True)
         ],
     }
 

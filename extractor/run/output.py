@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from extractor.images.decode import Failure, ImageInfo
 from extractor.images.listing import ImageList, show
-from extractor.models.embedding import Target
+from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.store.format import Description, listing_digest
@@ -49,7 +49,7 @@ class Filling:
     Without :meth:`publish`, what is done is kept for the next run.
 
     Attributes:
-        target: what it holds.
+        spec: what it holds.
         todo: places in the list of images of those that have to be computed, ascending.
         done: how many of these, from the first on, are dealt with.
         rows, failed: images with a row and images without.
@@ -65,13 +65,13 @@ class Filling:
     def __init__(
         self,
         writer: StoreWriter,
-        target: Target,
+        spec: EmbeddingSpec,
         description: Description,
         sources: ImageList,
         current: Callable[[], Current],
         options: Options,
     ) -> None:
-        self.target = target
+        self.spec = spec
         self.todo: Sequence[int] = ()
         self.done = 0
         self.rows = 0
@@ -196,7 +196,7 @@ class Filling:
         rows: npt.NDArray[np.float32],
         outcomes: Sequence[ImageInfo | Failure],
     ) -> None:
-        """Part the rows to keep, with their records, from the failures.
+        """EmbeddingPart the rows to keep, with their records, from the failures.
 
         Args:
             start: place of the first of the images in :attr:`todo`.
@@ -250,8 +250,8 @@ class Filling:
             added=self._added,
             changed=self._plan.changed,
             gone=self._plan.gone,
-            shape=self.target.shape,
-            backbone=str(self.target),
+            shape=self.spec.shape,
+            backbone=str(self.spec),
             first_failures=self.first_failures,
         )
 

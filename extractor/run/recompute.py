@@ -14,7 +14,7 @@ from extractor.errors import StoreError
 from extractor.images.decode import Failure
 from extractor.loading.loader import BatchLoader
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Part, Target
+from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.models.load import load_backbone
 from extractor.network.taps import PRE_LOGITS
 from extractor.options import split_names
@@ -44,7 +44,7 @@ def recompute(
         StoreError: the manifest does not say enough to load the same model.
         ExtractorError: it cannot be loaded.
     """
-    target = _target(store, weights, device)
+    spec = _spec(store, weights, device)
     dtype = store.manifest.description.dtype
     precision = str(store.manifest.description.computation["precision"])
     how = str(store.manifest.description.computation["decode"])
@@ -58,13 +58,13 @@ def recompute(
         compute_threads(),
         BatchLoader(
             plan,
-            pictures_of([target]),
+            pictures_of([spec]),
             batch_size=1,
             workers=1,
             decode="exact" if how == "gpu" else how,
         ) as loader,
     ):
-        computed = embed([target], loader, normalize=normalize)
+        computed = embed([spec], loader, normalize=normalize)
         for row, path, embedded in zip(rows, paths, computed, strict=True):
             (outcome,) = embedded.outcomes
             if isinstance(outcome, Failure):
@@ -77,7 +77,7 @@ def recompute(
                 yield f"row {row}: {path!a} comes out otherwise now, by {apart:.2g} of its length"
 
 
-def _target(store: FeatureStore, weights: str | None, device: str) -> Target:
+def _spec(store: FeatureStore, weights: str | None, device: str) -> EmbeddingSpec:
     described = store.manifest.description
     made, embedding = described.backbone, described.embedding
     precisions = split_names(str(described.computation["precision"]))
@@ -86,12 +86,12 @@ def _target(store: FeatureStore, weights: str | None, device: str) -> Target:
             precisions *= len(made["parts"])
         parted = zip(made["parts"], described.preprocess["parts"], precisions, strict=True)
         backbones = [_backbone(one, pixels, {}, None, device, how) for one, pixels, how in parted]
-        parts = tuple(Part(backbone) for backbone in backbones)
-        return Target("again", parts, unit_parts=bool(embedding["unit_parts"]))
+        parts = tuple(EmbeddingPart(backbone) for backbone in backbones)
+        return EmbeddingSpec("again", parts, unit_parts=bool(embedding["unit_parts"]))
     (precision,) = precisions
     backbone = _backbone(made, described.preprocess, embedding, weights, device, precision)
     count = len(backbone.outputs)
-    return Target("again", tuple(Part(backbone, place) for place in range(count)))
+    return EmbeddingSpec("again", tuple(EmbeddingPart(backbone, index) for index in range(count)))
 
 
 def _backbone(

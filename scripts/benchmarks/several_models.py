@@ -23,7 +23,7 @@ from extractor.api import extract
 from extractor.compute.embed import embed, pictures_of
 from extractor.images.listing import ImageList, list_images
 from extractor.loading.loader import Batch, BatchLoader
-from extractor.models.embedding import Target, load_targets
+from extractor.models.embedding import EmbeddingSpec, load_specs
 from extractor.options import Options
 from extractor.system.devices import available_cores
 from extractor.system.process_tuning import keep_freed_memory
@@ -37,9 +37,9 @@ def batches_of(images: ImageList) -> Iterator[list[bytes]]:
         yield [images.full_path(place) for place in range(start, stop)]
 
 
-def decode(images: ImageList, targets: list[Target]) -> list[Batch]:
+def decode(images: ImageList, specs: list[EmbeddingSpec]) -> list[Batch]:
     """Decode every image once into all pictures, and keep the last batches."""
-    pictures = pictures_of(targets)
+    pictures = pictures_of(specs)
     with BatchLoader(
         batches_of(images), pictures, batch_size=BATCH, workers=available_cores()
     ) as loader:
@@ -50,18 +50,18 @@ def decode(images: ImageList, targets: list[Target]) -> list[Batch]:
     return last
 
 
-def compute(images: ImageList, target: Target) -> None:
+def compute(images: ImageList, spec: EmbeddingSpec) -> None:
     """The model alone, on as many batches as the images make."""
-    (batch,) = decode_one(images, target)
+    (batch,) = decode_one(images, spec)
     batch.release = lambda: None  # type: ignore[method-assign]
     count = -(-len(images) // BATCH)
-    for _ in embed([target], [batch] * count, normalize=False):
+    for _ in embed([spec], [batch] * count, normalize=False):
         pass
 
 
-def decode_one(images: ImageList, target: Target) -> list[Batch]:
+def decode_one(images: ImageList, spec: EmbeddingSpec) -> list[Batch]:
     with BatchLoader(
-        iter([next(batches_of(images))]), pictures_of([target]), batch_size=BATCH, workers=2
+        iter([next(batches_of(images))]), pictures_of([spec]), batch_size=BATCH, workers=2
     ) as loader:
         return list(loader)
 
@@ -84,10 +84,10 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     images = list_images(options.images)
-    targets = load_targets(options.models, Options(weights=options.weights, device=options.device))
-    backbones = [target.parts[0].backbone for target in targets]
-    for target in targets:
-        compute(images, target)  # warm
+    specs = load_specs(options.models, Options(weights=options.weights, device=options.device))
+    backbones = [spec.parts[0].backbone for spec in specs]
+    for spec in specs:
+        compute(images, spec)  # warm
 
     def one_pass() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +95,8 @@ def main() -> None:
 
     ratios = []
     for _ in range(options.repeats):
-        parts = [seconds(lambda target=target: compute(images, target)) for target in targets]
-        parts.append(seconds(lambda: decode(images, targets)))
+        parts = [seconds(lambda spec=spec: compute(images, spec)) for spec in specs]
+        parts.append(seconds(lambda: decode(images, specs)))
         together = seconds(one_pass)
         ratios.append(together / sum(parts))
         told = " + ".join(f"{part:.2f}" for part in parts)

@@ -10,7 +10,7 @@ from extractor.cli import environment
 from extractor.cli import extract as run
 from extractor.cli import main as cli
 from extractor.errors import UsageError
-from extractor.models import embedding as targets
+from extractor.models import embedding
 
 
 def parsed(words: list[str], **variables: str) -> dict[str, object]:
@@ -76,7 +76,7 @@ def test_a_variable_that_is_no_flag_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
     monkeypatch.setenv("EXTRACTOR_BACTH_SIZE", "3")
     monkeypatch.setenv("EXTRACTOR_TEST_SOMETHING", "3")
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 0
@@ -88,7 +88,7 @@ def test_a_variable_that_is_no_flag_is_told(
 def test_the_command_heeds_the_environment(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
     monkeypatch.setenv("EXTRACTOR_OUT", str(tmp_path / "there"))
     monkeypatch.setenv("EXTRACTOR_DTYPE", "float16")
     assert cli.main([str(photos)]) == 0

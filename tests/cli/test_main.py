@@ -17,7 +17,7 @@ from support.networks import mean_pixel
 from extractor import FeatureStore, __version__
 from extractor.cli import extract as run
 from extractor.cli import main as cli
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.options import Options
 
 MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
@@ -25,7 +25,7 @@ MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "
 
 @pytest.fixture
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
 
 
 def command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -255,7 +255,7 @@ def test_a_fault_of_the_program_shows_where(
     def broken(*_: object, **__: object) -> object:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(targets, "load", broken)
+    monkeypatch.setattr(embedding, "load", broken)
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
     assert "please report it" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

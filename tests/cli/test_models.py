@@ -21,7 +21,7 @@ from torch import nn
 from extractor import FeatureStore, load_backbone
 from extractor.cli import main as cli
 from extractor.errors import WeightsError
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.models import weight_files as weights
 
 SQUEEZENET = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
@@ -306,7 +306,7 @@ def test_a_folder_of_such_a_name_is_reached_by_its_path(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
     photos.rename(tmp_path / name)
     monkeypatch.chdir(tmp_path)
     assert cli.main([f"./{name}", "-o", "out"]) == 0

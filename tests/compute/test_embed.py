@@ -15,7 +15,7 @@ from extractor.errors import DeviceError
 from extractor.images.decode import ImageSource
 from extractor.loading.loader import Batch, BatchLoader
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Part, Target
+from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.system.devices import device_errors
 
 
@@ -31,8 +31,8 @@ def run(
     )
     pin = backbone.device.type == "cuda"
     with BatchLoader(plan, [backbone.preprocess], batch_size=size, workers=2, pin=pin) as loader:
-        target = Target("test", (Part(backbone),))
-        computed = embed([target], loader, normalize=normalize)
+        spec = EmbeddingSpec("test", (EmbeddingPart(backbone),))
+        computed = embed([spec], loader, normalize=normalize)
         rows = [embedded.rows[0].copy() for embedded in computed]
     return np.concatenate(rows)
 
@@ -119,7 +119,9 @@ def test_only_quick_batches_are_computed_together(
     plan: list[list[ImageSource]] = [[flat(colour)] for colour in colours(9)]
     with BatchLoader(plan, [backbone.preprocess], batch_size=1, workers=2) as loader:
         monkeypatch.setattr("extractor.compute.embed.time.perf_counter", lambda: now + 1e-6 * count)
-        computed = embed([Target("t", (Part(backbone),))], counted(loader), normalize=False)
+        computed = embed(
+            [EmbeddingSpec("t", (EmbeddingPart(backbone),))], counted(loader), normalize=False
+        )
         assert [count for _ in computed] == taken
 
 
@@ -128,7 +130,9 @@ def test_gradients_and_grad_mode_are_left_alone() -> None:
     with BatchLoader(
         iter([[flat((1, 2, 3))]]), [mean_pixel().preprocess], batch_size=1, workers=1
     ) as loader:
-        for _ in embed([Target("test", (Part(mean_pixel()),))], loader, normalize=False):
+        for _ in embed(
+            [EmbeddingSpec("test", (EmbeddingPart(mean_pixel()),))], loader, normalize=False
+        ):
             assert torch.is_grad_enabled()
             assert not torch.is_inference_mode_enabled()
 

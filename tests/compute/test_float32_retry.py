@@ -16,9 +16,9 @@ from torch import nn
 from extractor import extract
 from extractor.compute import embed as inference
 from extractor.errors import StoreError
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Part, Target
+from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.options import Options
 from extractor.run import output as filling
 from extractor.store.lock import Lock
@@ -41,7 +41,7 @@ def far_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         precision = "float16" if options.precision == "float16" else "float32"
         return replace(mean_pixel(), module=Far()).to(torch.device("cpu"), precision)
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
     return loaded
 
 
@@ -78,7 +78,7 @@ def test_what_stays_infinite_is_a_failure_of_its_image(photos: Path, tmp_path: P
 def test_a_full_device_gets_smaller_parts_and_keeps_them(
     fits: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    step = inference._Step([Target("mean", (Part(mean_pixel()),))], normalize=False)
+    step = inference._Step([EmbeddingSpec("mean", (EmbeddingPart(mean_pixel()),))], normalize=False)
     sizes = []
     embed = Backbone.embed
 
@@ -109,7 +109,7 @@ def test_a_device_that_takes_no_single_image_is_told(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Backbone, "embed", full)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    step = inference._Step([Target("mean", (Part(mean_pixel()),))], normalize=False)
+    step = inference._Step([EmbeddingSpec("mean", (EmbeddingPart(mean_pixel()),))], normalize=False)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
         step.in_parts([torch.zeros(4, 24, 32, 3, dtype=torch.uint8)])
 

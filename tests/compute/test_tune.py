@@ -20,7 +20,7 @@ from extractor import Preprocess, extract
 from extractor.api import Report
 from extractor.compute import tune as tuning
 from extractor.errors import InterruptedRunError, StoreError
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.models.backbone import Backbone
 from extractor.network import precision
 from extractor.network.fusion.onednn import PackedConv2d, can_pack
@@ -57,7 +57,7 @@ def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
             name = precision.resolve_precision(given.precision)
             return backbone.to(torch.device("cpu"), name)
 
-        monkeypatch.setattr(targets, "load", load)
+        monkeypatch.setattr(embedding, "load", load)
         return extract(photos, "colours", tmp_path / "out", batch_size=4, **options)  # type: ignore[arg-type]
 
     return go
@@ -189,7 +189,7 @@ def test_each_of_two_models_has_its_own_precision(
         backbone = replace(backbone, provenance=replace(backbone.provenance, model=name))
         return backbone.to(torch.device("cpu"), precision.resolve_precision(given.precision))
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
     report = extract(photos, ["good", "bad", "good+bad"], tmp_path / "out", batch_size=4)
     chosen = [store.store.manifest.description.computation["precision"] for store in report.stores]
     assert chosen == ["bfloat16", "float32", "bfloat16+float32"]

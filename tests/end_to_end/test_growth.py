@@ -29,7 +29,7 @@ from support.networks import mean_pixel, normalised
 from extractor import FeatureStore, extract
 from extractor.api import Report
 from extractor.errors import InterruptedRunError, SourceError
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.options import Options
 from extractor.store.format import STAGING, listing_digest
 from extractor.store.verify import verify
@@ -50,7 +50,7 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(model: str, options: Options) -> object:
         return mean_pixel(size=(8, 8) if model == "mean" else (4, 4))
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
 
 
 @dataclass(frozen=True)

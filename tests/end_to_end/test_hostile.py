@@ -39,7 +39,7 @@ from extractor.images.decode import (
 )
 from extractor.images.listing import list_images
 from extractor.loading.loader import MAX_ABANDONED, BatchLoader
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.store.verify import verify
@@ -53,7 +53,7 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(model: str, options: Options) -> object:
         return mean_pixel()
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
 
 
 @pytest.fixture(autouse=True)
@@ -316,10 +316,10 @@ import logging, sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from support.networks import mean_pixel
 from extractor import extract
-from extractor.models import embedding as targets
+from extractor.models import embedding
 
 logging.basicConfig(format="%(message)s")
-targets.load = lambda model, options: mean_pixel()
+embedding.load = lambda model, options: mean_pixel()
 extract(sys.argv[1], "mean", sys.argv[2], batch_size=3, workers=int(sys.argv[3]))
 """
 

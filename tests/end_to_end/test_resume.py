@@ -20,7 +20,7 @@ from support.pictures import noise
 from extractor import FeatureStore, extract
 from extractor.api import Progress
 from extractor.errors import InterruptedRunError, StoreError
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.options import Options
 from extractor.store.journal import BatchEntry, FailureRecord, ImageRecord
 from extractor.store.verify import verify
@@ -34,7 +34,7 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(model: str, options: Options) -> object:
         return mean_pixel(size=(24, 32) if model == "mean" else (16, 16))
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
 
 
 def content(folder: Path) -> dict[str, object]:

@@ -21,7 +21,7 @@ from extractor.cli import main as cli
 from extractor.cli.json_log import Events
 from extractor.errors import InterruptedRunError, StoreError
 from extractor.images.listing import list_images
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.models.backbone import Backbone
 from extractor.options import Options
 from extractor.report import Progress
@@ -39,7 +39,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(model)
         return mean_pixel()
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
     return names
 
 
@@ -151,7 +151,7 @@ def test_other_weights_under_the_same_name_are_seen(
         backbone = mean_pixel()
         return replace(backbone, provenance=replace(backbone.provenance, file=str(files[0])))
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
     assert run(photos, tmp_path / "out") == 0
     assert run(photos, tmp_path / "out") == 0
     assert len(loaded) == 1
@@ -316,7 +316,7 @@ def test_a_fault_of_the_program_is_an_event(
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oh")
 
-    monkeypatch.setattr(targets, "load", broken)
+    monkeypatch.setattr(embedding, "load", broken)
     assert run(photos, tmp_path / "out", "--log-json") == 1
     last = events_of(capsys.readouterr().err)[-1]
     assert (last["event"], last["kind"], last["exit_code"]) == ("error", "ZeroDivisionError", 1)
@@ -328,14 +328,14 @@ def test_what_libraries_print_is_an_event(photos: Path, tmp_path: Path) -> None:
 import os, sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 from extractor.cli import main as cli
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from support.networks import mean_pixel
 
 def noisy(*_):
     os.write(2, b"TIFFFillStrip: Read error\\n")
     return mean_pixel()
 
-targets.load = noisy
+embedding.load = noisy
 sys.exit(cli.main())
 """
     words = ["--log-json", "--quiet", "-m", "mean", str(photos), "-o", str(tmp_path / "out")]

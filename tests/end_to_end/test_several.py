@@ -23,8 +23,8 @@ from extractor.errors import ModelError, SourceError, StoreError, UsageError
 from extractor.images import decode
 from extractor.images.decode import ImageInfo
 from extractor.loading import loader
-from extractor.models import embedding as targets
-from extractor.models.embedding import Part, Target
+from extractor.models import embedding
+from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.options import Options, planned_stores, store_folders
 from extractor.preprocess import Preprocess
 from extractor.store.array import ShardedArray
@@ -80,7 +80,7 @@ def small(network: nn.Module, size: int | tuple[int, int] = 8, name: str = "") -
 def named_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Backbone]:
     """Models that a name loads."""
     made = {"mean": small(MeanPixel()), "stripes": small(Stripes(), (6, 10))}
-    monkeypatch.setattr(targets, "load", lambda name, _: made[name])
+    monkeypatch.setattr(embedding, "load", lambda name, _: made[name])
     return made
 
 
@@ -182,9 +182,11 @@ def test_equal_pictures_are_made_once() -> None:
         device="cpu",
     )
     larger = small(MeanPixel(), 9)
-    made = pictures_of([Target("x", (Part(b),)) for b in (one, same, larger, other_levels)])
+    made = pictures_of(
+        [EmbeddingSpec("x", (EmbeddingPart(b),)) for b in (one, same, larger, other_levels)]
+    )
     assert [preprocess.input_size for preprocess in made] == [(8, 8), (9, 9)]
-    joined = Target("y", (Part(larger), Part(one)))
+    joined = EmbeddingSpec("y", (EmbeddingPart(larger), EmbeddingPart(one)))
     assert pictures_of([joined]) == [larger.preprocess, one.preprocess]
 
 
@@ -307,7 +309,7 @@ def test_joined_models_are_parts_of_unit_length(
 @pytest.mark.usefixtures("named_models")
 def test_a_model_that_is_joined_and_alone_computes_once(images: Path, tmp_path: Path) -> None:
     calls: list[int] = []
-    backbone = targets.load("mean", Options())
+    backbone = embedding.load("mean", Options())
     backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
     report = extract(images, ["mean", "mean+stripes"], tmp_path / "out", batch_size=3)
     assert len(calls) == 2  # batches
@@ -617,6 +619,6 @@ def test_a_store_in_the_way_is_found_before_a_model_is_loaded(
     def load(*_: object) -> Backbone:
         raise ModelError("loaded too early")
 
-    monkeypatch.setattr(targets, "load", load)
+    monkeypatch.setattr(embedding, "load", load)
     with pytest.raises(StoreError, match="b@x is not empty and holds no store"):
         extract(images, ["a", "b"], tmp_path / "out", layers=["x"])

@@ -27,7 +27,7 @@ from extractor.loading import loader
 from extractor.loading import nvjpeg as device_decode
 from extractor.loading.crash_log import InFlight
 from extractor.loading.nvjpeg import DeviceDecoder, draw_all
-from extractor.models import embedding as targets
+from extractor.models import embedding
 from extractor.preprocess import Preprocess
 from extractor.store.format import IN_FLIGHT
 
@@ -166,7 +166,7 @@ class Run:
         self.out = out
         self.calls: list[int] = []  # images in each call of the decoder
         self.decode: Callable[[list[torch.Tensor]], list[torch.Tensor]] = pillow
-        patch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+        patch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
         patch.setattr(pipeline, "_check_decode", lambda *_: None)
         patch.setattr(DeviceDecoder, "_nvjpeg", lambda _, encoded: self._counted(encoded))
 
@@ -326,7 +326,7 @@ def test_which_images_are_at_hand_outlives_the_process(run: Run) -> None:
 
 
 def test_it_needs_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(targets, "load", lambda *_, **__: mean_pixel())
+    monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
     with pytest.raises(
         UsageError, match="got gpu, which needs a CUDA device; this run computes on"
     ):

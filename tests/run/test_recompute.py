@@ -15,7 +15,7 @@ from extractor import FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.compute.embed import embed
 from extractor.errors import StoreError
-from extractor.models.embedding import Target
+from extractor.models.embedding import EmbeddingSpec
 from extractor.run.recompute import recompute
 
 
@@ -57,9 +57,9 @@ def test_rows_are_drawn_again_in_the_precision_of_the_store(
 ) -> None:
     computed = []
 
-    def spy(targets: Sequence[Target], *rest: Any, **options: Any) -> Any:
-        computed.extend(backbone.precision for backbone in targets[0].backbones)
-        return embed(targets, *rest, **options)
+    def spy(specs: Sequence[EmbeddingSpec], *rest: Any, **options: Any) -> Any:
+        computed.extend(backbone.precision for backbone in specs[0].backbones)
+        return embed(specs, *rest, **options)
 
     monkeypatch.setattr("extractor.run.recompute.embed", spy)
     settings: dict[str, Any] = {"weights": "random", "device": "cpu", "precision": "mixed"}

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 
 from extractor import Backbone, Extractor, Preprocess, extract, load_backbone
 from extractor.errors import UsageError
-from extractor.models.embedding import load_targets
+from extractor.models.embedding import load_specs
 from extractor.network.fusion.fold_batchnorm import fold
 from extractor.options import Options
 
@@ -240,7 +240,7 @@ def test_layers_keep_their_values(
 def test_a_backbone_of_the_users_stays_as_it_is_and_its_copy_is_folded() -> None:
     network = Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
-    (run,) = load_targets([backbone], Options())[0].backbones
+    (run,) = load_specs([backbone], Options())[0].backbones
     assert isinstance(network.norm, nn.BatchNorm2d)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
     torch.testing.assert_close(run(NOISE), backbone(NOISE), rtol=1e-5, atol=1e-5)
@@ -257,7 +257,7 @@ def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     if kind == "compiled":
         backbone = replace(backbone, module=torch.compile(network, backend="eager"))
-    (run,) = load_targets([backbone], Options())[0].backbones
+    (run,) = load_specs([backbone], Options())[0].backbones
     assert run.module is backbone.module
     assert isinstance(network.norm, nn.BatchNorm2d)
 
