@@ -54,7 +54,8 @@ from extractor.run.suspects import Suspects
 from extractor.store.format import IN_FLIGHT, MAX_SHARDS
 from extractor.store.publish import check_place
 from extractor.store.writer import StoreWriter
-from extractor.system.devices import available_cores, compute_threads, device_errors
+from extractor.system.cpu import available_cores, compute_threads
+from extractor.system.devices import device_errors
 from extractor.system.timing import Spent, Timer
 
 __all__ = [

@@ -28,7 +28,7 @@ from extractor.options import (
     store_folders,
 )
 from extractor.preprocess import FITS, INTERPOLATIONS
-from extractor.system.process_tuning import imported_to_stay, keep_freed_memory, spin_briefly
+from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 from extractor.version import __version__
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def _compute(
     with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
         keep_freed_memory()
         spin_briefly()  # before torch is imported, which the next lines do
-        with imported_to_stay():
+        with freeze_imports():
             from extractor import api as pipeline
             from extractor.images.decode import allow_pixels
 

@@ -29,7 +29,7 @@ def is_fast() -> bool:
     It has them for AVX2 alone (torch 2.11 to 2.15). Without them it took 4.2 ms for a photo where
     Pillow took 1.6, and would start threads of its own in every thread that decodes.
     """
-    from extractor.system.devices import has_avx2
+    from extractor.system.cpu import has_avx2
 
     return has_avx2()
 

@@ -20,7 +20,7 @@ from extractor.network.taps import PRE_LOGITS
 from extractor.options import split_names
 from extractor.preprocess import Preprocess
 from extractor.store.reader import FeatureStore
-from extractor.system.devices import compute_threads
+from extractor.system.cpu import compute_threads
 
 __all__ = ["recompute"]
 

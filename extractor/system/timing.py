@@ -1,4 +1,4 @@
-"""Where the time of a run goes: seconds for each kind of work, and what bounds the rate."""
+"""Where the time of a run goes: seconds per kind of work, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from extractor.text import plural
+
 __all__ = ["KINDS", "Spent", "Timer"]
 
-# Of these, `read` and `decode` are summed over all threads that do them.
+# `read` and `decode` are sums over all threads.
 KINDS = ("read", "decode", "transfer", "model", "write", "idle")
 
-# A trace of more would be too large for a viewer.
+# A larger trace would be too much for a viewer.
 MAX_SPANS = 200_000
 
-# Runs that take less tell nothing of a rate.
-LEAST_SECONDS = 2.0
+# Shorter runs say nothing about a rate.
+MIN_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What the computation of a run spent its time on.
+    """Time that the computation of a run took, by kind of work.
 
     Attributes:
-        images: that were decoded and computed.
-        threads: that decoded.
-        cores: that they had.
-        readers: further threads that read files ahead for them.
-        device: that computed: ``cpu``, ``cuda`` or ``mps``.
-        decode: the option, see :class:`extractor.options.Options`.
-        seconds: by kind of work (:data:`KINDS`). ``read``: until the bytes of a file were there;
-            ``decode``: to decode and resize, as processor time; both over all threads.
-            ``transfer``: to bring pixels to a GPU; ``model``: to embed; ``write``: to append rows;
-            ``idle``: waiting for decoded images, when the model had nothing to do.
+        images: Number of images that were decoded and embedded.
+        threads: Number of decoding threads.
+        cores: Number of cores that these threads could use.
+        readers: Number of further threads that read files ahead.
+        device: Type of the device that embedded: ``cpu``, ``cuda`` or ``mps``.
+        decode: Value of the option, see :class:`extractor.options.Options`.
+        seconds: Seconds per kind of work, see :data:`KINDS`. ``read`` is the time until the bytes
+            of a file had arrived. ``decode`` is the processor time to decode and resize. Both are
+            sums over all threads. ``transfer`` is the time to copy pixels to a GPU, ``model`` to
+            embed, ``write`` to append rows, and ``idle`` to wait for decoded images.
     """
 
     images: int
@@ -48,28 +50,29 @@ class Spent:
     seconds: dict[str, float]
 
     def as_dict(self) -> dict[str, Any]:
-        """What ``run.json`` says of it."""
+        """Return the entry of ``run.json``."""
         seconds = {kind: round(value, 3) for kind, value in self.seconds.items()}
         return {"threads": self.threads, "readers": self.readers, **seconds}
 
     @property
     def bound(self) -> str:
-        """What bounds the rate, in a sentence; empty where too little was done to tell."""
+        """Bottleneck of the run with advice, in one sentence; empty after too little work."""
         seconds = self.seconds
         busy = sum(seconds[kind] for kind in ("transfer", "model", "write", "idle"))
-        if not self.images or busy < LEAST_SECONDS or not seconds["model"]:
+        if not self.images or busy < MIN_SECONDS or not seconds["model"]:
             return ""
         decode = _rate(self.images * min(self.threads, self.cores), seconds["decode"])
         read = _rate(self.images * (self.readers or self.threads), seconds["read"])
         model = _rate(self.images, seconds["model"] + seconds["transfer"])
-        threads = f"{self.threads} threads" if self.threads > 1 else "1 thread"
+        threads = plural(self.threads, "thread")
         if seconds["write"] > busy / 2:
-            rate = _told(_rate(self.images, seconds["write"]))
-            return f"bound by writing: the disk takes {rate} rows/s; write to a faster one"
+            rate = _format_rate(_rate(self.images, seconds["write"]))
+            return f"bound by writing: the disk takes {rate} rows/s; write to a faster disk"
         if read < min(decode, model):
             return (
-                f"bound by reading: {_told(read)} images/s come from the disk, the rest could do "
-                f"{_told(min(decode, model))}; read from a faster disk, or with more --workers"
+                f"bound by reading: {_format_rate(read)} images/s come from the disk, the rest "
+                f"could do {_format_rate(min(decode, model))}; read from a faster disk, or use "
+                "more --workers"
             )
         if decode < model:
             verb = "decode" if self.threads > 1 else "decodes"
@@ -77,13 +80,13 @@ class Spent:
             if self.device == "cuda" and self.decode != "gpu":
                 advice += " or --decode gpu"
             return (
-                f"bound by decoding: {threads} {verb} {_told(decode)} images/s, the model could do "
-                f"{_told(model)}; {advice}"
+                f"bound by decoding: {threads} {verb} {_format_rate(decode)} images/s, the model "
+                f"could do {_format_rate(model)}; {advice}"
             )
         gpu = "a GPU" if self.device == "cpu" else "a faster GPU"
         return (
-            f"bound by the model: it embeds {_told(model)} images/s, {threads} could decode "
-            f"{_told(decode)}; a smaller one or {gpu} would be faster"
+            f"bound by the model: it embeds {_format_rate(model)} images/s, {threads} could decode "
+            f"{_format_rate(decode)}; try a smaller model or {gpu}"
         )
 
 
@@ -91,15 +94,15 @@ def _rate(images: int, seconds: float) -> float:
     return images / max(seconds, 1e-9)
 
 
-def _told(rate: float) -> str:
+def _format_rate(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.1f}"
 
 
 class Timer:
-    """Sums the time of all threads by kind of work.
+    """Sum of the time of all threads by kind of work.
 
     Args:
-        trace: keep the first spans, too.
+        trace: Keep the first 200,000 spans for :meth:`chrome_trace`.
     """
 
     def __init__(self, *, trace: bool = False) -> None:
@@ -111,7 +114,7 @@ class Timer:
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
-        """Count the time of a block."""
+        """Add the time that the block takes."""
         begun = time.perf_counter()
         try:
             yield
@@ -119,12 +122,13 @@ class Timer:
             self.add(kind, begun, time.perf_counter() - begun)
 
     def add(self, kind: str, begun: float, lasted: float, *, counted: float | None = None) -> None:
-        """Count some work of this thread.
+        """Add a span of work of the current thread.
 
         Args:
-            begun: by ``time.perf_counter()``.
-            lasted: seconds.
-            counted: the seconds that count, where that is not all of them.
+            kind: Kind of work, one of :data:`KINDS`.
+            begun: Value of ``time.perf_counter()`` at its start.
+            lasted: Length of the span in seconds.
+            counted: Seconds to add to the sum; None adds all of ``lasted``.
         """
         with self._lock:
             self.seconds[kind] += lasted if counted is None else counted
@@ -134,7 +138,7 @@ class Timer:
                 self._spans.append((kind, thread, begun - self._begun, lasted))
 
     def chrome_trace(self) -> str:
-        """The spans as JSON for chrome://tracing or Perfetto; times in microseconds."""
+        """Return the spans as JSON for chrome://tracing or Perfetto, in microseconds."""
         with self._lock:
             spans, names = list(self._spans or ()), dict(self._names)
         numbers = {thread: number for number, thread in enumerate(names, 1)}

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from extractor.system.process_tuning import imported_to_stay, keep_freed_memory
+from extractor.system.process_tuning import freeze_imports, keep_freed_memory
 
-with imported_to_stay():  # as the command does
+with freeze_imports():  # as the command does
     import torch
     from torch import nn
 

@@ -24,7 +24,8 @@ from unittest import mock
 import torch
 
 from extractor.options import default_batch_size
-from extractor.system.devices import available_cores, resolve_device
+from extractor.system.cpu import available_cores
+from extractor.system.devices import resolve_device
 
 if TYPE_CHECKING:
     from extractor import Backbone, Preprocess

@@ -25,7 +25,7 @@ from extractor.images.listing import ImageList, list_images
 from extractor.loading.loader import Batch, BatchLoader
 from extractor.models.embedding import EmbeddingSpec, load_specs
 from extractor.options import Options
-from extractor.system.devices import available_cores
+from extractor.system.cpu import available_cores
 from extractor.system.process_tuning import keep_freed_memory
 
 BATCH = 32

@@ -20,7 +20,7 @@ from extractor import Preprocess
 from extractor.images import decode
 from extractor.images.listing import ImageList, list_images
 from extractor.loading import loader
-from extractor.system.devices import available_cores
+from extractor.system.cpu import available_cores
 
 BATCH = 32
 

@@ -44,7 +44,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extractor.system.process_tuning import imported_to_stay, keep_freed_memory, spin_briefly
+from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 
 # The libraries are imported by the processes that measure, and not by the one that compares: a
 # process begins with the peak of memory of the one that started it.
@@ -396,7 +396,7 @@ def main() -> None:
         if task.side in OURS:  # as the command does
             keep_freed_memory()
             spin_briefly()  # before torch is imported, which the next lines do
-            with imported_to_stay():
+            with freeze_imports():
                 import extractor.api  # noqa: F401
         from rivals import measure
 

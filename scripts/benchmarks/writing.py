@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 from extractor.errors import ExtractorError
-from extractor.system.process_tuning import imported_to_stay, keep_freed_memory, spin_briefly
+from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,7 +40,7 @@ def run(images: str, model: str, weights: str, is_written: bool) -> Run:
     spin_briefly()
     keep_freed_memory()
     logging.disable(logging.WARNING)  # of the random weights, every time
-    with imported_to_stay():
+    with freeze_imports():
         from extractor.api import extract
         from extractor.run.output import Filling
         from extractor.store.shard import ShardWriter

@@ -148,8 +148,8 @@ def test_the_callers_tf32_setting_comes_back() -> None:
     [
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "smaller --batch-size"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "not enough memory"),
-        (RuntimeError("CUDA error: device-side assert\nmore"), "refuses to work: CUDA error"),
-        (RuntimeError("all CUDA-capable devices are busy"), "refuses to work: all CUDA"),
+        (RuntimeError("CUDA error: device-side assert\nmore"), "does not work: CUDA error"),
+        (RuntimeError("all CUDA-capable devices are busy"), "does not work: all CUDA"),
     ],
 )
 def test_what_a_device_says_becomes_advice(error: Exception, match: str) -> None:

@@ -17,7 +17,7 @@ from support.pictures import noise
 from extractor import Preprocess
 from extractor.images import resize
 from extractor.images.decode import decode_into
-from extractor.system import devices
+from extractor.system import cpu
 
 SIZE = (20, 30)
 
@@ -113,7 +113,7 @@ def test_a_processor_without_vectors_leaves_it_to_pillow(monkeypatch: pytest.Mon
     image, preprocess = noise(0, 300, 400), Preprocess.standard(64)
     drawn = []
     for has_avx2 in (True, False):
-        monkeypatch.setattr(devices, "has_avx2", lambda has=has_avx2: has)
+        monkeypatch.setattr(cpu, "has_avx2", lambda has=has_avx2: has)
         if not has_avx2:
             monkeypatch.setattr(resize, "resize", None)  # calling it would be an error
         drawn.append(np.empty((64, 64, 3), np.uint8))

@@ -1,4 +1,4 @@
-"""Settings of the whole process, which the command makes for itself."""
+"""Settings of the whole process, which only the command makes."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from extractor.system.process_tuning import (
     ARROW_POOL,
     SPINNING,
     SPINS,
-    imported_to_stay,
+    freeze_imports,
     spin_briefly,
 )
 
-# Says what torch's OpenMP finds in the environment when it is loaded, and who loaded it too early.
-SEEN = """
+# Prints what torch's OpenMP finds in the environment, and whether torch was loaded too early.
+PROBE = """
 import gc, os, sys
-from extractor.cli import main, run
+from extractor.cli import extract
+from extractor.cli.main import main
 
-settle = run.spin_briefly
+settle = extract.spin_briefly
 
 def settled():
     print("torch" in sys.modules)
     settle()
     print(os.environ.get("GOMP_SPINCOUNT"))
 
-run.spin_briefly = settled
+extract.spin_briefly = settled
 try:
     sys.exit(main(sys.argv[1:]))
 finally:
@@ -41,7 +42,7 @@ finally:
 """
 
 ARROW = """
-from extractor.process import keep_freed_memory
+from extractor.system.process_tuning import keep_freed_memory
 
 keep_freed_memory()
 import pyarrow
@@ -50,48 +51,48 @@ print(pyarrow.default_memory_pool().backend_name)
 """
 
 
-@pytest.mark.parametrize("told", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
-def test_what_the_environment_says_of_waiting_threads_holds(
-    monkeypatch: pytest.MonkeyPatch, told: dict[str, str]
+@pytest.mark.parametrize("variables", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "active"}])
+def test_environment_overrides_spinning(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]
 ) -> None:
     for name in SPINNING:
         monkeypatch.delenv(name, raising=False)
-    for name, value in told.items():
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     spin_briefly()
     assert {name: os.environ[name] for name in SPINNING if name in os.environ} == (
-        told or {"GOMP_SPINCOUNT": SPINS}
+        variables or {"GOMP_SPINCOUNT": SPINS}
     )
 
 
 @pytest.mark.parametrize(
-    ("told", "taken"), [({}, "system"), ({ARROW_POOL: "mimalloc"}, "mimalloc")]
+    ("variables", "pool"), [({}, "system"), ({ARROW_POOL: "mimalloc"}, "mimalloc")]
 )
-def test_arrow_takes_its_memory_where_the_process_keeps_it(
-    told: dict[str, str], taken: str
-) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != ARROW_POOL} | told
+def test_environment_overrides_arrow_pool(variables: dict[str, str], pool: str) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if name != ARROW_POOL
+    } | variables
     done = subprocess.run(
-        [sys.executable, "-c", ARROW], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", ARROW], env=environment | variables, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout.strip()) == (0, taken), done.stderr
+    assert (done.returncode, done.stdout.strip()) == (0, pool), done.stderr
 
 
-def test_the_command_settles_it_before_torch_is_there(tmp_path: Path) -> None:
+def test_command_tunes_process_before_importing_torch(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     noise(0, 40, 40).save(tmp_path / "images" / "a.png")
     words = ["--model", "torchvision:squeezenet1_0", "--weights", "random", "--device", "cpu"]
-    ran = [sys.executable, "-c", SEEN, *words, "--out", "store", "images"]
+    command = [sys.executable, "-c", PROBE, *words, "--out", "store", "images"]
     own = (*SPINNING, ARROW_POOL)
     environment = {name: value for name, value in os.environ.items() if name not in own}
-    done = subprocess.run(ran, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     printed = done.stdout.split()
     assert (printed[:2], printed[-3:]) == (["False", SPINS], ["True", "True", "system"])
     assert not done.stderr.count("leaked")
 
 
-def test_in_a_process_that_has_torch_nothing_is_kept() -> None:
-    with imported_to_stay():
+def test_freeze_imports_does_nothing_once_torch_is_imported() -> None:
+    with freeze_imports():
         assert gc.isenabled()
     assert not gc.get_freeze_count()

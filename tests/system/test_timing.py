@@ -14,10 +14,14 @@ from extractor.system.timing import KINDS, Spent, Timer
 
 
 def spent(
-    device: str = "mps", how: str = "scaled", readers: int = 0, cores: int = 2, **seconds: float
+    device: str = "mps",
+    decode_mode: str = "scaled",
+    readers: int = 0,
+    cores: int = 2,
+    **seconds: float,
 ) -> Spent:
-    every = {**dict.fromkeys(KINDS, 0.0), **seconds}
-    return Spent(1000, 2, cores, readers, device, how, every)
+    all_seconds = {**dict.fromkeys(KINDS, 0.0), **seconds}
+    return Spent(1000, 2, cores, readers, device, decode_mode, all_seconds)
 
 
 @pytest.mark.parametrize(
@@ -41,44 +45,44 @@ def spent(
             "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores "
             "or --decode gpu",
         ),
-        (  # what a GPU cannot decode either
-            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda", how="gpu"),
+        (  # files that the GPU cannot decode
+            spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda", decode_mode="gpu"),
             "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores",
         ),
         (
             spent(decode=2.0, model=8.0, read=0.1, device="cpu"),
-            "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; a smaller "
-            "one or a GPU would be faster",
+            "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; try a "
+            "smaller model or a GPU",
         ),
         (
             spent(decode=2.0, model=2.5, transfer=5.5, read=0.1),
-            "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; a smaller "
-            "one or a faster GPU would be faster",
+            "bound by the model: it embeds 125 images/s, 2 threads could decode 1,000; try a "
+            "smaller model or a faster GPU",
         ),
         (
             spent(decode=2.0, model=1.0, read=80.0, idle=39.0),
             "bound by reading: 25 images/s come from the disk, the rest could do 1,000; read from "
-            "a faster disk, or with more --workers",
+            "a faster disk, or use more --workers",
         ),
-        # With 32 readers, so many files come at a time.
+        # 32 readers read 32 files at a time.
         (
             spent(decode=2.0, model=2.0, read=16.0, readers=32),
-            "bound by the model: it embeds 500 images/s, 2 threads could decode 1,000; a smaller "
-            "one or a faster GPU would be faster",
+            "bound by the model: it embeds 500 images/s, 2 threads could decode 1,000; try a "
+            "smaller model or a faster GPU",
         ),
         (
             spent(decode=1.0, model=1.0, write=20.0),
-            "bound by writing: the disk takes 50 rows/s; write to a faster one",
+            "bound by writing: the disk takes 50 rows/s; write to a faster disk",
         ),
         (spent(decode=0.5, model=0.5), ""),  # too little to tell
         (spent(), ""),
     ],
 )
-def test_what_bounds_the_rate_is_said_in_a_sentence(spent: Spent, expected: str) -> None:
+def test_bound_names_bottleneck_with_advice(spent: Spent, expected: str) -> None:
     assert spent.bound == expected
 
 
-def test_the_time_of_all_threads_is_summed() -> None:
+def test_timer_sums_all_threads() -> None:
     timer = Timer(trace=True)
 
     def work() -> None:
@@ -95,7 +99,7 @@ def test_the_time_of_all_threads_is_summed() -> None:
     assert sum(event["ph"] == "X" and event["dur"] == 5e5 for event in events) == 400
 
 
-def test_a_run_tells_what_its_time_went_to(photos: Path, tmp_path: Path) -> None:
+def test_report_and_profile_account_for_time(photos: Path, tmp_path: Path) -> None:
     profile = tmp_path / "trace.json"
     report = extract(
         photos,
@@ -126,20 +130,18 @@ def test_a_run_tells_what_its_time_went_to(photos: Path, tmp_path: Path) -> None
     assert all(event["dur"] >= 0 and event["ts"] >= 0 for event in events if event["ph"] == "X")
 
 
-def test_a_profile_without_a_folder_is_seen_before_anything_is_done(tmp_path: Path) -> None:
+def test_profile_without_folder_is_refused_early(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"profile: there is no folder for the file '.*trace'"):
         extract(tmp_path, profile=tmp_path / "none" / "trace")
 
 
 @pytest.mark.parametrize("name", ["", "."])
-def test_a_profile_that_can_be_no_file_is_seen_before_anything_is_done(
-    tmp_path: Path, name: str
-) -> None:
+def test_profile_that_is_no_file_is_refused_early(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"profile: got '.*', expected the name of a file"):
         extract(tmp_path, profile=name)
 
 
-def test_nothing_to_do_has_no_time_to_tell_of(photos: Path, tmp_path: Path) -> None:
+def test_up_to_date_store_has_no_bottleneck(photos: Path, tmp_path: Path) -> None:
     settings = {"weights": "random", "image_size": 64, "device": "cpu"}
     extract(photos, "torchvision:squeezenet1_1", tmp_path / "out", **settings)  # type: ignore[arg-type]
     again = extract(photos, "torchvision:squeezenet1_1", tmp_path / "out", **settings)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ from torch import nn
 from torch.autograd import forward_ad
 
 from extractor.network.fusion.trace import Chain
-from extractor.system.devices import has_avx2
+from extractor.system.cpu import has_avx2
 
 __all__ = [
     "Done",

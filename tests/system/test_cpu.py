@@ -1,4 +1,4 @@
-"""How many cores and threads there are to compute with."""
+"""Number of cores and threads."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from support.pictures import noise
 from torch import nn
 
 from extractor import Backbone, Preprocess, extract
-from extractor.system import devices
-from extractor.system.devices import available_cores, compute_threads
+from extractor.system import cpu
+from extractor.system.cpu import available_cores, compute_threads
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "expected"),
+    ("cgroup", "files", "expected"),
     [
         ("0::/\n", {}, math.inf),
         ("0::/\n", {"cpu.max": "max 100000\n"}, math.inf),
         ("0::/\n", {"cpu.max": "250000 100000\n"}, 2.5),
-        # The least of a group and of those around it.
+        # The smallest quota of a group and its ancestors.
         ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "max 100000"}, 3.0),
         ("0::/a/b\n", {"a/cpu.max": "300000 100000", "a/b/cpu.max": "50000 100000"}, 0.5),
-        # Named as on the machine around the container.
+        # Named as on the machine outside the container.
         ("0::/docker/0123\n", {"cpu.max": "400000 100000"}, 4.0),
         ("0::/../../x\n", {"cpu.max": "400000 100000"}, 4.0),
         # Version 1, where -1 is no limit.
@@ -44,42 +44,42 @@ from extractor.system.devices import available_cores, compute_threads
         ("0::/\n", {"cpu.max": "100000 0"}, math.inf),
     ],
 )
-def test_a_container_has_the_cores_that_it_is_granted(
-    own: str, files: dict[str, str], expected: float, tmp_path: Path
+def test_cgroup_quota_limits_cores(
+    cgroup: str, files: dict[str, str], expected: float, tmp_path: Path
 ) -> None:
-    (tmp_path / "own").write_text(own)
+    (tmp_path / "cgroup").write_text(cgroup)
     for name, content in files.items():
         file = tmp_path / "groups" / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(content)
-    assert devices._cores_of_group(tmp_path / "groups", tmp_path / "own") == expected
+    assert cpu._cgroup_cores(tmp_path / "groups", tmp_path / "cgroup") == expected
 
 
-def test_without_control_groups_all_cores_are_there(tmp_path: Path) -> None:
-    assert devices._cores_of_group(tmp_path, tmp_path / "none") == math.inf
+def test_no_cgroups_mean_no_limit(tmp_path: Path) -> None:
+    assert cpu._cgroup_cores(tmp_path, tmp_path / "none") == math.inf
 
 
-@pytest.mark.parametrize(("granted", "expected"), [(0.2, 1), (1.5, 2), (math.inf, None)])
-def test_part_of_a_core_counts_as_one(
-    granted: float, expected: int | None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("quota", "expected"), [(0.2, 1), (1.5, 2), (math.inf, None)])
+def test_fraction_of_core_rounds_up(
+    quota: float, expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(devices, "_cores_of_group", lambda: granted)
+    monkeypatch.setattr(cpu, "_cgroup_cores", lambda: quota)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert available_cores() == (expected or 8)
 
 
-def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_threads_never_exceed_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(6)
-        monkeypatch.setattr(devices, "available_cores", lambda: 3)
+        monkeypatch.setattr(cpu, "available_cores", lambda: 3)
         with compute_threads():
             assert torch.get_num_threads() == 3
         assert torch.get_num_threads() == 6
         with compute_threads(5):
             assert torch.get_num_threads() == 5
         assert torch.get_num_threads() == 6
-        torch.set_num_threads(2)  # what someone chose is no less than what there is
+        torch.set_num_threads(2)  # a smaller number of the user's stays
         with compute_threads():
             assert torch.get_num_threads() == 2
     finally:
@@ -87,13 +87,13 @@ def test_torch_gets_no_more_threads_than_there_are_cores(monkeypatch: pytest.Mon
 
 
 class CountsThreads(nn.Module):
-    """Embeds every image as the number of threads."""
+    """Embed every image as the number of threads."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.full((len(pixels), 2), float(torch.get_num_threads()))
 
 
-def test_a_run_computes_with_the_threads_that_it_is_told(tmp_path: Path) -> None:
+def test_threads_option_sets_torch_threads(tmp_path: Path) -> None:
     noise(0, 40, 30).save(tmp_path / "image.png")
     before = torch.get_num_threads()
     backbone = Backbone.from_module(CountsThreads(), head=None, preprocess=Preprocess.standard(8))
