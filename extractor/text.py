@@ -1,8 +1,8 @@
-"""Text for people: counts with their plurals."""
+"""Text for people: counts with their plurals, messages in one line."""
 
 from __future__ import annotations
 
-__all__ = ["plural"]
+__all__ = ["first_line", "plural"]
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
@@ -12,3 +12,13 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
     ('1 image', '1,234 images', '2 indexes')
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message, at most 200 characters.
+
+    >>> first_line(ValueError("wrong shape\\nsee above")), first_line(KeyError())
+    ('wrong shape', 'KeyError')
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]

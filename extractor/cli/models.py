@@ -177,9 +177,9 @@ def _whole(name: str) -> dict[str, Any]:
 
 def _layers(backbone: Backbone) -> list[dict[str, Any]]:
     """Names of the modules down to :data:`DEPTH`, and what each gives for one image."""
-    from extractor.network.taps import given_shapes
+    from extractor.network.taps import output_shapes
 
-    given = given_shapes(backbone.module, backbone.preprocess.input_size)
+    given = output_shapes(backbone.module, backbone.preprocess.input_size)
     return [
         {"layer": name, "kind": type(module).__name__, "shape": given.get(name)}
         for name, module in backbone.module.named_modules()

@@ -22,9 +22,9 @@ from extractor.errors import ExtractorError
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.network.fusion.onednn import unpacked
-from extractor.network.precision import TYPES, candidates, has_matrix_units
-from extractor.network.probe import first_line
+from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
 from extractor.options import split_names
+from extractor.text import first_line
 
 __all__ = ["LEAST_COSINE", "Recorded", "compiled", "tune"]
 
@@ -135,7 +135,7 @@ def _known(
         names = one.precisions * (1 if len(one.precisions) > 1 else len(spec.backbones))
         # What does not fit is the store of something else, which is refused with all that differs.
         for backbone, name in zip(spec.backbones, names, strict=False):
-            if name in TYPES:
+            if name in WEIGHT_DTYPES:
                 known.setdefault(id(backbone), (name, one.least_cosine))
     return known
 
@@ -162,7 +162,7 @@ class _Trial:
     def try_half(self) -> None:
         """Take the first precision that is faster than float32 and near enough to it."""
         exact = self._exact
-        faster = candidates(exact.device) if exact.precision == "float32" else ()
+        faster = faster_precisions(exact.device) if exact.precision == "float32" else ()
         if not faster or not len(self._pictures()):
             return
         expected, seconds = self._embed(exact)

@@ -22,8 +22,8 @@ from extractor.images.decode import EncodedJpeg, Failure, PixelBudget, decode_in
 from extractor.images.render import Stored, whole_and_seen
 from extractor.loading.crash_log import InFlight
 from extractor.loading.loader import Batch
-from extractor.network.probe import first_line
 from extractor.preprocess import Preprocess
+from extractor.text import first_line
 
 __all__ = ["IMAGES_TOGETHER", "DeviceDecoder", "draw_all"]
 

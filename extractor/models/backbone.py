@@ -15,9 +15,10 @@ from extractor.models import weight_files as weights
 from extractor.network import heads
 from extractor.network.fusion.fold_batchnorm import fold, may_fold
 from extractor.network.fusion.onednn import overwriting
-from extractor.network.precision import convert, input_type, resolve_precision
-from extractor.network.probe import shapes, trial
-from extractor.network.taps import POOLED_FEATURES, Output, Taps, find_modules
+from extractor.network.module_names import find_modules
+from extractor.network.precision import convert, input_dtype, resolve_precision
+from extractor.network.probe import describe_shapes, probe
+from extractor.network.taps import POOLED_FEATURES, Output, Taps
 from extractor.options import Options, Pooling, parse_pooling
 from extractor.preprocess import Preprocess
 from extractor.system.devices import device_errors, resolve_device
@@ -168,7 +169,7 @@ class Backbone:
         digest = weights.sha256_of_state(module.state_dict())
         heads.replace_with_identity(module, names)
         module.eval()
-        shape = trial(module, preprocess.input_size, what=model)
+        shape = probe(module, preprocess.input_size, name=model)
         if math.prod(shape) != shape[0]:
             raise ModelError(
                 f"{model} gives {shape} for an image, expected a vector (dim,); name its "
@@ -187,7 +188,7 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """Of the pixels that the network takes; :meth:`embed` sees to it."""
-        return input_type(self.precision)
+        return input_dtype(self.precision)
 
     @property
     def _only(self) -> Output:
@@ -228,8 +229,8 @@ class Backbone:
             expected = (len(pixels), *output.shape)
             if not isinstance(tensor, torch.Tensor) or tensor.shape != expected:
                 raise ModelError(
-                    f"{self.provenance.model} gave {shapes(tensor)}, expected {expected}; its "
-                    f"{output.definition} are not what they were in a trial"
+                    f"{self.provenance.model} returned {describe_shapes(tensor)}, expected "
+                    f"{expected} as for blank images, for its {output.definition}"
                 )
             embeddings.append(tensor.float())
         return tuple(embeddings)

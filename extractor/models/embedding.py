@@ -12,9 +12,9 @@ from extractor.errors import DeviceError, UsageError
 from extractor.models.backbone import Backbone
 from extractor.models.load import load, with_changes
 from extractor.network.precision import resolve_precision
-from extractor.network.probe import first_line
 from extractor.network.taps import Output
 from extractor.options import Options, join_names, split_model, store_name
+from extractor.text import first_line
 
 __all__ = ["EmbeddingPart", "EmbeddingSpec", "Model", "check_models", "load_specs"]
 

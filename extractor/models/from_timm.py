@@ -17,10 +17,10 @@ from extractor.models import libraries as shared
 from extractor.models import weight_files as weights
 from extractor.models.backbone import Backbone
 from extractor.network import heads
-from extractor.network.probe import first_line
 from extractor.network.taps import POOLED_FEATURES, Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
+from extractor.text import first_line
 
 __all__ = [
     "SCHEMES",

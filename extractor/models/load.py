@@ -15,7 +15,7 @@ from extractor.models import weight_files as weights_room
 from extractor.models.backbone import Backbone
 from extractor.models.catalog import Catalog
 from extractor.network.precision import resolve_precision
-from extractor.network.probe import trial
+from extractor.network.probe import probe
 from extractor.network.taps import Output
 from extractor.options import DEFAULT_MODEL, Options
 from extractor.system.devices import device_errors, resolve_device
@@ -127,10 +127,10 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
         if backbone.taps is not None:
             raise UsageError("image size: choose it before the layers of a backbone, not after")
         with device_errors(backbone.device):
-            shape = trial(
+            shape = probe(
                 backbone.module,
                 backbone.preprocess.input_size,
-                what=backbone.provenance.model,
+                name=backbone.provenance.model,
                 advice="leave --image-size out, or try a multiple of 32",
             )
         if backbone.outputs[0] == Output(backbone.outputs[0].shape) and len(shape) == 1:

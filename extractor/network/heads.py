@@ -1,4 +1,4 @@
-"""``nn.Identity`` where the classifiers were, or any other module; nothing is downloaded here."""
+"""Replace classifiers, or any other module, by ``nn.Identity``; nothing here downloads weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from extractor.errors import ModelError
-from extractor.network.probe import shapes, trial
+from extractor.network.probe import describe_shapes, probe
 
 __all__ = [
     "Bypass",
@@ -20,88 +20,97 @@ __all__ = [
 ]
 
 
-def identities(module: nn.Module) -> frozenset[str]:
-    """Dotted names of every ``nn.Identity`` inside a module."""
+def identities(network: nn.Module) -> frozenset[str]:
+    """Return the dotted names of all ``nn.Identity`` modules in a network."""
     return frozenset(
-        name for name, child in module.named_modules() if isinstance(child, nn.Identity)
+        name for name, module in network.named_modules() if isinstance(module, nn.Identity)
     )
 
 
-def modules_with_outputs(module: nn.Module, outputs: int) -> tuple[str, ...]:
-    """Dotted names of the modules that hold a parameter with ``outputs`` rows.
+def modules_with_outputs(network: nn.Module, outputs: int) -> tuple[str, ...]:
+    """Return the dotted names of the modules that have a parameter with ``outputs`` rows.
 
-    In a network that was built for a number of classes that no other layer has as its width, these
-    are its classifiers, whatever they are called and however deep they lie: a ``Linear``, the
-    1x1 ``Conv2d`` of SqueezeNet, an auxiliary head.
+    If a network is built for a number of classes that no other layer has as its width, these are
+    its classifiers, whatever their name and depth: a ``Linear``, the 1x1 ``Conv2d`` of SqueezeNet,
+    an auxiliary head.
+
+    >>> modules_with_outputs(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 13)), 13)
+    ('1',)
     """
     names = {
         name.rpartition(".")[0]: None
-        for name, value in module.named_parameters()
-        if value.shape[0] == outputs
+        for name, parameter in network.named_parameters()
+        if parameter.shape[0] == outputs
     }
     return tuple(names)
 
 
-def replace_with_identity(module: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
-    """Put an ``nn.Identity`` in the place of each named submodule, and return the names.
+def replace_with_identity(network: nn.Module, names: Iterable[str]) -> tuple[str, ...]:
+    """Replace modules by ``nn.Identity``, in place, and return their names.
 
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 10))
     >>> replace_with_identity(model, ["1"]), model[1]
     (('1',), Identity())
 
+    Args:
+        network: the network to change.
+        names: dotted names of the modules.
+
     Raises:
-        ModelError: a name that is not in the module, or the module itself.
+        ModelError: There is no such module, or the name is empty.
     """
     replaced = tuple(names)
     for name in replaced:
         if not name:
             raise ModelError("the whole model cannot be its own head")
         try:
-            module.get_submodule(name)
+            network.get_submodule(name)
         except AttributeError as error:
-            raise ModelError(f"no module {name!r} in {type(module).__name__}") from error
-        _set_submodule(module, name, nn.Identity())
+            raise ModelError(f"no module {name!r} in {type(network).__name__}") from error
+        _set_submodule(network, name, nn.Identity())
     return replaced
 
 
 class Bypass(nn.Identity):
-    """An identity in the place of a module that was given more than one argument: the first counts.
+    """An identity that takes any number of arguments and returns the first.
 
     >>> Bypass()("the tokens", mask="a mask")
     'the tokens'
     """
 
-    def forward(self, *arguments: Any, **keywords: Any) -> Any:
-        return arguments[0] if arguments else next(iter(keywords.values()))
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the first argument."""
+        return args[0] if args else next(iter(kwargs.values()))
 
 
 def bypass(
     network: nn.Module, names: Sequence[str], size: tuple[int, int], model: str
 ) -> tuple[str, ...]:
-    """Put ``nn.Identity`` in the place of modules, in place, if what comes out keeps its shape.
+    """Replace modules that keep the shape of their input by ``nn.Identity``, in place.
 
     Args:
-        names: dotted names of the modules; those that lie in others of them go with these.
-        size: (height, width) of the images that the network is tried with.
-        model: name of the network, for error messages.
+        network: the network to change.
+        names: dotted names of the modules. A module inside another of them needs no replacement.
+        size: (height, width) of the blank images that test the network.
+        model: name of the network for error messages.
 
     Returns:
-        The names of the modules that were replaced.
+        The names of the replaced modules.
 
     Raises:
-        ModelError: a module does not run, or the network does not fit without it; names the shapes
-            that go into the module and come out of it. The network is as it was.
+        ModelError: A module does not run, or changes the shape so that the network does not work
+            without it. The network stays as it was.
     """
-    once = dict.fromkeys(names)
-    outer = [name for name in once if not any(name.startswith(f"{other}.") for other in once)]
-    before: dict[str, nn.Module] = {}
+    unique = dict.fromkeys(names)
+    outer = [name for name in unique if not any(name.startswith(f"{other}.") for other in unique)]
+    originals: dict[str, nn.Module] = {}
     try:
         for name in outer:
             module = network.get_submodule(name)
             _bypass(network, name, size, model)
-            before[name] = module
+            originals[name] = module
     except BaseException:
-        for name, module in before.items():
+        for name, module in originals.items():
             _set_submodule(network, name, module)
         raise
     return tuple(outer)
@@ -109,65 +118,68 @@ def bypass(
 
 def _bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) -> None:
     module = network.get_submodule(name)
-    flows: list[tuple[str, str]] = []
+    calls: list[tuple[str, str]] = []
 
-    def watch(_: nn.Module, arguments: tuple[Any, ...], keywords: Any, output: Any) -> None:
-        first = arguments[0] if arguments else next(iter(keywords.values()), None)
-        flows.append((shapes(first), shapes(output)))
+    def record(_: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any) -> None:
+        first = args[0] if args else next(iter(kwargs.values()), None)
+        calls.append((describe_shapes(first), describe_shapes(output)))
 
-    handle = module.register_forward_hook(watch, with_kwargs=True)
+    handle = module.register_forward_hook(record, with_kwargs=True)
     try:
-        before = trial(network, size, what=model)
+        before = probe(network, size, name=model)
     finally:
         handle.remove()
-    if not flows:
+    if not calls:
         raise ModelError(f"bypass {name}: this module of {model} does not run as a whole")
     _set_submodule(network, name, Bypass())
     try:
-        after = trial(network, size, what=model)
+        after = probe(network, size, name=model)
     except ModelError:
         after = None
-    if after != before or not flows[-1][1].startswith("("):  # more than one tensor
+    input_shape, output_shape = calls[-1]
+    is_tensor = output_shape.startswith("(")
+    if after != before or not is_tensor:
         _set_submodule(network, name, module)
-        taken, given = flows[-1]
         raise ModelError(
-            f"bypass {name}: it turns {taken} into {given}, so that {model} does not fit without "
-            "it; bypass a module that keeps the shape"
+            f"bypass {name}: it turns {input_shape} into {output_shape}, so {model} does not work "
+            "without it; bypass a module that keeps the shape"
         )
 
 
 def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, own_name = name.rpartition(".")
-    setattr(network.get_submodule(parent), own_name, module)
+    parent, _, attribute = name.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, module)
 
 
-def reset_timm_classifier(module: nn.Module) -> tuple[str, ...]:
-    """Remove the classifiers of a timm model by its own ``reset_classifier(0)``.
+def reset_timm_classifier(network: nn.Module) -> tuple[str, ...]:
+    """Remove the classifiers of a timm model with its own ``reset_classifier(0)``.
 
-    Returns the dotted names that are ``nn.Identity`` now and were not before, and checks that
-    nothing is left of what the model's configuration calls its classifiers.
+    Returns:
+        The dotted names of the modules that have become ``nn.Identity``.
 
     Raises:
-        ModelError: the model keeps a classifier.
+        ModelError: The model has no ``reset_classifier``, or keeps a classifier that its
+            configuration names.
     """
-    reset = getattr(module, "reset_classifier", None)
+    reset = getattr(network, "reset_classifier", None)
     if reset is None:
-        raise ModelError(f"{type(module).__name__} has no reset_classifier()")
-    before = identities(module)
+        raise ModelError(f"{type(network).__name__} has no reset_classifier()")
+    before = identities(network)
     reset(0)
-    for name in _configured_classifiers(module):
-        left = _submodule_or_none(module, name)
-        if left is not None and any(True for _ in left.parameters()):
+    for name in _configured_classifiers(network):
+        module = _submodule_or_none(network, name)
+        if module is not None and any(True for _ in module.parameters()):
             raise ModelError(
-                f"{type(module).__name__}: reset_classifier(0) left {name} a "
-                f"{type(left).__name__}, expected nn.Identity; this model cannot give pre-logits"
+                f"{type(network).__name__}: reset_classifier(0) left {name} a "
+                f"{type(module).__name__}, expected nn.Identity; this model cannot return "
+                "pre-logits"
             )
-    return tuple(sorted(identities(module) - before))
+    return tuple(sorted(identities(network) - before))
 
 
-def _configured_classifiers(module: nn.Module) -> tuple[str, ...]:
+def _configured_classifiers(network: nn.Module) -> tuple[str, ...]:
     get: Callable[[str], object] | None = getattr(
-        getattr(module, "pretrained_cfg", {}), "get", None
+        getattr(network, "pretrained_cfg", {}), "get", None
     )
     names = get("classifier") if get is not None else None
     if isinstance(names, str):
@@ -175,8 +187,8 @@ def _configured_classifiers(module: nn.Module) -> tuple[str, ...]:
     return tuple(names) if isinstance(names, (tuple, list)) else ()
 
 
-def _submodule_or_none(module: nn.Module, name: str) -> nn.Module | None:
+def _submodule_or_none(network: nn.Module, name: str) -> nn.Module | None:
     try:
-        return module.get_submodule(name)
+        return network.get_submodule(name)
     except AttributeError:
         return None

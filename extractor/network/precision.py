@@ -1,4 +1,4 @@
-"""In which numbers a network computes: float32, half precision, or both."""
+"""Precision of a network's weights and activations: float32, half precision, or mixed."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 __all__ = [
-    "TYPES",
-    "candidates",
+    "WEIGHT_DTYPES",
     "convert",
+    "faster_precisions",
     "has_matrix_units",
-    "input_type",
+    "input_dtype",
     "resolve_precision",
 ]
 
-# That a network's weights have, but for the sensitive ones of `mixed`.
-TYPES = {
+# Type of a network's weights; with `mixed`, of all but the sensitive ones.
+WEIGHT_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -28,65 +28,71 @@ TYPES = {
 CPU_FLAGS = Path("/proc/cpuinfo")
 MATRIX_FLAG = "amx_bf16"
 BFLOAT16_FLAGS = {"avx512_bf16", MATRIX_FLAG}  # without them bfloat16 is slower than float32
-HALF_SINCE, BFLOAT16_SINCE = (7, 0), (8, 0)  # compute capability: tensor cores that take them
+# Smallest compute capability with tensor cores for this type.
+FLOAT16_CAPABILITY, BFLOAT16_CAPABILITY = (7, 0), (8, 0)
 
 
 def resolve_precision(name: str) -> str:
-    """What a backbone that is loaded alone computes in; ``auto`` is float32 there."""
+    """Return the precision in which a backbone is loaded: float32 for ``auto``, else ``name``."""
     return "float32" if name == "auto" else name
 
 
-def input_type(precision: str) -> torch.dtype:
-    """Of the pixels that a network takes; ``mixed`` begins in float32."""
-    return torch.float32 if precision == "mixed" else TYPES[precision]
+def input_dtype(precision: str) -> torch.dtype:
+    """Return the type of a network's input pixels; ``mixed`` starts in float32."""
+    return torch.float32 if precision == "mixed" else WEIGHT_DTYPES[precision]
 
 
-def candidates(device: torch.device) -> tuple[str, ...]:
-    """What may be faster than float32 on a device, the fastest first."""
+def faster_precisions(device: torch.device) -> tuple[str, ...]:
+    """Return the precisions that may be faster than float32 on a device, fastest first."""
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
-        known = (("float16", HALF_SINCE), ("bfloat16", BFLOAT16_SINCE))
-        return tuple(name for name, since in known if capability >= since)
+        required = (("float16", FLOAT16_CAPABILITY), ("bfloat16", BFLOAT16_CAPABILITY))
+        return tuple(name for name, least in required if capability >= least)
     if device.type == "cpu" and _cpu_flags() & BFLOAT16_FLAGS:
         return ("bfloat16", "mixed")
     return ()
 
 
 def has_matrix_units() -> bool:
-    """Whether the processor multiplies whole matrices of bfloat16 (Intel's AMX)."""
+    """Return whether the processor multiplies matrices of bfloat16 in hardware (Intel AMX)."""
     return MATRIX_FLAG in _cpu_flags()
 
 
 def _cpu_flags() -> set[str]:
     try:
         lines = CPU_FLAGS.read_text("ascii", "replace").splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return set()
     return {flag for line in lines if line.startswith("flags") for flag in line.split()}
 
 
-def convert(module: nn.Module, precision: str) -> None:
-    """Change the numbers of a float32 network in place.
+def convert(network: nn.Module, precision: str) -> None:
+    """Convert a float32 network to another precision, in place.
 
-    In ``mixed`` the first module with weights, depthwise convolutions and normalisations stay in
-    float32: rounding hurts there most, and they are a small part of the work.
+    ``mixed`` leaves the first module with weights, depthwise convolutions and normalizations in
+    float32: they suffer most from rounding and are a small part of the computation.
+
+    Args:
+        network: a network in float32.
+        precision: ``float32``, ``bfloat16``, ``float16`` or ``mixed``.
     """
     if precision != "mixed":
-        module.to(TYPES[precision])
+        network.to(WEIGHT_DTYPES[precision])
         return
-    half = TYPES[precision]
-    first = next((one for one in module.modules() if _is_leaf(one) and _own(one)), None)
-    for part in module.modules():
-        if part is first or _is_sensitive(part):
-            part.register_forward_pre_hook(functools.partial(_take, half, torch.float32))
-            part.register_forward_hook(functools.partial(_give, half))
-        elif tensors := _own(part):
-            part.register_forward_pre_hook(functools.partial(_take, torch.float32, half))
+    half = WEIGHT_DTYPES[precision]
+    leaves = (module for module in network.modules() if _is_leaf(module))
+    first = next((module for module in leaves if _own_tensors(module)), None)
+    for module in network.modules():
+        if module is first or _is_sensitive(module):
+            module.register_forward_pre_hook(functools.partial(_cast_args, half, torch.float32))
+            module.register_forward_hook(functools.partial(_cast_output, half))
+        elif tensors := _own_tensors(module):
+            module.register_forward_pre_hook(functools.partial(_cast_args, torch.float32, half))
             for tensor in tensors:
                 tensor.data = tensor.data.to(half)
 
 
-def _own(module: nn.Module) -> list[torch.Tensor]:
+def _own_tensors(module: nn.Module) -> list[torch.Tensor]:
     tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
     return [tensor for tensor in tensors if tensor.is_floating_point()]
 
@@ -98,18 +104,19 @@ def _is_leaf(module: nn.Module) -> bool:
 def _is_sensitive(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv2d):
         return module.groups == module.in_channels > 1
-    return "norm" in type(module).__name__.lower() and bool(_own(module))
+    return "norm" in type(module).__name__.lower() and bool(_own_tensors(module))
 
 
-def _take(
-    wrong: torch.dtype, right: torch.dtype, _: nn.Module, given: tuple[object, ...]
+def _cast_args(
+    source: torch.dtype, target: torch.dtype, _: nn.Module, args: tuple[object, ...]
 ) -> tuple[object, ...]:
-    """What a module is given, in the numbers of its weights."""
+    """Forward pre-hook: cast the arguments of type ``source`` to ``target``."""
     return tuple(
-        one.to(right) if isinstance(one, torch.Tensor) and one.dtype == wrong else one
-        for one in given
+        arg.to(target) if isinstance(arg, torch.Tensor) and arg.dtype == source else arg
+        for arg in args
     )
 
 
-def _give(half: torch.dtype, _: nn.Module, __: object, output: object) -> object:
-    return output.to(half) if isinstance(output, torch.Tensor) else output
+def _cast_output(target: torch.dtype, _: nn.Module, __: object, output: object) -> object:
+    """Forward hook: cast a tensor to ``target``."""
+    return output.to(target) if isinstance(output, torch.Tensor) else output

@@ -1,4 +1,4 @@
-"""One forward pass of blank images, to learn what a network gives before any image is read."""
+"""One forward pass of blank images: learn a network's output shape before reading any image."""
 
 from __future__ import annotations
 
@@ -6,58 +6,60 @@ import torch
 from torch import nn
 
 from extractor.errors import ModelError
+from extractor.text import first_line
 
-__all__ = ["BATCH", "trial"]
+__all__ = ["PROBE_IMAGES", "describe_shapes", "probe"]
 
-# With one image, or as many as a tuple often has members, something else could pass for the batch.
-BATCH = 3
+# Not 1 or 2: with so few images another axis, or the length of a tuple, could pass for the batch.
+PROBE_IMAGES = 3
 
 
-def trial(
-    module: nn.Module, size: tuple[int, int], *, what: str, advice: str = ""
+def probe(
+    network: nn.Module, size: tuple[int, int], *, name: str, advice: str = ""
 ) -> tuple[int, ...]:
-    """The shape of what a network gives for one image of ``size`` (height, width).
+    """Return the shape of a network's output for one image, without the batch axis.
 
     Args:
-        what: the network, for the error message; ``advice`` ends it.
+        network: maps ``(B, 3, H, W)`` float pixels to a tensor with one row per image.
+        size: (height, width) of the blank images.
+        name: the network's name for error messages.
+        advice: what to try, at the end of the error message.
 
     Raises:
-        ModelError: it cannot take such images, or gives no tensor with a row for each.
-        torch.OutOfMemoryError: as it comes.
+        ModelError: The network rejects this size or returns no tensor with one row per image.
+        torch.OutOfMemoryError: The device is full.
     """
-    some = next(module.parameters(), torch.zeros(()))
-    pixels = torch.zeros(BATCH, 3, *size, device=some.device, dtype=some.dtype)
+    weight = next(network.parameters(), torch.zeros(()))
+    pixels = torch.zeros(PROBE_IMAGES, 3, *size, device=weight.device, dtype=weight.dtype)
     try:
         with torch.inference_mode():
-            output = module(pixels.to(memory_format=torch.channels_last))
+            output = network(pixels.to(memory_format=torch.channels_last))
     except torch.cuda.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever a network says of a shape that it cannot take
+    except Exception as error:  # networks reject a shape with all kinds of exceptions
         raise ModelError(
-            f"{what} cannot take images of {size[0]} x {size[1]} pixels ({first_line(error)})"
+            f"{name} cannot take images of {size[0]} x {size[1]} pixels ({first_line(error)})"
             f"{advice and '; ' + advice}"
         ) from error
-    if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != BATCH:
-        raise ModelError(f"{what} gives {shapes(output)} for {BATCH} images, expected a row each")
+    if not isinstance(output, torch.Tensor) or output.ndim < 2 or len(output) != PROBE_IMAGES:
+        raise ModelError(
+            f"{name} returned {describe_shapes(output)} for {PROBE_IMAGES} images, "
+            "expected one row per image"
+        )
     return tuple(output.shape[1:])
 
 
-def shapes(value: object) -> str:
-    """The shapes of a tensor, or of what a tuple, a list or a dict holds, for messages.
+def describe_shapes(value: object) -> str:
+    """Describe the shapes of a tensor, or of a tuple, list or dict of tensors, for messages.
 
-    >>> shapes([torch.zeros(2, 3), None])
+    >>> describe_shapes([torch.zeros(2, 3), None])
     '[(2, 3), NoneType]'
     """
     if isinstance(value, torch.Tensor):
         return str(tuple(value.shape))
     if isinstance(value, (tuple, list)):
-        return f"[{', '.join(shapes(one) for one in value)}]"
+        return f"[{', '.join(map(describe_shapes, value))}]"
     if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {shapes(one)}' for key, one in value.items())}}}"
+        items = (f"{key}: {describe_shapes(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
     return type(value).__name__
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, in one line of bounded length."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:200]

@@ -49,7 +49,7 @@ class Colours(nn.Module):
 def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """Runs a model that is ``error`` off in half precision, of which a few images are enough."""
     monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
-    monkeypatch.setattr(tuning, "candidates", lambda _: ("bfloat16",))
+    monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
     def go(error: float = 0.0, seconds: float = 0.004, **options: object) -> Report:
         def load(_: str, given: Options) -> Backbone:
@@ -137,7 +137,7 @@ def test_a_few_images_are_not_worth_a_trial(
 def test_what_was_asked_for_is_not_tried(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "candidates", None)  # calling it would be an error
+    monkeypatch.setattr(tuning, "faster_precisions", None)  # calling it would be an error
     assert run(precision="bfloat16", error=0.3).precision == "bfloat16"
 
 
@@ -149,7 +149,9 @@ def test_a_store_that_grows_keeps_its_precision(
     assert report.precision == first
     shutil.copy(photos / "00.png", photos / "new.png")
     # Now the other one would be chosen.
-    monkeypatch.setattr(tuning, "candidates", lambda _: ("bfloat16",) if first == "float32" else ())
+    monkeypatch.setattr(
+        tuning, "faster_precisions", lambda _: ("bfloat16",) if first == "float32" else ()
+    )
     again = run(error=1e-3)
     assert (again.precision, again.stores[0].added) == (first, 1)
     assert again.least_cosine == report.least_cosine
@@ -170,7 +172,7 @@ def test_a_run_that_was_interrupted_goes_on_in_its_precision(
     batches = iter([False, True])
     with pytest.raises(InterruptedRunError, match=r"stopped after 8 of 11"):
         run(error=1e-3, stop=lambda: next(batches), overwrite=overwrite)
-    monkeypatch.setattr(tuning, "candidates", lambda _: ())
+    monkeypatch.setattr(tuning, "faster_precisions", lambda _: ())
     report = run(error=1e-3, overwrite=overwrite)
     assert (report.precision, report.resumed) == ("bfloat16", 8)
     rows = report.store.features[:]
@@ -182,7 +184,7 @@ def test_each_of_two_models_has_its_own_precision(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
-    monkeypatch.setattr(tuning, "candidates", lambda _: ("bfloat16",))
+    monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
     def load(name: str, given: Options) -> Backbone:
         backbone = replace(mean_pixel(), module=Colours({"good": 1e-3, "bad": 0.3}[name]))
@@ -222,7 +224,7 @@ def test_a_long_run_is_compiled_and_goes_on_so(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, photos: Path
 ) -> None:
     pretend(monkeypatch, Quick)
-    monkeypatch.setattr(tuning, "candidates", lambda _: ())
+    monkeypatch.setattr(tuning, "faster_precisions", lambda _: ())
     assert not run().is_compiled  # it would not repay it
     monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 0.0})
     batches = iter([False, True])
@@ -242,7 +244,7 @@ def test_what_compiling_makes_no_faster_is_not_taken(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, gain: bool
 ) -> None:
     pretend(monkeypatch, Quick if gain else lambda module: module)
-    monkeypatch.setattr(tuning, "candidates", lambda _: ())
+    monkeypatch.setattr(tuning, "faster_precisions", lambda _: ())
     monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 0.0})
     assert run().is_compiled is gain
 

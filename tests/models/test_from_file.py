@@ -177,7 +177,7 @@ def test_a_map_of_one_position_is_an_embedding() -> None:
 
 
 def test_a_module_that_gives_no_row_for_each_image_is_an_error() -> None:
-    with pytest.raises(ModelError, match=r"gives .* for 3 images, expected a row each"):
+    with pytest.raises(ModelError, match=r"returned .* for 3 images, expected one row per image"):
         backbone(nn.Flatten(0), None)
 
 

@@ -28,14 +28,14 @@ def test_half_precision_is_for_processors_that_have_it(
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor\t: 0\nmodel name\t: some\nflags\t\t: {flags}\nbugs\t\t: none\n")
     monkeypatch.setattr(precision, "CPU_FLAGS", file)
-    assert precision.candidates(torch.device("cpu")) == expected
+    assert precision.faster_precisions(torch.device("cpu")) == expected
 
 
 def test_a_machine_that_tells_no_flags_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "CPU_FLAGS", tmp_path / "none")
-    assert precision.candidates(torch.device("cpu")) == ()
+    assert precision.faster_precisions(torch.device("cpu")) == ()
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_gpus_are_told_by_their_capability(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert precision.candidates(torch.device("cuda", 0)) == expected
+    assert precision.faster_precisions(torch.device("cuda", 0)) == expected
 
 
 def test_mixed_keeps_what_is_sensitive_in_float32() -> None:

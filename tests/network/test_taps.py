@@ -259,7 +259,7 @@ def test_registers_of_a_network_without_class_token_are_left_out() -> None:
     tokens = hooked(network, "blocks.2", pixels)
     assert tokens.shape == (2, 20, 20)
     assert_close(backbone.at_layers(["blocks.2"])(pixels), tokens[:, 4:].mean(1))
-    with pytest.raises(UsageError, match=r"pool cls: 'blocks.2' of module:\w+ gives .*; try avg"):
+    with pytest.raises(UsageError, match=r"pool cls: 'blocks.2' of module:\w+ returns .*; try avg"):
         backbone.at_layers(["blocks.2"], "cls")
 
 
@@ -274,7 +274,7 @@ def test_what_comes_before_the_prefix_tokens_has_none(
     assert tokens.shape == (2, size[0] * size[1] // 256, 20)
     assert_close(backbone.at_layers(["patch_embed"])(pixels), tokens.mean(1))
     with pytest.raises(
-        UsageError, match=r"pool cls: 'patch_embed' .* gives tokens without a class"
+        UsageError, match=r"pool cls: 'patch_embed' .* returns tokens without a class"
     ):
         backbone.at_layers(["patch_embed"], "cls")
 
@@ -330,7 +330,7 @@ def test_a_tensor_that_comes_with_nothing_else_is_taken(
 
 @pytest.mark.parametrize("layer", ["layer4", "fc"])
 def test_there_is_no_class_token_in_a_convolutional_network(layer: str) -> None:
-    with pytest.raises(UsageError, match=f"pool cls: '{layer}' of timm:resnet18 gives a (map|vec)"):
+    with pytest.raises(UsageError, match=f"pool cls: '{layer}' of .*resnet18 returns a (map|vec)"):
         loaded("resnet18").at_layers([layer], "cls")
 
 
@@ -578,8 +578,11 @@ class Odd(nn.Module):
     [
         ("blocks", r"layer 'blocks' does not run as a whole .*it holds 0, 1"),
         ("unused", "layer 'unused' does not run as a whole"),
-        ("halves", r"'halves' gives \[\(3, 3, 4, 8\), \(3, 3, 4, 8\)\] for 3 images, expected one"),
-        ("rows", r"'rows' gives \(9, 8, 8\) for 3 images"),
+        (
+            "halves",
+            r"'halves' returned \[\(3, 3, 4, 8\), \(3, 3, 4, 8\)\] for 3 images, exp",
+        ),
+        ("rows", r"'rows' returned \(9, 8, 8\) for 3 images"),
     ],
 )
 def test_what_is_no_layer_is_an_error(layer: str, match: str) -> None:
@@ -597,5 +600,5 @@ def test_a_module_whose_weights_alone_are_used_does_not_run(
 
 def test_the_heads_of_an_attention_are_no_map() -> None:
     # (B, heads, tokens, channels of a head) is neither a map nor tokens.
-    with pytest.raises(ModelError, match=r"q_norm' gives \(3, 3, 17, 64\)"):
+    with pytest.raises(ModelError, match=r"q_norm' returned \(3, 3, 17, 64\)"):
         loaded(VIT).at_layers(["blocks.0.attn.q_norm"])

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from extractor.network.fusion.onednn import Done, can_do, can_pack, is_packable, pack
 from extractor.network.fusion.trace import Chain, Embed, find_chains
-from extractor.network.probe import first_line
+from extractor.text import first_line
 
 __all__ = ["fold", "may_fold"]
 
