@@ -143,10 +143,19 @@ class Results:
         return [side for side in self.sides if side in RIVALS]
 
     def as_dict(self) -> dict[str, Any]:
-        """The same and what follows from it as JSON types."""
+        """Return all figures as JSON types, with what follows from them.
+
+        ``rates`` has the images/s of every side (``decode``, ``model``, ``extract`` and the
+        rivals) as ``{"median": ..., "min": ..., "max": ...}``.
+        """
+        sides = {side: self.rates(side) for side in self.sides}
         return {
             **asdict(self),
             "images": self.images,
+            "rates": {
+                side: {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
+                for side, rates in sides.items()
+            },
             "decode": self.median("decode"),
             "model_alone": self.median("model"),
             "limit": self.limit,

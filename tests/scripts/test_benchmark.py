@@ -49,6 +49,9 @@ def test_limit_and_share_follow_from_the_rates(jpegs: Path, tmp_path: Path) -> N
 
     (theirs,) = [turn["images_per_second"] for turn in figures["sides"]["common-recipe"]]
     assert figures["ratios"] == {"common-recipe": [pytest.approx(ours / theirs)]}
+    for side, turns in figures["sides"].items():
+        rate = turns[0]["images_per_second"]
+        assert figures["rates"][side] == {"median": rate, "min": rate, "max": rate}
     assert figures["missing"] == dict.fromkeys(OTHERS, "left out")
 
     exact, *others = figures["configurations"]
