@@ -30,8 +30,8 @@ from extractor.errors import (
     StoreError,
     UsageError,
 )
-from extractor.images.decode import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.images.listing import ImageList, Input, list_images, show
+from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.loading.crash_log import InFlight
 from extractor.loading.loader import MAX_ABANDONED, BatchLoader
 from extractor.loading.nvjpeg import IMAGES_TOGETHER, DeviceDecoder
@@ -517,8 +517,8 @@ def _tuned(
         images=left,
         batch_size=batch_size,
         sample=sample,
-        pictures_of=lambda backbone: [one.picture for one in pictures].index(
-            backbone.preprocess.picture
+        pictures_of=lambda backbone: [one.picture_key for one in pictures].index(
+            backbone.preprocess.picture_key
         ),
     )
 

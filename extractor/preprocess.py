@@ -1,4 +1,4 @@
-"""What happens to an image between its file and the model, as plain numbers and pure arithmetic."""
+"""The evaluation transform of a model as plain numbers: resize, center crop or pad, normalize."""
 
 from __future__ import annotations
 
@@ -15,28 +15,29 @@ RESIZE_MODES = ("shortest", "cover", "contain", "squash")
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
-# What users ask for, in the words of timm's `crop_mode` less one: center is what all call a crop.
+# Choices of users. They are timm's `crop_mode`, except for `crop`, which timm calls center.
 FITS = ("crop", "pad", "squash")
 
-# Share of the resized picture's edge that the centre crop keeps, where nothing else is said.
+# Default fraction of the resized image that the center crop keeps, along each edge.
 CROP_PCT = 0.875
-MAX_CROP_PCT = 2.0  # timm's VOLO at 448 and 512 pixels has 1.15
+MAX_CROP_PCT = 2.0  # the largest in timm is 1.15, of VOLO at 448 and 512 pixels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
 class PixelChanges:
-    """What a user wants otherwise than the model's own evaluation transform; None is as it is.
+    """Changes of a user to a model's own evaluation transform. None keeps the model's value.
 
     Attributes:
-        image_size: (height, width) of the model's input, in pixels.
-        crop_pct: share of the resized picture's edge that the centre crop keeps, above 0; beyond 1
-            the picture is smaller than the crop, and filled up.
-        interpolation: Pillow's name of the filter, in lower case.
-        mean, std: of each RGB channel, for pixels scaled to 0..1.
-        fit: ``crop`` cuts what does not fit the model's shape, ``pad`` fills up to it with the
-            mean colour, ``squash`` gives up the image's own ratio.
+        image_size: (height, width) of the model's input in pixels.
+        crop_pct: Fraction of the resized image that the center crop keeps along each edge, above 0.
+            Above 1 the resized image is smaller than the crop and is padded.
+        interpolation: Name of the filter in Pillow, in lower case.
+        mean: Mean of each RGB channel, for pixels scaled to 0..1.
+        std: Standard deviation of each RGB channel, for pixels scaled to 0..1.
+        fit: ``crop`` cuts off the longer edge, ``pad`` pads the shorter edge with the mean color,
+            ``squash`` ignores the aspect ratio.
     """
 
     image_size: tuple[int, int] | None = None
@@ -47,38 +48,49 @@ class PixelChanges:
     fit: str | None = None
 
     def __bool__(self) -> bool:
+        """Return whether anything changes."""
         return self != PixelChanges()
 
 
 class Geometry(NamedTuple):
-    """Where the model's picture lies in one image; sizes and positions in pixels.
+    """Position of the model's picture in one image. Sizes and positions are in pixels.
 
-    The part ``box`` (left, top, right, bottom; fractions of a pixel count) of the image, resized
-    to ``size`` (width, height), goes to ``at`` (left, top) in the model's picture. What it does not
-    cover is filled. The same part, looked at otherwise: what lies from ``corner`` (left, top) on in
-    the whole image resized to ``whole`` (width, height).
+    There are two equivalent descriptions. The ``box`` of the image is resized to ``size``, and put
+    at ``offset`` into the picture; the rest of the picture is padding. Or the whole image is
+    resized to ``resized_size``, and ``size`` is cropped from it at ``crop_offset``.
+
+    Attributes:
+        box: Left, top, right and bottom in the image. May lie between pixels.
+        size: Width and height of the visible part in the picture.
+        offset: Left and top of the visible part in the picture.
+        resized_size: Width and height of the whole image after the resize.
+        crop_offset: Left and top of the visible part in the resized image.
     """
 
     box: tuple[float, float, float, float]
     size: tuple[int, int]
-    at: tuple[int, int]
-    whole: tuple[int, int]
-    corner: tuple[int, int]
+    offset: tuple[int, int]
+    resized_size: tuple[int, int]
+    crop_offset: tuple[int, int]
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """The evaluation transform of one model: resize, centre crop or pad, normalise.
+    """Evaluation transform of one model: resize, center crop or pad, normalize.
 
     Attributes:
-        input_size: (height, width) that the model takes.
+        input_size: (height, width) of the model's input in pixels.
         resize: ``shortest`` scales the shorter edge to ``resize_size[0]`` (torchvision's
-            ``Resize(int)``); ``cover`` and ``contain`` keep the ratio and fill or fit
-            ``resize_size`` (timm's ``ResizeKeepRatio``); ``squash`` gives it up.
+            ``Resize(int)``). ``cover`` and ``contain`` keep the aspect ratio, and cover
+            ``resize_size`` or fit into it (timm's ``ResizeKeepRatio``). ``squash`` ignores it.
         resize_size: (height, width) before the crop.
-        interpolation: Pillow's name of the filter, in lower case.
-        mean, std: of each RGB channel, for pixels scaled to 0..1.
-        fill: RGB, 0..255, of what the image does not cover.
+        interpolation: Name of the filter in Pillow, in lower case.
+        mean: Mean of each RGB channel, for pixels scaled to 0..1.
+        std: Standard deviation of each RGB channel, for pixels scaled to 0..1.
+        fill: RGB color of the padding, 0..255.
+
+    Raises:
+        UsageError: A value is out of range.
     """
 
     input_size: tuple[int, int]
@@ -102,7 +114,7 @@ class Preprocess:
                     f"{name}: got {size!r}, expected (height, width) in pixels, both positive"
                 )
         for name, values in (("mean", self.mean), ("std", self.std), ("fill", self.fill)):
-            if not _is_colour(values):
+            if not _is_color(values):
                 raise UsageError(f"{name}: got {values!r}, expected three numbers (R, G, B)")
         if min(self.std) <= 0:
             raise UsageError(f"std: got {self.std}, expected positive numbers")
@@ -118,19 +130,21 @@ class Preprocess:
         mean: tuple[float, float, float] = IMAGENET_MEAN,
         std: tuple[float, float, float] = IMAGENET_STD,
     ) -> Preprocess:
-        """The usual evaluation transform, with timm's arithmetic (``timm.data.create_transform``).
+        """Return the usual evaluation transform, as ``timm.data.create_transform`` computes it.
 
         >>> Preprocess.standard(224).resize_size
         (256, 256)
 
         Args:
-            image_size: of the model's input, in pixels; one number for a square, or
-                (height, width).
-
-        The other arguments are those of :class:`PixelChanges`.
+            image_size: Model's input in pixels: one number for a square, or (height, width).
+            crop_pct: Fraction of the resized image that the center crop keeps along each edge.
+            fit: ``crop``, ``pad`` or ``squash``; see :class:`PixelChanges`.
+            interpolation: Name of the filter in Pillow, in lower case.
+            mean: Mean of each RGB channel, for pixels scaled to 0..1.
+            std: Standard deviation of each RGB channel, for pixels scaled to 0..1.
 
         Raises:
-            UsageError: a number out of its range, or a name that is none of those above.
+            UsageError: A value is out of range, or a name is unknown.
         """
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if not _is_size(size):
@@ -142,9 +156,9 @@ class Preprocess:
             raise UsageError(f"fit: got {fit!r}, expected one of {FITS}")
         if not (isinstance(crop_pct, (int, float, Fraction)) and 0 < crop_pct <= MAX_CROP_PCT):
             raise UsageError(
-                f"crop_pct: got {crop_pct!r}, expected a share above 0, at most {MAX_CROP_PCT}"
+                f"crop_pct: got {crop_pct!r}, expected a fraction above 0, at most {MAX_CROP_PCT}"
             )
-        if not _is_colour(mean):  # before the colour of the edges is worked out from it
+        if not _is_color(mean):  # before the color of the padding is computed from it
             raise UsageError(f"mean: got {mean!r}, expected three numbers (R, G, B)")
         height, width = (math.floor(edge / crop_pct) for edge in size)
         resize, fill = "shortest" if height == width else "cover", (0, 0, 0)
@@ -158,12 +172,13 @@ class Preprocess:
     def changed(
         self, changes: PixelChanges, *, crop_pct: float | Fraction | None = None
     ) -> Preprocess:
-        """The same transform but for ``changes``.
+        """Return this transform with some values changed.
 
         Args:
-            crop_pct: that the transform was made with; by default the ratio of its sizes.
+            changes: Values to change.
+            crop_pct: Fraction that the transform was made with; by default the ratio of its sizes.
         """
-        same = replace(
+        recolored = replace(
             self,
             interpolation=changes.interpolation or self.interpolation,
             mean=changes.mean or self.mean,
@@ -172,25 +187,25 @@ class Preprocess:
         own_fit = {"squash": "squash", "contain": "pad"}.get(self.resize, "crop")
         refit = changes.image_size or changes.crop_pct or changes.fit
         if not refit and not (changes.mean and own_fit == "pad"):
-            return same
+            return recolored
         return Preprocess.standard(
             changes.image_size or self.input_size,
             crop_pct=changes.crop_pct
             or crop_pct
             or min(Fraction(2), Fraction(self.input_size[0], self.resize_size[0])),
             fit=changes.fit or own_fit,
-            interpolation=same.interpolation,
-            mean=same.mean,
-            std=same.std,
+            interpolation=recolored.interpolation,
+            mean=recolored.mean,
+            std=recolored.std,
         )
 
     @property
-    def picture(self) -> tuple[object, ...]:
-        """All that the uint8 picture depends on: equal for two models, one decoding serves both."""
+    def picture_key(self) -> tuple[object, ...]:
+        """Values that the uint8 picture depends on. Models with equal keys share their pictures."""
         return self.input_size, self.resize, self.resize_size, self.interpolation, self.fill
 
-    def resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of a whole image after the resize, before the crop."""
+    def resized_size(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) of an image after the resize, before the crop."""
         to_height, to_width = self.resize_size
         if self.resize == "squash":
             return to_width, to_height
@@ -203,33 +218,33 @@ class Preprocess:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def geometry(self, width: int, height: int) -> Geometry:
-        """Where the model's picture lies in an image of ``width`` x ``height`` pixels.
+        """Return the position of the model's picture in an image of ``width`` x ``height`` pixels.
 
         >>> p = Preprocess((224, 224), "shortest", (256, 256), "bilinear", (0,) * 3, (1,) * 3)
         >>> p.geometry(512, 256).box, p.geometry(512, 256).size
         ((144.0, 16.0, 368.0, 240.0), (224, 224))
         """
-        resized_width, resized_height = self.resized(width, height)
-        left, kept_width, at_left = _crop_or_pad(resized_width, self.input_size[1])
-        top, kept_height, at_top = _crop_or_pad(resized_height, self.input_size[0])
+        resized_width, resized_height = self.resized_size(width, height)
+        left, kept_width, offset_left = _crop_or_pad(resized_width, self.input_size[1])
+        top, kept_height, offset_top = _crop_or_pad(resized_height, self.input_size[0])
         x, y = width / resized_width, height / resized_height
-        right = min((left + kept_width) * x, width)  # rounding must not lead out of the image
+        right = min((left + kept_width) * x, width)  # rounding must not leave the image
         bottom = min((top + kept_height) * y, height)
         return Geometry(
             box=(left * x, top * y, right, bottom),
             size=(kept_width, kept_height),
-            at=(at_left, at_top),
-            whole=(resized_width, resized_height),
-            corner=(left, top),
+            offset=(offset_left, offset_top),
+            resized_size=(resized_width, resized_height),
+            crop_offset=(left, top),
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as JSON types, for the manifest."""
+        """Return the values as JSON types, for the manifest."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
 def _is_size(value: object) -> bool:
-    """Whether it is (height, width), as whole positive numbers."""
+    """Return whether a value is (height, width), two positive integers."""
     return (
         isinstance(value, (tuple, list))
         and len(value) == 2
@@ -237,8 +252,8 @@ def _is_size(value: object) -> bool:
     )
 
 
-def _is_colour(value: object) -> bool:
-    """Whether it is one finite number for each of R, G and B."""
+def _is_color(value: object) -> bool:
+    """Return whether a value is three finite numbers: R, G and B."""
     return (
         isinstance(value, (tuple, list))
         and len(value) == 3
@@ -246,11 +261,11 @@ def _is_colour(value: object) -> bool:
     )
 
 
-def _crop_or_pad(length: int, wanted: int) -> tuple[int, int, int]:
-    """(first pixel kept, pixels kept, place of the first) along one axis, centred.
+def _crop_or_pad(length: int, target: int) -> tuple[int, int, int]:
+    """Center one axis; return the first pixel kept, the number of pixels kept, and their offset.
 
-    Rounds as torchvision's ``center_crop`` does, half to even for a crop and down for a pad.
+    Rounds as torchvision's ``center_crop``: half to even for a crop, down for a pad.
     """
-    if length >= wanted:
-        return round((length - wanted) / 2), wanted, 0
-    return 0, length, (wanted - length) // 2
+    if length >= target:
+        return round((length - target) / 2), target, 0
+    return 0, length, (target - length) // 2

@@ -331,9 +331,9 @@ def test_an_image_size_that_is_none_is_refused(size: Any) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"crop_pct": 0}, r"crop_pct: got 0, expected a share above 0, at most 2\.0"),
-        ({"crop_pct": "x"}, r"crop_pct: got 'x', expected a share"),
-        ({"crop_pct": math.nan}, r"crop_pct: got nan, expected a share"),
+        ({"crop_pct": 0}, r"crop_pct: got 0, expected a fraction above 0, at most 2\.0"),
+        ({"crop_pct": "x"}, r"crop_pct: got 'x', expected a fraction"),
+        ({"crop_pct": math.nan}, r"crop_pct: got nan, expected a fraction"),
         ({"fit": "x"}, r"fit: got 'x', expected one of .*'crop'"),
         ({"interpolation": 3}, r"interpolation: got 3, expected one of .*'bicubic'"),
         ({"mean": 0.5, "fit": "pad"}, r"mean: got 0\.5, expected three numbers"),

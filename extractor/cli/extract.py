@@ -351,7 +351,7 @@ def _compute(
         spin_briefly()  # before torch is imported, which the next lines do
         with freeze_imports():
             from extractor import api as pipeline
-            from extractor.images.decode import allow_pixels
+            from extractor.images.budget import allow_pixels
 
         allow_pixels(options.max_pixels)
 

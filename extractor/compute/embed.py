@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from extractor.errors import UsageError
-from extractor.images.decode import Failure, ImageInfo
+from extractor.images.types import Failure, ImageInfo
 from extractor.loading.loader import Batch
 from extractor.loading.nvjpeg import DeviceDecoder
 from extractor.models.backbone import Backbone
@@ -55,7 +55,7 @@ def pictures_of(specs: Sequence[EmbeddingSpec]) -> list[Preprocess]:
     every = (backbone.preprocess for spec in specs for backbone in spec.backbones)
     pictures: dict[object, Preprocess] = {}
     for preprocess in every:
-        pictures.setdefault(preprocess.picture, preprocess)
+        pictures.setdefault(preprocess.picture_key, preprocess)
     return list(pictures.values())
 
 
@@ -143,8 +143,8 @@ class _Step:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
         (self.device,) = devices
         self._part = 0  # images at a time where the device takes no whole batch
-        places = {one.picture: place for place, one in enumerate(pictures_of(specs))}
-        self._picture = [places[backbone.preprocess.picture] for backbone in self._backbones]
+        places = {one.picture_key: place for place, one in enumerate(pictures_of(specs))}
+        self._picture = [places[backbone.preprocess.picture_key] for backbone in self._backbones]
         self._normalise = [Normalise(backbone) for backbone in self._backbones]
 
     def in_parts(self, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.compute.embed import Embedded, embed
-from extractor.images.decode import ImageInfo, ImageSource
+from extractor.images.types import ImageInfo, ImageSource
 from extractor.loading.loader import BatchLoader
 from extractor.models.embedding import EmbeddingSpec
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import IO, TypeAlias
 
 from extractor.errors import SourceError
-from extractor.images.decode import looks_like_image, readable_suffixes
+from extractor.images.formats import looks_like_image, readable_suffixes
 
 __all__ = ["ImageList", "Input", "list_images", "read_list"]
 

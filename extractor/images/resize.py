@@ -1,6 +1,6 @@
-"""The filter that makes pictures smaller: torch's, on bytes, which uses the processor's vectors.
+"""Fast downscaling with torch's filter, which works on bytes with the vector unit of the CPU.
 
-The same convolution as Pillow's, with the same fixed-point weights, at a quarter of its time.
+It is the same convolution as Pillow's, with the same fixed-point weights, in a quarter of the time.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["FILTERS", "is_fast", "resize"]
 
-FILTERS = ("bilinear", "bicubic")  # that torch has; with antialias, as Pillow always does it
+FILTERS = ("bilinear", "bicubic")  # filters of torch with antialiasing, which Pillow always applies
 
-PYBUF_WRITE = 0x200  # of memory that may be written to, memoryobject.h
+PYBUF_WRITE = 0x200  # flag for writable memory, memoryobject.h
 
 
 def is_fast() -> bool:
-    """Whether the filter has vectors for this processor: else it takes longer than Pillow's.
+    """Return whether torch's filter is faster than Pillow's on this CPU.
 
-    It has them for AVX2 alone (torch 2.11 to 2.15). Without them it took 4.2 ms for a photo where
-    Pillow took 1.6, and would start threads of its own in every thread that decodes.
+    Only its AVX2 version is vectorized (torch 2.11 to 2.15). Without it a photo took 4.2 ms instead
+    of 1.6 ms with Pillow, and every decoding thread would start threads of its own.
     """
     from extractor.system.cpu import has_avx2
 
@@ -35,61 +35,61 @@ def is_fast() -> bool:
 
 
 def resize(
-    rgb: Image.Image, size: tuple[int, int], shares: tuple[float, float], interpolation: str
+    rgb: Image.Image, size: tuple[int, int], scale: tuple[float, float], interpolation: str
 ) -> npt.NDArray[np.uint8]:
-    """Resize a picture.
+    """Resize an image with antialiasing.
 
     Args:
-        rgb: in mode RGB.
-        size: (width, height) of what comes of it.
-        shares: pixels of ``rgb`` that go into one, along its width and its height.
-        interpolation: one of :data:`FILTERS`.
+        rgb: Image in mode RGB.
+        size: (width, height) of the result.
+        scale: Pixels of ``rgb`` per pixel of the result, along the width and the height.
+        interpolation: One of :data:`FILTERS`.
 
     Returns:
-        ``(height, width, 3)`` uint8.
+        ``(height, width, 3)`` uint8, RGB.
 
     Raises:
-        MemoryError: there is none for it.
+        MemoryError: There is not enough memory.
     """
-    import torch  # here: what only looks at files must not wait for it
+    import torch  # here, because programs that only list files must not wait for it
 
-    across, down = shares
+    scale_x, scale_y = scale
     filter_ = getattr(torch.ops.aten, f"_upsample_{interpolation}2d_aa")
-    pixels, memory = _pixels(rgb)
-    # Channels last in, channels last out: the way that is vectorised.
+    pixels, owner = _as_tensor(rgb)
+    # Channels last in and out: only this layout is vectorized.
     try:
-        resized = filter_(pixels.permute(0, 3, 1, 2), size[::-1], False, 1 / down, 1 / across)
+        resized = filter_(pixels.permute(0, 3, 1, 2), size[::-1], False, 1 / scale_y, 1 / scale_x)
     except RuntimeError as error:
         if "allocate memory" in str(error):
             raise MemoryError from error
         raise
-    del memory  # until now it was read
+    del owner  # its memory was read until here
     picture: npt.NDArray[np.uint8] = resized.numpy()[0, :3].transpose(1, 2, 0)
     return picture
 
 
-def _pixels(rgb: Image.Image) -> tuple[torch.Tensor, object]:
-    """``(1, H, W, C)`` uint8 whose first three channels are the image, and what owns its memory.
+def _as_tensor(rgb: Image.Image) -> tuple[torch.Tensor, object]:
+    """Return ``(1, H, W, C)`` uint8, whose first three channels are RGB, and the memory's owner.
 
-    That is Pillow's own, of four bytes a pixel, where it lies in one piece; else a copy.
+    The memory is Pillow's own, with four bytes per pixel, if it is contiguous. Else it is a copy.
     """
     import torch
 
-    found = _memory_of(rgb)
+    contiguous = _memory_of(rgb)
     owner: Any
-    if found is not None:
-        (address, owner), channels = found, 4
+    if contiguous is not None:
+        (address, owner), channels = contiguous, 4
     else:
         owner = np.asarray(rgb)
         address, channels = owner.ctypes.data, 3
     shape = (1, rgb.height, rgb.width, channels)
-    # As if it could be written to, since torch warns of what cannot; here it is only read.
+    # Declared writable, because torch warns about read-only memory. It is only read.
     memory = _memory_at(address, math.prod(shape), PYBUF_WRITE)
     return torch.frombuffer(memory, dtype=torch.uint8).view(shape), owner
 
 
 class _ArrowArray(ctypes.Structure):
-    """Of the Arrow C data interface, https://arrow.apache.org/docs/format/CDataInterface.html."""
+    """Arrow C data interface, https://arrow.apache.org/docs/format/CDataInterface.html."""
 
 
 _ArrowArray._fields_ = [
@@ -105,7 +105,7 @@ _ArrowArray._fields_ = [
     ("private_data", ctypes.c_void_p),
 ]
 
-# Not an array of ctypes, which would be a new type for every number of pixels.
+# A ctypes array would define a new type for every number of pixels.
 _memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
     ("PyMemoryView_FromMemory", ctypes.pythonapi)
 )
@@ -116,16 +116,16 @@ _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char
 
 
 def _memory_of(rgb: Image.Image) -> tuple[int, object] | None:
-    """(address, owner) of an image's memory, where Pillow gives it away as one piece."""
-    if rgb.readonly:  # mapped from a file, or of someone else
+    """Return address and owner of an image's memory, or None if it is not contiguous."""
+    if rgb.readonly:  # mapped from a file, or owned by another object
         return None
     try:
         owner = rgb.__arrow_c_array__()
         array = _ArrowArray.from_address(_pointer_of(owner[1], b"arrow_array"))
         values = array.children[0].contents
         address = values.buffers[1]
-    except Exception:  # it lies in several pieces, or this Pillow does it in another way
+    except Exception:  # several blocks, or a Pillow that lays out images in another way
         return None
-    pixels = rgb.width * rgb.height
-    whole = (array.length, array.offset, values.length, values.offset) == (pixels, 0, 4 * pixels, 0)
-    return (address, owner) if whole and address else None
+    count = rgb.width * rgb.height
+    layout = (array.length, array.offset, values.length, values.offset)
+    return (address, owner) if layout == (count, 0, 4 * count, 0) and address else None

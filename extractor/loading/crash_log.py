@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import DecodeError
-from extractor.images.decode import ImageInfo, PixelBudget, allow_pixels, decode_into
+from extractor.images.budget import PixelBudget, allow_pixels
+from extractor.images.decode import decode_into
+from extractor.images.types import ImageInfo
 from extractor.options import DECODE
 from extractor.preprocess import Preprocess
 from extractor.store.publish import explained

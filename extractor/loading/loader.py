@@ -15,18 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import DecodeError, SourceError
-from extractor.images.decode import (
-    READ_WHOLE_BYTES,
-    EncodedJpeg,
-    Failure,
-    ImageInfo,
-    ImageSource,
-    PixelBudget,
-    ReadFile,
-    decode_into,
-    plain_jpeg,
-    read_file,
-)
+from extractor.images.budget import PixelBudget
+from extractor.images.decode import decode_into
+from extractor.images.files import READ_WHOLE_BYTES, read_file
+from extractor.images.jpeg import plain_jpeg
+from extractor.images.types import EncodedJpeg, Failure, ImageInfo, ImageSource, ReadFile
 from extractor.loading.crash_log import InFlight, decode_apart
 from extractor.options import Options
 from extractor.system.timing import Timer

@@ -18,8 +18,11 @@ import numpy.typing as npt
 import torch
 
 from extractor.errors import DecodeError
-from extractor.images.decode import EncodedJpeg, Failure, PixelBudget, decode_into
-from extractor.images.render import Stored, whole_and_seen
+from extractor.images.budget import PixelBudget
+from extractor.images.decode import decode_into
+from extractor.images.orientation import flipped_axes
+from extractor.images.render import resize_and_crop_box
+from extractor.images.types import EncodedJpeg, Failure, StoredLayout
 from extractor.loading.crash_log import InFlight
 from extractor.loading.loader import Batch
 from extractor.preprocess import Preprocess
@@ -99,9 +102,9 @@ class DeviceDecoder:
         """Which images were drawn: of those that the device decoded, all, or none at all."""
         decoded = self._decoded(images)
         drawn: set[int] = set()
-        alike: dict[Stored, list[int]] = {}
+        alike: dict[StoredLayout, list[int]] = {}
         for position in decoded:
-            alike.setdefault(images[position].stored, []).append(position)
+            alike.setdefault(images[position].layout, []).append(position)
         for stored, positions in alike.items():
             try:
                 group = torch.stack([decoded.pop(position) for position in positions])
@@ -133,7 +136,7 @@ class DeviceDecoder:
                 for position, one in encoded.items():
                     with suppress(RuntimeError):
                         (found[position],) = self._decode([one])
-        shapes = {place: (3, one.stored.height, one.stored.width) for place, one in images.items()}
+        shapes = {place: (3, one.layout.height, one.layout.width) for place, one in images.items()}
         return {place: image for place, image in found.items() if image.shape == shapes[place]}
 
     @contextmanager
@@ -205,7 +208,7 @@ def _together(images: Mapping[int, EncodedJpeg]) -> Iterator[list[int]]:
     part: list[int] = []
     pixels = 0
     for position, image in images.items():
-        more = image.stored.width * image.stored.height
+        more = image.layout.width * image.layout.height
         if part and (pixels + more > PIXELS_TOGETHER or len(part) == IMAGES_TOGETHER):
             yield part
             part, pixels = [], 0
@@ -215,7 +218,7 @@ def _together(images: Mapping[int, EncodedJpeg]) -> Iterator[list[int]]:
         yield part
 
 
-def draw_all(images: torch.Tensor, preprocess: Preprocess, stored: Stored) -> torch.Tensor:
+def draw_all(images: torch.Tensor, preprocess: Preprocess, stored: StoredLayout) -> torch.Tensor:
     """Draw the picture of one model, of several images that are stored alike.
 
     Args:
@@ -225,13 +228,13 @@ def draw_all(images: torch.Tensor, preprocess: Preprocess, stored: Stored) -> to
         ``(N, height, width, 3)`` uint8 of the model's input.
     """
     geometry = preprocess.geometry(*stored.upright)
-    (across, down), (x0, y0, x1, y1) = whole_and_seen(geometry, stored.orientation)
+    (across, down), (x0, y0, x1, y1) = resize_and_crop_box(geometry, stored.orientation)
     shares = stored.width / across, stored.height / down
     filter_ = getattr(torch.ops.aten, f"_upsample_{preprocess.interpolation}2d_aa")
     resized = filter_(images.float(), (down, across), False, 1 / shares[1], 1 / shares[0])
     seen = resized[:, :, y0:y1, x0:x1].round_().clamp_(0, 255).to(torch.uint8)
     rows = _upright(seen.permute(0, 2, 3, 1), stored.orientation)
-    left, top = geometry.at
+    left, top = geometry.offset
     width, height = geometry.size
     if (height, width) == preprocess.input_size:
         return rows
@@ -245,7 +248,5 @@ def _upright(rows: torch.Tensor, orientation: int) -> torch.Tensor:
     """``(N, H, W, 3)`` pictures turned as their orientation says."""
     if orientation >= 5:
         rows = rows.transpose(1, 2)
-    axes = [
-        axis for axis, turned in ((2, (2, 3, 6, 7)), (1, (3, 4, 7, 8))) if orientation in turned
-    ]
+    axes = [axis for axis, is_flipped in enumerate(flipped_axes(orientation), 1) if is_flipped]
     return rows.flip(axes) if axes else rows

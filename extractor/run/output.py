@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extractor.images.decode import Failure, ImageInfo
 from extractor.images.listing import ImageList, show
+from extractor.images.types import Failure, ImageInfo
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport

@@ -11,7 +11,7 @@ import numpy as np
 
 from extractor.compute.embed import embed, pictures_of
 from extractor.errors import StoreError
-from extractor.images.decode import Failure
+from extractor.images.types import Failure
 from extractor.loading.loader import BatchLoader
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from extractor.errors import DecodeError
-from extractor.images.decode import digest_of, open_regular
+from extractor.images.files import digest_of, open_regular
 from extractor.images.listing import ImageList
 from extractor.store.plan import Current
 

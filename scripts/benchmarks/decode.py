@@ -23,7 +23,8 @@ import PIL
 from PIL import Image
 
 from extractor.errors import DecodeError
-from extractor.images.decode import allow_pixels, decode_into
+from extractor.images.budget import allow_pixels
+from extractor.images.decode import decode_into
 from extractor.images.listing import list_images
 from extractor.options import MAX_PIXELS
 from extractor.preprocess import INTERPOLATIONS, Preprocess
@@ -50,7 +51,7 @@ def main() -> None:
         made = {how: np.empty((*preprocess.input_size, 3), np.uint8) for how in WAYS}
         try:
             for how, out in made.items():
-                decode_into(path, [preprocess], [out], how=how)
+                decode_into(path, [preprocess], [out], decode_mode=how)
         except DecodeError as error:
             print(f"left out: {os.fsdecode(path)}: {error}")
             continue
@@ -86,7 +87,7 @@ def _ours(preprocess: Preprocess, how: str) -> Callable[[bytes], None]:
     out = np.empty((*preprocess.input_size, 3), np.uint8)
 
     def way(path: bytes) -> None:
-        decode_into(path, [preprocess], [out], how=how)
+        decode_into(path, [preprocess], [out], decode_mode=how)
 
     return way
 
@@ -112,7 +113,7 @@ def _common(preprocess: Preprocess) -> Callable[[bytes], None]:
     def way(path: bytes) -> None:
         with Image.open(os.fsdecode(path)) as image:
             rgb = image.convert("RGB")
-        resized = rgb.resize(preprocess.resized(*rgb.size), resample)
+        resized = rgb.resize(preprocess.resized_size(*rgb.size), resample)
         left, top = (resized.width - width) // 2, (resized.height - height) // 2
         np.asarray(resized.crop((left, top, left + width, top + height)))
 

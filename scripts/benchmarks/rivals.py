@@ -155,8 +155,8 @@ def measure_model(task: Task) -> Figures:
 
 def _inputs(task: Task, backbone: Backbone) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Full batches in the device's memory, and which of their rows are images."""
-    from extractor.images.decode import ImageInfo
     from extractor.images.listing import list_images
+    from extractor.images.types import ImageInfo
 
     images = list_images(task.images)
     preprocess, device = backbone.preprocess, backbone.device

@@ -17,7 +17,7 @@ import time
 from typing import IO
 
 from extractor import Preprocess
-from extractor.images import decode
+from extractor.images import files
 from extractor.images.listing import ImageList, list_images
 from extractor.loading import loader
 from extractor.system.cpu import available_cores
@@ -33,7 +33,7 @@ def rate(images: ImageList, count: int, readers: int, delay: float) -> float:
         readers: threads that may read ahead.
         delay: seconds until a file is open.
     """
-    opened = decode.open_regular
+    opened = files.open_regular
 
     def slow(path: str | bytes | os.PathLike[str]) -> IO[bytes]:
         time.sleep(delay)
@@ -42,7 +42,7 @@ def rate(images: ImageList, count: int, readers: int, delay: float) -> float:
     places = itertools.islice(itertools.cycle(range(len(images))), count)
     paths = [images.full_path(place) for place in places]
     plan = (paths[start : start + BATCH] for start in range(0, count, BATCH))
-    decode.open_regular, loader.MAX_READERS = slow, readers
+    files.open_regular, loader.MAX_READERS = slow, readers
     try:
         begun = time.perf_counter()
         with loader.BatchLoader(
@@ -52,7 +52,7 @@ def rate(images: ImageList, count: int, readers: int, delay: float) -> float:
                 batch.release()
         return count / (time.perf_counter() - begun)
     finally:
-        decode.open_regular = opened
+        files.open_regular = opened
 
 
 def main() -> None:

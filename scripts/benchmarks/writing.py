@@ -24,7 +24,7 @@ from extractor.system.process_tuning import freeze_imports, keep_freed_memory, s
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from extractor.images.decode import Failure, ImageInfo
+    from extractor.images.types import Failure, ImageInfo
     from extractor.run.output import Filling
 
 

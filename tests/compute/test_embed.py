@@ -12,7 +12,7 @@ from torch import nn
 from extractor import load_backbone
 from extractor.compute.embed import Normalise, embed
 from extractor.errors import DeviceError
-from extractor.images.decode import ImageSource
+from extractor.images.types import ImageSource
 from extractor.loading.loader import Batch, BatchLoader
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec

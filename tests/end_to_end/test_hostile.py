@@ -28,16 +28,12 @@ from support.pictures import colour
 from extractor import FeatureStore, extract
 from extractor.errors import InterruptedRunError, SourceError
 from extractor.images import decode as decode_module
-from extractor.images.decode import (
-    Failure,
-    ImageInfo,
-    ImageSource,
-    PixelBudget,
-    ReadFile,
-    decode_into,
-    read_file,
-)
+from extractor.images import files as files_module
+from extractor.images.budget import PixelBudget
+from extractor.images.decode import decode_into
+from extractor.images.files import read_file
 from extractor.images.listing import list_images
+from extractor.images.types import Failure, ImageInfo, ImageSource, ReadFile
 from extractor.loading.loader import MAX_ABANDONED, BatchLoader
 from extractor.models import embedding
 from extractor.options import Options
@@ -262,7 +258,7 @@ def test_an_image_that_hangs_does_not_starve_the_others(hanging: Callable[..., H
 def test_images_wait_for_each_other_and_all_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     lock, now, most = threading.Lock(), 0, 0
 
-    class Counted(decode_module.Image.Image):  # type: ignore[misc]
+    class Counted(Image.Image):  # type: ignore[misc]
         def load(self) -> Any:
             nonlocal now, most
             with lock:
@@ -650,8 +646,8 @@ def test_a_file_that_shrinks_while_it_is_read_fails(
         if path.stem == "1":
             os.truncate(path, path.stat().st_size // 2)
 
-    monkeypatch.setattr(decode_module, "READ_WHOLE_BYTES", read_whole_bytes)
-    monkeypatch.setattr(decode_module, "open_regular", Changing)
+    monkeypatch.setattr(files_module, "READ_WHOLE_BYTES", read_whole_bytes)
+    monkeypatch.setattr(files_module, "open_regular", Changing)
     monkeypatch.setattr(Changing, "change", staticmethod(halve), raising=False)
     report = extract(tmp_path / "images", "mean", tmp_path / "out")
     assert failures_of(report.store).keys() == {f"1.{kind.lower()}"}
@@ -668,7 +664,7 @@ def test_a_file_that_grows_while_it_is_read_is_computed_again_by_the_next_run(
                 file.write(b"more")
 
     with monkeypatch.context() as patched:
-        patched.setattr(decode_module, "open_regular", Changing)
+        patched.setattr(files_module, "open_regular", Changing)
         patched.setattr(Changing, "change", staticmethod(grow), raising=False)
         check_rows(extract(photos, "mean", tmp_path / "out").store, range(11))
     report = extract(photos, "mean", tmp_path / "out")
@@ -701,8 +697,8 @@ def ico_file(png: bytes) -> bytes:
 PEAK = """
 import sys, warnings
 from pathlib import Path
-from extractor.decode import allow_pixels
-from extractor.loader import BatchLoader
+from extractor.images.budget import allow_pixels
+from extractor.loading.loader import BatchLoader
 from extractor.preprocess import Preprocess
 
 def peak():

@@ -21,7 +21,7 @@ from extractor.cli import main as cli
 from extractor.compute.embed import pictures_of
 from extractor.errors import ModelError, SourceError, StoreError, UsageError
 from extractor.images import decode
-from extractor.images.decode import ImageInfo
+from extractor.images.types import ImageInfo
 from extractor.loading import loader
 from extractor.models import embedding
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec

@@ -22,8 +22,10 @@ from timm.data import create_transform
 from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 
 from extractor.errors import DecodeError
-from extractor.images import decode
-from extractor.images.decode import EncodedImage, ImageInfo, ImageSource
+from extractor.images import decode, files
+from extractor.images.formats import looks_like_image, readable_suffixes
+from extractor.images.jpeg import JPEG_END
+from extractor.images.types import EncodedImage, ImageInfo, ImageSource
 from extractor.models import from_timm
 from extractor.preprocess import Preprocess
 
@@ -42,7 +44,7 @@ def whole(width: int, height: int) -> Preprocess:
     return Preprocess((height, width), "squash", (height, width), "bilinear", MEAN, STD)
 
 
-def pixels(source: decode.ImageSource, width: int, height: int) -> Pixels:
+def pixels(source: ImageSource, width: int, height: int) -> Pixels:
     """The image as it is, where ``width`` and ``height`` are its own."""
     out = np.full((height, width, 3), 201, np.uint8)
     info = decode_into(source, whole(width, height), out)
@@ -68,7 +70,7 @@ def test_a_jpeg_without_its_end_is_read_though_something_else_follows(
     tmp_path: Path, scale: int
 ) -> None:
     content = encoded(photo(400 * scale, 300 * scale), "JPEG", quality=90)
-    assert content.endswith(decode.JPEG_END)
+    assert content.endswith(JPEG_END)
     noise = np.random.default_rng(0).integers(0, 256, 2**16, np.uint8).tobytes()
     path = tmp_path / "a.jpg"
     path.write_bytes(content[:-2] + bytes(2**16) + noise)
@@ -84,7 +86,7 @@ def furthest(one: npt.ArrayLike, other: npt.ArrayLike) -> int:
     return int(np.abs(np.asarray(one, np.int64) - np.asarray(other, np.int64)).max())
 
 
-def reason(source: decode.ImageSource) -> str:
+def reason(source: ImageSource) -> str:
     """Why a source cannot be decoded."""
     with pytest.raises(DecodeError, match=r".") as caught:
         decode_into(source, whole(8, 8), np.zeros((8, 8, 3), np.uint8))
@@ -491,7 +493,7 @@ class TestSources:
         path = tmp_path / "a"
         path.write_bytes(encoded(Image.fromarray(self.RGB), kind))
         expected = pixels(path, 20, 12)
-        monkeypatch.setattr(decode, "READ_WHOLE_BYTES", 0)
+        monkeypatch.setattr(files, "READ_WHOLE_BYTES", 0)
         assert np.array_equal(pixels(path, 20, 12), expected)
 
     def test_a_tall_view_of_a_batch_is_written_in_place(self) -> None:
@@ -764,23 +766,22 @@ class TestFailures:
 class TestFormats:
     def test_common_endings_are_readable(self) -> None:
         common = {".jpg", ".jpeg", ".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".mpo", ".ppm"}
-        assert common <= decode.readable_suffixes()
+        assert common <= readable_suffixes()
 
     def test_endings_of_formats_that_are_not_decoded_are_not(self) -> None:
         refused = {".eps", ".ps", ".wmf", ".emf", ".mpg", ".mpeg", ".h5", ".hdf", ".grib", ".pdf"}
-        assert not refused & decode.readable_suffixes()
+        assert not refused & readable_suffixes()
 
     def test_endings_are_in_lower_case_with_a_dot(self) -> None:
         assert all(
-            suffix == suffix.lower() and suffix.startswith(".")
-            for suffix in decode.readable_suffixes()
+            suffix == suffix.lower() and suffix.startswith(".") for suffix in readable_suffixes()
         )
 
     @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO"])
     def test_images_look_like_images_whatever_their_name(self, tmp_path: Path, kind: str) -> None:
         path = tmp_path / "a.txt"
         path.write_bytes(encoded(photo(16, 16), kind))
-        assert decode.looks_like_image(os.fsencode(path))
+        assert looks_like_image(os.fsencode(path))
 
     def test_what_can_be_written_can_be_read(self) -> None:
         kinds = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000"]
@@ -797,7 +798,7 @@ class TestFormats:
         (tmp_path / "a.eps").write_bytes(encoded(photo(16, 16), "EPS"))
         os.mkfifo(tmp_path / "pipe.jpg")
         for name in ("text.jpg", "empty.jpg", "a.eps", "pipe.jpg", "gone.jpg", "."):
-            assert not decode.looks_like_image(os.fsencode(tmp_path / name)), name
+            assert not looks_like_image(os.fsencode(tmp_path / name)), name
 
 
 class TestCallers:

@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from PIL import Image, features
 
 from extractor.errors import DecodeError
-from extractor.images.decode import EncodedImage, ImageInfo, PixelBudget, allow_pixels, decode_into
+from extractor.images.budget import PixelBudget, allow_pixels
+from extractor.images.decode import decode_into
+from extractor.images.types import EncodedImage, ImageInfo
 from extractor.preprocess import Preprocess
 
 PIL_MAJOR = int(PIL.__version__.partition(".")[0])

@@ -12,7 +12,8 @@ from PIL import Image, ImageFilter
 
 from extractor import extract
 from extractor.errors import StoreError, UsageError
-from extractor.images.decode import EncodedImage, ImageInfo, decode_into
+from extractor.images.decode import decode_into
+from extractor.images.types import EncodedImage, ImageInfo
 from extractor.preprocess import Preprocess
 
 
@@ -39,7 +40,7 @@ def both(
 ) -> tuple[np.ndarray, np.ndarray, ImageInfo, ImageInfo]:
     outs = [np.empty((*preprocess.input_size, 3), np.uint8) for _ in range(2)]
     infos = [
-        decode_into(source, [preprocess], [out], how=how)
+        decode_into(source, [preprocess], [out], decode_mode=how)
         for out, how in zip(outs, ("scaled", "exact"), strict=True)
     ]
     return outs[0].astype(int), outs[1].astype(int), infos[0], infos[1]

@@ -17,7 +17,8 @@ from support.hostile_decoder import hostile_python, write_hostile
 from support.pictures import noise
 
 from extractor.errors import DecodeError
-from extractor.images.decode import ImageInfo, decode_into
+from extractor.images.decode import decode_into
+from extractor.images.types import ImageInfo
 from extractor.loading import crash_log as isolation
 from extractor.loading.crash_log import SLOT_BYTES, InFlight, decode_apart
 from extractor.preprocess import Preprocess

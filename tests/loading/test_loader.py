@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from extractor.images.decode import EncodedImage, Failure, ImageInfo, ImageSource
+from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.loading.loader import BUFFERS, MORE_BUFFERS, BatchLoader
 from extractor.preprocess import Preprocess
 

@@ -22,7 +22,9 @@ from extractor import api as pipeline
 from extractor import extract
 from extractor.api import Report
 from extractor.errors import UsageError
-from extractor.images.decode import EncodedJpeg, ReadFile, decode_into, plain_jpeg
+from extractor.images.decode import decode_into
+from extractor.images.jpeg import plain_jpeg
+from extractor.images.types import EncodedJpeg, ReadFile
 from extractor.loading import loader
 from extractor.loading import nvjpeg as device_decode
 from extractor.loading.crash_log import InFlight
@@ -130,13 +132,13 @@ def test_the_picture_is_that_of_the_cpu(
     contents = [jpeg(smooth(*size, seed), orientation) for seed in (1, 2)]
     expected = np.empty((2, *preprocess.input_size, 3), np.uint8)
     for content, out in zip(contents, expected, strict=True):
-        decode_into(read(content), [preprocess], [out], how="exact")
+        decode_into(read(content), [preprocess], [out], decode_mode="exact")
     image = plain(contents[0], preprocess)
     assert image is not None
     decoded = torch.stack(
         pillow([torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents])
     )
-    drawn = draw_all(decoded, preprocess, image.stored).numpy()
+    drawn = draw_all(decoded, preprocess, image.layout).numpy()
     assert drawn.shape == expected.shape
     assert np.abs(drawn.astype(int) - expected).max() <= 1
 
