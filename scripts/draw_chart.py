@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -46,11 +45,6 @@ STYLE = """\
     }"""
 
 
-def rate(results: dict[str, Any], side: str) -> float:
-    """Return the median rate of a side in images per second."""
-    return statistics.median(turn["images_per_second"] for turn in results["sides"][side])
-
-
 def machine(results: dict[str, Any]) -> str:
     """Return one line that names the machine, the versions and the date of the measurement."""
     hardware = results["machine"]["gpu"] or results["machine"]["cpu"]
@@ -66,12 +60,12 @@ def draw(results: dict[str, Any]) -> str:
     Args:
         results: The benchmark's JSON. Only ``extract`` and the sides of ``SIDES`` are drawn.
     """
-    sides = [side for side in SIDES if side in results["sides"]]
-    rates = {side: rate(results, side) for side in sides}
+    measured = results["rates"]
+    rates = {side: measured[side]["median"] for side in SIDES if side in measured}
     images = f"{results['images']:,} photos"
     title = f"{results['model']}: images per second, higher is better"
-    facts = "; ".join(f"{SIDES[side][0]}: {rates[side]:.1f}" for side in sides)
-    height = TOP + ROW_HEIGHT * len(sides) + MARGIN
+    facts = "; ".join(f"{SIDES[side][0]}: {rates[side]:.1f}" for side in rates)
+    height = TOP + ROW_HEIGHT * len(rates) + MARGIN
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}"'
         f' viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="title desc">',
@@ -81,7 +75,7 @@ def draw(results: dict[str, Any]) -> str:
         _text(MARGIN, 24, "strong", title),
         _text(MARGIN, 44, "muted", f"{images}; {machine(results)}"),
     ]
-    for index, side in enumerate(sides):
+    for index, side in enumerate(rates):
         top = TOP + ROW_HEIGHT * index
         width = FULL_BAR * rates[side] / max(rates.values())
         name, description = SIDES[side]
