@@ -21,7 +21,7 @@ from extractor.compute.embed import Normalise, full_float32
 from extractor.errors import ExtractorError
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
-from extractor.network.fusion.onednn import unpacked
+from extractor.network.fusion.fuse import without_packing
 from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
 from extractor.options import split_names
 from extractor.text import first_line
@@ -281,5 +281,5 @@ def compiled(backbone: Backbone) -> Backbone:
     for name in ("torch._dynamo", "torch._inductor", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
     choices: dict[str, Any] = {"freezing": True} if backbone.device.type == "cpu" else {}
-    network: Any = torch.compile(unpacked(backbone.module), dynamic=False, options=choices)
+    network: Any = torch.compile(without_packing(backbone.module), dynamic=False, options=choices)
     return replace(backbone, module=network, is_compiled=True)

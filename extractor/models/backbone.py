@@ -13,7 +13,7 @@ from torch import nn
 from extractor.errors import ModelError, UsageError
 from extractor.models import weight_files as weights
 from extractor.network import heads
-from extractor.network.fusion.fold_batchnorm import fold, may_fold
+from extractor.network.fusion.fuse import fuse, may_fuse
 from extractor.network.fusion.onednn import overwriting
 from extractor.network.module_names import find_modules
 from extractor.network.precision import convert, input_dtype, resolve_precision
@@ -291,7 +291,7 @@ class Backbone:
     @property
     def may_fold(self) -> bool:
         """Whether :meth:`fold` would try something."""
-        return self.precision == "float32" and may_fold(self.module, self.device)
+        return self.precision == "float32" and may_fuse(self.module, self.device)
 
     def fold(self) -> Backbone:
         """The same network with batch normalisations folded into its convolutions, in place.
@@ -314,7 +314,7 @@ class Backbone:
         with device_errors(self.device):
             pixels = torch.cat([*flat, noise])
             pixels = pixels.to(self.device, memory_format=torch.channels_last)
-            folded = fold(self.module, self.embed, pixels)
+            folded = fuse(self.module, self.embed, pixels)
         return replace(self, folded=folded)
 
     def to(self, device: torch.device, precision: str = "float32") -> Backbone:

@@ -11,14 +11,24 @@ from typing import TypeAlias
 from extractor.errors import DeviceError, UsageError
 from extractor.models.backbone import Backbone
 from extractor.models.load import load, with_changes
+from extractor.network.fusion.fuse import is_worthwhile
 from extractor.network.precision import resolve_precision
 from extractor.network.taps import Output
 from extractor.options import Options, join_names, split_model, store_name
 from extractor.text import first_line
 
-__all__ = ["EmbeddingPart", "EmbeddingSpec", "Model", "check_models", "load_specs"]
+__all__ = [
+    "EmbeddingPart",
+    "EmbeddingSpec",
+    "Model",
+    "check_models",
+    "fuse_as_chosen",
+    "load_specs",
+]
 
 log = logging.getLogger(__name__)
+
+FUSE = "auto"
 
 Model: TypeAlias = "str | Backbone"
 
@@ -96,7 +106,7 @@ def load_specs(
     for model in models:
         if isinstance(model, Backbone):
             backbone = with_changes(model, options)
-            backbone = _folded_copy(backbone) if fold_given else backbone
+            backbone = _fused_copy(backbone, FUSE) if fold_given else backbone
             specs += _of_one(backbone.provenance.model, backbone, options)
             continue
         names = split_model(model)
@@ -116,21 +126,26 @@ def load_specs(
 
 
 def _load(model: str, options: Options) -> Backbone:
-    """A model as a run computes it: folded, for which it has to be in float32 yet."""
-    backbone = load(model, replace(options, precision="float32")).fold()
+    """Load a model as a run computes it: fused in float32, then in its precision."""
+    backbone = fuse_as_chosen(load(model, replace(options, precision="float32")), FUSE)
     return backbone.to(backbone.device, resolve_precision(options.precision))
 
 
-def _folded_copy(backbone: Backbone) -> Backbone:
-    """A folded copy of the user's backbone, which stays as it is; itself where that cannot be."""
-    if not backbone.may_fold:
+def fuse_as_chosen(backbone: Backbone, choice: str) -> Backbone:
+    """Fuse a backbone in place if ``choice`` is ``auto`` and its device is a CPU."""
+    return backbone.fold() if is_worthwhile(choice, backbone.device) else backbone
+
+
+def _fused_copy(backbone: Backbone, choice: str) -> Backbone:
+    """Return a fused copy of the user's backbone; itself if it is not fused or cannot be copied."""
+    if not (backbone.may_fold and is_worthwhile(choice, backbone.device)):
         return backbone
     try:
         return replace(backbone, module=copy.deepcopy(backbone.module)).fold()
     except DeviceError:
         raise
     except Exception as error:  # not everything that a module holds can be copied
-        log.info("%s is not folded: %s", backbone.provenance.model, first_line(error))
+        log.info("%s is not fused: %s", backbone.provenance.model, first_line(error))
         return backbone
 
 

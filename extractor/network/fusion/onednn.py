@@ -11,26 +11,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from typing import Any, NamedTuple, TypeAlias, TypeGuard, cast
 
 import torch
 from torch import nn
 from torch.autograd import forward_ad
 
-from extractor.network.fusion.trace import Chain
+from extractor.network.fusion.trace import Chain, Embed, find_chains
 from extractor.system.cpu import has_avx2
+from extractor.text import first_line
 
 __all__ = [
-    "Done",
+    "FusedActivation",
     "PackedConv2d",
-    "can_do",
     "can_pack",
     "is_packable",
     "overwriting",
-    "pack",
-    "unpacked",
+    "pack_convolutions",
+    "without_packing",
 ]
 
 # As oneDNN names them, with their numbers and their variant. Its ReLU makes a zero of a NaN.
@@ -45,6 +47,10 @@ ACTIVATIONS: dict[type[nn.Module], Callable[[Any], Named]] = {
     nn.Sigmoid: lambda _: ("sigmoid", [], ""),
 }
 NOTHING: Named = ("none", [], "")
+
+MAX_PACKED_BYTES = 2**30  # of weights: packing keeps them twice
+
+log = logging.getLogger(__name__)
 
 _passes = threading.local()
 
@@ -72,12 +78,50 @@ def is_packable(module: nn.Module) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def can_do(module: nn.Module, behind_an_addition: bool) -> bool:
+def _is_fusible(module: nn.Module, behind_an_addition: bool) -> bool:
     """Whether a module is an activation that a convolution can do, also with an addition before."""
     return type(module) in ((nn.ReLU,) if behind_an_addition else ACTIVATIONS)
 
 
-def pack(chain: Chain) -> Callable[[], None]:
+def pack_convolutions(
+    network: nn.Module, embed: Embed, pixels: torch.Tensor, is_same: Callable[[], bool]
+) -> list[str] | None:
+    """Pack the weights of convolutions, and fuse the activations behind them; in place.
+
+    Args:
+        network: the network to change.
+        embed: runs the network.
+        pixels: ``(B, 3, H, W)`` float input of ``embed``.
+        is_same: whether the network still computes the same embeddings.
+
+    Returns:
+        Dotted names of the fused activations; None if nothing was packed.
+    """
+    convolutions = [module for module in network.modules() if is_packable(module)]
+    weight_bytes = sum(convolution.weight.nbytes for convolution in convolutions)
+    if not can_pack(pixels.device) or weight_bytes > MAX_PACKED_BYTES:
+        return None
+    for sums in (True, False):  # a network may ask what only a tensor can answer
+        with ExitStack() as undo:
+            try:
+                _, found = find_chains(network, embed, pixels, is_packable, _is_fusible, sums=sums)
+                chains = {chain.convolution: chain for chain in found}
+                for convolution in convolutions:
+                    chain = chains.get(convolution, Chain(convolution, None, ""))
+                    undo.callback(_pack(chain))
+                    if chain.follower is not None:
+                        fused = FusedActivation(chain.follower)
+                        undo.callback(chain.replace_follower(network, fused))
+                if is_same():
+                    undo.pop_all()
+                    return [chain.name for chain in chains.values() if chain.name]
+            except Exception as error:  # a version of torch may lack an operation
+                what = "with additions" if sums else "at all"
+                log.info("convolutions are not packed %s: %s", what, first_line(error))
+    return None
+
+
+def _pack(chain: Chain) -> Callable[[], None]:
     """Let a convolution keep its weights packed, and do what follows it; the answer undoes it.
 
     Where that is an addition, the convolution gives something that only takes ``+``; the sum may
@@ -110,7 +154,7 @@ def overwriting(allowed: bool) -> Iterator[None]:
         _passes.are_known = before
 
 
-def unpacked(network: nn.Module) -> nn.Module:
+def without_packing(network: nn.Module) -> nn.Module:
     """A copy without all this, for a compiler, that does the same; itself if nothing is packed."""
     if not any(isinstance(module, PackedConv2d) for module in network.modules()):
         return network
@@ -119,7 +163,7 @@ def unpacked(network: nn.Module) -> nn.Module:
         if isinstance(module, PackedConv2d):
             _make_plain(module)
         for name, child in list(module.named_children()):
-            if isinstance(child, Done):
+            if isinstance(child, FusedActivation):
                 setattr(module, name, child.activation)
     return network
 
@@ -252,7 +296,7 @@ class PackedConv2d(nn.Conv2d):
         return {**vars(self), "_kept": None}  # a copy has other weights, and none can be pickled
 
 
-class Done(nn.Identity):
+class FusedActivation(nn.Identity):
     """In the place of an activation that the convolutions before it do."""
 
     def __init__(self, activation: nn.Module) -> None:

@@ -42,6 +42,14 @@ class Chain(NamedTuple):
     is_sum: bool = False
     may_overwrite: bool = False
 
+    def replace_follower(self, network: nn.Module, module: nn.Module) -> Callable[[], None]:
+        """Put another module in place of the follower; return a function that undoes it."""
+        path, _, attribute = self.name.rpartition(".")
+        parent = network.get_submodule(path)
+        before = getattr(parent, attribute)
+        setattr(parent, attribute, module)
+        return lambda: setattr(parent, attribute, before)
+
 
 def find_chains(
     network: nn.Module,

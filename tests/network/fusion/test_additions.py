@@ -13,7 +13,7 @@ from torch import nn
 
 from extractor import Backbone, Preprocess
 from extractor.network.fusion import onednn as packing
-from extractor.network.fusion.fold_batchnorm import fold
+from extractor.network.fusion.fuse import fuse
 from extractor.network.precision import convert
 
 NOISE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -52,7 +52,7 @@ def summed(network: nn.Module) -> dict[str, bool]:
     """
     whole = copy.deepcopy(network)
     with torch.inference_mode(), packing.overwriting(True):
-        fold(network, lambda pixels: [network(pixels)], NOISE)
+        fuse(network, lambda pixels: [network(pixels)], NOISE)
         for pixels in (NOISE, NOISE[:1], NOISE[:, :, :9, :12], NOISE.repeat(3, 1, 2, 2)):
             for layout in (torch.contiguous_format, torch.channels_last):
                 given = pixels.clone(memory_format=layout)
@@ -112,7 +112,7 @@ def test_what_is_added_may_lie_in_any_way_in_bfloat16(
 ) -> None:
     network, whole = kind(), kind().bfloat16()
     with torch.inference_mode(), packing.overwriting(True):
-        fold(network, lambda pixels: [network(pixels)], NOISE)
+        fuse(network, lambda pixels: [network(pixels)], NOISE)
         assert network.bfloat16().last.is_summed
         given = NOISE.bfloat16().contiguous(memory_format=layout)
         torch.testing.assert_close(network(given), whole(given), atol=3e-2, rtol=3e-2)
@@ -266,7 +266,7 @@ def test_what_is_kept_or_comes_from_elsewhere_is_not_overwritten() -> None:
     network = OfNumpy()
     before = network.array.copy()
     with torch.inference_mode(), packing.overwriting(True):
-        fold(network, lambda pixels: [network(pixels)], NOISE[:1])
+        fuse(network, lambda pixels: [network(pixels)], NOISE[:1])
         for _ in range(3):
             network(NOISE[:1].contiguous(memory_format=torch.channels_last))
     assert network.last.is_summed
@@ -501,8 +501,8 @@ def test_torchscript_gets_all_of_it() -> None:
 def test_an_unpacked_copy_compiles_as_a_whole(copied: Callable[[nn.Module], nn.Module]) -> None:
     network = Block()
     summed(network)
-    copy_ = packing.unpacked(copied(network))
-    assert packing.unpacked(copy_) is copy_
+    copy_ = packing.without_packing(copied(network))
+    assert packing.without_packing(copy_) is copy_
     assert type(copy_.last) is nn.Conv2d
     assert type(copy_.activation) is nn.ReLU
     assert vars(copy_.last).keys() == vars(Block().last).keys()

@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 from extractor import Backbone, Extractor, Preprocess, extract, load_backbone
 from extractor.errors import UsageError
 from extractor.models.embedding import load_specs
-from extractor.network.fusion.fold_batchnorm import fold
+from extractor.network.fusion.fuse import fuse
 from extractor.options import Options
 
 NOISE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -55,7 +55,7 @@ def folded(network: nn.Module) -> tuple[str, ...]:
     """What :func:`fold` folds; the embeddings stay the same."""
     with torch.inference_mode():
         before = network(NOISE)
-        names = fold(network, lambda pixels: [network(pixels)], NOISE)
+        names = fuse(network, lambda pixels: [network(pixels)], NOISE)
         torch.testing.assert_close(network(NOISE), before, rtol=1e-5, atol=1e-5)
     return names
 
@@ -228,7 +228,7 @@ def test_layers_keep_their_values(
     whole = load_backbone(
         "torchvision:resnet18", weights="random", device="cpu", layers=layers, image_size=64
     )
-    monkeypatch.setattr("extractor.models.embedding._folded_copy", lambda backbone: backbone)
+    monkeypatch.setattr("extractor.models.embedding._fused_copy", lambda backbone, _: backbone)
     computed = extract(photos, whole, tmp_path / "whole")
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in whole.module.modules())
     assert norms == 20

@@ -12,9 +12,8 @@ from support.networks import assert_same_gradients
 from torch import nn
 
 from extractor import Backbone, Preprocess
-from extractor.network.fusion import fold_batchnorm as folding
 from extractor.network.fusion import onednn as packing
-from extractor.network.fusion.fold_batchnorm import fold
+from extractor.network.fusion.fuse import fuse
 
 NOISE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
@@ -47,7 +46,7 @@ def packed(network: nn.Module) -> tuple[str, ...]:
     """What is gone; the embeddings are the same, also of other shapes than the first."""
     whole = copy.deepcopy(network)
     with torch.inference_mode():
-        names = fold(network, lambda pixels: [network(pixels)], NOISE)
+        names = fuse(network, lambda pixels: [network(pixels)], NOISE)
         for pixels in (NOISE, NOISE[:1], NOISE[:, :, :9, :12], NOISE.repeat(3, 1, 2, 2)):
             torch.testing.assert_close(network(pixels), whole(pixels), rtol=1e-5, atol=1e-5)
             channels_last = pixels.to(memory_format=torch.channels_last)
@@ -239,7 +238,7 @@ def test_numbers_that_it_cannot_compute_with_are_left_to_torch() -> None:
 def test_weights_that_are_too_large_to_be_there_twice_are_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(folding, "MAX_PACKED_BYTES", 100)
+    monkeypatch.setattr(packing, "MAX_PACKED_BYTES", 100)
     network = Net()
     assert packed(network) == ()
     assert not is_packed(network.convolution)
@@ -273,7 +272,7 @@ def test_normalisations_stay_folded_where_packing_fails(
     nn.init.uniform_(network[1].weight, 1, 2)  # type: ignore[arg-type]
     monkeypatch.setattr(packing.PackedConv2d, "forward", lambda _, given: failing(given))
     before = network(NOISE)
-    assert fold(network, lambda pixels: [network(pixels)], NOISE) == ("1",)
+    assert fuse(network, lambda pixels: [network(pixels)], NOISE) == ("1",)
     assert not is_packed(network[0])
     torch.testing.assert_close(network(NOISE), before, atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,103 @@
+"""Fuse batch normalizations and activations into convolutions: the entry to this folder.
+
+The embeddings stay the same up to float32 rounding, and the network reads and writes each feature
+map less often.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import nn
+
+from extractor.network.fusion.fold_batchnorm import NORMS, fold_chain, is_affine, is_foldable
+from extractor.network.fusion.onednn import (
+    can_pack,
+    is_packable,
+    pack_convolutions,
+    without_packing,
+)
+from extractor.network.fusion.trace import Embed, find_chains
+from extractor.text import first_line
+
+__all__ = ["fuse", "is_worthwhile", "may_fuse", "without_packing"]
+
+log = logging.getLogger(__name__)
+
+# Relative to the length of an embedding; some networks double a rounding error many times.
+TOLERANCE = 1e-3
+
+
+def fuse(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, ...]:
+    """Fold batch normalizations into convolutions, and pack these on a CPU; in place.
+
+    A follower stays if the convolution's output also goes elsewhere, if it runs several times,
+    shares its weights, or has hooks. The whole network stays if its embeddings would change.
+
+    Args:
+        network: a network in float32 and eval mode.
+        embed: runs the network on ``(B, 3, H, W)`` pixels.
+        pixels: ``(B, 3, H, W)`` float, RGB, normalized: images of several kinds, since a network
+            may take another path for each.
+
+    Returns:
+        Dotted names of the fused modules. Each is now an activation or an ``nn.Identity``.
+    """
+    if not may_fuse(network, pixels.device):
+        return ()
+    single = pixels[-1:]  # some networks depend on the number of images
+    with torch.no_grad(), ExitStack() as undo:
+        try:
+            expected, chains = find_chains(network, embed, pixels, is_foldable, is_affine)
+            expected_single = embed(single)
+
+            def is_same() -> bool:
+                return _close(expected, embed(pixels)) and _close(expected_single, embed(single))
+
+            for chain in chains:
+                undo.callback(fold_chain(network, chain))
+            packed = pack_convolutions(network, embed, single, is_same)
+            if packed is None and not (chains and is_same()):
+                return ()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # a network may inspect its own modules
+            log.info("nothing is fused: %s", first_line(error))
+            return ()
+        undo.pop_all()
+    return tuple(dict.fromkeys([chain.name for chain in chains] + (packed or [])))
+
+
+def may_fuse(network: nn.Module, device: torch.device) -> bool:
+    """Return whether :func:`fuse` has something to try: False for a compiled network."""
+    modules = list(network.modules())
+    if any(hasattr(module, "_orig_mod") for module in modules):
+        return False
+    convolutions = sum(map(is_packable, modules)) if can_pack(device) else 0
+    mostly = convolutions > sum(isinstance(module, nn.Linear) for module in modules)
+    return mostly or any(type(module) in NORMS for module in modules)
+
+
+def is_worthwhile(choice: str, device: torch.device) -> bool:
+    """Return whether a run fuses its networks.
+
+    Args:
+        choice: ``auto`` or ``off``, see :class:`extractor.options.Options`.
+        device: the device that computes.
+
+    ``auto`` fuses on a CPU, where it is measured (docs/performance.md), and on no other device.
+    """
+    return choice == "auto" and device.type == "cpu"
+
+
+def _close(expected: Sequence[torch.Tensor], embeddings: Sequence[torch.Tensor]) -> bool:
+    """Return whether embeddings are the same, up to float32 rounding."""
+    for before, after in zip(expected, embeddings, strict=True):
+        length = before.flatten(1).norm(dim=1)
+        distance = (after - before).flatten(1).norm(dim=1)
+        if not bool((distance <= TOLERANCE * length).all()):
+            return False
+    return True

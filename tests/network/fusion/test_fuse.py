@@ -1,0 +1,47 @@
+"""Which runs fuse their networks."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from extractor import Backbone, load_backbone
+from extractor.models.embedding import fuse_as_chosen
+from extractor.network.fusion.fuse import is_worthwhile
+
+
+@pytest.fixture(scope="module")
+def backbone() -> Backbone:
+    return load_backbone("timm:test_resnet", weights="random", device="cpu")
+
+
+def copied(backbone: Backbone, device: str) -> Backbone:
+    """A copy that claims to be on a device."""
+    return replace(backbone, module=copy.deepcopy(backbone.module), device=torch.device(device))
+
+
+def types_of(backbone: Backbone) -> list[type]:
+    return [type(module) for module in backbone.module.modules()]
+
+
+def test_auto_fuses_on_a_cpu(backbone: Backbone) -> None:
+    fused = fuse_as_chosen(copied(backbone, "cpu"), "auto")
+    assert "bn1" in fused.folded
+    assert types_of(fused) != types_of(backbone)
+
+
+@pytest.mark.parametrize(
+    ("choice", "device"), [("off", "cpu"), ("off", "cuda:0"), ("auto", "cuda:0"), ("auto", "mps")]
+)
+def test_fusion_that_is_off_or_unmeasured_changes_no_module(
+    backbone: Backbone, choice: str, device: str
+) -> None:
+    network = copied(backbone, device)
+    modules = list(network.module.modules())
+    assert fuse_as_chosen(network, choice) is network
+    assert list(network.module.modules()) == modules
+    assert types_of(network) == types_of(backbone)
+    assert not is_worthwhile(choice, torch.device(device))
