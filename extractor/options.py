@@ -1,29 +1,34 @@
-"""What a run can be told; every default lives here and nowhere else."""
+"""The options of a run: type, default, flag, help text and bounds of each in one place.
+
+The command's parser, the signatures of the library and ``docs/cli.md`` follow from the fields of
+:class:`Options`.
+"""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from typing import Any, Literal, get_args
 
 from extractor.errors import UsageError
-from extractor.preprocess import FITS, INTERPOLATIONS, MAX_CROP_PCT, PixelChanges
+from extractor.flags import SCOPES, Flag, Option, Scope, option, options_in
+from extractor.preprocess import MAX_CROP_PCT, Fit, Interpolation, PixelChanges
 
 __all__ = [
-    "COMPILES",
     "DEFAULT_MODEL",
-    "DTYPES",
-    "POOLS",
-    "PRECISIONS",
+    "GROUPS",
     "Options",
     "Pooling",
     "default_batch_size",
     "join_names",
     "parse_pooling",
     "planned_stores",
+    "signature_with_options",
     "split_model",
     "split_names",
     "store_folders",
@@ -32,30 +37,44 @@ __all__ = [
 
 DEFAULT_MODEL = "resnet50"
 DEFAULT_OUT = "features"
-COMPILES = ("auto", "on", "off")
-PRECISIONS = ("auto", "float32", "bfloat16", "float16", "mixed")
-DTYPES = ("float32", "float16")
 POOLS = ("avg", "max", "gem", "cls", "avg+max", "none")
 GEM_POWER = 3.0  # of Radenovic et al., Fine-tuning CNN Image Retrieval with No Human Annotation
 
-# Far beyond what gains anything; a typing error should not take the machine down.
+Precision = Literal["auto", "float32", "bfloat16", "float16", "mixed"]
+Compile = Literal["auto", "on", "off"]
+Fuse = Literal["auto", "off"]
+Dtype = Literal["float32", "float16"]
+Decode = Literal["scaled", "exact", "gpu"]
+Check = Literal["stat", "content"]
+
+# Far beyond what any machine gains from; a typo should not take the machine down.
 MAX_BATCH_SIZE = 65_536
 MAX_WORKERS = 1_024
-MAX_PIXELS = 200_000_000  # of an image before it is resized
-CHECKS = ("stat", "content")
-DECODES = ("scaled", "exact", "gpu")
-DECODE = DECODES[0]
 MAX_IMAGE_SIZE = 16_384
 MAX_SECONDS = 1e6
+MAX_INTEGER = 2**63 - 1
+
+MAX_PIXELS = 200_000_000  # default limit for one image before it is resized
+DECODE: Decode = get_args(Decode)[0]
+
+INPUT = "input and output"
+MODEL = "model"
+EMBEDDING = "embedding"
+PIXELS = "pixels (default: the model's own evaluation transform)"
+COMPUTE = "computation"
+UPDATE = "existing stores"
+LIMITS = "undecodable images"
+RUN = "run"
+GROUPS = (INPUT, MODEL, EMBEDDING, PIXELS, COMPUTE, UPDATE, LIMITS, RUN)
 
 
 @dataclass(frozen=True)
 class Pooling:
-    """How the positions of a map, or its tokens, become one vector.
+    """A way to turn the positions of a feature map, or its tokens, into one vector.
 
     Attributes:
         kind: one of :data:`POOLS`.
-        power: of the generalised mean; of no meaning to the others.
+        power: exponent of the generalized mean; ignored by the other kinds.
     """
 
     kind: str
@@ -66,10 +85,10 @@ class Pooling:
 
 
 def parse_pooling(text: str) -> Pooling:
-    """The pooling that is written ``avg``, ``max``, ``gem``, ``gem:POWER``, ``cls`` and so on.
+    """Return the pooling written as ``avg``, ``max``, ``gem``, ``gem:POWER``, ``cls`` and so on.
 
     Raises:
-        UsageError: none of them.
+        UsageError: the text names no pooling.
     """
     kind, colon, power = text.partition(":")
     try:
@@ -84,113 +103,416 @@ def parse_pooling(text: str) -> Pooling:
     )
 
 
-@dataclass(frozen=True)
-class Options:
-    """Everything that a run can be told beside the images, the model and the place of the store.
-
-    Attributes:
-        weights: ``default``, ``random``, a tag of the library, a file, or ``hf-hub:ORG/NAME``.
-        weights_key: which of several state dicts in a checkpoint, such as ``model_ema``; dots lead
-            deeper. None takes ``state_dict`` or ``model``.
-        layers: names of modules whose outputs are the embeddings, globs of such, or negative
-            numbers of blocks; without any it is the pre-logits vector.
-        pool: how the positions of a layer become one vector, see :func:`parse_pooling`.
-        concat: make one vector of several layers.
-        bypass: modules, named as layers are, that get an ``nn.Identity`` in their place.
-        image_size: of the model's input in pixels, one number or (height, width).
-        crop_pct, interpolation, mean, std: see :class:`extractor.preprocess.PixelChanges`.
-        resize: ``crop``, ``pad`` or ``squash``, its ``fit``.
-        seed: of the random weights; without meaning for any others.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        precision: of the computation: ``float32``, ``bfloat16``, ``float16``, or ``mixed``, which
-            is bfloat16 with the sensitive layers in float32; ``auto`` is that of the rows that are
-            there, else the fastest that keeps a cosine of 0.999 to float32 with these weights.
-        compile: ``on`` compiles the network, ``auto`` where there are images enough to repay it.
-        dtype: of the stored embeddings, ``float32`` or ``float16``.
-        normalize: scale every embedding to unit Euclidean length.
-        batch_size: images in a forward pass; None chooses by device.
-        workers: decoding threads; None means one for each core that the process may use.
-        threads: that torch computes with on a CPU; None is its own number, at most one a core.
-        shard_images: images, failed ones included, that one shard of the store answers for.
-        overwrite: compute all anew, and replace the store that is there once that is complete.
-        decode: ``scaled`` lets libjpeg decode what is much larger than the model's input at a half,
-            a quarter or an eighth of its size; ``exact`` decodes every pixel; ``gpu`` leaves plain
-            JPEGs to the CUDA device that computes, and decodes all others exactly.
-        check: how images that have rows already are compared with what they were: ``stat``, by
-            size and time of modification, or ``content``, by the SHA-256 of their bytes.
-        keep_missing: keep the rows of images that are no longer there.
-        retry_failed: try images again that failed, although they are unchanged.
-        max_pixels: of an image before it is resized; one that declares more fails. It is also what
-            all threads decode at a time. Pillow's own limit holds as well; the command raises it.
-        image_timeout: seconds after which the decoding of an image is given up.
-        max_failure_rate: share of the images that may fail without a word in the exit code.
-        lock: refuse to write where no file can be locked, and a second run would go unseen.
-        profile: file for a trace of what each thread did when, for chrome://tracing or Perfetto.
+def parse_image_size(text: str) -> int | tuple[int, int]:
+    """Return the image size written as ``N`` or ``HEIGHTxWIDTH``.
 
     Raises:
-        UsageError: a value out of its range.
+        ValueError: the text has another form.
+    """
+    if not re.fullmatch(r"\d+(x\d+)?", text):
+        raise ValueError(f"got {text!r}, expected N or HEIGHTxWIDTH, in pixels")
+    height, by, width = text.partition("x")
+    return (int(height), int(width)) if by else int(height)
+
+
+def parse_rgb(text: str) -> tuple[float, float, float]:
+    """Return the three numbers written as ``R,G,B``.
+
+    Raises:
+        ValueError: the text has another form.
+    """
+    try:
+        red, green, blue = (float(number) for number in text.split(","))
+    except ValueError as error:
+        raise ValueError(
+            f"got {text!r}, expected three numbers such as 0.485,0.456,0.406"
+        ) from error
+    return red, green, blue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Everything a caller can choose about a run, except the images, the model and the output.
+
+    ``docs/cli.md`` lists the options with their flags, environment variables and defaults.
+
+    Raises:
+        UsageError: a value is out of range, or two options contradict each other.
     """
 
-    weights: str = "default"
-    weights_key: str | None = None
-    layers: Sequence[str] = ()
-    pool: str = "avg"
-    concat: bool = False
-    bypass: Sequence[str] = ()
-    image_size: int | tuple[int, int] | None = None
-    crop_pct: float | None = None
-    interpolation: str | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
-    resize: str | None = None
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    compile: str = "auto"
-    dtype: str = "float32"
-    normalize: bool = False
-    batch_size: int | None = None
-    workers: int | None = None
-    threads: int | None = None
-    shard_images: int = 65_536
-    overwrite: bool = False
-    decode: str = DECODE
-    check: str = "stat"
-    keep_missing: bool = False
-    retry_failed: bool = False
-    max_pixels: int = MAX_PIXELS
-    image_timeout: float = 60.0
-    max_failure_rate: float = 0.0
-    lock: bool = True
-    profile: str | None = None
+    weights: str = option(
+        "default",
+        Flag(
+            "--weights",
+            "default, random, a tag of the library, a file, or hf-hub:ORG/NAME",
+            MODEL,
+            metavar="WEIGHTS",
+            takes_path=True,
+            scope="backbone",
+        ),
+    )
+    weights_key: str | None = option(
+        None,
+        Flag(
+            "--weights-key",
+            "state dict to load from a checkpoint that holds several, such as model_ema; "
+            "dots lead to nested ones",
+            MODEL,
+            metavar="KEY",
+            advanced=True,
+            unset="state_dict or model",
+            scope="backbone",
+        ),
+    )
+    seed: int = option(
+        0,
+        Flag(
+            "--seed",
+            "seed of random weights and of random numbers in a FILE.py:FUNCTION",
+            MODEL,
+            metavar="N",
+            advanced=True,
+            minimum=0,
+            maximum=MAX_INTEGER,
+            scope="backbone",
+        ),
+    )
+    bypass: Sequence[str] = option(
+        (),
+        Flag(
+            "--bypass",
+            "replace a module with nn.Identity to see what it contributes: a dotted name, a glob, "
+            "or a negative block number; repeatable",
+            MODEL,
+            metavar="MODULE",
+            advanced=True,
+            scope="backbone",
+        ),
+    )
+    layers: Sequence[str] = option(
+        (),
+        Flag(
+            "--layer",
+            "use the output of this module instead of the pre-logits: a dotted name, a glob, or a "
+            "negative block number; repeat it to fill several stores",
+            EMBEDDING,
+            metavar="LAYER",
+            scope="backbone",
+        ),
+    )
+    pool: str = option(
+        "avg",
+        Flag(
+            "--pool",
+            f"pooling of a layer's positions into one vector: {', '.join(POOLS)} or gem:POWER",
+            EMBEDDING,
+            metavar="POOL",
+            scope="backbone",
+        ),
+    )
+    normalize: bool = option(
+        False,
+        Flag(
+            "--normalize",
+            "scale every embedding to unit Euclidean length",
+            EMBEDDING,
+            scope="images",
+        ),
+    )
+    concat: bool = option(
+        False,
+        Flag(
+            "--concat",
+            "join several layers into one vector",
+            EMBEDDING,
+            advanced=True,
+            scope="images",
+        ),
+    )
+    dtype: Dtype = option(
+        "float32",
+        Flag(
+            "--dtype",
+            "number format of the stored embeddings",
+            EMBEDDING,
+            advanced=True,
+        ),
+    )
+    image_size: int | tuple[int, int] | None = option(
+        None,
+        Flag(
+            "--image-size",
+            "size of the model's input in pixels: N or HEIGHTxWIDTH",
+            PIXELS,
+            metavar="N",
+            advanced=True,
+            parse=parse_image_size,
+            scope="backbone",
+        ),
+    )
+    crop_pct: float | None = option(
+        None,
+        Flag(
+            "--crop-pct",
+            "fraction of the resized image kept by the center crop",
+            PIXELS,
+            metavar="FRACTION",
+            advanced=True,
+            above=0,
+            maximum=MAX_CROP_PCT,
+            scope="backbone",
+        ),
+    )
+    resize: Fit | None = option(
+        None,
+        Flag(
+            "--resize",
+            "fit an image into the model's input: crop what does not fit, pad with the mean color, "
+            "or squash it",
+            PIXELS,
+            advanced=True,
+            scope="backbone",
+        ),
+    )
+    interpolation: Interpolation | None = option(
+        None,
+        Flag(
+            "--interpolation", "filter that resizes images", PIXELS, advanced=True, scope="backbone"
+        ),
+    )
+    mean: tuple[float, float, float] | None = option(
+        None,
+        Flag(
+            "--mean",
+            "mean of each color channel, for pixels from 0 to 1",
+            PIXELS,
+            metavar="R,G,B",
+            advanced=True,
+            parse=parse_rgb,
+            scope="backbone",
+        ),
+    )
+    std: tuple[float, float, float] | None = option(
+        None,
+        Flag(
+            "--std",
+            "standard deviation of each color channel, for pixels from 0 to 1",
+            PIXELS,
+            metavar="R,G,B",
+            advanced=True,
+            parse=parse_rgb,
+            scope="backbone",
+        ),
+    )
+    device: str = option(
+        "auto",
+        Flag(
+            "--device",
+            "cpu, cuda, cuda:N, mps, or auto, which takes a GPU if there is one",
+            COMPUTE,
+            metavar="DEVICE",
+            scope="backbone",
+        ),
+    )
+    precision: Precision = option(
+        "auto",
+        Flag(
+            "--precision",
+            "precision of the model; mixed is bfloat16 with the sensitive layers in float32; auto "
+            "is the fastest that keeps a cosine of 0.999 to float32 on a sample of the images",
+            COMPUTE,
+            scope="backbone",
+        ),
+    )
+    batch_size: int | None = option(
+        None,
+        Flag(
+            "-b/--batch-size",
+            "images in one forward pass",
+            COMPUTE,
+            metavar="N",
+            minimum=1,
+            maximum=MAX_BATCH_SIZE,
+            unset="depends on the device",
+            scope="images",
+        ),
+    )
+    workers: int | None = option(
+        None,
+        Flag(
+            "-j/--workers",
+            "number of decoding threads",
+            COMPUTE,
+            metavar="N",
+            minimum=1,
+            maximum=MAX_WORKERS,
+            unset="one per core",
+            scope="images",
+        ),
+    )
+    threads: int | None = option(
+        None,
+        Flag(
+            "--threads",
+            "number of threads that compute the model on a CPU",
+            COMPUTE,
+            metavar="N",
+            advanced=True,
+            minimum=1,
+            maximum=MAX_WORKERS,
+            unset="torch's own number, at most one per core",
+        ),
+    )
+    compile: Compile = option(
+        "auto",
+        Flag(
+            "--compile",
+            "compile the model with torch.compile; auto does so if there are enough images to "
+            "repay the time",
+            COMPUTE,
+            advanced=True,
+        ),
+    )
+    fuse: Fuse = option(
+        "auto",
+        Flag(
+            "--fuse",
+            "fuse batch normalizations and activations into convolutions on a CPU",
+            COMPUTE,
+            advanced=True,
+            scope="images",
+        ),
+    )
+    decode: Decode = option(
+        DECODE,
+        Flag(
+            "--decode",
+            "scaled: decode a JPEG much larger than the model's input at 1/2, 1/4 or 1/8 of its "
+            "size; exact: decode every pixel; gpu: decode plain JPEGs on the CUDA device",
+            COMPUTE,
+            advanced=True,
+            scope="images",
+        ),
+    )
+    overwrite: bool = option(
+        False,
+        Flag(
+            "--overwrite",
+            "compute everything again and replace the store when the new one is complete",
+            INPUT,
+        ),
+    )
+    shard_images: int = option(
+        65_536,
+        Flag(
+            "--shard-images",
+            "number of images per .npy file, failed ones included",
+            INPUT,
+            metavar="N",
+            advanced=True,
+            minimum=1,
+            maximum=MAX_INTEGER,
+        ),
+    )
+    check: Check = option(
+        "stat",
+        Flag(
+            "--check",
+            "detect changed images by size and modification time (stat) or by SHA-256 (content)",
+            UPDATE,
+            advanced=True,
+        ),
+    )
+    keep_missing: bool = option(
+        False,
+        Flag(
+            "--keep-missing",
+            "keep the rows of images that no longer exist",
+            UPDATE,
+            advanced=True,
+        ),
+    )
+    retry_failed: bool = option(
+        False,
+        Flag(
+            "--retry-failed",
+            "try images again that failed before, even if they are unchanged",
+            UPDATE,
+            advanced=True,
+        ),
+    )
+    max_pixels: int = option(
+        MAX_PIXELS,
+        Flag(
+            "--max-pixels",
+            "reject images with more pixels than this; also bounds what all threads decode at once",
+            LIMITS,
+            metavar="N",
+            advanced=True,
+            minimum=1,
+            maximum=MAX_INTEGER,
+        ),
+    )
+    image_timeout: float = option(
+        60.0,
+        Flag(
+            "--image-timeout",
+            "give up decoding an image after this many seconds",
+            LIMITS,
+            metavar="SECONDS",
+            advanced=True,
+            above=0,
+            maximum=MAX_SECONDS,
+        ),
+    )
+    max_failure_rate: float = option(
+        0.0,
+        Flag(
+            "--max-failure-rate",
+            "exit with 0 as long as at most this fraction of the images failed, from 0 to 1",
+            LIMITS,
+            metavar="FRACTION",
+            advanced=True,
+            minimum=0,
+            maximum=1,
+        ),
+    )
+    lock: bool = option(
+        True,
+        Flag(
+            "--no-lock",
+            "write to a file system without file locks; make sure that no second run writes there",
+            RUN,
+            advanced=True,
+        ),
+    )
+    profile: str | None = option(
+        None,
+        Flag(
+            "--profile",
+            "write a trace of all threads to this file, for chrome://tracing or Perfetto",
+            RUN,
+            metavar="FILE",
+            advanced=True,
+            takes_path=True,
+        ),
+    )
 
     def __post_init__(self) -> None:
+        declared = options_in(Options)
+        for name in declared:
+            if declared[name].flag.takes_path and isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
+            declared[name].check(getattr(self, name))
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UsageError(
                 f"device: got {self.device!r}, expected auto, cpu, cuda, cuda:N or mps"
             )
-        _one_of("precision", self.precision, PRECISIONS)
-        _one_of("compile", self.compile, COMPILES)
-        _one_of("dtype", self.dtype, DTYPES)
-        _within("seed", self.seed, 0, 2**63 - 1)
-        _within("batch size", self.batch_size, 1, MAX_BATCH_SIZE)
-        _within("number of workers", self.workers, 1, MAX_WORKERS)
-        _within("number of threads", self.threads, 1, MAX_WORKERS)
-        _within("number of images in a shard", self.shard_images, 1, 2**63 - 1)
-        _one_of("decode", self.decode, DECODES)
-        _one_of("check", self.check, CHECKS)
         if self.profile is not None:
             if not self.profile or os.path.isdir(self.profile):
                 raise UsageError(f"profile: got {self.profile!r}, expected the name of a file")
             if not os.path.isdir(os.path.dirname(self.profile) or "."):
                 raise UsageError(f"profile: there is no folder for the file {self.profile!r}")
-        _within("max pixels", self.max_pixels, 1, 2**63 - 1)
-        _number_within("image timeout", self.image_timeout, 0, MAX_SECONDS)
-        if not (math.isfinite(self.max_failure_rate) and 0 <= self.max_failure_rate <= 1):
-            raise UsageError(
-                f"failure rate: got {self.max_failure_rate}, expected a share from 0 to 1, such as "
-                "0.01"
-            )
         if not self.weights:
             raise UsageError("weights: got an empty name; try default, random, a tag or a file")
         if self.weights_key == "":
@@ -198,30 +520,51 @@ class Options:
         self._check_layers()
         self._check_pixels()
 
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, object], *, scope: Scope = "run") -> Options:
+        """Return the options given as keyword arguments of :func:`extractor.extract`.
+
+        Args:
+            arguments: option names and values, as in
+                :class:`extractor.option_arguments.OptionArguments`.
+            scope: the function that takes them; rejects options that it has no use for.
+
+        Raises:
+            TypeError: no option has such a name; suggests one that does.
+            UsageError: as :class:`Options`.
+        """
+        known = [name for name, each in options_in(cls).items() if each.is_in(scope)]
+        for name in arguments:
+            if name in known:
+                continue
+            if name in options_in(cls):
+                taker = SCOPES[options_in(cls)[name].flag.scope]
+                raise TypeError(f"option {name!r} does not apply here, but to {taker}")
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"got an unexpected option {name!r}{hint}")
+        values: Any = arguments
+        return cls(**values)
+
     def _check_layers(self) -> None:
-        for what, names in (("layers", self.layers), ("bypass", self.bypass)):
-            if isinstance(names, str) or not all(isinstance(name, str) and name for name in names):
-                raise UsageError(f"{what}: got {names!r}, expected a list of names of modules")
+        for name, modules in (("layers", self.layers), ("bypass", self.bypass)):
+            if isinstance(modules, str) or not all(isinstance(m, str) and m for m in modules):
+                raise UsageError(f"{name}: got {modules!r}, expected a list of module names")
         kind = parse_pooling(self.pool).kind
         if not self.layers and self.pool != "avg":
             raise UsageError(f"pool: {self.pool} pools a layer; name one, such as --layer layer4")
         if len(set(self.layers)) < len(self.layers):
-            raise UsageError(f"layers: got {', '.join(self.layers)}, expected each but once")
+            raise UsageError(f"layers: got {', '.join(self.layers)}, expected each only once")
         if self.concat and len(self.layers) < 2 and not any(map(_is_open, self.layers)):
             raise UsageError("concat: joins several layers; name more than one with --layer")
         if kind == "none" and (self.concat or self.normalize):
             raise UsageError(
                 "pool: none keeps maps or tokens, which can be neither joined nor scaled to unit "
-                "length; leave --concat and --normalize out"
+                "length; leave out --concat and --normalize"
             )
 
     def _check_pixels(self) -> None:
         self._image_size()
-        _number_within("crop pct", self.crop_pct, 0, MAX_CROP_PCT)
-        if self.interpolation is not None:
-            _one_of("interpolation", self.interpolation, INTERPOLATIONS)
-        if self.resize is not None:
-            _one_of("resize", self.resize, FITS)
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is None:
                 continue
@@ -241,14 +584,14 @@ class Options:
         size = self.image_size
         edges = size if isinstance(size, (tuple, list)) else (size, size)
         for edge in edges:
-            _within("image size", edge, 1, MAX_IMAGE_SIZE)
+            _EDGE.check(edge)
         if len(edges) != 2:
             raise UsageError(f"image size: got {size!r}, expected a number or (height, width)")
         return int(edges[0]), int(edges[1])
 
     @property
     def pixel_changes(self) -> PixelChanges:
-        """What is wanted otherwise than the model's own evaluation transform."""
+        """Requested differences from the model's own evaluation transform."""
         return PixelChanges(
             self._image_size(),
             self.crop_pct,
@@ -260,21 +603,54 @@ class Options:
 
     @property
     def pooling(self) -> Pooling:
-        """:attr:`pool`, read."""
+        """The value of :attr:`pool`, parsed."""
         return parse_pooling(self.pool)
 
 
-def default_batch_size(device_type: str) -> int:
-    """Images in one forward pass where nothing else is asked for.
+_EDGE = Option(
+    "image_size",
+    "int",
+    int,
+    None,
+    Flag("--image-size", "", PIXELS, minimum=1, maximum=MAX_IMAGE_SIZE),
+)
 
-    On a CPU larger batches gain nothing once every core is busy and cost memory and a longer
-    padded tail; a GPU needs more of them to fill its multiprocessors.
+
+def signature_with_options(
+    function: Callable[..., object], *, scope: Scope = "run"
+) -> inspect.Signature:
+    """Return a function's signature with its ``**options`` spelled out, for ``help()``.
+
+    Args:
+        function: takes the options as ``**options``.
+        scope: the function's, which leaves out options that it has no use for.
+    """
+    signature = inspect.signature(function)
+    own = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]
+    chosen = [
+        inspect.Parameter(
+            each.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=each.default,
+            annotation=each.annotation,
+        )
+        for each in options_in(Options).values()
+        if each.is_in(scope)
+    ]
+    return signature.replace(parameters=[*own, *chosen])
+
+
+def default_batch_size(device_type: str) -> int:
+    """Return the default number of images in one forward pass.
+
+    On a CPU, larger batches gain nothing once every core is busy, and they cost memory and a
+    longer padded tail. A GPU needs more images to fill its multiprocessors.
     """
     return 32 if device_type == "cpu" else 128
 
 
 def store_name(model: str, layer: str = "") -> str:
-    """The name of a store's folder for a model as it was typed, and a layer of it.
+    """Return the folder name of a store, from the model as typed and one of its layers.
 
     >>> store_name("torchvision:resnet50"), store_name("resnet50", "layer3.1")
     ('torchvision-resnet50', 'resnet50@layer3.1')
@@ -287,17 +663,17 @@ def store_name(model: str, layer: str = "") -> str:
 
 
 def join_names(names: Sequence[str]) -> str:
-    """One name for what is joined of several."""
+    """Return one name for several joined models or layers."""
     return "+".join(names)
 
 
 def split_names(joined: str) -> list[str]:
-    """What :func:`join_names` joined, of names that hold no plus sign themselves."""
+    """Return the names that :func:`join_names` joined, provided that none holds a plus sign."""
     return joined.split("+")
 
 
 def split_model(model: str) -> list[str]:
-    """The names of the models that ``A+B`` joins; one for all others.
+    """Return the names of the models that ``A+B`` joins; for any other model, its own name.
 
     >>> split_model("resnet50+torchvision:vgg16")
     ['resnet50', 'torchvision:vgg16']
@@ -305,14 +681,14 @@ def split_model(model: str) -> list[str]:
     names: list[str] = []
     for piece in model.split("+"):
         if names and _is_cut_path(names[-1]):
-            names[-1] += f"+{piece}"  # the sign stood in the name of a folder
+            names[-1] += f"+{piece}"  # the plus sign belongs to the name of a folder
         else:
             names.append(piece)
     return names
 
 
 def _is_cut_path(name: str) -> bool:
-    """Whether a name is the beginning of a path, and the rest stands behind a plus sign."""
+    """Return whether a name is the first part of a path that has a plus sign in it."""
     if name.startswith("local-dir:"):
         return not os.path.isdir(name.removeprefix("local-dir:"))
     is_path = os.sep in name and not name.startswith("hf-hub:")
@@ -320,7 +696,7 @@ def _is_cut_path(name: str) -> bool:
 
 
 def planned_stores(models: Sequence[str], options: Options) -> list[str] | None:
-    """Names of the stores that a run will fill; None where only the loaded models can tell."""
+    """Return the names of the stores a run will fill; None if that depends on loaded models."""
     if any(map(_is_open, options.layers)):
         return None
     layers = [join_names(options.layers)] if options.concat else list(options.layers)
@@ -328,12 +704,12 @@ def planned_stores(models: Sequence[str], options: Options) -> list[str] | None:
 
 
 def _is_open(layer: str) -> bool:
-    """Whether only the network can tell which modules are meant: a glob, the number of a block."""
+    """Return whether a layer is a glob or a block number, which only the network can resolve."""
     return re.search(r"[*?\[]|^-\d", layer) is not None
 
 
 def store_folders(out: str | None, names: Sequence[str]) -> list[str]:
-    """Where the stores of a run lie: a single one in OUT itself, several each in its own below.
+    """Return the folders of a run's stores: OUT itself for one store, subfolders for several.
 
     >>> store_folders(None, ["resnet50"]), store_folders("a", ["x"]), store_folders("a", ["x", "y"])
     (['features/resnet50'], ['a'], ['a/x', 'a/y'])
@@ -341,20 +717,3 @@ def store_folders(out: str | None, names: Sequence[str]) -> list[str]:
     if out is not None and len(names) == 1:
         return [out]
     return [f"{DEFAULT_OUT if out is None else out.rstrip('/') or '/'}/{name}" for name in names]
-
-
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{name}: got {value!r}, expected one of {', '.join(allowed)}")
-
-
-def _within(name: str, value: object, least: int, most: int) -> None:
-    if value is None:
-        return
-    if value is True or not isinstance(value, Integral) or not least <= int(value) <= most:
-        raise UsageError(f"{name}: got {value!r}, expected a whole number from {least} to {most}")
-
-
-def _number_within(name: str, value: object, above: float, most: float) -> None:
-    if value is not None and not (isinstance(value, (int, float)) and above < value <= most):
-        raise UsageError(f"{name}: got {value!r}, expected more than {above} and at most {most}")

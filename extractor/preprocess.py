@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from extractor.errors import UsageError
 
 __all__ = ["Geometry", "PixelChanges", "Preprocess"]
 
 RESIZE_MODES = ("shortest", "cover", "contain", "squash")
-INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
+INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 
-
-# Choices of users. They are timm's `crop_mode`, except for `crop`, which timm calls center.
-FITS = ("crop", "pad", "squash")
+# Choices of users: the words of timm's `crop_mode`, except that timm's "center" is "crop".
+Fit = Literal["crop", "pad", "squash"]
+FITS: tuple[Fit, ...] = get_args(Fit)
 
 # Default fraction of the resized image that the center crop keeps, along each edge.
 CROP_PCT = 0.875

@@ -24,14 +24,26 @@ ORDER: list[set[str]] = [
     {"images", "network"},
     {"report"},
     {"store"},
+    {"option_arguments"},
     {"options"},
     {"preprocess"},
     {"system"},
+    {"flags"},
     {"errors", "text", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAX_FILES = 16
-TORCH_FREE = ("images", "store", "options", "preprocess", "report", "errors", "text", "version")
+TORCH_FREE = (
+    "images",
+    "store",
+    "options",
+    "flags",
+    "preprocess",
+    "report",
+    "errors",
+    "text",
+    "version",
+)
 
 
 def module_of(path: Path) -> str:

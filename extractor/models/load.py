@@ -17,7 +17,8 @@ from extractor.models.catalog import Catalog
 from extractor.network.precision import resolve_precision
 from extractor.network.probe import probe
 from extractor.network.taps import Output
-from extractor.options import DEFAULT_MODEL, Options
+from extractor.options import DEFAULT_MODEL, Options, Precision
+from extractor.preprocess import Fit, Interpolation
 from extractor.system.devices import device_errors, resolve_device
 
 __all__ = ["adapt", "fetch", "load", "load_backbone", "resolve_name", "with_changes"]
@@ -43,13 +44,13 @@ def load_backbone(
     bypass: Sequence[str] = _DEFAULT.bypass,
     image_size: int | tuple[int, int] | None = _DEFAULT.image_size,
     crop_pct: float | None = _DEFAULT.crop_pct,
-    interpolation: str | None = _DEFAULT.interpolation,
+    interpolation: Interpolation | None = _DEFAULT.interpolation,
     mean: tuple[float, float, float] | None = _DEFAULT.mean,
     std: tuple[float, float, float] | None = _DEFAULT.std,
-    resize: str | None = _DEFAULT.resize,
+    resize: Fit | None = _DEFAULT.resize,
     seed: int = _DEFAULT.seed,
     device: str = _DEFAULT.device,
-    precision: str = _DEFAULT.precision,
+    precision: Precision = _DEFAULT.precision,
 ) -> Backbone:
     """Build a network, load its weights, take off its classifier, and choose what it embeds with.
 

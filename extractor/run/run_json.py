@@ -51,6 +51,7 @@ ONLY_HOW = frozenset(
         "workers",
         "threads",
         "compile",
+        "fuse",
         "check",
         "keep_missing",
         "retry_failed",

@@ -1,51 +1,65 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.networks import mean_pixel
 
 from extractor import FeatureStore
-from extractor.cli import environment
-from extractor.cli import extract as run
 from extractor.cli import main as cli
+from extractor.cli.parser import command_options, parse
 from extractor.errors import UsageError
+from extractor.flags import Option
 from extractor.models import embedding
 
 
-def parsed(words: list[str], **variables: str) -> dict[str, object]:
-    return vars(environment.parse(run.build_parser(), words, variables))
+def parsed(words: list[str], **variables: str) -> dict[str, Any]:
+    command = parse(words, variables)
+    return {**vars(command.own), **vars(command.options)}
 
 
-def test_every_flag_can_stand_in_the_environment() -> None:
-    plain = parsed(["a"])
-    for action in run.build_parser()._actions:
-        if action.dest in ("help", "version", "inputs"):
-            continue
-        (long,) = [option for option in action.option_strings if option.startswith("--")]
-        typed = {"layers": "a.b,c", "mean": "0.1,0.2,0.3", "std": "0.1,0.2,0.3"}
-        kinds = {int: "7", float: "0.25"}
-        value = typed.get(action.dest) or kinds.get(action.type, "64")  # type: ignore[arg-type]
-        if action.choices:
-            value = str(list(action.choices)[-1])
-        if action.nargs == 0:
-            value = "1"
-        variable = "EXTRACTOR_" + long[2:].upper().replace("-", "_")
-        changed = parsed(["a"], **{variable: value})
-        differ = {name for name in plain if plain[name] != changed[name]}
-        assert differ == {action.dest}, variable
+OPTIONS = [each for each in command_options() if each.words]
+TEXTS = {
+    "mean": "0.1,0.2,0.3",
+    "std": "0.1,0.2,0.3",
+    "device": "cpu",
+    "pool": "gem:4",
+    "layers": "a.b,c",
+}
 
 
-def test_what_is_typed_comes_first() -> None:
-    variables = {"EXTRACTOR_BATCH_SIZE": "8", "EXTRACTOR_MODEL": "a,b", "EXTRACTOR_POOL": "max"}
+def text_for(each: Option) -> str:
+    """A value other than the default."""
+    if each.choices:
+        return each.choices[-1]
+    numbers = {bool: "1", int: "7", float: "0.25"}
+    return TEXTS.get(each.name) or numbers.get(each.type, "64")
+
+
+@pytest.mark.parametrize("each", OPTIONS, ids=lambda each: each.name)
+def test_every_option_is_read_from_its_variable(each: Option) -> None:
+    more = {"EXTRACTOR_LAYER": "a,b"} if each.name in ("pool", "concat") else {}
+    plain = parsed(["a"], **more)
+    changed = parsed(["a"], **more, **{each.variable: text_for(each)})
+    assert {name for name in plain if plain[name] != changed[name]} == {each.name}
+
+
+def test_typed_options_win_over_variables() -> None:
+    variables = {"EXTRACTOR_BATCH_SIZE": "8", "EXTRACTOR_MODEL": "a,b", "EXTRACTOR_LAYER": "x"}
     both = parsed(["x", "-b", "3", "-m", "c"], **variables)
-    assert (both["batch_size"], both["model"], both["pool"]) == (3, ["c"], "max")
+    assert (both["batch_size"], both["model"], both["layers"]) == (3, ["c"], ["x"])
     assert parsed(["x"], **variables)["model"] == ["a", "b"]
 
 
 @pytest.mark.parametrize("text", ["0", "false", "no", "off", "", "OFF"])
-def test_a_flag_without_a_value_can_be_off(text: str) -> None:
+def test_a_variable_can_switch_an_option_off(text: str) -> None:
     assert parsed(["x"], EXTRACTOR_NORMALIZE=text)["normalize"] is False
+
+
+@pytest.mark.parametrize(("text", "lock"), [("1", False), ("0", True)])
+def test_a_negative_switch_keeps_its_meaning(text: str, lock: bool) -> None:
+    assert parsed(["x"], EXTRACTOR_NO_LOCK=text)["lock"] is lock
 
 
 @pytest.mark.parametrize(
@@ -59,18 +73,18 @@ def test_a_flag_without_a_value_can_be_off(text: str) -> None:
         ("MAX_FAILURE_RATE", "1%"),
     ],
 )
-def test_a_value_that_no_flag_takes_is_wrong_usage(name: str, text: str) -> None:
-    with pytest.raises(UsageError, match=f"EXTRACTOR_{name}: got '{text}'"):
+def test_a_wrong_value_names_the_variable(name: str, text: str) -> None:
+    with pytest.raises(UsageError, match=f"EXTRACTOR_{name}: got '{text}', expected "):
         parsed(["x"], **{f"EXTRACTOR_{name}": text})
 
 
-def test_an_empty_variable_is_none(tmp_path: Path) -> None:
+def test_an_empty_variable_counts_as_not_set() -> None:
     assert parsed(["x"], EXTRACTOR_MAX_FAILURE_RATE="", EXTRACTOR_OUT="", EXTRACTOR_LAYER="") == (
         parsed(["x"])
     )
 
 
-def test_a_variable_that_is_no_flag_is_told(
+def test_a_misspelled_variable_is_a_warning_with_a_suggestion(
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -81,11 +95,12 @@ def test_a_variable_that_is_no_flag_is_told(
     monkeypatch.setenv("EXTRACTOR_TEST_SOMETHING", "3")
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == (
-        "extract: warning: EXTRACTOR_BACTH_SIZE is no flag; did you mean EXTRACTOR_BATCH_SIZE?\n"
+        "extract: warning: environment variable EXTRACTOR_BACTH_SIZE sets no option; "
+        "did you mean EXTRACTOR_BATCH_SIZE?\n"
     )
 
 
-def test_the_command_heeds_the_environment(
+def test_the_command_reads_the_environment(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())

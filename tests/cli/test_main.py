@@ -15,10 +15,8 @@ from PIL import Image
 from support.networks import mean_pixel
 
 from extractor import FeatureStore, __version__
-from extractor.cli import extract as run
 from extractor.cli import main as cli
 from extractor.models import embedding
-from extractor.options import Options
 
 MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
 
@@ -116,12 +114,6 @@ def test_errors_are_a_sentence_and_an_exit_code(
 def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
-
-
-def test_every_option_of_the_library_is_a_flag_with_the_same_default() -> None:
-    words = run.build_parser().parse_args([])
-    assert set(Options.__dataclass_fields__) <= set(vars(words))
-    assert run.options_of(words) == Options()
 
 
 @pytest.mark.usefixtures("mean_model")

@@ -20,8 +20,8 @@ from timm.data.transforms import ResizeKeepRatio, str_to_interp_mode
 from torch import nn
 
 from extractor import Backbone, Extractor, extract, load_backbone
-from extractor.cli import extract as run
 from extractor.cli import main as cli
+from extractor.cli.parser import parse
 from extractor.errors import ModelError, UsageError
 from extractor.images import decode
 from extractor.options import Options
@@ -268,15 +268,15 @@ def test_a_size_that_a_model_cannot_take_is_an_error_before_any_image_is_read(
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"image_size": 0}, "image size: got 0, expected a whole number from 1"),
+        ({"image_size": 0}, "image size: got 0, expected an integer from 1"),
         ({"image_size": -5}, "image size: got -5"),
         ({"image_size": (0, 5)}, "image size: got 0"),
-        ({"image_size": 16385}, "image size: got 16385, expected a whole number from 1 to 16384"),
+        ({"image_size": 16385}, "image size: got 16385, expected an integer from 1 to 16384"),
         ({"image_size": (5,)}, r"image size: got \(5,\), expected a number or \(height, width\)"),
         ({"image_size": "224"}, "image size: got '224'"),
         ({"image_size": 224.0}, "image size: got 224.0"),
-        ({"image_size": (224.5, 3)}, "image size: got 224.5, expected a whole number"),
-        ({"crop_pct": 0}, "crop pct: got 0, expected more than 0 and at most 2.0"),
+        ({"image_size": (224.5, 3)}, "image size: got 224.5, expected an integer"),
+        ({"crop_pct": 0}, "crop pct: got 0, expected a number of more than 0 and at most 2"),
         ({"crop_pct": -0.1}, "crop pct: got -0.1"),
         ({"crop_pct": 87.5}, "crop pct: got 87.5"),
         ({"crop_pct": math.nan}, "crop pct: got nan"),
@@ -353,7 +353,7 @@ def test_the_manifest_holds_the_changed_transform(folder: Path, tmp_path: Path) 
     ],
 )
 def test_words_become_options(words: list[str], field: str, value: object) -> None:
-    options = run.options_of(run.build_parser().parse_args(["images", *words]))
+    options = parse(["images", *words]).options
     assert getattr(options, field) == value
     others = set(Options.__dataclass_fields__) - {field, "layers"}
     assert all(getattr(options, other) == getattr(Options(), other) for other in others)

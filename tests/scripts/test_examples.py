@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from extractor.cli import extract as run
 from extractor.cli.main import VERBS
+from extractor.cli.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
@@ -127,7 +127,7 @@ def test_the_slurm_job_asks_for_what_stands_at_its_top(job: Job) -> None:
     job.end("exit 0\n")
     words = job.read("words")
     assert words == ["--log-json", "--model", "resnet18", "--out", "my store", "my images"]
-    parsed = run.build_parser().parse_args(words)
+    parsed = build_parser().parse_args(words)
     assert (parsed.model, parsed.out, parsed.inputs) == (["resnet18"], "my store", ["my images"])
 
 
@@ -235,7 +235,7 @@ def test_the_service_takes_failed_images_for_success_and_repeats_what_may_come_r
     binary, *words = shlex.split(service["ExecStart"])
     assert Path(binary).is_absolute()
     assert Path(binary).name == "extract"
-    assert run.build_parser().parse_args(words).inputs == ["${IMAGES}"]
+    assert build_parser().parse_args(words).inputs == ["${IMAGES}"]
 
 
 def test_the_service_may_write_where_its_store_lies() -> None:
@@ -312,7 +312,7 @@ def test_the_kubernetes_job_mounts_what_it_names_and_has_one_gpu(
     assert all(isinstance(value, str) for value in environment.values())
     program, *words = container["command"]
     assert program == "extract"  # no shell, which would keep the signals to itself
-    assert run.build_parser().parse_args(words).inputs == ["/images"]
+    assert build_parser().parse_args(words).inputs == ["/images"]
     assert mounts["/images"]["readOnly"]
     assert not mounts["/" + environment["EXTRACTOR_OUT"].split("/")[1]].get("readOnly")
     for cache in ("HF_HOME", "TORCH_HOME"):
@@ -326,7 +326,7 @@ def test_the_kubernetes_job_mounts_what_it_names_and_has_one_gpu(
 def test_every_variable_that_is_told_of_is_a_flag(path: Path) -> None:
     flags = {
         option.removeprefix("--").upper().replace("-", "_")
-        for action in run.build_parser()._actions
+        for action in build_parser()._actions
         for option in action.option_strings
         if option.startswith("--")
     }
@@ -351,7 +351,7 @@ def test_every_command_of_the_guide_is_one_that_extract_takes() -> None:
             continue
         words = words[1 : words.index("|") if "|" in words else None]
         if words[0] not in VERBS:
-            assert run.build_parser().parse_args(words).inputs
+            assert build_parser().parse_args(words).inputs
             main += 1
     assert main >= 5
 

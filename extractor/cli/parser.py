@@ -1,0 +1,233 @@
+"""The command line of ``extract``: fields of dataclasses to argparse, and words to values."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from extractor.cli import environment
+from extractor.flags import Flag, Option, option, options_in
+from extractor.options import DEFAULT_MODEL, GROUPS, INPUT, MODEL, RUN, Options
+from extractor.version import __version__
+
+__all__ = ["Command", "CommandOptions", "build_parser", "command_options", "parse"]
+
+USAGE = "extract [--model NAME] INPUT... [--out OUT] [options]"
+
+DESCRIPTION = """\
+Turn images into embeddings. extract loads a pretrained timm or torchvision backbone, replaces its
+classifier with nn.Identity, embeds folders of images, and writes a store of plain .npy files in
+which row i belongs to image i.
+"""
+
+EPILOG = """\
+examples:
+  extract images/                                   timm's resnet50 -> features/resnet50/
+  extract -m torchvision:vgg16 images/ -o vgg/      another model and another output folder
+  extract -m resnet50 --weights mine.pth images/    your own weights
+  extract -m resnet50 --layer layer3 --pool gem images/       an inner layer, pooled
+  extract -m resnet50 -m vit_base_patch16_224 images/         two stores, each image read once
+  extract -m resnet50+vit_base_patch16_224 images/            both embeddings in one vector
+  find images -name '*.jpg' | extract --list -      any list of files
+
+other commands (write a folder of the same name as ./models):
+  extract models [GLOB]                             list models
+  extract models show NAME                          show one model and its layers
+  extract download NAME...                          download weights for an offline machine
+  extract info STORE                                show how a store was made
+  extract verify STORE                              check every byte of a store
+  extract compact STORE                             remove rows of images that changed or went
+
+Environment variables set options, too: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.
+
+exit codes: 0 every image is in the store; 1 the run failed and added nothing; 2 usage error; 3 the
+store is complete but some images failed; 130 and 143 interrupted, run the same command to resume.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandOptions:
+    """Options that only the command has; the library takes them in another form."""
+
+    inputs: Sequence[str] = option(
+        (),
+        Flag(
+            "INPUT",
+            "a folder, which is searched recursively, or an image",
+            INPUT,
+            metavar="INPUT",
+        ),
+    )
+    image_list: str | None = option(
+        None,
+        Flag(
+            "--list",
+            "read image paths from a file, one per line; - reads standard input",
+            INPUT,
+            metavar="FILE",
+        ),
+    )
+    out: str | None = option(
+        None,
+        Flag(
+            "-o/--out",
+            "folder of the store, or of several stores",
+            INPUT,
+            metavar="OUT",
+            unset="features/<model>",
+        ),
+    )
+    model: Sequence[str] = option(
+        (DEFAULT_MODEL,),
+        Flag(
+            "-m/--model",
+            "timm:NAME, torchvision:NAME, or NAME, which prefers timm; hf-hub:ORG/NAME, "
+            "local-dir:PATH or FILE.py:FUNCTION; A+B joins two models; repeat it to fill one store "
+            "per model",
+            MODEL,
+            metavar="NAME",
+        ),
+    )
+    quiet: bool = option(
+        False, Flag("--quiet", "print errors only: no progress bar and no summary", RUN)
+    )
+    log_json: bool = option(
+        False,
+        Flag(
+            "--log-json",
+            "print one JSON object per line on standard error instead of a progress bar",
+            RUN,
+            advanced=True,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """One parsed command line.
+
+    Attributes:
+        own: options that only the command has.
+        options: options of the library call.
+        warnings: one sentence for each environment variable that is no option.
+    """
+
+    own: CommandOptions
+    options: Options
+    warnings: tuple[str, ...]
+
+
+def command_options() -> list[Option]:
+    """Return every option of the command, group by group."""
+    declared = [*options_in(CommandOptions).values(), *options_in(Options).values()]
+    return sorted(declared, key=lambda each: GROUPS.index(each.flag.group))
+
+
+def build_parser(*, show_all: bool = False) -> argparse.ArgumentParser:
+    """Return the parser; its namespace holds only what was typed, without defaults.
+
+    Args:
+        show_all: let the help page show the advanced options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="extract",
+        usage=USAGE,
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+    )
+    declared = command_options()
+    _add_groups(parser, [each for each in declared if not each.flag.advanced], "")
+    group = parser.add_argument_group("help")
+    group.add_argument("-h", "--help", action="help", help="show the most common options and exit")
+    group.add_argument("--help-all", action=_HelpAll, help="show all options and exit")
+    group.add_argument(
+        "--version",
+        action="version",
+        version=f"extract {__version__}",
+        help="show the version and exit",
+    )
+    advanced = [each for each in declared if each.flag.advanced]
+    _add_groups(parser, advanced, "advanced: ", hidden=not show_all)
+    return parser
+
+
+class _HelpAll(argparse.Action):
+    """Print the help page with the advanced options and exit."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **details: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **details)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        build_parser(show_all=True).print_help()
+        parser.exit()
+
+
+def _add_groups(
+    parser: argparse.ArgumentParser, chosen: Iterable[Option], prefix: str, *, hidden: bool = False
+) -> None:
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for each in chosen:
+        title = each.flag.group
+        if title not in groups:
+            groups[title] = parser.add_argument_group(prefix + title)
+        _add(groups[title], each, hidden=hidden)
+
+
+def _add(group: argparse._ArgumentGroup, each: Option, *, hidden: bool) -> None:
+    details: dict[str, Any] = {"help": argparse.SUPPRESS if hidden else _help(each)}
+    if not each.words:
+        group.add_argument(each.name, nargs="*", metavar=each.flag.metavar, **details)
+        return
+    if each.is_switch:
+        details |= {"action": "store_const", "const": not each.default}
+    elif each.choices:
+        details |= {"choices": each.choices}
+    else:
+        details |= {"type": _typed(each.parse), "metavar": each.flag.metavar}
+    if each.is_repeatable:
+        details |= {"action": "append"}
+    group.add_argument(*each.words, dest=each.name, **details)
+
+
+def _help(each: Option) -> str:
+    default = each.default_text
+    text = f"{each.flag.help} (default: {default})" if default else each.flag.help
+    return text.replace("%", "%%")
+
+
+def _typed(parse: Callable[[str], object]) -> Callable[[str], object]:
+    """Return a parser of one value whose message argparse shows."""
+
+    def typed(text: str) -> object:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return typed
+
+
+def parse(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> Command:
+    """Parse a command line; an option that is not typed may come from the environment.
+
+    Raises:
+        UsageError: a value is out of range, or the option cannot take a variable's value.
+    """
+    declared = command_options()
+    typed = vars(build_parser().parse_args(words))
+    values = {**environment.values(declared, variables), **typed}
+    if not values.get("inputs"):
+        values.pop("inputs", None)  # argparse gives an empty list
+    own = {name: values.pop(name) for name in options_in(CommandOptions) if name in values}
+    return Command(
+        CommandOptions(**own),
+        Options(**values),
+        tuple(environment.unknown(declared, variables)),
+    )

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from extractor.cli.parser import CommandOptions, build_parser, command_options, parse
+from extractor.flags import Option
+from extractor.options import Options
+
+
+def test_a_bare_command_line_holds_the_defaults_of_the_library() -> None:
+    command = parse([], {})
+    assert command.options == Options()
+    assert command.own == CommandOptions()
+    assert command.warnings == ()
+
+
+@pytest.mark.parametrize("each", command_options(), ids=lambda each: each.name)
+def test_help_all_names_every_option_and_help_the_common_ones(each: Option) -> None:
+    shown = [line.split() for line in build_parser().format_help().splitlines()]
+    everything = [line.split() for line in build_parser(show_all=True).format_help().splitlines()]
+    word = each.words[-1] if each.words else "INPUT"
+    assert any(word in line for line in everything)
+    assert any(word in line for line in shown) is not each.flag.advanced
+
+
+def test_help_shows_about_a_dozen_options() -> None:
+    assert 10 <= sum(not each.flag.advanced for each in command_options()) <= 15
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (["-b", "x", "a"], "argument -b/--batch-size: got 'x', expected an integer"),
+        (["--crop-pct", "x", "a"], "argument --crop-pct: got 'x', expected a number"),
+        (["--mean", "1,2", "a"], "argument --mean: got '1,2', expected three numbers"),
+        (["--precision", "int4", "a"], "argument --precision: invalid choice: 'int4'"),
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+    ],
+)
+def test_words_that_cannot_be_parsed_are_usage_errors(
+    words: list[str], match: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(words, {})
+    assert match in capsys.readouterr().err
+
+
+def test_help_all_is_printed_by_the_command() -> None:
+    words = [sys.executable, "-m", "extractor", "--help-all"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "--image-timeout SECONDS" in done.stdout
