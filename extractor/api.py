@@ -32,9 +32,9 @@ from extractor.errors import (
 )
 from extractor.images.listing import ImageList, Input, list_images, show
 from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
-from extractor.loading.crash_log import InFlight
+from extractor.loading.crash_log import CrashLog
 from extractor.loading.loader import MAX_ABANDONED, BatchLoader
-from extractor.loading.nvjpeg import IMAGES_TOGETHER, DeviceDecoder
+from extractor.loading.nvjpeg import MAX_GROUP_IMAGES, NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.options import (
@@ -415,26 +415,26 @@ class _Run:
         mend = self._mender(specs)
         on_device = options.decode == "gpu"
         decoding = _workers(options) + MAX_ABANDONED
-        slots = decoding + (IMAGES_TOGETHER if on_device else 0)
+        slots = decoding + (MAX_GROUP_IMAGES if on_device else 0)
         with ExitStack() as stack:
-            in_flight = stack.enter_context(InFlight(stores[0].staging / IN_FLIGHT, slots))
+            crash_log = stack.enter_context(CrashLog(stores[0].staging / IN_FLIGHT, slots))
             loader = _loader(
                 map(images_of, batches),
                 specs,
                 options,
                 self._batch_size,
                 self._suspects,
-                in_flight,
+                crash_log,
                 self._timer,
                 decode=options.decode,
             )
             stack.enter_context(loader)
             decoder = (
-                DeviceDecoder(
+                NvjpegDecoder(
                     specs[0].parts[0].backbone.device,
                     pictures_of(specs),
                     max_pixels=options.max_pixels,
-                    in_flight=in_flight,
+                    crash_log=crash_log,
                     first_slot=decoding,
                 )
                 if on_device
@@ -507,8 +507,8 @@ def _tuned(
         some = [sources.full_path(int(place)) for place in spread]
         slots = _workers(options) + MAX_ABANDONED
         with (
-            InFlight(writers[0].staging / IN_FLIGHT, slots) as in_flight,
-            _loader([some], specs, options, len(some), suspects, in_flight) as loader,
+            CrashLog(writers[0].staging / IN_FLIGHT, slots) as crash_log,
+            _loader([some], specs, options, len(some), suspects, crash_log) as loader,
         ):
             (batch,) = loader
             kept = [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
@@ -599,7 +599,7 @@ def _loader(
     options: Options,
     batch_size: int,
     suspects: Collection[bytes] = (),
-    in_flight: InFlight | None = None,
+    crash_log: CrashLog | None = None,
     timer: Timer | None = None,
     *,
     decode: str | None = None,
@@ -617,7 +617,7 @@ def _loader(
             image_timeout=options.image_timeout,
             decode=decode or ("exact" if options.decode == "gpu" else options.decode),
             suspects=suspects,
-            in_flight=in_flight,
+            crash_log=crash_log,
             timer=timer,
         )
 

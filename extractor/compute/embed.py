@@ -18,7 +18,7 @@ import torch
 from extractor.errors import UsageError
 from extractor.images.types import Failure, ImageInfo
 from extractor.loading.loader import Batch
-from extractor.loading.nvjpeg import DeviceDecoder
+from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
 from extractor.preprocess import Preprocess
@@ -65,7 +65,7 @@ def embed(
     *,
     normalize: bool,
     timer: Timer | None = None,
-    decoder: DeviceDecoder | None = None,
+    decoder: NvjpegDecoder | None = None,
 ) -> Iterator[Embedded]:
     """Embed batches in order, and release each as soon as its pixels are no longer needed.
 
@@ -204,7 +204,7 @@ class _Step:
 
 
 def _embed_in_turn(
-    step: _Step, batches: Iterable[Batch], timer: Timer, decoder: DeviceDecoder | None
+    step: _Step, batches: Iterable[Batch], timer: Timer, decoder: NvjpegDecoder | None
 ) -> Iterator[Embedded]:
     cores = torch.get_num_threads() if step.device.type == "cpu" else 0
     waiting = iter(batches)
@@ -222,11 +222,11 @@ def _embed_in_turn(
 
 
 @torch.inference_mode()
-def _computed(step: _Step, batch: Batch, timer: Timer, decoder: DeviceDecoder | None) -> Embedded:
+def _computed(step: _Step, batch: Batch, timer: Timer, decoder: NvjpegDecoder | None) -> Embedded:
     with timer.spent("transfer"):
         pictures = [picture.to(step.device) for picture in batch.pictures]
         if decoder is not None:
-            decoder.fill(batch, pictures)
+            decoder.decode_batch(batch, pictures)
     with timer.spent("model"):
         rows = [one.cpu() for one in step(pictures, batch.release)]
     return _collect(batch, rows)
@@ -243,7 +243,7 @@ class _Flight(NamedTuple):
 
 
 def _embed_cuda(
-    step: _Step, batches: Iterable[Batch], timer: Timer, decoder: DeviceDecoder | None
+    step: _Step, batches: Iterable[Batch], timer: Timer, decoder: NvjpegDecoder | None
 ) -> Iterator[Embedded]:
     """Keep the GPU fed: it computes one batch while the next one's pixels are on their way.
 
@@ -265,7 +265,7 @@ def _embed_cuda(
 
 @torch.inference_mode()
 def _launch(
-    step: _Step, batch: Batch, copies: torch.cuda.Stream, decoder: DeviceDecoder | None
+    step: _Step, batch: Batch, copies: torch.cuda.Stream, decoder: NvjpegDecoder | None
 ) -> _Flight:
     begun, copied_in, computing, copied_out = (_event() for _ in range(4))
     with torch.cuda.device(step.device):
@@ -275,7 +275,7 @@ def _launch(
             pictures = [one.to(step.device, non_blocking=True) for one in batch.pictures]
             if decoder is not None:
                 # Waits for this stream alone: the batch before is computed meanwhile on its own.
-                decoder.fill(batch, pictures)
+                decoder.decode_batch(batch, pictures)
             copied_in.record()
         compute.wait_event(copied_in)
         for picture in pictures:

@@ -20,7 +20,8 @@ from extractor.images.decode import decode_into
 from extractor.images.files import READ_WHOLE_BYTES, read_file
 from extractor.images.jpeg import plain_jpeg
 from extractor.images.types import EncodedJpeg, Failure, ImageInfo, ImageSource, ReadFile
-from extractor.loading.crash_log import InFlight, decode_apart
+from extractor.loading.crash_log import CrashLog
+from extractor.loading.subprocess_decode import decode_apart
 from extractor.options import Options
 from extractor.system.timing import Timer
 
@@ -195,7 +196,7 @@ class BatchLoader:
         decode: ``scaled`` or ``exact``, see :func:`extractor.images.decode.decode_into`; ``gpu``
             leaves plain JPEGs encoded, and decodes all others exactly.
         suspects: paths of files that are decoded in a process of their own.
-        in_flight: where threads note the files that they decode.
+        crash_log: where threads note the files that they decode.
         timer: sums what reading and decoding take.
 
     Attributes:
@@ -217,7 +218,7 @@ class BatchLoader:
         image_timeout: float = _DEFAULT.image_timeout,
         decode: str = _DEFAULT.decode,
         suspects: Collection[bytes] = (),
-        in_flight: InFlight | None = None,
+        crash_log: CrashLog | None = None,
         timer: Timer | None = None,
     ) -> None:
         self._plan = iter(batches)
@@ -229,7 +230,7 @@ class BatchLoader:
         self._how = decode
         self._suspects = frozenset(suspects)
         self._one_apart = threading.Lock()
-        self._in_flight_file = in_flight
+        self._crash_log = crash_log
         self._free = [self._buffers() for _ in range(self._count_of_buffers())]
         self._in_flight: deque[Batch] = deque()
         self._tasks: set[_Task] = set()  # that threads are at
@@ -536,17 +537,17 @@ class BatchLoader:
                         self._preprocesses,
                         task.outs,
                         max_pixels=self._budget.max_pixels,
-                        how=self._how,
+                        decode_mode=self._how,
                         timeout_seconds=self._timeout,
                     )
             budget = _TaskBudget(self._budget, task)
-            if not isinstance(path, bytes) or self._in_flight_file is None:
+            if not isinstance(path, bytes) or self._crash_log is None:
                 return decode_into(task.given, self._preprocesses, task.outs, budget, self._how)
-            self._in_flight_file.note(slot, path)
+            self._crash_log.note(slot, path)
             try:
                 return decode_into(task.given, self._preprocesses, task.outs, budget, self._how)
             finally:
-                self._in_flight_file.note(slot, b"")
+                self._crash_log.note(slot, b"")
         except DecodeError as error:
             return Failure(error.reason, str(error), error.size, error.mtime_ns)
         finally:

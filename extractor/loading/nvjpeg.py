@@ -1,8 +1,8 @@
-"""JPEGs decoded by the GPU that computes, with nvJPEG, and drawn there.
+"""JPEGs decoded on the GPU with nvJPEG, and rendered there.
 
-The decoding threads read the files and look at their headers; what is a plain JPEG stays encoded,
-crosses to the device as it is, and is decoded, resized and turned there, while they decode all
-others. What the device cannot decode is decoded by the CPU after all.
+Everything about GPU decoding is behind :class:`NvjpegDecoder`. The decoding threads leave plain
+JPEGs encoded. Their bytes go to the GPU, which decodes, resizes and turns them, while the threads
+decode all other images. What the GPU cannot decode is decoded by the CPU after all.
 """
 
 from __future__ import annotations
@@ -23,36 +23,41 @@ from extractor.images.decode import decode_into
 from extractor.images.orientation import flipped_axes
 from extractor.images.render import resize_and_crop_box
 from extractor.images.types import EncodedJpeg, Failure, StoredLayout
-from extractor.loading.crash_log import InFlight
+from extractor.loading.crash_log import CrashLog
 from extractor.loading.loader import Batch
 from extractor.preprocess import Preprocess
 from extractor.text import first_line
 
-__all__ = ["IMAGES_TOGETHER", "DeviceDecoder", "draw_all"]
+__all__ = ["MAX_GROUP_IMAGES", "NvjpegDecoder", "render_group"]
 
 log = logging.getLogger(__name__)
 
-# What is decoded together at most; a pixel takes 3 bytes, and 12 while it is resized.
-PIXELS_TOGETHER = 2**26
-IMAGES_TOGETHER = 256
+# Limits of one call of the decoder. A pixel takes 3 bytes, and 12 during the resize.
+MAX_GROUP_PIXELS = 2**26
+MAX_GROUP_IMAGES = 256
 
-# The first images are decoded by the CPU, too. Both have the same coefficients; how they round, and
-# how they enlarge the colours, is up to each decoder.
-COMPARED = 8
-MOST_APART = 1.0  # of 255 levels, on the mean of a picture
+# The CPU decodes the first images too. Both decoders get the same coefficients, but each rounds and
+# upsamples the color channels in its own way.
+COMPARED_IMAGES = 8
+MAX_MEAN_DIFFERENCE = 1.0  # of 255 levels, over one picture
 
 
-class DeviceDecoder:
-    """Draws what the decoding threads left to the device into the rows of a batch.
+class NvjpegDecoder:
+    """Renders the images that the decoding threads left encoded, on the GPU.
 
-    The first images are compared with what the CPU makes of them. Where they differ by more than a
-    level, or cannot be decoded at all, the CPU decodes everything from then on.
+    The first images are compared with the result of the CPU. If they differ by more than a level,
+    or cannot be decoded at all, the CPU decodes everything from then on.
 
     Args:
-        preprocesses: of the pictures of each batch.
-        max_pixels: of an image that the CPU has to decode after all.
-        in_flight: where the paths stand of what is being decoded, from slot ``first_slot`` on.
-        decode: gets encoded images, gives ``(3, H, W)`` uint8 of each on the device.
+        device: GPU that decodes.
+        preprocesses: Transforms for the pictures of each batch.
+        max_pixels: Largest image that the CPU may have to decode after all.
+        crash_log: Notes the images that are being decoded.
+        first_slot: First slot of ``crash_log`` to use.
+        decode: Turns encoded images into ``(3, H, W)`` uint8 on the device. For tests.
+
+    Attributes:
+        is_trusted: Whether the GPU still decodes.
     """
 
     def __init__(
@@ -61,103 +66,107 @@ class DeviceDecoder:
         preprocesses: Sequence[Preprocess],
         *,
         max_pixels: int,
-        in_flight: InFlight | None = None,
+        crash_log: CrashLog | None = None,
         first_slot: int = 0,
         decode: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None,
     ) -> None:
         self._device = device
         self._preprocesses = tuple(preprocesses)
         self._max_pixels = max_pixels
-        self._in_flight = in_flight
+        self._crash_log = crash_log
         self._first_slot = first_slot
         self._decode = decode or self._nvjpeg
-        self._to_compare = COMPARED
+        self._left_to_compare = COMPARED_IMAGES
         self.is_trusted = True
 
-    def fill(self, batch: Batch, pictures: Sequence[torch.Tensor]) -> None:
-        """Draw the encoded images of a batch; one that nothing can decode becomes a failure.
+    def decode_batch(self, batch: Batch, pictures: Sequence[torch.Tensor]) -> None:
+        """Render the encoded images of a batch. An undecodable image becomes a failure.
 
         Args:
-            pictures: those of the batch on the device, ``(B, H, W, 3)`` uint8, written in place.
-                On a GPU the current stream must be that on which they were made.
+            batch: Batch whose images were left encoded.
+            pictures: Pictures of the batch on the device, ``(B, H, W, 3)`` uint8, written in place.
+                On a GPU, the current stream must be the one on which they were made.
         """
         left = dict(sorted(batch.encoded.items()))
-        for part in list(_together(left)):
+        for group in list(_groups(left)):
             if self.is_trusted:
-                for position in self._fill({place: left[place] for place in part}, pictures):
-                    del left[position]
-        for position, image in left.items():
-            outcome = self._draw_on_host(image)
+                for index in self._render_images({i: left[i] for i in group}, pictures):
+                    del left[index]
+        for index, image in left.items():
+            outcome = self._render_on_cpu(image)
             if isinstance(outcome, Failure):
-                batch.outcomes[position] = outcome
+                batch.outcomes[index] = outcome
                 continue
             for picture, row in zip(pictures, outcome, strict=True):
-                picture[position] = torch.from_numpy(row)
+                picture[index] = torch.from_numpy(row)
         if left and not self.is_trusted:
             batch.decode_on_host()
 
-    def _fill(
+    def _render_images(
         self, images: Mapping[int, EncodedJpeg], pictures: Sequence[torch.Tensor]
     ) -> set[int]:
-        """Which images were drawn: of those that the device decoded, all, or none at all."""
-        decoded = self._decoded(images)
-        drawn: set[int] = set()
-        alike: dict[StoredLayout, list[int]] = {}
-        for position in decoded:
-            alike.setdefault(images[position].layout, []).append(position)
-        for stored, positions in alike.items():
+        """Return the indices that were rendered; none of them if the decoder proved wrong."""
+        decoded = self._decode_images(images)
+        rendered: set[int] = set()
+        same_layout: dict[StoredLayout, list[int]] = {}
+        for index in decoded:
+            same_layout.setdefault(images[index].layout, []).append(index)
+        for layout, indices in same_layout.items():
             try:
-                group = torch.stack([decoded.pop(position) for position in positions])
+                group = torch.stack([decoded.pop(index) for index in indices])
                 for preprocess, picture in zip(self._preprocesses, pictures, strict=True):
-                    rows = draw_all(group, preprocess, stored)
-                    picture[torch.tensor(positions, device=picture.device)] = rows
-            except RuntimeError as error:  # no memory, or more made smaller than its filter takes
-                log.debug("%d JPEGs are drawn by the CPU: %s", len(positions), first_line(error))
+                    rows = render_group(group, preprocess, layout)
+                    picture[torch.tensor(indices, device=picture.device)] = rows
+            except RuntimeError as error:  # out of memory, or a reduction beyond the filter's limit
+                log.debug("the CPU renders %d JPEGs: %s", len(indices), first_line(error))
             else:
-                drawn.update(positions)
-        if self._to_compare and not self._is_right(images, drawn, pictures):
+                rendered.update(indices)
+        if self._left_to_compare and not self._is_right(images, rendered, pictures):
             self.is_trusted = False
             return set()
-        return drawn
+        return rendered
 
-    def _decoded(self, images: Mapping[int, EncodedJpeg]) -> dict[int, torch.Tensor]:
-        """``(3, H, W)`` uint8 of each image that the device can decode."""
+    def _decode_images(self, images: Mapping[int, EncodedJpeg]) -> dict[int, torch.Tensor]:
+        """Return ``(3, H, W)`` uint8 for each image that the device can decode."""
         encoded = {
-            # A copy, since torch wants what it may write to.
-            position: torch.from_numpy(np.frombuffer(image.file.content, np.uint8).copy())
-            for position, image in images.items()
+            # A copy, because torch wants writable memory.
+            index: torch.from_numpy(np.frombuffer(image.file.content, np.uint8).copy())
+            for index, image in images.items()
         }
         with self._noted(images.values()):
             try:
-                found = dict(zip(encoded, self._decode(list(encoded.values())), strict=True))
-            except RuntimeError as error:  # it does not say of which image
-                log.debug("%d JPEGs one by one: %s", len(encoded), first_line(error))
-                found = {}
-                for position, one in encoded.items():
+                decoded = dict(zip(encoded, self._decode(list(encoded.values())), strict=True))
+            except RuntimeError as error:  # it does not say which image failed
+                log.debug("decoding %d JPEGs one by one: %s", len(encoded), first_line(error))
+                decoded = {}
+                for index, content in encoded.items():
                     with suppress(RuntimeError):
-                        (found[position],) = self._decode([one])
-        shapes = {place: (3, one.layout.height, one.layout.width) for place, one in images.items()}
-        return {place: image for place, image in found.items() if image.shape == shapes[place]}
+                        (decoded[index],) = self._decode([content])
+        return {
+            index: pixels
+            for index, pixels in decoded.items()
+            if pixels.shape == (3, images[index].layout.height, images[index].layout.width)
+        }
 
     @contextmanager
     def _noted(self, images: Collection[EncodedJpeg]) -> Iterator[None]:
-        """Have it known which images were at hand, should the decoder end this process."""
-        if self._in_flight is None:
+        """Note the images in the crash log during the block."""
+        if self._crash_log is None:
             yield
             return
         for slot, image in enumerate(images, self._first_slot):
-            self._in_flight.note(slot, os.fsencode(image.file.path))
+            self._crash_log.note(slot, os.fsencode(image.file.path))
         try:
             yield
         finally:
             for slot in range(self._first_slot, self._first_slot + len(images)):
-                self._in_flight.note(slot, b"")
+                self._crash_log.note(slot, b"")
 
     def _nvjpeg(self, encoded: list[torch.Tensor]) -> list[torch.Tensor]:
         from torchvision.io import ImageReadMode, decode_jpeg
 
-        # The engine writes without waiting for what is queued on this stream, and may be given
-        # memory that something queued still reads (pytorch/vision pull request 9606).
+        # The engine does not wait for the work queued on this stream, and may be given memory that
+        # this work still reads (pytorch/vision pull request 9606).
         torch.cuda.current_stream(self._device).synchronize()
         images: list[torch.Tensor] = decode_jpeg(encoded, ImageReadMode.RGB, self._device)
         return images
@@ -165,87 +174,94 @@ class DeviceDecoder:
     def _is_right(
         self,
         images: Mapping[int, EncodedJpeg],
-        drawn: Collection[int],
+        rendered: Collection[int],
         pictures: Sequence[torch.Tensor],
     ) -> bool:
-        """Compare the first few images with what the CPU makes of them."""
+        """Return whether the first images equal those that the CPU decodes."""
         refused = 0
-        for position, image in itertools.islice(images.items(), self._to_compare):
-            expected = self._draw_on_host(image)
+        for index, image in itertools.islice(images.items(), self._left_to_compare):
+            expected = self._render_on_cpu(image)
             if isinstance(expected, Failure):
                 continue
-            self._to_compare -= 1
-            if position not in drawn:
+            self._left_to_compare -= 1
+            if index not in rendered:
                 refused += 1
                 continue
             for picture, row in zip(pictures, expected, strict=True):
-                apart = np.abs(picture[position].cpu().numpy().astype(np.int16) - row).mean()
-                if apart > MOST_APART:
+                difference = np.abs(picture[index].cpu().numpy().astype(np.int16) - row).mean()
+                if difference > MAX_MEAN_DIFFERENCE:
                     log.warning(
-                        "%s: %s decodes it to other pixels (mean difference %.2f levels); all "
-                        "images are decoded by the CPU",
-                        *(os.fsdecode(image.file.path), self._device, apart),
+                        "%s: %s decodes it to other pixels (mean difference %.2f levels); "
+                        "decoding all images on the CPU",
+                        *(os.fsdecode(image.file.path), self._device, difference),
                     )
                     return False
-        if refused and not drawn:
-            log.warning("%s decodes no JPEG; all images are decoded by the CPU", self._device)
+        if refused and not rendered:
+            log.warning("%s decodes no JPEG; decoding all images on the CPU", self._device)
             return False
         return True
 
-    def _draw_on_host(self, image: EncodedJpeg) -> list[npt.NDArray[np.uint8]] | Failure:
-        rows = [np.empty((*one.input_size, 3), np.uint8) for one in self._preprocesses]
+    def _render_on_cpu(self, image: EncodedJpeg) -> list[npt.NDArray[np.uint8]] | Failure:
+        rows = [
+            np.empty((*preprocess.input_size, 3), np.uint8) for preprocess in self._preprocesses
+        ]
         try:
             with self._noted([image]):
                 budget = PixelBudget(self._max_pixels)
                 decode_into(image.file, self._preprocesses, rows, budget, "exact")
         except DecodeError as error:
-            return Failure(error.reason, str(error), error.size, error.mtime_ns)
+            return Failure.from_error(error)
         return rows
 
 
-def _together(images: Mapping[int, EncodedJpeg]) -> Iterator[list[int]]:
-    """Images that are decoded together, so that they fit in the device's memory."""
-    part: list[int] = []
-    pixels = 0
-    for position, image in images.items():
-        more = image.layout.width * image.layout.height
-        if part and (pixels + more > PIXELS_TOGETHER or len(part) == IMAGES_TOGETHER):
-            yield part
-            part, pixels = [], 0
-        part.append(position)
-        pixels += more
-    if part:
-        yield part
+def _groups(images: Mapping[int, EncodedJpeg]) -> Iterator[list[int]]:
+    """Split images into groups whose pixels fit into the memory of the device."""
+    group: list[int] = []
+    group_pixels = 0
+    for index, image in images.items():
+        pixels = image.layout.width * image.layout.height
+        is_full = group_pixels + pixels > MAX_GROUP_PIXELS or len(group) == MAX_GROUP_IMAGES
+        if group and is_full:
+            yield group
+            group, group_pixels = [], 0
+        group.append(index)
+        group_pixels += pixels
+    if group:
+        yield group
 
 
-def draw_all(images: torch.Tensor, preprocess: Preprocess, stored: StoredLayout) -> torch.Tensor:
-    """Draw the picture of one model, of several images that are stored alike.
+def render_group(
+    images: torch.Tensor, preprocess: Preprocess, layout: StoredLayout
+) -> torch.Tensor:
+    """Render the pictures of one model from images of the same layout.
 
     Args:
-        images: ``(N, 3, H, W)`` uint8, turned as they are stored.
+        images: ``(N, 3, H, W)`` uint8, in the orientation of their files.
+        preprocess: Transform of the model.
+        layout: Size and orientation of each image.
 
     Returns:
-        ``(N, height, width, 3)`` uint8 of the model's input.
+        ``(N, height, width, 3)`` uint8 of the model's input size.
     """
-    geometry = preprocess.geometry(*stored.upright)
-    (across, down), (x0, y0, x1, y1) = resize_and_crop_box(geometry, stored.orientation)
-    shares = stored.width / across, stored.height / down
+    geometry = preprocess.geometry(*layout.upright)
+    (width, height), (x0, y0, x1, y1) = resize_and_crop_box(geometry, layout.orientation)
+    scale_x, scale_y = layout.width / width, layout.height / height
     filter_ = getattr(torch.ops.aten, f"_upsample_{preprocess.interpolation}2d_aa")
-    resized = filter_(images.float(), (down, across), False, 1 / shares[1], 1 / shares[0])
-    seen = resized[:, :, y0:y1, x0:x1].round_().clamp_(0, 255).to(torch.uint8)
-    rows = _upright(seen.permute(0, 2, 3, 1), stored.orientation)
+    resized = filter_(images.float(), (height, width), False, 1 / scale_y, 1 / scale_x)
+    visible = resized[:, :, y0:y1, x0:x1].round_().clamp_(0, 255).to(torch.uint8)
+    rows = _turn_upright(visible.permute(0, 2, 3, 1), layout.orientation)
     left, top = geometry.offset
     width, height = geometry.size
     if (height, width) == preprocess.input_size:
         return rows
-    fill = torch.tensor(preprocess.fill, dtype=torch.uint8, device=images.device)
-    whole = fill.expand(len(images), *preprocess.input_size, 3).clone()
-    whole[:, top : top + height, left : left + width] = rows
-    return whole
+    color = torch.tensor(preprocess.fill, dtype=torch.uint8, device=images.device)
+    padded = color.expand(len(images), *preprocess.input_size, 3).clone()
+    padded[:, top : top + height, left : left + width] = rows
+    return padded
 
 
-def _upright(rows: torch.Tensor, orientation: int) -> torch.Tensor:
-    """``(N, H, W, 3)`` pictures turned as their orientation says."""
+def _turn_upright(rows: torch.Tensor, orientation: int) -> torch.Tensor:
+    """Turn pictures ``(N, H, W, 3)`` upright."""
     if orientation >= 5:
         rows = rows.transpose(1, 2)
     axes = [axis for axis, is_flipped in enumerate(flipped_axes(orientation), 1) if is_flipped]

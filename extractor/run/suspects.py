@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from extractor.loading.crash_log import InFlight
+from extractor.loading.crash_log import CrashLog
 from extractor.store.atomic import write_whole
 from extractor.store.format import IN_FLIGHT, SUSPECTS
 from extractor.store.publish import explained
@@ -27,7 +27,7 @@ class Suspects:
 
     def load(self) -> tuple[list[bytes], list[bytes]]:
         """Return all suspects and, of these, those of the last run, and save them all."""
-        new = InFlight.left(self._crash_log)
+        new = CrashLog.read(self._crash_log)
         try:
             known = [os.fsencode(path) for path in json.loads(self._path.read_bytes())]
         except (FileNotFoundError, ValueError):

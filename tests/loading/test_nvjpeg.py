@@ -1,6 +1,6 @@
-"""What a GPU decodes is drawn as the CPU draws it, and what it cannot decode is not lost.
+"""The GPU renders the same pictures as the CPU, and what it cannot decode is not lost.
 
-The decoder itself is stood in for by one of the CPU, but for the tests marked cuda.
+Except in the tests marked cuda, Pillow stands in for nvJPEG.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ from extractor.errors import UsageError
 from extractor.images.decode import decode_into
 from extractor.images.jpeg import plain_jpeg
 from extractor.images.types import EncodedJpeg, ReadFile
-from extractor.loading import loader
-from extractor.loading import nvjpeg as device_decode
-from extractor.loading.crash_log import InFlight
-from extractor.loading.nvjpeg import DeviceDecoder, draw_all
+from extractor.loading import loader, nvjpeg
+from extractor.loading.crash_log import CrashLog
+from extractor.loading.nvjpeg import NvjpegDecoder, render_group
 from extractor.models import embedding
 from extractor.preprocess import Preprocess
 from extractor.store.format import IN_FLIGHT
@@ -39,7 +38,7 @@ SQUASHED = Preprocess((24, 40), "squash", (24, 40), "bicubic", (0,) * 3, (1,) * 
 
 
 def smooth(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture without the noise that two decoders may draw otherwise."""
+    """Return a picture without noise, on which two decoders agree."""
     return noise(seed, 5, 4).resize((width, height), Image.Resampling.BICUBIC)
 
 
@@ -61,8 +60,10 @@ def plain(content: bytes, preprocess: Preprocess = STANDARD) -> EncodedJpeg | No
 
 
 def pillow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
-    """What nvJPEG would give."""
-    images = [Image.open(io.BytesIO(one.numpy().tobytes())).convert("RGB") for one in encoded]
+    """Decode as nvJPEG does."""
+    images = [
+        Image.open(io.BytesIO(content.numpy().tobytes())).convert("RGB") for content in encoded
+    ]
     return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
 
 
@@ -80,7 +81,7 @@ def pillow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
         jpeg(smooth(60, 40)) + bytes(3),
     ],
 )
-def test_a_plain_jpeg_is_left_to_the_device(content: bytes) -> None:
+def test_plain_jpegs_are_left_to_the_gpu(content: bytes) -> None:
     found = plain_jpeg(read(content), [STANDARD], 2400)
     expected = decode_into(read(content), [STANDARD], [np.empty((32, 32, 3), np.uint8)])
     assert found is not None
@@ -110,23 +111,23 @@ def with_adobe_transform(content: bytes, transform: int) -> bytes:
         jpeg(smooth(1000, 2)),  # resized whole it would be very long
     ],
 )
-def test_all_else_is_not(content: bytes) -> None:
+def test_other_files_are_not_left_to_the_gpu(content: bytes) -> None:
     assert plain_jpeg(read(content), [STANDARD], 2400) is None
 
 
-def test_nor_is_what_torch_has_no_filter_for() -> None:
+def test_gpu_decode_skips_lanczos() -> None:
     lanczos = Preprocess((8, 8), "squash", (8, 8), "lanczos", (0,) * 3, (1,) * 3)
     assert plain(jpeg(smooth(60, 40)), lanczos) is None
 
 
 # ---------------------------------------------------------------------------------------------
-# Drawing
+# Rendering
 
 
 @pytest.mark.parametrize("preprocess", [STANDARD, PADDED, SQUASHED])
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(60, 40), (40, 61), (20, 30)])
-def test_the_picture_is_that_of_the_cpu(
+def test_gpu_picture_equals_cpu_picture(
     preprocess: Preprocess, orientation: int, size: tuple[int, int]
 ) -> None:
     contents = [jpeg(smooth(*size, seed), orientation) for seed in (1, 2)]
@@ -138,9 +139,9 @@ def test_the_picture_is_that_of_the_cpu(
     decoded = torch.stack(
         pillow([torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents])
     )
-    drawn = draw_all(decoded, preprocess, image.layout).numpy()
-    assert drawn.shape == expected.shape
-    assert np.abs(drawn.astype(int) - expected).max() <= 1
+    rendered = render_group(decoded, preprocess, image.layout).numpy()
+    assert rendered.shape == expected.shape
+    assert np.abs(rendered.astype(int) - expected).max() <= 1
 
 
 # ---------------------------------------------------------------------------------------------
@@ -149,28 +150,28 @@ def test_the_picture_is_that_of_the_cpu(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    place = tmp_path / "in"
-    place.mkdir()
+    images = tmp_path / "in"
+    images.mkdir()
     for number in range(8):
         content = jpeg(smooth(60 + number % 2, 40, number), orientation=number + 1)
-        (place / f"{number}.jpg").write_bytes(content)
-    (place / "cut.jpg").write_bytes(jpeg(smooth(60, 40))[:-300])
-    (place / "progressive.jpg").write_bytes(jpeg(smooth(60, 40, 9), progressive=True))
-    smooth(50, 70, 11).save(place / "x.png")
-    return place
+        (images / f"{number}.jpg").write_bytes(content)
+    (images / "cut.jpg").write_bytes(jpeg(smooth(60, 40))[:-300])
+    (images / "progressive.jpg").write_bytes(jpeg(smooth(60, 40, 9), progressive=True))
+    smooth(50, 70, 11).save(images / "x.png")
+    return images
 
 
 class Run:
-    """Runs with a decoder that stands in for the GPU's."""
+    """Runs with a decoder in place of nvJPEG."""
 
     def __init__(self, folder: Path, out: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder = folder
         self.out = out
-        self.calls: list[int] = []  # images in each call of the decoder
+        self.calls: list[int] = []  # images per call of the decoder
         self.decode: Callable[[list[torch.Tensor]], list[torch.Tensor]] = pillow
         patch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
         patch.setattr(pipeline, "_check_decode", lambda *_: None)
-        patch.setattr(DeviceDecoder, "_nvjpeg", lambda _, encoded: self._counted(encoded))
+        patch.setattr(NvjpegDecoder, "_nvjpeg", lambda _, encoded: self._counted(encoded))
 
     def _counted(self, encoded: list[torch.Tensor]) -> list[torch.Tensor]:
         self.calls.append(len(encoded))
@@ -192,7 +193,7 @@ def run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     return Run(folder, tmp_path / "out", monkeypatch)
 
 
-def test_a_run_leaves_plain_jpegs_to_the_device(run: Run) -> None:
+def test_run_leaves_plain_jpegs_to_the_gpu(run: Run) -> None:
     report = run()
     assert run.is_as_exact(report)
     assert sum(run.calls) == 8
@@ -200,33 +201,33 @@ def test_a_run_leaves_plain_jpegs_to_the_device(run: Run) -> None:
 
 
 @pytest.mark.parametrize(("limit", "value"), [("PIXELS", 2 * 61 * 40), ("IMAGES", 2)])
-def test_images_are_decoded_together_as_far_as_memory_goes(
+def test_group_size_is_bounded(
     run: Run, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr(device_decode, f"{limit}_TOGETHER", value)
+    monkeypatch.setattr(nvjpeg, f"MAX_GROUP_{limit}", value)
     assert run.is_as_exact(run())
     assert max(run.calls) == 2
     assert sum(run.calls) == 8
 
 
-def test_what_waits_for_the_device_is_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bytes_waiting_for_the_gpu_are_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "MAX_ENCODED_BYTES", 0)
     assert run.is_as_exact(run())
     assert not run.calls
 
 
-def test_what_waits_is_counted_until_it_is_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_bytes_are_freed_after_decoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = max(path.stat().st_size for path in run.folder.iterdir())
     monkeypatch.setattr(loader, "MAX_ENCODED_BYTES", largest)
     assert run.is_as_exact(run(batch_size=1, workers=1))
     assert len(run.calls) >= 3  # and not the first one alone
 
 
-def test_one_that_the_device_refuses_is_decoded_by_the_cpu(run: Run) -> None:
+def test_an_image_that_the_gpu_refuses_is_decoded_by_the_cpu(run: Run) -> None:
     refused = (run.folder / "2.jpg").read_bytes()
 
     def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
-        if any(one.numpy().tobytes() == refused for one in encoded):
+        if any(content.numpy().tobytes() == refused for content in encoded):
             raise RuntimeError("Error while decoding JPEG images")
         return pillow(encoded)
 
@@ -235,13 +236,13 @@ def test_one_that_the_device_refuses_is_decoded_by_the_cpu(run: Run) -> None:
     assert sorted(run.calls) == [1, 1, 1, 1, 4, 4]
 
 
-def test_an_image_of_another_size_than_its_header_says_is_not_believed(run: Run) -> None:
+def test_an_image_of_unexpected_size_is_decoded_by_the_cpu(run: Run) -> None:
     run.decode = lambda encoded: [image[:, :, :-1] for image in pillow(encoded)]
     assert run.is_as_exact(run())
 
 
 @pytest.mark.parametrize("kind", ["other pixels", "error"])
-def test_a_decoder_that_is_wrong_is_left(
+def test_a_wrong_decoder_is_abandoned(
     run: Run, kind: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -254,15 +255,15 @@ def test_a_decoder_that_is_wrong_is_left(
         report = run(batch_size=2, workers=1)
     assert run.is_as_exact(report)
     assert run.calls == ([2] if kind == "other pixels" else [2, 1, 1])
-    warned = [one.message for one in caplog.records if "are decoded by the CPU" in one.message]
+    warned = [r.message for r in caplog.records if "decoding all images on the CPU" in r.message]
     assert len(warned) == 1
 
 
-def test_nothing_of_a_decoder_that_was_found_wrong_is_kept(
+def test_pictures_of_a_wrong_decoder_are_discarded(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_decode, "IMAGES_TOGETHER", 2)
-    monkeypatch.setattr(device_decode, "COMPARED", 3)
+    monkeypatch.setattr(nvjpeg, "MAX_GROUP_IMAGES", 2)
+    monkeypatch.setattr(nvjpeg, "COMPARED_IMAGES", 3)
     seen = 0
 
     def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -275,36 +276,36 @@ def test_nothing_of_a_decoder_that_was_found_wrong_is_kept(
     assert run.calls == [2, 2]
 
 
-def test_what_cannot_be_drawn_on_the_device_is_drawn_by_the_cpu(
+def test_images_that_the_gpu_cannot_render_are_rendered_by_the_cpu(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def draw(images: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def render(images: torch.Tensor, *rest: Any) -> torch.Tensor:
         if images.shape[-1] == 61:
             raise RuntimeError("Too much shared memory required")
-        return draw_all(images, *rest)
+        return render_group(images, *rest)
 
-    monkeypatch.setattr(device_decode, "draw_all", draw)
+    monkeypatch.setattr(nvjpeg, "render_group", render)
     assert run.is_as_exact(run())
     assert sum(run.calls) == 8
 
 
-def test_an_image_that_nothing_decodes_has_no_row(
+def test_an_image_that_neither_decodes_is_a_failure(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bad = (run.folder / "3.jpg").read_bytes()
 
     def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
-        if any(one.numpy().tobytes() == bad for one in encoded):
+        if any(content.numpy().tobytes() == bad for content in encoded):
             raise RuntimeError("cannot be decoded")
         return pillow(encoded)
 
     def on_cpu(file: ReadFile, *rest: Any) -> Any:
         if file.content == bad:
-            raise device_decode.DecodeError("corrupt", "broken data stream")
+            raise nvjpeg.DecodeError("corrupt", "broken data stream")
         return decode_into(file, *rest)
 
     run.decode = decode
-    monkeypatch.setattr(device_decode, "decode_into", on_cpu)
+    monkeypatch.setattr(nvjpeg, "decode_into", on_cpu)
     (store,) = run().stores
     assert (store.rows, store.failed) == (9, 2)
     names = [Path(path).name for path in store.store.paths]
@@ -313,12 +314,12 @@ def test_an_image_that_nothing_decodes_has_no_row(
     )
 
 
-def test_which_images_are_at_hand_outlives_the_process(run: Run) -> None:
+def test_images_on_the_gpu_are_in_the_crash_log(run: Run) -> None:
     noted: list[list[str]] = []
 
     def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
         (file,) = run.out.rglob(IN_FLIGHT)
-        noted.append([Path(path.decode()).name for path in InFlight.left(file)])
+        noted.append([Path(path.decode()).name for path in CrashLog.read(file)])
         return pillow(encoded)
 
     run.decode = decode
@@ -327,7 +328,9 @@ def test_which_images_are_at_hand_outlives_the_process(run: Run) -> None:
     assert not {"0.jpg", "1.jpg", "2.jpg", "3.jpg"} & set(noted[1])
 
 
-def test_it_needs_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_decode_without_a_gpu_is_a_usage_error(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
     with pytest.raises(
         UsageError, match="got gpu, which needs a CUDA device; this run computes on"
@@ -344,10 +347,10 @@ def gpu_store(folder: Path, tmp_path: Path) -> Report:
 
 
 @pytest.mark.cuda
-def test_nvjpeg_gives_the_embeddings_of_the_cpu(
+def test_nvjpeg_embeddings_equal_cpu_embeddings(
     folder: Path, tmp_path: Path, gpu_store: Report, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not [one for one in caplog.records if "are decoded by the CPU" in one.message]
+    assert not [r for r in caplog.records if "decoding all images on the CPU" in r.message]
     expected = extract(
         folder,
         "resnet18",

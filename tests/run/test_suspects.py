@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from extractor.loading.crash_log import SLOT_BYTES, InFlight
+from extractor.loading.crash_log import SLOT_BYTES, CrashLog
 from extractor.run.suspects import Suspects
 from extractor.store.format import IN_FLIGHT, SUSPECTS
 
@@ -23,7 +23,7 @@ NAMES = [
 
 def leave_crash_log(folder: Path, *names: bytes) -> None:
     """Leave what a dying run leaves behind."""
-    crash_log = InFlight(folder / IN_FLIGHT, len(names)).__enter__()
+    crash_log = CrashLog(folder / IN_FLIGHT, len(names)).__enter__()
     for slot, name in enumerate(names):
         crash_log.note(slot, name)
 
