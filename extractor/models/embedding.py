@@ -28,8 +28,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-FUSE = "auto"
-
 Model: TypeAlias = "str | Backbone"
 
 
@@ -106,7 +104,7 @@ def load_specs(
     for model in models:
         if isinstance(model, Backbone):
             backbone = with_changes(model, options)
-            backbone = _fused_copy(backbone, FUSE) if fold_given else backbone
+            backbone = _fused_copy(backbone, options.fuse) if fold_given else backbone
             specs += _of_one(backbone.provenance.model, backbone, options)
             continue
         names = split_model(model)
@@ -127,7 +125,8 @@ def load_specs(
 
 def _load(model: str, options: Options) -> Backbone:
     """Load a model as a run computes it: fused in float32, then in its precision."""
-    backbone = fuse_as_chosen(load(model, replace(options, precision="float32")), FUSE)
+    backbone = load(model, replace(options, precision="float32"))
+    backbone = fuse_as_chosen(backbone, options.fuse)
     return backbone.to(backbone.device, resolve_precision(options.precision))
 
 

@@ -17,7 +17,7 @@ from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen
 from extractor.models.load import load_backbone
 from extractor.network.taps import PRE_LOGITS
-from extractor.options import split_names
+from extractor.options import Options, split_names
 from extractor.preprocess import Preprocess
 from extractor.store.reader import FeatureStore
 from extractor.system.cpu import compute_threads
@@ -145,4 +145,4 @@ def _backbone(
         backbone = backbone.at_layers(layers, pools.pop() if pools else "avg")
     elif backbone.outputs[0].definition not in (embedding.get("definition", PRE_LOGITS),):
         raise StoreError(f"{model} gives {backbone.outputs[0].definition} now")
-    return fuse_as_chosen(backbone, "auto").to(backbone.device, precision)
+    return fuse_as_chosen(backbone, Options().fuse).to(backbone.device, precision)

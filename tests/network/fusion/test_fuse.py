@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from extractor import Backbone, load_backbone
-from extractor.models.embedding import fuse_as_chosen
+from extractor import Backbone, Extractor, load_backbone
+from extractor.models.embedding import fuse_as_chosen, load_specs
 from extractor.network.fusion.fuse import is_worthwhile
+from extractor.options import Options
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,14 @@ def test_fusion_that_is_off_or_unmeasured_changes_no_module(
     assert list(network.module.modules()) == modules
     assert types_of(network) == types_of(backbone)
     assert not is_worthwhile(choice, torch.device(device))
+
+
+@pytest.mark.parametrize("choice", ["auto", "off"])
+def test_run_and_extractor_fuse_as_the_option_says(backbone: Backbone, choice: str) -> None:
+    settings = {"weights": "random", "device": "cpu", "fuse": choice}
+    (by_name,) = load_specs(["timm:test_resnet"], Options(**settings))[0].backbones
+    (of_user,) = load_specs([copied(backbone, "cpu")], Options(fuse=choice))[0].backbones
+    (in_memory,) = Extractor("timm:test_resnet", **settings).backbones
+    for used in (by_name, of_user, in_memory):
+        assert bool(used.folded) is (choice == "auto")
+        assert (types_of(used) == types_of(backbone)) is (choice == "off")
