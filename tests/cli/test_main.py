@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import WarmProcess, run_extract, run_python
 from support.networks import mean_pixel
 
 from extractor import FeatureStore, __version__
@@ -27,25 +29,18 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "extractor", *words],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "2", **env},
-        timeout=120,
-        check=False,
-    )
+    return run_extract(*words, cwd=cwd, env={**os.environ, **env})
 
 
 def test_the_command_as_a_user_runs_it(photos: Path, tmp_path: Path) -> None:
     (photos / "bad.jpg").write_text("text")
     (photos / "notes.txt").write_text("text")
-    done = command(*MODEL, str(photos), cwd=tmp_path)
+    words = [sys.executable, "-m", "extractor", *MODEL, str(photos)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert done.returncode == 3, done.stderr
     assert "RANDOM weights (seed 0)" in done.stderr
     assert "Traceback" not in done.stderr
-    for word in (
+    for text in (
         "torchvision:squeezenet1_1",
         "11 of 12 images, 512 numbers each",
         "images/s",
@@ -53,7 +48,7 @@ def test_the_command_as_a_user_runs_it(photos: Path, tmp_path: Path) -> None:
         "1 files that are no images",
         "bad.jpg: no image format",
     ):
-        assert word in done.stdout
+        assert text in done.stdout
     store = FeatureStore.open(tmp_path / "features/torchvision-squeezenet1_1")
     assert len(store) == 11
     plain = np.load(store.path / "features/00000.npy", mmap_mode="r")
@@ -151,9 +146,7 @@ def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
     (photos / "bad.jpg").write_text("text")
     terminal, side = pty.openpty()
     words = [*MODEL, "-b", "4", str(photos), "-o", str(tmp_path / "out")]
-    with subprocess.Popen(
-        [sys.executable, "-m", "extractor", *words], stdout=subprocess.PIPE, stderr=side
-    ) as run:
+    with WarmProcess(["-m", "extractor", *words], stderr=side) as run:
         os.close(side)
         shown = b""
         while True:
@@ -201,9 +194,7 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
         Image.new("RGB", (400, 400), (i % 256, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
     out = tmp_path / "out"
     words = [*MODEL, str(tmp_path / "in"), "-o", str(out)]
-    with subprocess.Popen(
-        [sys.executable, "-m", "extractor", *words], stderr=subprocess.PIPE, text=True
-    ) as run:
+    with WarmProcess(["-m", "extractor", *words]) as run:
         partial = out / ".extractor-partial/features/00000.npy.partial"
         deadline = time.monotonic() + 60
         while not (partial.exists() and partial.stat().st_size > 0):
@@ -212,8 +203,7 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
             time.sleep(0.05)
         run.send_signal(number)
         assert run.wait(30) == code
-        assert run.stderr is not None
-        told = run.stderr.read()
+    told = run.errors()
     assert "Traceback" not in told
     assert "the same command goes on there" in told
     assert not (out / "store.json").exists()
@@ -271,26 +261,33 @@ def test_a_torchvision_that_does_not_fit_is_said_in_one_sentence(
     assert "Traceback" not in told
 
 
-@pytest.mark.parametrize(
-    "shell",
-    [
-        "{command} | true",
-        "{command} >&-",
-        "{command} 2>&-",
-        "{command} >&- 2>&-",
-        "{command} >{full}",
-    ],
-    ids=["pipe", "no stdout", "no stderr", "neither", "full"],
-)
-def test_a_summary_that_nobody_reads_is_no_error(shell: str, photos: Path, tmp_path: Path) -> None:
-    words = " ".join([*MODEL, str(photos), "-o", str(tmp_path / "out")])
-    line = shell.format(command=f"{sys.executable} -m extractor {words}", full="/dev/full")
-    done = subprocess.run(
-        ["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, check=False
-    )
+@pytest.fixture
+def pipe_without_reader() -> Iterator[int]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize("reader", ["pipe", "no stdout", "no stderr", "neither", "full"])
+def test_a_summary_that_nobody_reads_is_no_error(
+    reader: str, photos: Path, tmp_path: Path, pipe_without_reader: int
+) -> None:
+    streams: dict[str, int | None] = {}
+    if reader == "pipe":
+        streams = {"stdout": pipe_without_reader}
+    if reader in ("no stdout", "neither"):
+        streams |= {"stdout": None}
+    if reader in ("no stderr", "neither"):
+        streams |= {"stderr": None}
+    words = ["-m", "extractor", *MODEL, str(photos), "-o", str(tmp_path / "out")]
+    with open("/dev/full", "wb") as full:
+        if reader == "full":
+            streams = {"stdout": full.fileno()}
+        done = run_python(*words, **streams)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert ("cannot print the result: No space" in done.stderr) is ("full" in line)
+    assert ("cannot print the result: No space" in done.stderr) is (reader == "full")
     assert len(FeatureStore.open(tmp_path / "out")) == 11
 
 

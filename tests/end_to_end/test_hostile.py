@@ -10,7 +10,6 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
 import threading
 import time
 import zlib
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import run_python
 from support.hostile_decoder import hostile_python, write_hostile
 from support.networks import mean_pixel, normalised
 from support.pictures import colour
@@ -327,8 +327,7 @@ def pythonpath(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(photos: Path, out: Path, workers: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", RUN, str(photos), str(out), str(workers)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return run_python("-c", RUN, str(photos), str(out), str(workers))
 
 
 def hostile_photo(photos: Path, number: int, deed: str) -> bytes:
@@ -722,8 +721,8 @@ print(peak() - before, *told)
 
 def peak_of(paths: Sequence[Path], workers: int, max_pixels: int) -> tuple[int, list[str]]:
     """Megabytes that a run over some images needs, and what became of each."""
-    command = [sys.executable, "-c", PEAK, str(workers), str(max_pixels), *map(str, paths)]
-    ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    ended = run_python("-c", PEAK, str(workers), str(max_pixels), *map(str, paths))
+    assert ended.returncode == 0, ended.stderr
     megabytes, *told = ended.stdout.split()
     return int(megabytes), told
 

@@ -6,14 +6,13 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.commands import WarmProcess, run_python
 from support.networks import mean_pixel
 from support.pictures import noise
 
@@ -25,7 +24,6 @@ from extractor.options import Options
 from extractor.store.journal import BatchEntry, FailureRecord, ImageRecord
 from extractor.store.verify import verify
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
 
 
@@ -244,7 +242,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
             path.write_text("no image")
         else:
             noise(place, 60, 50).save(path)
-    done = subprocess.run(words(home, "undisturbed"), capture_output=True, check=False, env=ENV)
+    done = run_python(*words(home, "undisturbed"))
     assert done.returncode == 3, done.stderr
     return home / "in", home / "undisturbed"
 
@@ -257,7 +255,7 @@ def is_at_work(process: int, out: Path) -> bool:
 def words(home: Path, out: str) -> list[str]:
     model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
     sizes = ["-b", "4", "--shard-images", "50", "--image-size", "160"]
-    command = [sys.executable, "-m", "extractor", *model, *sizes, "--quiet"]
+    command = ["-m", "extractor", *model, *sizes, "--quiet"]
     return [*command, str(home / "in"), "-o", str(home / out)]
 
 
@@ -283,16 +281,15 @@ def ended_run(
     home: Path, out: Path, number: signal.Signals, draw: random.Random, is_ended: bool
 ) -> int:
     """Run the command, and end it at a random instant of its work; returns its exit code."""
-    with subprocess.Popen(words(home, out.name), stderr=subprocess.PIPE, env=ENV) as run:
+    with WarmProcess(words(home, out.name)) as run:
         if is_ended:
             while run.poll() is None and not is_at_work(run.pid, out):
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.5))
             run.send_signal(number)
-        assert run.stderr is not None
-        told = run.stderr.read().decode()
-    assert "Traceback" not in told
-    return run.returncode
+        code = run.wait()
+    assert "Traceback" not in run.errors()
+    return code
 
 
 def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path]) -> None:

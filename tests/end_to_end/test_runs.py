@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.commands import run_python
 from support.networks import mean_pixel
 from support.pictures import noise
 
@@ -329,6 +330,7 @@ import os, sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
 from extractor.cli import main as cli
 from extractor.models import embedding
+from support.commands import run_python
 from support.networks import mean_pixel
 
 def noisy(*_):
@@ -339,7 +341,7 @@ embedding.load = noisy
 sys.exit(cli.main())
 """
     words = ["--log-json", "--quiet", "-m", "mean", str(photos), "-o", str(tmp_path / "out")]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    done = run_python("-c", code, *words)
     assert done.returncode == 0, done.stderr
     events = events_of(done.stderr)
     assert {"event": "output", "message": "TIFFFillStrip: Read error"}.items() <= events[1].items()
