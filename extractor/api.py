@@ -58,9 +58,10 @@ from extractor.run.output import Filling, claimed
 from extractor.run.run_json import request_of, write_record
 from extractor.run.snapshot import current_images
 from extractor.run.suspects import Suspects
+from extractor.store.claim import ClaimedFolder
 from extractor.store.format import IN_FLIGHT, MAX_SHARDS
-from extractor.store.publish import check_place
-from extractor.store.writer import StoreWriter
+from extractor.store.publish import check_output_folder
+from extractor.store.writer import existing_computation
 from extractor.system.cpu import available_cores, compute_threads
 from extractor.system.devices import device_errors
 from extractor.system.timing import Spent, Timer
@@ -317,7 +318,7 @@ def _check_planned(models: Sequence[Model], place: str | None, options: Options)
     names = planned_stores(typed, options)
     if names is not None and len(typed) == len(models):
         for folder in store_folders(place, names):
-            check_place(Path(folder), occupied=True, locked=True)
+            check_output_folder(Path(folder), may_exist=True, check_lock=True)
 
 
 def _write_profile(file: str, timer: Timer) -> None:
@@ -488,7 +489,7 @@ def _left(group: Sequence[Filling]) -> int:
 def _tuned(
     specs: Sequence[EmbeddingSpec],
     models: Sequence[Model],
-    writers: Sequence[StoreWriter],
+    writers: Sequence[ClaimedFolder],
     sources: ImageList,
     options: Options,
     batch_size: int,
@@ -496,7 +497,7 @@ def _tuned(
 ) -> list[EmbeddingSpec]:
     """The specs in the precision that is taken, compiled where that pays."""
     before = [
-        writer.before(describe(spec, options, sources.root, batch_size))
+        existing_computation(writer, describe(spec, options, sources.root, batch_size))
         for writer, spec in zip(writers, specs, strict=True)
     ]
     left = max(len(sources) - (0 if one is None else one.images) for one in before)

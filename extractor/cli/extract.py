@@ -47,13 +47,13 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     # Whatever can be wrong is found before torch is loaded, which takes seconds.
     from extractor.images.listing import list_images
     from extractor.run.run_json import nothing_to_do
-    from extractor.store.publish import check_place
+    from extractor.store.publish import check_output_folder
 
     models = list(own.model)
     if not all(models) or own.out == "":
         raise UsageError("got an empty name, expected a model and a folder for the store")
     for folder in store_folders(own.out, planned_stores(models, options) or []):
-        check_place(Path(folder), occupied=True, locked=True)
+        check_output_folder(Path(folder), may_exist=True, check_lock=True)
     images = _read_list(own.image_list) if own.image_list else list_images(own.inputs)
     events.start(len(images), models, __version__)
     report = nothing_to_do(images, models, own.out, options)

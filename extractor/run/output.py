@@ -16,12 +16,15 @@ from extractor.images.types import Failure, ImageInfo
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
+from extractor.store.claim import ClaimedFolder
+from extractor.store.failures import FailureRecord
 from extractor.store.format import Description, listing_digest
-from extractor.store.journal import FailureRecord, ImageRecord
-from extractor.store.plan import Current, Held, Plan, plan
+from extractor.store.index import ImageRecord
+from extractor.store.job import Job
+from extractor.store.plan import Plan, Snapshot, StoredImages, plan_run
 from extractor.store.publish import finish_publishing
 from extractor.store.shard import ShardWriter
-from extractor.store.writer import Job, StoreWriter
+from extractor.store.writer import ExistingStore, InterruptedRun, StoreRun, take_up
 
 __all__ = ["Filling", "claimed"]
 
@@ -32,15 +35,16 @@ INDEX_BYTES = 300
 
 
 @contextmanager
-def claimed(folder: Path, options: Options) -> Iterator[StoreWriter]:
+def claimed(folder: Path, options: Options) -> Iterator[ClaimedFolder]:
     """The place of a store, for this run alone; what is half done there is brought to its end.
 
     Raises:
         StoreError: it cannot be written, is in use, or holds something else.
     """
     finish_publishing(folder, lock=options.lock)
-    with StoreWriter(folder, overwrite=options.overwrite, extend=True, lock=options.lock) as writer:
-        yield writer
+    overwrite, lock = options.overwrite, options.lock
+    with ClaimedFolder(folder, overwrite=overwrite, extend=True, lock=lock) as claim:
+        yield claim
 
 
 class Filling:
@@ -56,7 +60,7 @@ class Filling:
         is_finished: nothing had to be done, and nothing was.
 
     Args:
-        writer: of its place, see :func:`claimed`.
+        claim: its folder, see :func:`claimed`.
 
     Raises:
         StoreError: what is there is of something else.
@@ -64,11 +68,11 @@ class Filling:
 
     def __init__(
         self,
-        writer: StoreWriter,
+        claim: ClaimedFolder,
         spec: EmbeddingSpec,
         description: Description,
         sources: ImageList,
-        current: Callable[[], Current],
+        current: Callable[[], Snapshot],
         options: Options,
     ) -> None:
         self.spec = spec
@@ -83,14 +87,15 @@ class Filling:
         self._options = options
         self._added = 0
         self._first_failures: list[tuple[str, str]] = []
-        self._writer = writer
+        self._claim = claim
+        self._run: StoreRun | None = None  # None where nothing had to be done
         self._shard: ShardWriter | None = None
         self._prepare()
 
     @property
     def staging(self) -> Path:
         """Where it keeps what is done until it is published."""
-        return self._writer.staging
+        return self._claim.staging
 
     @property
     def bytes_to_come(self) -> int:
@@ -102,73 +107,75 @@ class Filling:
 
     def _prepare(self) -> None:
         """Compare what is there with the images, and plan what is left to do."""
-        writer = self._writer
-        writer.take_up(self._description)
-        held = self._held(planned=False)
-        self._plan = self._compare(held)
-        self._job = self._job_of(self._plan)
-        done = None
-        if writer.has_staged:
-            done = self._go_on(held)
-        elif writer.base is not None and not self._plan.todo:
-            self.is_finished = not self._plan.changes(held)
-        if done is None and self._plan.todo:
-            writer.begin(self._job)
+        existing = take_up(self._claim, self._description)
+        if isinstance(existing, InterruptedRun):
+            self._run = self._resume(existing)
+        else:
+            stored = existing.stored(digests=self._compares_content)
+            self._plan = self._compare(stored)
+            self.is_finished = (
+                existing.base is not None and not self._plan.todo and not self._plan.changes(stored)
+            )
+            if not self.is_finished:
+                self._run = existing.begin(self._job_of(self._plan, existing))
         self.todo = self._plan.todo
-        self.done = done or 0
+        self.done = self._run.resumed if self._run is not None else 0
         self.rows += self._plan.rows
         self._note(self._plan.failures)
 
-    def _go_on(self, held: Held) -> int | None:
-        """Take up what an interrupted run has done; how much that is of what is to be done.
+    def _resume(self, interrupted: InterruptedRun) -> StoreRun:
+        """Resume an interrupted run.
 
-        None where its images are no longer the same: what it did is kept for those that are, and
-        the rest is planned anew.
+        If its images changed, its rows of the others are kept, and the rest is planned anew.
         """
-        every = self._held(planned=True)
+        digests = self._compares_content
+        held = interrupted.stored(planned=False, digests=digests)
+        every = interrupted.stored(planned=True, digests=digests)
+        self._plan = self._compare(held)
+        job = self._job_of(self._plan, interrupted)
         whole = self._compare(every)
-        fresh = [live for shard, live in whole.live.items() if shard >= self._job.first]
+        fresh = [live for shard, live in whole.live.items() if shard >= job.first]
         known = {failure.path for failure in self._plan.failures}
         # Not those that an earlier run found, and that were mended since.
         failures = [failure for failure in whole.failures if failure.path not in known]
         same = all(live.all() for live in fresh) and len(failures) == len(every.new_failures) - len(
             held.new_failures
         )
-        done = self._writer.done_of(self._job) if same else None
-        if done is None:
+        run = interrupted.resume(job) if same else None
+        if run is None:
             log.warning(
                 "%s: the images are no longer those of the interrupted run (of those that it had "
                 "done, %d changed and %d are gone; %d are to be computed); what it did of others "
                 "is kept, --overwrite starts anew",
-                *(self._writer.out, whole.changed, whole.gone, len(whole.todo)),
+                *(self._claim.out, whole.changed, whole.gone, len(whole.todo)),
             )
-            self._writer.seal()
+            sealed = interrupted.seal()
             self._plan = whole
-            self._job = self._job_of(whole)
-            return None
+            return sealed.begin(self._job_of(whole, sealed))
         self._note(failures)
-        self.rows += done - len(failures)
-        self._added += done - len(failures)
-        return done
+        self.rows += run.resumed - len(failures)
+        self._added += run.resumed - len(failures)
+        return run
 
-    def _held(self, *, planned: bool) -> Held:
-        return self._writer.held(planned=planned, digests=self._options.check == "content")
+    @property
+    def _compares_content(self) -> bool:
+        return self._options.check == "content"
 
-    def _compare(self, held: Held) -> Plan:
+    def _compare(self, held: StoredImages) -> Plan:
         if not (held.shards or held.failures or held.new_failures):
             return Plan(range(len(self._sources)), {}, (), (), 0, 0)
         options = self._options
-        return plan(
+        return plan_run(
             self._current(), held, keep_missing=options.keep_missing, retry=options.retry_failed
         )
 
-    def _job_of(self, made: Plan) -> Job:
-        base = self._writer.base
+    def _job_of(self, made: Plan, existing: ExistingStore | InterruptedRun) -> Job:
+        base = existing.base
         return Job(
             self._description,
             len(made.todo),
             listing_digest(self._sources.paths[i] for i in made.todo),
-            self._writer.first_shard,
+            existing.first_shard,
             base.checksum if base is not None else "",
         )
 
@@ -181,11 +188,12 @@ class Filling:
         Args:
             place: among those to be done, counted from 0.
         """
-        number = self._job.first + place
-        if self._writer.is_finished(number):
+        assert self._run is not None  # something is to be done
+        number = self._run.job.first + place
+        if self._run.is_finished(number):
             yield  # another store of the run is behind
             return
-        with self._writer.shard(number, self._description) as self._shard:
+        with self._run.shard(number) as self._shard:
             yield
             self._shard.finish()
         self._shard = None
@@ -226,12 +234,12 @@ class Filling:
 
     def discard(self) -> None:
         """Keep nothing for another run."""
-        self._writer.discard()
+        self._claim.discard_work()
 
     @property
     def listing(self) -> str:
         """Digest of the paths of what is to be done."""
-        return self._job.listing
+        return self._run.job.listing if self._run is not None else ""
 
     @property
     def first_failures(self) -> tuple[tuple[str, str], ...]:
@@ -240,11 +248,11 @@ class Filling:
 
     def publish(self) -> StoreReport:
         """Make it visible, and say what is in it."""
-        if not self.is_finished:
+        if self._run is not None:
             listing = listing_digest(self._all_paths())
-            self._writer.publish(self._job, self._plan, listing=listing)
+            self._run.publish(self._plan, listing=listing)
         return StoreReport(
-            out=self._writer.out,
+            out=self._claim.out,
             rows=self.rows,
             failed=self.failed,
             added=self._added,

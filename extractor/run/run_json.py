@@ -18,7 +18,7 @@ from extractor.images.listing import ImageList, show
 from extractor.options import Options, planned_stores, split_model, store_folders
 from extractor.report import FAILURES_SHOWN, Report, StoreReport
 from extractor.run.snapshot import current_images
-from extractor.store.atomic import write_whole
+from extractor.store.atomic import write_atomically
 from extractor.store.format import (
     MANIFEST,
     RUN,
@@ -28,8 +28,8 @@ from extractor.store.format import (
     listing_digest,
     with_checksum,
 )
-from extractor.store.plan import plan
-from extractor.store.writer import published
+from extractor.store.plan import plan_run
+from extractor.store.writer import published_images
 from extractor.version import __version__
 
 __all__ = ["follow", "nothing_to_do", "request_of", "software_versions", "write_record"]
@@ -130,7 +130,7 @@ def write_record(
     """
     stamps = stamps_of(weights)
     for store in report.stores:
-        manifest = Manifest.from_json((store.out / MANIFEST).read_bytes(), str(store.out))
+        manifest = Manifest.read(store.out / MANIFEST)
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -163,7 +163,7 @@ def write_record(
         }
         text = with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
         try:
-            write_whole(store.out / RUN, text.encode("ascii"))
+            write_atomically(store.out / RUN, text.encode("ascii"))
         except OSError as error:  # the store itself is complete
             log.warning("cannot write %s: %s", store.out / RUN, error.strerror)
 
@@ -178,7 +178,7 @@ def follow(folder: Path, before: Manifest, after: Manifest) -> None:
     if known:
         content |= {"store": after.checksum, "checksum": ""}
         text = with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
-        write_whole(folder / RUN, text.encode("ascii"))
+        write_atomically(folder / RUN, text.encode("ascii"))
 
 
 def _request_in(folder: Path, manifest: Manifest) -> object:
@@ -214,7 +214,7 @@ def nothing_to_do(
     found = []
     for folder in map(Path, store_folders(out, names)):
         try:
-            manifest = Manifest.from_json((folder / MANIFEST).read_bytes(), str(folder))
+            manifest = Manifest.read(folder / MANIFEST)
         except OSError:
             return None
         same_root = os.fsencode(manifest.description.root) == images.root
@@ -230,8 +230,10 @@ def nothing_to_do(
     current = current_images(images, content=options.check == "content")
     stores = []
     for folder, manifest in found:
-        held = published(folder, manifest, digests=options.check == "content")
-        made = plan(current, held, keep_missing=options.keep_missing, retry=options.retry_failed)
+        held = published_images(folder, manifest, digests=options.check == "content")
+        made = plan_run(
+            current, held, keep_missing=options.keep_missing, retry=options.retry_failed
+        )
         if made.todo or made.changes(held):
             return None
         stores.append(

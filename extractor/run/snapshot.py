@@ -12,7 +12,7 @@ import numpy as np
 from extractor.errors import DecodeError
 from extractor.images.files import digest_of, open_regular
 from extractor.images.listing import ImageList
-from extractor.store.plan import Current
+from extractor.store.plan import Snapshot
 
 __all__ = ["current_images"]
 
@@ -21,7 +21,7 @@ __all__ = ["current_images"]
 THREADS = 8
 
 
-def current_images(images: ImageList, *, content: bool) -> Current:
+def current_images(images: ImageList, *, content: bool) -> Snapshot:
     """Look at every file, and open none.
 
     Args:
@@ -48,4 +48,4 @@ def current_images(images: ImageList, *, content: bool) -> Current:
             return False
         return True
 
-    return Current(images.paths, sizes, mtimes, is_readable, digests if content else None)
+    return Snapshot(images.paths, sizes, mtimes, is_readable, digests if content else None)

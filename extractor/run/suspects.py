@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 
 from extractor.loading.crash_log import CrashLog
-from extractor.store.atomic import write_whole
+from extractor.store.atomic import store_errors, write_atomically
 from extractor.store.format import IN_FLIGHT, SUSPECTS
-from extractor.store.publish import explained
 
 __all__ = ["Suspects"]
 
@@ -34,7 +33,7 @@ class Suspects:
             known = []
         suspects = sorted({*known, *new})
         if new:
-            with explained(self._path.parent.parent):
+            with store_errors(self._path.parent.parent):
                 content = json.dumps([os.fsdecode(path) for path in suspects])
-                write_whole(self._path, content.encode("ascii"))
+                write_atomically(self._path, content.encode("ascii"))
         return suspects, new

@@ -1,4 +1,4 @@
-"""Several memory-mapped arrays as one."""
+"""Several memory-mapped arrays that look like one."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from extractor.text import plural
+
 __all__ = ["KeptRows", "ShardedArray"]
 
 
 class KeptRows:
-    """Some rows of an array, in order, as an array of their own; reads only what is asked for.
+    """Array of selected rows of another array, in order; reads only rows that are indexed.
 
     >>> rows = KeptRows(np.arange(8).reshape(4, 2), np.array([True, False, False, True]))
     >>> rows.shape, rows[1], rows[:].tolist()
@@ -43,15 +45,16 @@ class KeptRows:
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
         if copy is False:
-            raise ValueError("rows with gaps between them cannot be one array without a copy")
+            raise ValueError("selected rows cannot become one array without a copy")
         return np.asarray(self[:], dtype=dtype)
 
 
 class ShardedArray:
-    """Reads arrays that follow each other row by row like one array, without joining them.
+    """Array made of several arrays, one after the other, without copying them.
 
-    Rows, slices, lists and masks of rows work, and further indices for the axes of a row. A slice
-    inside one shard is a view of its file, everything else a copy; ``numpy.asarray`` reads it all.
+    Index it with a row, a slice, a list or a mask, and with further indices for the axes of a row.
+    A slice inside one shard is a view of its file, everything else a copy. ``numpy.asarray`` reads
+    all rows.
 
     >>> parts = [np.zeros((2, 3)), np.ones((4, 3))]
     >>> array = ShardedArray(parts, row_shape=(3,), dtype=np.dtype(float))
@@ -79,7 +82,7 @@ class ShardedArray:
 
     @property
     def ndim(self) -> int:
-        """Number of axes, that of the rows included."""
+        """Number of axes, including that of the rows."""
         return len(self.shape)
 
     def __len__(self) -> int:
@@ -87,12 +90,12 @@ class ShardedArray:
 
     @property
     def size(self) -> int:
-        """Numbers in all."""
+        """Total number of values."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in all."""
+        """Total number of bytes."""
         return self.size * self.dtype.itemsize
 
     def __repr__(self) -> str:
@@ -105,14 +108,14 @@ class ShardedArray:
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
     ) -> npt.NDArray[Any]:
         if copy is False and dtype is not None and np.dtype(dtype) != self.dtype:
-            raise ValueError(f"{self.dtype} cannot be {np.dtype(dtype)} without a copy")
+            raise ValueError(f"{self.dtype} cannot become {np.dtype(dtype)} without a copy")
         if len(self._parts) == 1 and not copy:
             return np.asarray(self._parts[0], dtype=dtype)
         if copy is False:
-            raise ValueError("several shards cannot be one array without a copy")
+            raise ValueError("several shards cannot become one array without a copy")
         parts = [np.asarray(part) for part in self._parts]
-        whole = np.concatenate(parts) if parts else np.empty(self.shape, self.dtype)
-        return whole if dtype is None else whole.astype(dtype, copy=False)
+        joined = np.concatenate(parts) if parts else np.empty(self.shape, self.dtype)
+        return joined if dtype is None else joined.astype(dtype, copy=False)
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, tuple):
@@ -124,38 +127,38 @@ class ShardedArray:
         if _is_list(index):
             return self._take(np.asarray(index))
         if isinstance(index, bool):
-            raise IndexError("one truth value is no row; expected a mask of all rows")
+            raise IndexError("a single bool is not a row; expected a mask of all rows")
         return self._row(operator.index(index))
 
     def _index_axes(self, index: tuple[Any, ...]) -> Any:
-        each = [list(one) if isinstance(one, tuple) else one for one in index]
-        gaps = [at for at, one in enumerate(each) if one is Ellipsis]
+        items = [list(item) if isinstance(item, tuple) else item for item in index]
+        gaps = [at for at, item in enumerate(items) if item is Ellipsis]
         if len(gaps) > 1:
             raise IndexError("an index can only have a single ellipsis ('...')")
         if gaps:
-            left = self.ndim - sum(map(_axes, each))
-            each[gaps[0] : gaps[0] + 1] = [slice(None)] * left
-        used = sum(map(_axes, each))
+            left = self.ndim - sum(map(_axes, items))
+            items[gaps[0] : gaps[0] + 1] = [slice(None)] * left
+        used = sum(map(_axes, items))
         if used > self.ndim:
             raise IndexError(f"too many indices: the array has {self.ndim} dimensions, got {used}")
-        rows, *axes = each or [slice(None)]
+        rows, *axes = items or [slice(None)]
         if rows is None:
             return self[tuple(axes)][np.newaxis]
-        # Only the rows that are asked for are read; the rest is numpy's, with its own rules.
+        # Read only the rows that are needed; numpy indexes the other axes by its own rules.
         if isinstance(rows, slice):
             index = (slice(None), *axes)
             return self[rows][index]
         if _is_list(rows):
-            place = self._numbers(np.asarray(rows))
-            taken = self._take(place.ravel())
-            pairs = (np.arange(place.size).reshape(place.shape), *axes)
+            numbers = self._numbers(np.asarray(rows))
+            taken = self._take(numbers.ravel())
+            pairs = (np.arange(numbers.size).reshape(numbers.shape), *axes)
             return taken[pairs]
-        one = (0, *axes)
-        return self[rows][np.newaxis][one]
+        first = (0, *axes)
+        return self[rows][np.newaxis][first]
 
     def _row(self, row: int) -> npt.NDArray[Any]:
         if not -len(self) <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
+            raise IndexError(f"row {row} is out of range for {plural(len(self), 'row')}")
         row %= len(self)
         part = bisect.bisect_right(self._starts, row) - 1
         return np.asarray(self._parts[part][row - self._starts[part]])
@@ -176,15 +179,17 @@ class ShardedArray:
     def _numbers(self, index: npt.NDArray[Any]) -> npt.NDArray[np.intp]:
         if index.dtype == bool:
             if index.shape != (len(self),):
-                raise IndexError(f"mask of shape {index.shape} for {len(self)} rows")
+                raise IndexError(
+                    f"got a mask of shape {index.shape} for {plural(len(self), 'row')}"
+                )
             index = np.flatnonzero(index)
         elif index.size == 0:
             index = index.astype(np.intp)
         elif index.dtype.kind not in "iu":
-            raise IndexError(f"rows must be integers or a mask, got {index.dtype}")
+            raise IndexError(f"got {index.dtype}, expected integers or a mask")
         wrong = index[(index < -len(self)) | (index >= len(self))]
         if wrong.size:
-            raise IndexError(f"row {wrong.flat[0]} of {len(self)}")
+            raise IndexError(f"row {wrong.flat[0]} is out of range for {plural(len(self), 'row')}")
         rows = index.astype(np.intp)
         return np.where(rows < 0, rows + len(self), rows)
 
@@ -193,8 +198,8 @@ class ShardedArray:
         taken = np.empty((*rows.shape, *self.shape[1:]), self.dtype)
         parts = np.searchsorted(self._starts, rows, side="right") - 1
         for part in np.unique(parts):
-            here = parts == part
-            taken[here] = self._parts[part][rows[here] - self._starts[part]]
+            mask = parts == part
+            taken[mask] = self._parts[part][rows[mask] - self._starts[part]]
         return taken
 
     def _empty(self) -> npt.NDArray[Any]:
@@ -202,7 +207,7 @@ class ShardedArray:
 
 
 def _axes(index: Any) -> int:
-    """How many axes one index stands for."""
+    """Return the number of axes that one item of an index uses."""
     if index is None or index is Ellipsis:
         return 0
     array = np.asarray(index) if isinstance(index, (list, np.ndarray)) else None

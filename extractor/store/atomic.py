@@ -1,11 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files that appear complete or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import functools
-import hashlib
 import logging
 import os
 import signal
@@ -13,28 +12,38 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from extractor.store.format import FileEntry
+from extractor.errors import StoreError
 
-__all__ = ["NOT_SUPPORTED", "describe", "sync", "sync_folder", "undisturbed", "write_whole"]
+__all__ = [
+    "NOT_SUPPORTED",
+    "ignore_signals",
+    "store_errors",
+    "sync",
+    "sync_folder",
+    "write_atomically",
+]
 
 log = logging.getLogger(__name__)
 
-# What file systems answer that know no fsync, or no locks.
+# Errors of file systems that do not support fsync, or locks.
 NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
+# Signals that end a run.
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that its name never stands for half of it, even after a power cut."""
-    beside = path.with_name(path.name + ".partial")
-    with beside.open("wb") as file:
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that its name never refers to half of it, even after a power cut."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
         file.write(content)
         file.flush()
         sync(file.fileno())
-    os.replace(beside, path)
+    os.replace(partial, path)
 
 
 def sync_folder(path: Path) -> None:
-    """Make the names in a folder last."""
+    """Bring the names in a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         sync(descriptor)
@@ -43,49 +52,47 @@ def sync_folder(path: Path) -> None:
 
 
 def sync(descriptor: int) -> None:
-    """Bring an open file to the disk; where no file system does that, say so once and go on.
+    """Bring an open file to the disk; where the file system cannot, warn once and go on.
 
-    A killed process loses nothing there either, but a power cut may.
+    Without fsync a killed process still loses nothing, but a power cut may cost data.
     """
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-        _warn_of_no_sync(error.strerror or "")
+        _warn_about_sync(error.strerror or "")
 
 
 @functools.cache
-def _warn_of_no_sync(why: str) -> None:
-    log.warning("files cannot be brought to the disk there (%s); mind power cuts", why)
+def _warn_about_sync(reason: str) -> None:
+    log.warning("the file system does not support fsync (%s); a power cut may cost data", reason)
 
 
 @contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Let no signal that ends a run in between; for the moments in which it can only succeed.
+def ignore_signals() -> Iterator[None]:
+    """Ignore signals that would end the run, while it can only succeed.
 
-    Signals reach the main thread alone, so elsewhere there is nothing to hold off.
+    Python delivers signals to the main thread only, so other threads have nothing to ignore.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = [(number, signal.signal(number, signal.SIG_IGN)) for number in _ENDING]
+    handlers = [(number, signal.signal(number, signal.SIG_IGN)) for number in _ENDING]
     try:
         yield
     finally:
-        for number, handler in before:
+        for number, handler in handlers:
             signal.signal(number, handler)
 
 
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
-
-
-def describe(path: Path, name: str) -> FileEntry:
-    """Size and SHA-256 of a file, under its name in the store."""
-    digest = hashlib.sha256()
-    size = 0
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-            size += len(block)
-    return FileEntry(name, size, digest.hexdigest())
+@contextlib.contextmanager
+def store_errors(out: Path) -> Iterator[None]:
+    """Turn an :class:`OSError` into a :class:`StoreError` that names the store."""
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"cannot write the store {out}: {error.strerror or error}"
+            f"{f' ({error.filename})' if error.filename else ''}; nothing already saved is lost"
+        ) from error

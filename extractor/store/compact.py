@@ -1,53 +1,58 @@
-"""Rewrites a store without the rows that no longer count, in the order of a fresh one."""
+"""Rewrite a store without retired rows, in the order of a new one."""
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from extractor.errors import StoreError
+from extractor.store.claim import ClaimedFolder
+from extractor.store.failures import FailureRecord, read_failures
 from extractor.store.format import JOB, STAGING, Manifest
-from extractor.store.journal import ImageRecord
+from extractor.store.index import ImageRecord
+from extractor.store.job import Job
 from extractor.store.publish import finish_publishing
 from extractor.store.reader import FeatureStore
 from extractor.store.verify import verify
-from extractor.store.writer import Job, StoreWriter, read_failures
+from extractor.store.writer import StoreRun, rewrite
 
 __all__ = ["compact"]
 
-# Rows that are copied at a time; what a shard needs in memory is these and its index.
-BLOCK = 1024
+# Rows copied at a time. A shard needs memory for these and for its index.
+BLOCK_ROWS = 1024
+
+# Path of an image, and its row, or -1 - i for failure i.
+Entry = tuple[bytes, int]
 
 
 def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
-    """Rewrite a store: its rows sorted by path, cut into shards as a run over all of them does.
+    """Rewrite a store: sort its rows by path and cut them into shards as a new run would.
 
-    What is computed anew of the same images with the same batches comes to the same layout. The
-    old store stands until the new one is complete, so that there must be room for both.
+    A new run over the same images with the same batches gets the same layout. The old store stays
+    until the new one is complete, so the disk must have room for both.
 
     Args:
-        lock: refuse where files cannot be locked.
+        out: folder of the store.
+        lock: fail if the file system does not support locks.
 
     Returns:
-        The manifest before and the one after; the same one twice where there is nothing to do.
+        The manifests before and after; the same one twice if the store is compact already.
 
     Raises:
-        StoreError: no finished store, one that is damaged or being written, or an interrupted run
-            that is to go on first.
+        StoreError: no finished store, a damaged one, one in use, or one with an interrupted run.
     """
     finish_publishing(out, lock=lock)
     store = FeatureStore.open(out)
     before = store.manifest
     if (out / STAGING / JOB).exists():
         raise StoreError(
-            f"{out} holds an interrupted run; let it come to its end first, or give it up: "
-            f"rm -r {out / STAGING}"
+            f"{out} holds an interrupted run; resume it first, or discard it: rm -r {out / STAGING}"
         )
-    # What is damaged would get a checksum that fits, and be found no more.
+    # Rewriting would give damaged bytes a valid checksum, and verify could not find them any more.
     problems = list(itertools.islice(verify(out), 1))
     if problems:
         raise StoreError(f"{out} is damaged ({problems[0]}); see extract verify {out}")
@@ -55,38 +60,46 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
     failures = read_failures(out / before.failures.name)
     order = sorted(
         [(record.path, row) for row, record in enumerate(records)]
-        + [(failure.path, -1 - place) for place, failure in enumerate(failures)]
+        + [(failure.path, -1 - i) for i, failure in enumerate(failures)]
     )
     size = before.description.shard_images
     shards = [order[start : start + size] for start in range(0, len(order), size)]
-    if not before.retired and _is_laid_out(before, shards):
+    if not before.retired and _is_compact(before, shards):
         return before, before
     job = Job(before.description, len(order), before.listing)
-    with StoreWriter(out, overwrite=True, lock=lock) as writer:
-        for number, content in enumerate(shards):
-            with writer.shard(number, before.description) as shard:
-                for block in _blocks(content):
-                    rows = [row for _, row in block if row >= 0]
-                    shard.append(
-                        np.asarray(store.features[rows]),
-                        [records[row] for row in rows],
-                        [failures[-1 - row] for _, row in block if row < 0],
-                    )
-                shard.finish()
-        return before, writer.publish(job)
+    with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
+        run = rewrite(claim, job)
+        for number, entries in enumerate(shards):
+            _copy_shard(run, number, entries, store, records, failures)
+        return before, run.publish()
 
 
-def _is_laid_out(manifest: Manifest, shards: list[list[tuple[bytes, int]]]) -> bool:
-    """Whether the rows lie in these shards, in this order, already."""
+def _copy_shard(
+    run: StoreRun,
+    number: int,
+    entries: Sequence[Entry],
+    store: FeatureStore,
+    records: Sequence[ImageRecord],
+    failures: Sequence[FailureRecord],
+) -> None:
+    with run.shard(number) as shard:
+        for start in range(0, len(entries), BLOCK_ROWS):
+            block = entries[start : start + BLOCK_ROWS]
+            rows = [row for _, row in block if row >= 0]
+            shard.append(
+                np.asarray(store.features[rows]),
+                [records[row] for row in rows],
+                [failures[-1 - row] for _, row in block if row < 0],
+            )
+        shard.finish()
+
+
+def _is_compact(manifest: Manifest, shards: Sequence[Sequence[Entry]]) -> bool:
+    """Return whether the rows already have this order and these shards."""
     rows = [row for shard in shards for _, row in shard if row >= 0]
-    wanted = [(k, sum(row >= 0 for _, row in shard)) for k, shard in enumerate(shards)]
-    there = [(shard.shard, shard.rows) for shard in manifest.shards]
-    return rows == list(range(len(rows))) and there == [(k, count) for k, count in wanted if count]
-
-
-def _blocks(order: list[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
-    for start in range(0, len(order), BLOCK):
-        yield order[start : start + BLOCK]
+    counts = [(k, sum(row >= 0 for _, row in shard)) for k, shard in enumerate(shards)]
+    current = [(shard.shard, shard.rows) for shard in manifest.shards]
+    return rows == list(range(len(rows))) and current == [(k, n) for k, n in counts if n]
 
 
 def _records(store: FeatureStore) -> list[ImageRecord]:

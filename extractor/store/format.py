@@ -1,4 +1,4 @@
-"""The store on disk, version 1: its names and its manifest (``docs/store-format.md``)."""
+"""File names and manifest of a store on disk, version 1 (``docs/store-format.md``)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
+from extractor.system.hashing import hash_file
 
 __all__ = [
     "FAILURES",
@@ -43,34 +45,36 @@ __all__ = [
 
 FORMAT = "extractor-store"
 VERSION = 1
-MAX_SHARDS = 100_000  # five digits in a shard's name, so that name order is row order
+MAX_SHARDS = 100_000  # shard names have five digits, so that name order is row order
 
 MANIFEST = "store.json"
 FEATURES = "features"
 IMAGES = "images"
 FAILURES = "failures.jsonl"
 RUN = "run.json"
-# What a run builds before it becomes visible; hidden, so that no tool takes it for a result.
+# The staging folder, in which a run builds its shards. It is hidden, so that no tool mistakes it
+# for a result.
 STAGING = ".extractor-partial"
-JOB = "job.json"  # in it: what the run was asked for
-JOURNAL = "journal"  # in it: what it has done of each shard
-IN_FLIGHT = "in-flight"  # in it: the images that are being decoded
-SUSPECTS = "suspects.json"  # in it: those during whose decoding a run died
-REPLACED = "replaced.json"  # in it: the old manifest, while the new store takes its place
+# Names inside the staging folder.
+JOB = "job.json"  # what the run computes
+JOURNAL = "journal"  # folder: finished batches of each shard
+IN_FLIGHT = "in-flight"  # images that are being decoded
+SUSPECTS = "suspects.json"  # images during whose decoding a run died
+REPLACED = "replaced.json"  # the old manifest, while the new store is published
 
 
 def features_name(shard: int) -> str:
-    """Name of a shard's embeddings inside the store: ``features/00000.npy``."""
+    """Return the name of a shard's embeddings in the store: ``features/00000.npy``."""
     return f"{FEATURES}/{shard:05d}.npy"
 
 
 def images_name(shard: int) -> str:
-    """Name of a shard's image index inside the store: ``images/00000.parquet``."""
+    """Return the name of a shard's image index in the store: ``images/00000.parquet``."""
     return f"{IMAGES}/{shard:05d}.parquet"
 
 
 def ranges(mask: npt.NDArray[np.bool_]) -> str:
-    """The places of the true values, as text.
+    """Return the indices of the true values as text.
 
     >>> ranges(np.array([True, False, True, True, True]))
     '0,2-4'
@@ -82,23 +86,32 @@ def ranges(mask: npt.NDArray[np.bool_]) -> str:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file of the store: its name inside it, its size and its SHA-256."""
+    """One file of the store: its name in the store, its size and its SHA-256."""
 
     name: str
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path, name: str) -> FileEntry:
+        """Read a file and return its entry under a name."""
+        with path.open("rb") as file:
+            digest, size = hash_file(file)
+        return cls(name, size, digest.hex())
+
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: how many images it answers for, and the rows that came of them.
+    """One shard: its images, its rows and its files.
 
     Attributes:
-        shard: number in the file names, counted from 0 over all shards that were planned.
-        images: images of the sorted list that fell to this shard, failed ones included.
-        rows: images that have a row; at least 1, since a shard without rows has no files.
-        retired: rows that no longer count, as ranges such as ``"0,7-12"``: their images changed or
-            went since.
+        shard: number in the file names, counted from 0 over all planned shards.
+        images: number of images of this shard, failed ones included.
+        rows: number of images with a row; at least 1, since a shard without rows has no files.
+        features: file of the embeddings.
+        index: file of the image index.
+        retired: rows that no longer count, as ranges such as ``"0,7-12"``, because their images
+            changed or are gone.
     """
 
     shard: int
@@ -117,10 +130,10 @@ class ShardEntry:
         self.live_mask()
 
     def live_mask(self) -> npt.NDArray[np.bool_]:
-        """``(rows,)``, which rows count.
+        """Return a mask ``(rows,)`` of the rows that count.
 
         Raises:
-            ValueError: :attr:`retired` is not what :func:`ranges` writes.
+            ValueError: :attr:`retired` is not in the form that :func:`ranges` writes.
         """
         live = np.ones(self.rows, bool)
         last = -1
@@ -135,28 +148,28 @@ class ShardEntry:
 
     @functools.cached_property
     def live_rows(self) -> int:
-        """How many rows count."""
+        """Number of rows that count."""
         return int(np.count_nonzero(self.live_mask()))
 
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> ShardEntry:
-        """The entry that :func:`dataclasses.asdict` made a mapping of."""
+        """Return the entry that :func:`dataclasses.asdict` turned into a mapping."""
         features, index = FileEntry(**entry["features"]), FileEntry(**entry["index"])
         return cls(**{**entry, "features": features, "index": index})
 
 
 @dataclass(frozen=True)
 class Description:
-    """All that is known of a store before its first row: what it takes to repeat the vectors.
+    """Everything that is known about a store before its first row, enough to repeat its vectors.
 
     Attributes:
         backbone: model, library, version, weights with tag and digest, replaced heads.
-        embedding: definition, dim, shape, dtype, whether it is scaled to unit length.
+        embedding: definition, dim, shape, dtype, and whether it is scaled to unit length.
         preprocess: the evaluation transform.
         computation: precision, device and batch size.
-        root: folder that the paths are relative to; bytes that are no UTF-8 as lone surrogates.
-        shard_images: images of one shard.
-        software: versions of what took part.
+        root: folder that paths are relative to; bytes that are not UTF-8 as lone surrogates.
+        shard_images: number of images in one shard.
+        software: versions of Python and the libraries.
     """
 
     backbone: Mapping[str, Any]
@@ -176,31 +189,31 @@ class Description:
             raise ValueError(f"dim: got {self.dim} for embeddings of shape {self.shape}")
 
     def differences(self, other: Description) -> list[str]:
-        """What two stores' making differs in, each with both sides; empty for the same.
+        """Return one text per difference, with both values; empty if there is none.
 
-        Versions of Python and of what only writes files do not count.
+        Versions of Python and of libraries that only write files do not count.
         """
-        # By way of JSON, which knows no tuples.
-        mine, theirs = (_flat(json.loads(json.dumps(asdict(one)))) for one in (self, other))
+        # JSON has no tuples, so it makes tuples and lists equal.
+        mine, theirs = (_flat(json.loads(json.dumps(asdict(side)))) for side in (self, other))
         return [
-            f"{key}: {_told(mine.get(key))} there, {_told(theirs.get(key))} now"
+            f"{key}: {_shorten(mine.get(key))} there, {_shorten(theirs.get(key))} now"
             for key in sorted(mine.keys() | theirs.keys())
             if mine.get(key) != theirs.get(key) and key not in _UNIMPORTANT
         ]
 
     @property
     def dim(self) -> int:
-        """Numbers in one embedding."""
+        """Number of values in one embedding."""
         return int(self.embedding["dim"])
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one embedding: ``(dim,)``, or the axes of a map or of tokens."""
+        """Shape of one embedding: ``(dim,)``, or the axes of a map or of tokens."""
         return tuple(int(axis) for axis in self.embedding["shape"])
 
     @property
     def dtype(self) -> str:
-        """``float32`` or ``float16``."""
+        """Type of the stored values, ``float32`` or ``float16``."""
         return str(self.embedding["dtype"])
 
     @property
@@ -210,7 +223,7 @@ class Description:
 
     @property
     def made_with(self) -> str:
-        """The model and its weights in a few words."""
+        """Short text that names the model and its weights."""
         weights = self.backbone.get("tag") or self.backbone.get("weights")
         return f"{self.model} ({weights}, sha256 {str(self.backbone.get('sha256'))[:12]})"
 
@@ -222,7 +235,7 @@ _UNIMPORTANT = {
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Nested mappings as one, the names joined by dots."""
+    """Flatten nested mappings; names are joined by dots."""
     if not isinstance(value, Mapping):
         return {name: value}
     flat: dict[str, Any] = {}
@@ -231,7 +244,7 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     return flat
 
 
-def _told(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -241,9 +254,12 @@ class Manifest:
     """``store.json``: what the store holds and how it was made.
 
     Attributes:
-        images: images that the store answers for; rows and failures together.
+        description: how the embeddings were made.
+        images: number of images, rows and failures together.
         listing: SHA-256 of their sorted paths, see :func:`listing_digest`.
-        rows: images that have a row; retired rows do not count.
+        rows: number of images with a row; retired rows do not count.
+        shards: the shards in the order of their numbers.
+        failures: file that lists the images without a row.
         created: end of the run, ISO 8601 in UTC.
     """
 
@@ -267,26 +283,26 @@ class Manifest:
 
     @property
     def failed(self) -> int:
-        """Images without a row."""
+        """Number of images without a row."""
         return self.images - self.rows
 
     @property
     def retired(self) -> int:
-        """Rows in the files that no longer count."""
+        """Number of rows in the files that no longer count."""
         return sum(shard.rows for shard in self.shards) - self.rows
 
     @property
     def next_shard(self) -> int:
-        """The number that no shard has, nor any behind it."""
+        """Number of the shard that the next run begins with."""
         return self.shards[-1].shard + 1 if self.shards else 0
 
     @property
     def checksum(self) -> str:
-        """What the last line but one of its text says: SHA-256 of all the rest."""
+        """SHA-256 of the text without its checksum line, as that line gives it."""
         return checksum(self.to_json())
 
     def to_json(self) -> str:
-        """The text of ``store.json``, ASCII, with the keys in a fixed order."""
+        """Return the text of ``store.json``, ASCII, with the keys in a fixed order."""
         description = asdict(self.description)
         content = {
             "format": FORMAT,
@@ -307,22 +323,38 @@ class Manifest:
         return with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
 
     @classmethod
-    def from_json(cls, text: str | bytes, name: str) -> Manifest:
-        """Read ``store.json``; ``name`` says in error messages where it lies.
+    def read(cls, path: Path) -> Manifest:
+        """Read the manifest in a file.
 
         Raises:
-            StoreError: no manifest, or one of a version that is not known here.
+            StoreError: not a manifest, or one of an unknown format version.
+            OSError: the file cannot be read.
+        """
+        return cls.from_json(path.read_bytes(), str(path))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, name: str) -> Manifest:
+        """Parse the text of ``store.json``.
+
+        Args:
+            text: what :meth:`to_json` wrote.
+            name: path of the file, for error messages.
+
+        Raises:
+            StoreError: not a manifest, or one of an unknown format version.
         """
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise StoreError(f"{name} is no JSON ({error}); the store is damaged") from error
+            raise StoreError(f"{name} is not JSON ({error}); the store is damaged") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise StoreError(f'{name} is no manifest of a store: expected "format": "{FORMAT}"')
+            raise StoreError(
+                f'{name} is not the manifest of a store: expected "format": "{FORMAT}"'
+            )
         if content.get("version") != VERSION:
             raise StoreError(
-                f"{name} is a store of version {content.get('version')!r}; this program reads "
-                f"version {VERSION}, try a newer one"
+                f"{name} has format version {content.get('version')!r}; this program reads "
+                f"version {VERSION}, try a newer release"
             )
         try:
             return cls(
@@ -340,23 +372,23 @@ class Manifest:
             raise StoreError(f"{name} is damaged: {type(error).__name__} {error}") from error
 
 
-# The last line but one of a manifest.
+# The second-last line of a manifest.
 _CHECKSUM = '  "checksum": "{}"\n'
 
 
 def checksum(text: str) -> str:
-    """SHA-256 of a text without its own checksum, which stands in its last line but one."""
+    """Return the SHA-256 of a text without its own checksum in the second-last line."""
     blank = re.sub(_CHECKSUM.format("[0-9a-f]*") + r"\}\n\Z", _CHECKSUM.format("") + "}\n", text)
     return hashlib.sha256(blank.encode()).hexdigest()
 
 
 def with_checksum(text: str) -> str:
-    """A text that ends with its own checksum, where that was empty before."""
+    """Fill in the empty checksum of a text."""
     return text.replace(_CHECKSUM.format(""), _CHECKSUM.format(checksum(text)))
 
 
 def listing_digest(paths: Iterable[bytes]) -> str:
-    """SHA-256 of paths, each ended by a zero byte."""
+    """Return the SHA-256 of paths, each followed by a zero byte."""
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path + b"\0")

@@ -1,4 +1,4 @@
-"""The index of a shard: a Parquet file, row-aligned with its features."""
+"""Image index of a shard: a Parquet file whose rows match those of the features."""
 
 from __future__ import annotations
 
@@ -7,28 +7,47 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.journal import ImageRecord
 
-__all__ = ["Images", "index_bytes", "read_column", "read_images"]
+__all__ = ["ImageRecord", "Images", "index_bytes", "read_column", "read_images"]
 
-DIGEST_BYTES = 32  # of a SHA-256
+DIGEST_BYTES = 32  # SHA-256
+
+
+class ImageRecord(NamedTuple):
+    """One row of a shard's index.
+
+    Attributes:
+        path: path relative to the root.
+        size: bytes of the file.
+        mtime_ns: modification time of the file.
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        sha256: digest of the file, 32 bytes; empty if it was not computed.
+    """
+
+    path: bytes
+    size: int
+    mtime_ns: int
+    width: int
+    height: int
+    sha256: bytes = b""
 
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a shard's rows, column by column: what tells whether they are still the same.
+    """Columns of a shard's index that show whether the images are still the same.
 
     Attributes:
-        paths: relative to the root.
+        paths: paths relative to the root.
         sizes: ``(rows,)`` int64, bytes of the files.
         mtimes: ``(rows,)`` int64, nanoseconds.
-        digests: SHA-256 of the files; empty where it was not taken.
+        digests: SHA-256 of the files; empty if it was not computed.
     """
 
     paths: Sequence[bytes]
@@ -38,7 +57,7 @@ class Images:
 
     @classmethod
     def of(cls, records: Sequence[ImageRecord]) -> Images:
-        """The columns of records."""
+        """Return the columns of records."""
         return cls(
             [record.path for record in records],
             np.array([record.size for record in records], np.int64),
@@ -51,7 +70,7 @@ class Images:
 
 
 def index_bytes(records: Sequence[ImageRecord]) -> bytes:
-    """The Parquet file of a shard's index."""
+    """Return the Parquet file of a shard's index."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -71,33 +90,37 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
             "sha256": pa.array(digests, pa.binary(DIGEST_BYTES)),
         }
     )
-    # No file of Python's: each of many small writes would wait until a decoding thread lets it.
+    # Written to memory: with a Python file, each small write would wait for the interpreter lock.
     content = pa.BufferOutputStream()
     pq.write_table(table, content)
     return bytes(content.getvalue().to_pybytes())
 
 
 def read_column(path: Path, name: str) -> list[Any]:
-    """One column of a shard's index.
+    """Read one column of a shard's index.
 
     Raises:
-        StoreError: the file or the column is not there, or damaged.
+        StoreError: the file or the column is missing or damaged.
     """
     return list(_read(path, [name]).column(name).to_pylist())
 
 
 def read_images(path: Path, *, digests: bool = True) -> Images:
-    """What a shard's index says of its images; raises as :func:`read_column`.
+    """Read the columns of a shard's index that identify its images.
 
     Args:
-        digests: read them, too; else they are empty.
+        path: file of the index.
+        digests: also read the SHA-256 of the files.
+
+    Raises:
+        StoreError: the file or a column is missing or damaged.
     """
     table = _read(path, ["path", "size", "mtime_ns", *(["sha256"] if digests else [])])
     return Images(
         [os.fsencode(name) for name in table.column("path").to_pylist()],
         table.column("size").to_numpy(),
         table.column("mtime_ns").to_numpy(),
-        [one or b"" for one in table.column("sha256").to_pylist()] if digests else [],
+        [digest or b"" for digest in table.column("sha256").to_pylist()] if digests else [],
     )
 
 
@@ -107,7 +130,7 @@ def _read(path: Path, names: list[str]) -> Any:
 
     try:
         with path.open("rb") as file:
-            # read_table starts threads, which abort some processes that end soon after (2 of 100).
+            # read_table starts threads, and 2 of 100 processes that ended soon after aborted.
             parquet = pq.ParquetFile(file, pre_buffer=False)
             table = parquet.read(columns=names, use_threads=False)
     except (OSError, pa.ArrowException) as error:

@@ -1,4 +1,4 @@
-"""What a run has done of one shard, batch by batch, so that a run that was killed goes on there."""
+"""Finished batches of one shard, so that a killed run resumes there."""
 
 from __future__ import annotations
 
@@ -9,94 +9,65 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO
 
 from extractor.store.atomic import sync
+from extractor.store.failures import FailureRecord
+from extractor.store.index import ImageRecord
 
-__all__ = ["BatchEntry", "FailureRecord", "ImageRecord", "Journal", "read_journal"]
+__all__ = ["BatchEntry", "Journal", "read_journal"]
 
-# What a power cut may cost; a killed process loses nothing that was handed to the kernel.
+# Work that a power cut may cost. A killed process loses nothing that the kernel has received.
 SYNC_SECONDS = 10.0
-
-
-class ImageRecord(NamedTuple):
-    """One row of a shard's index; ``path`` relative to the root, sizes in bytes and pixels.
-
-    ``sha256`` is that of the bytes of the file, 32 of them; none where it was not taken.
-    """
-
-    path: bytes
-    size: int
-    mtime_ns: int
-    width: int
-    height: int
-    sha256: bytes = b""
-
-
-class FailureRecord(NamedTuple):
-    """One image without a row: its path, a word for programs and a sentence for people.
-
-    ``size`` and ``mtime_ns`` are those of the file when it failed, -1 where they were not to be
-    had.
-    """
-
-    path: bytes
-    reason: str
-    message: str
-    size: int = -1
-    mtime_ns: int = -1
-
-    def to_list(self) -> list[str | int]:
-        """What JSON can hold."""
-        return [os.fsdecode(self.path), *self[1:]]
-
-    @classmethod
-    def from_list(cls, values: Sequence[Any]) -> FailureRecord:
-        """What :meth:`to_list` made."""
-        return cls(os.fsencode(values[0]), *values[1:])
 
 
 @dataclass(frozen=True)
 class BatchEntry:
-    """One batch that is done: the images that it answers for, in rows and failures."""
+    """One finished batch.
+
+    Attributes:
+        records: images with a row, in the order of the rows.
+        failures: images without a row.
+        checksum: CRC-32 of the bytes of the rows.
+    """
 
     records: Sequence[ImageRecord]
     failures: Sequence[FailureRecord]
-    checksum: int = field(default=0)  # CRC-32 of the bytes of its rows
+    checksum: int = field(default=0)
 
     @property
     def images(self) -> int:
-        """Images of the batch."""
+        """Number of images in the batch."""
         return len(self.records) + len(self.failures)
 
     def to_line(self) -> bytes:
-        """One line of JSON; a line without its end was torn."""
-        # A text for each record: so many lists would have Python look for garbage among them.
+        """Return one line of JSON; its line feed marks it as complete."""
+        # One string per record: so many lists would start Python's garbage collection.
         records = ", ".join(
             f"[{json.dumps(os.fsdecode(path))}, {size}, {mtime}, {width}, {height}, "
             f'"{digest.hex()}"]'
             for path, size, mtime, width, height, digest in self.records
         )
-        failures = json.dumps([one.to_list() for one in self.failures])
+        failures = json.dumps([failure.to_list() for failure in self.failures])
         line = f'{{"records": [{records}], "failures": {failures}, "checksum": {self.checksum}}}\n'
         return line.encode()
 
     @classmethod
     def from_line(cls, line: bytes) -> BatchEntry:
-        """What :meth:`to_line` wrote.
+        """Parse what :meth:`to_line` wrote.
 
         Raises:
-            ValueError: a torn or damaged line.
+            ValueError: an incomplete or damaged line.
         """
         if not line.endswith(b"\n"):
-            raise ValueError("a torn line")
+            raise ValueError("an incomplete line")
         try:
             content = json.loads(line)
             records = [
                 ImageRecord(os.fsencode(path), size, mtime, width, height, bytes.fromhex(digest))
                 for path, size, mtime, width, height, digest in content["records"]
             ]
-            failures = [FailureRecord.from_list(one) for one in content["failures"]]
+            failures = [FailureRecord.from_list(values) for values in content["failures"]]
             return cls(records, failures, int(content["checksum"]))
         except (KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"a damaged line: {error}") from error
@@ -105,10 +76,13 @@ class BatchEntry:
 def read_journal(
     path: Path, features: IO[bytes], row_bytes: int, header_bytes: int
 ) -> list[BatchEntry]:
-    """The batches of a shard in progress whose rows are there, whole and unchanged.
+    """Return the batches of an unfinished shard whose rows are complete and unchanged.
 
     Args:
-        features: the file that the rows were appended to, behind a header.
+        path: file of the journal; it may be missing.
+        features: file of the rows, which follow a header.
+        row_bytes: bytes of one row.
+        header_bytes: bytes of the header.
     """
     entries: list[BatchEntry] = []
     features.seek(header_bytes)
@@ -130,13 +104,15 @@ def read_journal(
 
 
 class Journal:
-    """Appends batches to a shard in progress: the rows first, then the line that tells of them.
+    """Appends batches to an unfinished shard: the rows first, then the line that lists them.
 
-    Both are handed to the kernel at once, and to the disk every :data:`SYNC_SECONDS`.
+    The kernel receives both at once; they reach the disk every :data:`SYNC_SECONDS`.
 
     Args:
-        path: of the journal; what it held beyond ``entries`` is cut off.
-        features: open file, at the end of the rows of ``entries``.
+        path: file of the journal; everything after ``entries`` is cut off.
+        features: open file, positioned after the rows of ``entries``.
+        entries: batches to keep.
+        clock: source of the time in seconds.
     """
 
     def __init__(
@@ -154,7 +130,7 @@ class Journal:
         self._file.truncate(sum(len(entry.to_line()) for entry in entries))
 
     def append(self, rows: bytes | memoryview, entry: BatchEntry) -> None:
-        """Add one batch; ``rows`` are the bytes of its embeddings."""
+        """Append one batch; ``rows`` are the bytes of its embeddings."""
         self._features.write(rows)
         self._features.flush()
         line = BatchEntry(entry.records, entry.failures, zlib.crc32(rows)).to_line()
@@ -164,11 +140,11 @@ class Journal:
             self.sync()
 
     def sync(self) -> None:
-        """Bring all to the disk, the rows before what tells of them."""
+        """Bring both files to the disk, the rows before the lines that list them."""
         sync(self._features.fileno())
         sync(self._file.fileno())
         self._synced = self._clock()
 
     def close(self) -> None:
-        """Close the journal; the rows stay open."""
+        """Close the journal; the file of the rows stays open."""
         self._file.close()

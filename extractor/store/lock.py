@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that the kernel holds for a living process."""
+"""Lock that lets only one process at a time write a store."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ __all__ = ["Lock"]
 
 
 class Lock:
-    """Holds a file locked while the process lives, and says in it who does.
+    """Context manager that locks a file and writes the process and host into it.
+
+    The kernel releases the lock when the process ends, in whatever way.
 
     Args:
-        required: refuse where the file system knows no locks.
+        path: file to lock, in the staging folder of a store.
+        required: fail if the file system does not support locks.
 
     Raises:
-        StoreError: on entry, when another process holds it; does not wait.
+        StoreError: on entry, if another process holds the lock; it does not wait.
     """
 
     def __init__(self, path: Path, *, required: bool = True) -> None:
@@ -38,23 +41,28 @@ class Lock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            if _is_still(descriptor, self._path):
+            if _is_same_file(descriptor, self._path):
                 self._descriptor = descriptor
-            else:  # its last holder removed it between our opening and our locking
+            else:  # its last holder removed it after we opened it and before we locked it
                 os.close(descriptor)
         os.truncate(self._descriptor, 0)
         os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return self
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this object holds the lock."""
+        return self._descriptor is not None
+
     def check(self) -> None:
-        """See whether another process holds it, and leave it as it is.
+        """Check that no other process holds the lock; the file stays as it is.
 
         Raises:
-            StoreError: one does.
+            StoreError: another process holds it.
         """
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-        except OSError:  # there is none, or it is not for us to say
+        except OSError:  # no lock file, or none that we may open
             return
         try:
             self._take(descriptor)
@@ -66,19 +74,18 @@ class Lock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-            place = self._path.parent.parent
             raise StoreError(
-                f"{place} is being written by {holder or 'another process'}; wait for it, or "
-                "choose another --out"
+                f"{self._path.parent.parent} is being written by {holder or 'another process'}; "
+                "wait for it, or choose another --out"
             ) from error
         except OSError as error:
             if error.errno not in {*NOT_SUPPORTED, errno.ENOLCK}:
                 raise
             if self._required:
                 raise StoreError(
-                    f"{self._path.parent.parent}: no file can be locked there ({error.strerror}), "
-                    "so a second run would go unseen; choose another --out, or say --no-lock and "
-                    "see to it yourself"
+                    f"{self._path.parent.parent}: the file system does not support locks "
+                    f"({error.strerror}), so a second run would go unnoticed; choose another "
+                    "--out, or use --no-lock and start only one run at a time"
                 ) from error
 
     def __exit__(self, *_: object) -> None:
@@ -87,10 +94,10 @@ class Lock:
             self._descriptor = None
 
 
-def _is_still(descriptor: int, path: Path) -> bool:
+def _is_same_file(descriptor: int, path: Path) -> bool:
     try:
-        there = os.stat(path)
+        current = os.stat(path)
     except FileNotFoundError:
         return False
-    ours = os.fstat(descriptor)
-    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+    locked = os.fstat(descriptor)
+    return (current.st_dev, current.st_ino) == (locked.st_dev, locked.st_ino)

@@ -1,4 +1,4 @@
-"""Which images have their rows already, and which are to be computed; arithmetic only."""
+"""Compare images with existing rows: which rows count, and which images to compute."""
 
 from __future__ import annotations
 
@@ -8,27 +8,28 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
-from extractor.store.journal import FailureRecord
 
-__all__ = ["Current", "Held", "Plan", "plan"]
+__all__ = ["Plan", "Snapshot", "StoredImages", "plan_run"]
 
-# Of failures that need not last although their files do: the machine was at fault.
-PASSING = frozenset({"out-of-memory"})
-# Of failures that may have ended without a trace in the size and the time of the file.
-CLOSED = frozenset({"unreadable", "not-a-file"})
+# Failures of the machine. They may not happen again, even with the same file.
+TRANSIENT = frozenset({"out-of-memory"})
+# Failures to open a file. Their cause can go away while size and mtime stay the same.
+UNOPENED = frozenset({"unreadable", "not-a-file"})
 
 
 @dataclass(frozen=True)
-class Current:
-    """The images that are asked for, as they are now.
+class Snapshot:
+    """The requested images as they are now.
 
     Attributes:
-        paths: strictly ascending.
-        sizes, mtimes: ``(images,)`` int64; -1 where a file cannot be looked at.
-        is_readable: whether image i can be opened.
-        digests: SHA-256 of the files at several places, empty where one cannot be read; None
-            where sizes and times are all that is compared.
+        paths: paths relative to the root, strictly ascending.
+        sizes: ``(images,)`` int64, bytes; -1 if a file has no status.
+        mtimes: ``(images,)`` int64, nanoseconds; -1 if a file has no status.
+        is_readable: returns whether the image at an index can be opened.
+        digests: returns the SHA-256 of the files at several indices, empty for an unreadable one.
+            None compares sizes and times only.
     """
 
     paths: Sequence[bytes]
@@ -39,14 +40,14 @@ class Current:
 
 
 @dataclass(frozen=True)
-class Held:
-    """What a store holds, published or staged.
+class StoredImages:
+    """Images with rows and failures of a store, published or staged.
 
     Attributes:
-        shards: images of each shard's rows, the later shards behind.
-        live: by shard ``(rows,)``, which rows counted so far; a shard that is not in it is new.
-        failures: images without a row, of the published store.
-        new_failures: those that were found since, and are not tried again.
+        shards: images of the rows of each shard, by shard number.
+        live: by shard number ``(rows,)``, the rows that counted so far; new shards are left out.
+        failures: images without a row in the published store.
+        new_failures: failures that were found since then; they are not retried.
     """
 
     shards: Mapping[int, Images] = field(default_factory=dict)
@@ -57,15 +58,15 @@ class Held:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done so that a store holds the images of a folder, each once.
+    """Steps after which a store holds each requested image once.
 
     Attributes:
-        todo: places of the images to compute.
-        live: by shard ``(rows,)``, which rows count from now on.
-        failures: that stand, in the order of their paths.
-        missing: paths that have a row although their images are not asked for, in order.
-        gone: rows that count no longer since their images are not asked for.
-        changed: rows that count no longer since their images are others now.
+        todo: indices of the images to compute, ascending.
+        live: by shard number ``(rows,)``, the rows that count from now on.
+        failures: failures that remain, in the order of their paths.
+        missing: paths whose rows are kept although their images are not requested, in order.
+        gone: number of rows that are retired because their images are not requested.
+        changed: number of rows that are retired because their images changed.
     """
 
     todo: Sequence[int]
@@ -75,56 +76,53 @@ class Plan:
     gone: int
     changed: int
 
-    def changes(self, held: Held) -> bool:
-        """Whether other rows count, or other failures stand, than in a published store."""
-        same = all(np.array_equal(live, held.live[shard]) for shard, live in self.live.items())
-        return not same or list(self.failures) != list(held.failures)
+    def changes(self, stored: StoredImages) -> bool:
+        """Return whether rows or failures differ from those of a published store."""
+        same = all(np.array_equal(live, stored.live[shard]) for shard, live in self.live.items())
+        return not same or list(self.failures) != list(stored.failures)
 
     @property
     def rows(self) -> int:
-        """How many rows count, before any is computed."""
+        """Number of rows that count before any image is computed."""
         return sum(int(np.count_nonzero(live)) for live in self.live.values())
 
 
-def plan(current: Current, held: Held, *, keep_missing: bool = False, retry: bool = False) -> Plan:
-    """Compare the images that are asked for with those that have rows.
+def plan_run(
+    snapshot: Snapshot, stored: StoredImages, *, keep_missing: bool = False, retry: bool = False
+) -> Plan:
+    """Compare the requested images with those that have rows.
 
-    A row counts whose image has the same size and time of modification as when it was read, or the
-    same content where digests are compared; of several the latest. So an image that went and
-    came back unchanged has its row again.
+    A row counts if its image has the same size and modification time as when it was read. With
+    digests, it counts if its image has the same content. The latest of several such rows counts,
+    so an image that disappears and comes back unchanged gets its row back.
 
     Args:
-        keep_missing: rows that counted go on doing so when their images are not asked for.
-        retry: try again all that failed, and not only where file or reason may be gone.
+        snapshot: the requested images.
+        stored: the images of the store.
+        keep_missing: keep rows that counted so far although their images are not requested.
+        retry: retry all failures, not only those whose file or cause may have changed.
     """
-    place = {path: i for i, path in enumerate(current.paths)}
-    has_row = np.zeros(len(current.paths), bool)
+    index = {path: i for i, path in enumerate(snapshot.paths)}
+    has_row = np.zeros(len(snapshot.paths), bool)
     missing: set[bytes] = set()
     live: dict[int, npt.NDArray[np.bool_]] = {}
     gone = changed = 0
-    for shard, images in sorted(held.shards.items(), reverse=True):
-        counted = held.live.get(shard, np.ones(len(images), bool))
-        places = np.fromiter((place.get(path, -1) for path in images.paths), np.int64, len(images))
-        asked = places >= 0
-        count = asked & _is_same(current, images, places)
-        count[asked] &= ~has_row[places[asked]]
-        has_row[places[count]] = True
-        for row in np.flatnonzero(~asked & counted).tolist():
+    for shard, images in sorted(stored.shards.items(), reverse=True):
+        counted = stored.live.get(shard, np.ones(len(images), bool))
+        indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
+        requested = indices >= 0
+        counts = requested & _are_same(snapshot, images, indices)
+        counts[requested] &= ~has_row[indices[requested]]
+        has_row[indices[counts]] = True
+        for row in np.flatnonzero(~requested & counted).tolist():
             path = images.paths[row]
             if keep_missing and path not in missing:
                 missing.add(path)
-                count[row] = True
-        gone += int(np.count_nonzero(counted & ~asked & ~count))
-        changed += int(np.count_nonzero(counted & asked & ~count))
-        live[shard] = count
-    failed: dict[int, FailureRecord] = {}
-    for known, fresh in ((held.failures, False), (held.new_failures, True)):
-        for failure in known:
-            i = place.get(failure.path)
-            if i is None or has_row[i] or not _is_same_file(failure, current, i):
-                continue
-            if fresh or not (retry or _may_be_gone(failure, current, i)):
-                failed[i] = failure
+                counts[row] = True
+        gone += int(np.count_nonzero(counted & ~requested & ~counts))
+        changed += int(np.count_nonzero(counted & requested & ~counts))
+        live[shard] = counts
+    failed = _remaining_failures(snapshot, stored, index, has_row, retry=retry)
     return Plan(
         todo=[int(i) for i in np.flatnonzero(~has_row) if int(i) not in failed],
         live=live,
@@ -135,31 +133,50 @@ def plan(current: Current, held: Held, *, keep_missing: bool = False, retry: boo
     )
 
 
-def _is_same(
-    current: Current, images: Images, places: npt.NDArray[np.int64]
+def _remaining_failures(
+    snapshot: Snapshot,
+    stored: StoredImages,
+    index: Mapping[bytes, int],
+    has_row: npt.NDArray[np.bool_],
+    *,
+    retry: bool,
+) -> dict[int, FailureRecord]:
+    """Return the failures that are not retried, by the index of their image."""
+    remaining: dict[int, FailureRecord] = {}
+    for failures, are_new in ((stored.failures, False), (stored.new_failures, True)):
+        for failure in failures:
+            i = index.get(failure.path)
+            if i is None or has_row[i] or not _is_same_file(failure, snapshot, i):
+                continue
+            if are_new or not (retry or _may_be_over(failure, snapshot, i)):
+                remaining[i] = failure
+    return remaining
+
+
+def _are_same(
+    snapshot: Snapshot, images: Images, indices: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
-    """``(rows,)``, which images are what they were when their rows were computed."""
-    if not len(current.paths):
+    """Return ``(rows,)``, whether each image is still the one its row was computed from."""
+    if not len(snapshot.paths):
         return np.zeros(len(images), bool)
-    if current.digests is None:
-        same: npt.NDArray[np.bool_] = (current.sizes[places] == images.sizes) & (
-            current.mtimes[places] == images.mtimes
+    if snapshot.digests is None:
+        same: npt.NDArray[np.bool_] = (snapshot.sizes[indices] == images.sizes) & (
+            snapshot.mtimes[indices] == images.mtimes
         )
         return same
-    rows = np.flatnonzero(places >= 0)
-    now = current.digests([int(place) for place in places[rows]])
+    rows = np.flatnonzero(indices >= 0)
+    digests = snapshot.digests([int(i) for i in indices[rows]])
     same = np.zeros(len(images), bool)
-    for row, digest in zip(rows.tolist(), now, strict=True):
+    for row, digest in zip(rows.tolist(), digests, strict=True):
         same[row] = digest != b"" and digest == images.digests[row]
     return same
 
 
-def _is_same_file(failure: FailureRecord, current: Current, i: int) -> bool:
-    now = (int(current.sizes[i]), int(current.mtimes[i]))
-    return now == (failure.size, failure.mtime_ns)
+def _is_same_file(failure: FailureRecord, snapshot: Snapshot, i: int) -> bool:
+    return (int(snapshot.sizes[i]), int(snapshot.mtimes[i])) == (failure.size, failure.mtime_ns)
 
 
-def _may_be_gone(failure: FailureRecord, current: Current, i: int) -> bool:
-    if failure.reason in CLOSED:
-        return current.is_readable(i)
-    return failure.reason in PASSING
+def _may_be_over(failure: FailureRecord, snapshot: Snapshot, i: int) -> bool:
+    if failure.reason in UNOPENED:
+        return snapshot.is_readable(i)
+    return failure.reason in TRANSIENT

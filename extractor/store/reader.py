@@ -1,4 +1,4 @@
-"""Reads a store with numpy alone, and its index with pyarrow."""
+"""Read a store: embeddings with numpy, the index with pyarrow."""
 
 from __future__ import annotations
 
@@ -18,20 +18,21 @@ from extractor.store.array import KeptRows, ShardedArray
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.index import read_column
 from extractor.store.publish import locate
+from extractor.text import plural
 
 __all__ = ["FeatureStore"]
 
 T = TypeVar("T")
 
-# A store that is replaced again and again, each time while it is being opened, is not to be had.
-ATTEMPTS = 10
-# How often files that seem to be missing are looked for while nothing was replaced: between
-# finding where one is and opening it, it may have moved.
-MOVES = 2
+# Attempts to open a store that is replaced each time while it is opened.
+MAX_ATTEMPTS = 10
+# Retries if a file seems to be missing although nothing was replaced. A file may move between the
+# moment it is located and the moment it is opened.
+MOVE_RETRIES = 2
 
 
 class ReplacedError(StoreError):
-    """The store is another one than was opened."""
+    """The store was replaced after it was opened."""
 
 
 class FeatureStore:
@@ -45,8 +46,8 @@ class FeatureStore:
 
     Attributes:
         path: folder of the store.
-        manifest: how it was made, and what it must hold. Rows of images that changed or went since
-            are still in its files, but not in the store.
+        manifest: how the store was made and what it holds. Retired rows, of images that changed or
+            are gone, are in its files but not in the store.
         features: ``(N, dim)``, memory-mapped; indexed like a numpy array. Layers that were kept
             as maps ``(channels, height, width)`` or tokens have these axes instead of dim.
     """
@@ -59,26 +60,28 @@ class FeatureStore:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
-        """Open a store and check that every file that it lists is there in its full size.
+        """Open a store and check that every listed file exists in its full size.
 
-        A run that is at work there does not disturb: what is opened is the last complete state.
+        While a run is writing to the store, this opens the last complete state.
 
         Raises:
-            StoreError: no finished store, one of an unknown version, or one with damaged files.
+            StoreError: not a finished store, an unknown version, or damaged files.
         """
         folder = Path(path)
-        return _undisturbed(folder, lambda: cls._open(folder))
+        return _retry_moved(folder, lambda: cls._open(folder))
 
     @classmethod
     def _open(cls, folder: Path) -> FeatureStore:
         name = locate(folder, MANIFEST)
         try:
             identity = _identity(folder)
-            manifest = Manifest.from_json(name.read_bytes(), str(name))
+            manifest = Manifest.read(name)
         except (FileNotFoundError, NotADirectoryError) as error:
             started = (folder / STAGING).is_dir()
-            state = "is not finished: a run is at work or was stopped" if started else "is no store"
-            raise StoreError(f"{folder} {state} (there is no {MANIFEST})") from error
+            state = "is not finished: a run is writing it or was stopped"
+            if not started:
+                state = "is not a store"
+            raise StoreError(f"{folder} {state} ({MANIFEST} is missing)") from error
         except OSError as error:
             raise StoreError(f"cannot read {name}: {error.strerror}") from error
         row, dtype = manifest.description.shape, np.dtype(manifest.description.dtype)
@@ -92,30 +95,30 @@ class FeatureStore:
         try:
             store._check_unchanged()
         except ReplacedError as error:
-            raise StoreError(str(error)) from error  # in the meantime: to be opened again
+            raise StoreError(str(error)) from error  # a plain StoreError is retried
         return store
 
     @property
     def dim(self) -> int:
-        """Numbers in one embedding."""
+        """Number of values in one embedding."""
         return self.manifest.description.dim
 
     @functools.cached_property
     def paths(self) -> list[str]:
         """Path of each row's image, relative to :attr:`root`, with ``/``.
 
-        A name that is no UTF-8 comes as ``os.fsdecode`` gives it, so that it opens the file.
+        A name that is not UTF-8 is decoded by ``os.fsdecode``, so that it opens the file.
         """
         return [os.fsdecode(path) for path in self.column("path")]
 
     @property
     def root(self) -> str:
-        """The folder that the paths are relative to, as it was when the store was made."""
+        """Folder that the paths are relative to, as it was when the store was made."""
         return self.manifest.description.root
 
     @property
     def failures(self) -> list[dict[str, Any]]:
-        """The images that have no row: ``path``, ``error`` and ``message`` of each."""
+        """One mapping per image without a row, with the keys of ``failures.jsonl``."""
         entry = self.manifest.failures
 
         def read() -> list[dict[str, Any]]:
@@ -129,16 +132,18 @@ class FeatureStore:
             self._check_unchanged(entry)
             return failures
 
-        return _undisturbed(self.path, read)
+        return _retry_moved(self.path, read)
 
     def column(self, name: str) -> list[Any]:
-        """One column of the index: ``path``, ``size``, ``mtime_ns``, ``width``, ``height``,
-        ``sha256``.
+        """Return one column of the index, one value per row.
+
+        Args:
+            name: ``path``, ``size``, ``mtime_ns``, ``width``, ``height`` or ``sha256``.
 
         Raises:
-            StoreError: a file of the index is damaged, or the store was replaced meanwhile.
+            StoreError: a file of the index is damaged, or the store was replaced in the meantime.
         """
-        return _undisturbed(self.path, lambda: self._column(name))
+        return _retry_moved(self.path, lambda: self._column(name))
 
     def _column(self, name: str) -> list[Any]:
         self._check_unchanged()
@@ -148,7 +153,7 @@ class FeatureStore:
             path = locate(self.path, shard.index.name)
             column = read_column(path, name)
             if len(column) != shard.rows:
-                raise StoreError(f"{path} has {len(column)} rows, expected {shard.rows}")
+                raise StoreError(f"{path} has {plural(len(column), 'row')}, expected {shard.rows}")
             if shard.retired:
                 column = list(itertools.compress(column, shard.live_mask()))
             values.extend(column)
@@ -156,10 +161,13 @@ class FeatureStore:
         return values
 
     def index_of(self, path: str | bytes | os.PathLike[str]) -> int:
-        """The row of an image, named as in :attr:`paths` or by its full path.
+        """Return the row of an image.
+
+        Args:
+            path: path as in :attr:`paths`, or the full path.
 
         Raises:
-            KeyError: no row for it.
+            KeyError: the image has no row.
         """
         name = os.fsdecode(path)
         row = self._rows.get(name)
@@ -177,7 +185,7 @@ class FeatureStore:
         return len(self.features)
 
     def __getitem__(self, index: Any) -> npt.NDArray[Any]:
-        """Embeddings by row: ``store[i]`` is ``(dim,)``, ``store[a:b]`` is ``(b - a, dim)``."""
+        """Return embeddings: ``store[i]`` is ``(dim,)``, ``store[a:b]`` is ``(b - a, dim)``."""
         picked: npt.NDArray[Any] = self.features[index]
         return picked
 
@@ -187,33 +195,32 @@ class FeatureStore:
         return f"FeatureStore({str(self.path)!r}: {shape}, {made_with})"
 
     def _check_unchanged(self, *entries: FileEntry) -> None:
-        """See that the files of the shards, and further ones, are still those of this store."""
+        """Check that the files of the shards, and further ones, are still those of this store."""
         now = _identity(self.path)
         if now == self._identity:
             return
         try:
-            name = locate(self.path, MANIFEST)
-            manifest = Manifest.from_json(name.read_bytes(), str(name))
+            manifest = Manifest.read(locate(self.path, MANIFEST))
         except (OSError, StoreError):
-            there = set()
+            present = set()
         else:
-            there = _files(manifest) | {manifest.failures}
-        if not there.issuperset(_files(self.manifest) | set(entries)):
+            present = _files(manifest) | {manifest.failures}
+        if not present.issuperset(_files(self.manifest) | set(entries)):
             raise ReplacedError(f"{self.path} was replaced since it was opened; open it again")
         self._identity = now  # it was extended
 
 
-def _undisturbed(folder: Path, read: Callable[[], T]) -> T:
-    """Read something of a store, again where a file of it moved to its place in between."""
-    for attempt in range(ATTEMPTS):
+def _retry_moved(folder: Path, read: Callable[[], T]) -> T:
+    """Read something from a store; retry if a file moved in the meantime."""
+    for attempt in range(MAX_ATTEMPTS):
         before = _identity(folder)
         try:
             return read()
         except ReplacedError:
             raise
         except StoreError:
-            unchanged = _identity(folder) == before and attempt >= MOVES
-            if unchanged or attempt == ATTEMPTS - 1:
+            unchanged = _identity(folder) == before and attempt >= MOVE_RETRIES
+            if unchanged or attempt == MAX_ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
 
@@ -223,7 +230,7 @@ def _files(manifest: Manifest) -> set[FileEntry]:
 
 
 def _identity(folder: Path) -> tuple[int, int, int] | None:
-    """What tells one manifest from another; None where there is none."""
+    """Return values that differ between manifests; None if there is no manifest."""
     try:
         status = locate(folder, MANIFEST).stat()
     except OSError:
@@ -248,7 +255,7 @@ def _map(
     path = locate(folder, entry.name)
     try:
         array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # numpy parses the header as Python, and raises what that raises
+    except Exception as error:  # numpy parses the header as Python and raises anything
         raise StoreError(f"{path} is damaged: {error}") from error
     if array.shape != shape or array.dtype != dtype:
         raise StoreError(f"{path} holds {array.shape} {array.dtype}, expected {shape} {dtype}")

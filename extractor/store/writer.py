@@ -1,12 +1,18 @@
-"""Writes a store beside its place and publishes it whole: files first, the manifest last."""
+"""Write a store: a value for each state of a run, from the claimed folder to the published store.
+
+:func:`take_up` turns a claimed folder into one of two values:
+
+- :class:`ExistingStore`: a finished store, or none. ``begin`` makes it a :class:`StoreRun`.
+- :class:`InterruptedRun`: a run that did not end. ``resume`` makes it a :class:`StoreRun` if the
+  job is the same; ``seal`` makes it an :class:`ExistingStore` that includes its finished rows.
+
+Only a :class:`StoreRun` writes shards, and only it can publish.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,43 +21,51 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.atomic import describe, sync_folder, undisturbed, write_whole
+from extractor.store.atomic import ignore_signals, store_errors, sync_folder, write_atomically
+from extractor.store.claim import ClaimedFolder
+from extractor.store.failures import FailureRecord, failure_lines, read_failures
 from extractor.store.format import (
     FAILURES,
     FEATURES,
     IMAGES,
-    IN_FLIGHT,
     JOB,
     JOURNAL,
     MANIFEST,
-    MAX_SHARDS,
-    REPLACED,
-    STAGING,
-    SUSPECTS,
     Description,
+    FileEntry,
     Manifest,
     ShardEntry,
     images_name,
     ranges,
 )
 from extractor.store.index import Images, read_images
-from extractor.store.journal import FailureRecord
-from extractor.store.lock import Lock
-from extractor.store.plan import Held, Plan
-from extractor.store.publish import check_place, clear, explained, recover
+from extractor.store.job import Job
+from extractor.store.plan import Plan, StoredImages
+from extractor.store.publish import publish_staged
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
-__all__ = ["Before", "Job", "StoreWriter", "failure_lines", "published", "read_failures"]
+__all__ = [
+    "ExistingComputation",
+    "ExistingStore",
+    "InterruptedRun",
+    "StoreRun",
+    "existing_computation",
+    "published_images",
+    "rewrite",
+    "take_up",
+]
+
+DIFFERENCES_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Before:
-    """What a run finds in its place.
+class ExistingComputation:
+    """How the rows that a run keeps were computed.
 
     Attributes:
-        computation: how the rows were computed, as a manifest says it.
-        images: that a finished store answers for.
-        is_interrupted: a run is there that did not come to its end.
+        computation: the manifest's ``computation``.
+        images: number of images in the finished store.
+        is_interrupted: the rows belong to an interrupted run.
     """
 
     computation: Mapping[str, Any]
@@ -59,466 +73,359 @@ class Before:
     is_interrupted: bool
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a run has to compute; one that is the same goes on where an interrupted one stopped.
-
-    Attributes:
-        images: how many there are.
-        listing: digest of their paths, :func:`extractor.store.format.listing_digest`.
-        first: number of the first shard that they come to.
-        base: checksum of the manifest that is extended; empty where none is.
-    """
-
-    description: Description
-    images: int
-    listing: str
-    first: int = 0
-    base: str = ""
-
-    def __post_init__(self) -> None:
-        if self.first + -(-self.images // self.description.shard_images) > MAX_SHARDS:
-            raise StoreError(
-                f"{self.images} images in shards of {self.description.shard_images}, behind the "
-                f"{self.first} that are there, are more than {MAX_SHARDS} shards; use a larger "
-                "--shard-images, or extract compact"
-            )
-
-    def to_json(self) -> str:
-        """The text of ``job.json``."""
-        own = {"images": self.images, "listing": self.listing, "first": self.first}
-        content = {**asdict(self.description), **own, "base": self.base}
-        return json.dumps(content, ensure_ascii=True) + "\n"
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Job:
-        """What :meth:`to_json` wrote.
-
-        Raises:
-            ValueError, KeyError, TypeError: something else.
-        """
-        content = json.loads(text)
-        described = {key: content[key] for key in Description.__dataclass_fields__}
-        own = [content[key] for key in ("images", "listing", "first", "base")]
-        return cls(Description(**described), *own)
-
-    def images_of(self, shard: int) -> int:
-        """How many images come to one of its shards."""
-        size = self.description.shard_images
-        return min(max(self.images - (shard - self.first) * size, 0), size)
-
-
-class StoreWriter:
-    """Builds one store in a hidden folder inside its place; :meth:`publish` makes it visible.
-
-    A context manager: entering claims the place. Leaving without :meth:`publish` gives it up as it
-    was, or, after :meth:`begin`, keeps what was done for the next run of the same job. Nothing that
-    is there is touched before the new store is complete.
+def existing_computation(
+    claim: ClaimedFolder, description: Description
+) -> ExistingComputation | None:
+    """Return how existing rows were computed that a run would keep; None if there are none.
 
     Args:
-        out: folder of the store; made where it is not there.
-        overwrite: a finished store in ``out`` may be replaced, and an interrupted run thrown away.
-        extend: a finished store in ``out`` may be extended.
-        lock: refuse where files cannot be locked.
+        claim: the output folder.
+        description: description of the new rows; its ``computation`` is ignored.
 
     Raises:
-        StoreError: ``out`` cannot be written, is in use, or holds something else.
+        StoreError: the existing store cannot be read.
+    """
+    with store_errors(claim.out):
+        job = claim.staged_job()
+        if job is not None and not (
+            claim.overwrite and (job.base or _differ_elsewhere(job.description, description))
+        ):
+            return ExistingComputation(job.description.computation, 0, is_interrupted=True)
+        if claim.overwrite or not (claim.out / MANIFEST).is_file():
+            return None
+        manifest = Manifest.read(claim.out / MANIFEST)
+        computation = manifest.description.computation
+        return ExistingComputation(computation, manifest.images, is_interrupted=False)
+
+
+def _differ_elsewhere(description: Description, other: Description) -> bool:
+    """Return whether two descriptions differ in more than the computation."""
+    differences = description.differences(other)
+    return any(not difference.startswith("computation.") for difference in differences)
+
+
+def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | InterruptedRun:
+    """Read the store or the interrupted run in a claimed folder.
+
+    Args:
+        claim: the output folder.
+        description: description of the requested store.
+
+    Raises:
+        StoreError: the folder holds something else, and ``overwrite`` is not set; names what
+            differs.
+    """
+    with store_errors(claim.out):
+        base = None
+        if not claim.overwrite and (claim.out / MANIFEST).is_file():
+            base = Manifest.read(claim.out / MANIFEST)
+            _check_same(claim, base.description, description, "a finished store")
+        existing = ExistingStore(claim, base, base.next_shard if base is not None else 0)
+        job = claim.staged_job()
+        if job is None:
+            return existing
+        if claim.overwrite and (job.base or job.description.differences(description)):
+            return existing
+        _check_same(claim, job.description, description, "an interrupted run")
+        if job.base != (base.checksum if base is not None else ""):
+            raise StoreError(
+                f"{claim.out} holds an interrupted run that does not extend its store; start over "
+                f"with --overwrite, or discard the run: rm -r {claim.staging}"
+            )
+        claim.keep_work()
+        return InterruptedRun(claim, base, job, _load_finished(claim.staging, job))
+
+
+def _check_same(claim: ClaimedFolder, old: Description, new: Description, kind: str) -> None:
+    differences = old.differences(new)
+    if differences:
+        raise StoreError(
+            f"{claim.out} holds {kind} of something else "
+            f"({'; '.join(differences[:DIFFERENCES_SHOWN])}); repeat the earlier command, replace "
+            "it with --overwrite, or choose another --out"
+        )
+
+
+def _load_finished(staging: Path, job: Job) -> dict[int, FinishedShard]:
+    """Return the finished shards whose files are complete; remove journals that cannot be used."""
+    for name in (FEATURES, IMAGES, JOURNAL):
+        (staging / name).mkdir(exist_ok=True)
+    finished = {}
+    for path in sorted((staging / JOURNAL).glob("*.done")):
+        shard = FinishedShard.from_json(path.read_bytes())
+        if shard.is_complete(staging):
+            finished[shard.shard] = shard
+    # If a finished shard was lost, the run resumes there and not at a later shard.
+    unfinished = Path(journal_name(_next_shard(finished, job.first))).name
+    for path in (staging / JOURNAL).glob("*.jsonl"):
+        if path.name > unfinished:
+            path.unlink()
+    return finished
+
+
+def _next_shard(finished: Mapping[int, FinishedShard], first: int) -> int:
+    return max(max(finished, default=-1) + 1, first)
+
+
+@dataclass(frozen=True)
+class ExistingStore:
+    """State before a run: the rows that exist, and nothing planned.
+
+    Attributes:
+        claim: the output folder.
+        base: manifest of the finished store; None if there is none.
+        first_shard: number of the first shard of the next run.
+        sealed: finished shards of an interrupted run; None if nothing is staged.
     """
 
-    def __init__(
-        self, out: Path, *, overwrite: bool = False, extend: bool = False, lock: bool = True
-    ) -> None:
-        self._out = out
-        self._overwrite = overwrite
-        self._occupied = overwrite or extend
-        self._staging = out / STAGING
-        self._lock = Lock(self._staging / "lock", required=lock)
-        self._made: list[Path] = []  # folders that were not there before
-        self._prepared = False
-        self._keep = False
-        self._finished: dict[int, FinishedShard] = {}
-        self._staged: Job | None = None
-        self._sealed = False
-        self._base: Manifest | None = None
+    claim: ClaimedFolder
+    base: Manifest | None
+    first_shard: int
+    sealed: dict[int, FinishedShard] | None = None
 
-    def __enter__(self) -> StoreWriter:
-        check_place(self._out, occupied=self._occupied)
-        with explained(self._out):
-            try:
-                self._make_folders()
-                self._lock.__enter__()
-            except BaseException:
-                self._unmake_folders()
-                raise
-            try:
-                recover(self._out)
-                check_place(self._out, occupied=self._occupied)
-            except BaseException:
-                self._give_up()
-                raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._give_up()
-
-    # -- what is there
-
-    def take_up(self, description: Description) -> None:
-        """See what is there of the store that a description speaks of.
-
-        Raises:
-            StoreError: a finished store or an interrupted run of something else is there, and
-                ``overwrite`` is not set; says what differs.
-        """
-        with explained(self._out):
-            if not self._overwrite and (self._out / MANIFEST).is_file():
-                name = self._out / MANIFEST
-                self._base = Manifest.from_json(name.read_bytes(), str(name))
-                self._check_same(self._base.description, description, "a finished store of")
-            staged = self._staged_job()
-            if staged is None:
-                return
-            base = self._base.checksum if self._base is not None else ""
-            if self._overwrite and (staged.base or staged.description.differences(description)):
-                return
-            self._check_same(staged.description, description, "an interrupted run of")
-            if staged.base != base:
-                raise StoreError(
-                    f"{self._out} holds an interrupted run that does not extend the store that is "
-                    f"there; repeat it with --overwrite, or give it up: rm -r {self._staging}"
-                )
-            self._staged = staged
-            self._prepared = self._keep = True
-            self._load_finished()
-
-    def _check_same(self, there: Description, now: Description, what: str) -> None:
-        differ = there.differences(now)
-        if differ:
-            raise StoreError(
-                f"{self._out} holds {what} something else ({'; '.join(differ[:5])}); repeat what "
-                "it was asked for, start anew with --overwrite, or choose another --out"
-            )
-
-    def before(self, description: Description) -> Before | None:
-        """What is there already and will be kept; None where nothing is.
+    def stored(self, *, digests: bool) -> StoredImages:
+        """Return all images that have a row or a failure.
 
         Args:
-            description: of what comes; what it says of the computation does not count.
-
-        Raises:
-            StoreError: the store that is there cannot be read.
+            digests: also read the SHA-256 of the files.
         """
-        with explained(self._out):
-            staged = self._staged_job()
-            if staged is not None and not (
-                self._overwrite
-                and (staged.base or _made_otherwise(staged.description, description))
-            ):
-                return Before(staged.description.computation, 0, is_interrupted=True)
-            if self._overwrite or not (self._out / MANIFEST).is_file():
-                return None
-            name = self._out / MANIFEST
-            manifest = Manifest.from_json(name.read_bytes(), str(name))
-            return Before(manifest.description.computation, manifest.images, is_interrupted=False)
+        return _stored_images(self.claim, self.base, self.sealed or {}, digests=digests)
+
+    def begin(self, job: Job) -> StoreRun:
+        """Begin a run; if it is interrupted, the next one can resume it."""
+        with store_errors(self.claim.out):
+            if self.sealed is None:
+                self.claim.start_staging()
+            write_atomically(self.claim.staging / JOB, job.to_json().encode())
+            sync_folder(self.claim.staging)
+            self.claim.keep_work()
+        return StoreRun(self.claim, job, self.base, self.sealed)
+
+
+@dataclass(frozen=True)
+class InterruptedRun:
+    """State before a run: the rows that exist, and a run that did not end.
+
+    Attributes:
+        claim: the output folder.
+        base: manifest of the finished store; None if there is none.
+        job: the images that the run was computing.
+        finished: its finished shards by number, and those of runs that were sealed before it.
+    """
+
+    claim: ClaimedFolder
+    base: Manifest | None
+    job: Job
+    finished: dict[int, FinishedShard]
 
     @property
-    def out(self) -> Path:
-        """Folder of the store."""
-        return self._out
+    def first_shard(self) -> int:
+        """Number of the first shard of the run."""
+        return self.job.first
 
-    @property
-    def staging(self) -> Path:
-        """Where what is done is kept until it is published."""
-        return self._staging
-
-    @property
-    def base(self) -> Manifest | None:
-        """Of the finished store that is extended."""
-        return self._base
-
-    @property
-    def has_staged(self) -> bool:
-        """Whether an interrupted run has left something to go on with."""
-        return self._staged is not None
-
-    def held(self, *, planned: bool, digests: bool) -> Held:
-        """What has been computed so far, published or staged.
+    def stored(self, *, planned: bool, digests: bool) -> StoredImages:
+        """Return all images that have a row or a failure.
 
         Args:
-            planned: also what an interrupted run has done of what it had to compute last.
-            digests: those of the files, too.
+            planned: include the images of this run, not only those that it started from.
+            digests: also read the SHA-256 of the files.
         """
-        shards: dict[int, Images] = {}
-        live: Mapping[int, npt.NDArray[np.bool_]] = {}
-        failures: Sequence[FailureRecord] = ()
-        new_failures: list[FailureRecord] = []
-        with explained(self._out):
-            if self._base is not None:
-                there = published(self._out, self._base, digests=digests)
-                shards |= there.shards
-                live, failures = there.live, there.failures
-            first = self._staged.first if self._staged is not None else 0
-            for number, one in sorted(self._finished.items()):
-                if planned or number < first or self._sealed:
-                    new_failures.extend(one.failures)
-                    if one.entry is not None:
-                        index = self._staging / images_name(number)
-                        shards[number] = read_images(index, digests=digests)
-            if planned and (shard := self._in_progress()) is not None:
-                with shard:
-                    shards[self._next_shard()] = Images.of(
-                        [record for entry in shard.entries for record in entry.records]
-                    )
-                    new_failures.extend(f for entry in shard.entries for f in entry.failures)
-        return Held(shards, live, failures, new_failures)
+        finished = {
+            number: shard
+            for number, shard in self.finished.items()
+            if planned or number < self.job.first
+        }
+        stored = _stored_images(self.claim, self.base, finished, digests=digests)
+        if not planned:
+            return stored
+        with store_errors(self.claim.out):
+            shard = self._unfinished_shard()
+            if shard is None:
+                return stored
+            with shard:
+                records = [record for entry in shard.entries for record in entry.records]
+                failures = [failure for entry in shard.entries for failure in entry.failures]
+        return replace(
+            stored,
+            shards={**stored.shards, self._next_shard: Images.of(records)},
+            new_failures=[*stored.new_failures, *failures],
+        )
 
-    def done_of(self, job: Job) -> int | None:
-        """How many images of a job, from the first on, an interrupted run has done.
-
-        None where that was another job, or its shards are not the beginning of this one.
-        """
-        if self._staged is None or self._sealed:
-            return None
-        if replace(self._staged, description=job.description) != job:
+    def resume(self, job: Job) -> StoreRun | None:
+        """Resume the run; None if its shards are not the beginning of this job."""
+        if replace(self.job, description=job.description) != job:
             return None
         done = 0
-        planned = [one for number, one in sorted(self._finished.items()) if number >= job.first]
+        planned = [shard for number, shard in sorted(self.finished.items()) if number >= job.first]
         for number, finished in enumerate(planned, job.first):
-            if (finished.shard, finished.images) != (number, job.images_of(number)):
+            if (finished.shard, finished.images) != (number, job.images_in_shard(number)):
                 return None
             done += finished.images
-        with explained(self._out):
-            shard = self._in_progress()
-            if shard is None:
-                return done
-            number = self._next_shard()
-            with shard:
-                if shard.images > job.images_of(number):
-                    return None
-                if shard.images and shard.images == job.images_of(number):
-                    shard.finish()  # the run died before it could
-            return done + shard.images
+        with store_errors(self.claim.out):
+            shard = self._unfinished_shard()
+            if shard is not None:
+                expected = job.images_in_shard(self._next_shard)
+                with shard:
+                    if shard.images > expected:
+                        return None
+                    if shard.images and shard.images == expected:
+                        shard.finish()  # the run died before it could
+                done += shard.images
+        return StoreRun(self.claim, job, self.base, self.finished, resumed=done)
 
-    def seal(self) -> None:
-        """Keep what an interrupted run has done for good: what is left is planned anew."""
-        with explained(self._out):
-            if (shard := self._in_progress()) is not None:
+    def seal(self) -> ExistingStore:
+        """End the run: keep its rows, so that the remaining images can be planned anew."""
+        with store_errors(self.claim.out):
+            shard = self._unfinished_shard()
+            if shard is not None:
                 with shard:
                     if shard.images:
                         shard.finish()
                     else:
                         shard.discard()
-        self._sealed = True
-
-    def begin(self, job: Job) -> None:
-        """Begin what is to be computed, behind what is there already, if anything is."""
-        with explained(self._out):
-            if not self._prepared:
-                self._finished.clear()
-                self._start_anew()
-            write_whole(self._staging / JOB, job.to_json().encode())
-            sync_folder(self._staging)
-            self._staged = job
-            self._sealed = False
-            self._keep = True
+        base = self.base.next_shard if self.base is not None else 0
+        return ExistingStore(self.claim, self.base, max(base, self._next_shard), self.finished)
 
     @property
-    def first_shard(self) -> int:
-        """The number of the first shard of what is to be computed."""
-        if self._staged is not None and not self._sealed:
-            return self._staged.first
-        base = self._base.next_shard if self._base is not None else 0
-        return max(base, self._next_shard())
-
-    # -- what is added
-
-    def discard(self) -> None:
-        """Keep nothing of what was done: going on there would come to the same end."""
-        self._keep = False
-
-    def is_finished(self, number: int) -> bool:
-        """Whether shard ``number`` is done."""
-        return number in self._finished
-
-    def shard(self, number: int, description: Description) -> ShardWriter:
-        """Begin shard ``number``, or go on with it; it counts once it has been finished."""
-        with explained(self._out):
-            if not self._prepared:
-                self._start_anew()
-            return ShardWriter(self._staging, number, description, self._finished)
-
-    def publish(self, job: Job, plan: Plan | None = None, *, listing: str = "") -> Manifest:
-        """Complete the store, make it visible and return its manifest.
-
-        Args:
-            plan: what of that which was there before goes on counting.
-            listing: digest of all paths of the store; that of the job where it is all of them.
-        """
-        with explained(self._out):
-            if not self._prepared:
-                self._start_anew()
-            manifest = self._manifest(job, plan, listing or job.listing)
-            for folder in (self._staging / FEATURES, self._staging / IMAGES):
-                sync_folder(folder)
-            check_place(self._out, occupied=self._occupied)
-            with undisturbed():
-                # From here on the new store is complete: if this run dies, the next finishes it.
-                write_whole(self._staging / MANIFEST, manifest.to_json().encode())
-                sync_folder(self._staging)
-                recover(self._out)
-                self._made.clear()
-                self._keep = False
-                self._give_up()
-        return manifest
-
-    def _manifest(self, job: Job, plan: Plan | None, listing: str) -> Manifest:
-        finished = [one for _, one in sorted(self._finished.items())]
-        base = self._base.shards if self._base is not None else ()
-        new = [one.entry for one in finished if one.entry is not None]
-        shards = [_still_live(entry, plan) for entry in (*base, *new)]
-        failures = list(plan.failures) if plan is not None else []
-        failures += [f for one in finished if one.shard >= job.first for f in one.failures]
-        write_whole(self._staging / FAILURES, failure_lines(sorted(failures)))
-        rows = sum(shard.live_rows for shard in shards)
-        return Manifest(
-            job.description,
-            rows + len(failures),
-            listing,
-            rows,
-            tuple(shard for shard in shards if shard.live_rows),
-            describe(self._staging / FAILURES, FAILURES),
-            datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        )
-
-    # -- what is staged
-
-    def _start_anew(self) -> None:
-        clear(self._staging)
-        for name in (FEATURES, IMAGES, JOURNAL):
-            (self._staging / name).mkdir()
-        self._prepared = True
-
-    def _staged_job(self) -> Job | None:
-        """What an interrupted run was asked for; None where there was none, or it left nothing."""
-        try:
-            return Job.from_json((self._staging / JOB).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):  # it died before it had begun
-            return None
-
-    def _load_finished(self) -> None:
-        for name in (FEATURES, IMAGES, JOURNAL):
-            (self._staging / name).mkdir(exist_ok=True)
-        for path in sorted((self._staging / JOURNAL).glob("*.done")):
-            finished = FinishedShard.from_json(path.read_bytes())
-            if finished.is_whole(self._staging):
-                self._finished[finished.shard] = finished
-        # Where a finished shard is lost after all, it is that which goes on, and not one behind it.
-        going_on = Path(journal_name(self._next_shard())).name
-        for path in (self._staging / JOURNAL).glob("*.jsonl"):
-            if path.name > going_on:
-                path.unlink()
-
     def _next_shard(self) -> int:
-        first = self._staged.first if self._staged is not None else 0
-        return max(max(self._finished, default=-1) + 1, first)
+        return _next_shard(self.finished, self.job.first)
 
-    def _in_progress(self) -> ShardWriter | None:
-        number = self._next_shard()
-        if self._staged is None or not (self._staging / journal_name(number)).exists():
+    def _unfinished_shard(self) -> ShardWriter | None:
+        staging, number = self.claim.staging, self._next_shard
+        if not (staging / journal_name(number)).exists():
             return None
-        return ShardWriter(self._staging, number, self._staged.description, self._finished)
-
-    def _has_work(self) -> bool:
-        journals = (self._staging / JOURNAL).glob("*.jsonl")
-        return bool(self._finished) or any(path.stat().st_size for path in journals)
-
-    # -- the place
-
-    def _make_folders(self) -> None:
-        missing = []
-        folder = self._staging
-        while not folder.exists():
-            missing.append(folder)
-            folder = folder.parent
-        for folder in reversed(missing):
-            with contextlib.suppress(FileExistsError):  # another run was quicker
-                folder.mkdir()
-                self._made.append(folder)
-
-    def _unmake_folders(self) -> None:
-        for folder in reversed(self._made):
-            with contextlib.suppress(OSError):  # not empty: someone else uses it by now
-                folder.rmdir()
-
-    def _give_up(self) -> None:
-        with contextlib.suppress(OSError):  # what is left is cleared by the next run
-            # The next run publishes what is complete, and removes what was replaced.
-            complete = any((self._staging / name).is_file() for name in (MANIFEST, REPLACED))
-            staged = not self._prepared and self._staged_job() is not None
-            suspects = any((self._staging / name).is_file() for name in (SUSPECTS, IN_FLIGHT))
-            known = self._has_work() or suspects
-            if complete or staged or (self._keep and known):
-                self._lock.__exit__()
-                return
-            clear(self._staging)
-            (self._staging / "lock").unlink(missing_ok=True)
-            self._staging.rmdir()
-        self._lock.__exit__()
-        self._unmake_folders()
+        return ShardWriter(staging, number, self.job.description, self.finished)
 
 
-def _made_otherwise(one: Description, other: Description) -> bool:
-    """Whether they differ in more than the computation."""
-    return any(not each.startswith("computation.") for each in one.differences(other))
+def _stored_images(
+    claim: ClaimedFolder,
+    base: Manifest | None,
+    finished: Mapping[int, FinishedShard],
+    *,
+    digests: bool,
+) -> StoredImages:
+    """Return the images of a published store and of finished shards in the staging folder."""
+    with store_errors(claim.out):
+        stored = StoredImages()
+        if base is not None:
+            stored = published_images(claim.out, base, digests=digests)
+        shards = dict(stored.shards)
+        failures: list[FailureRecord] = []
+        for number, shard in sorted(finished.items()):
+            failures.extend(shard.failures)
+            if shard.entry is not None:
+                shards[number] = read_images(claim.staging / images_name(number), digests=digests)
+    return replace(stored, shards=shards, new_failures=failures)
 
 
-def _still_live(entry: ShardEntry, plan: Plan | None) -> ShardEntry:
-    live = plan.live.get(entry.shard) if plan is not None else None
-    return entry if live is None else replace(entry, retired=ranges(~live))
-
-
-def published(out: Path, manifest: Manifest, *, digests: bool) -> Held:
-    """What a finished store holds.
+def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredImages:
+    """Return the images of a finished store.
 
     Args:
-        digests: those of the files, too.
+        out: folder of the store.
+        manifest: its manifest.
+        digests: also read the SHA-256 of the files.
     """
-    indexes = {one.shard: out / one.index.name for one in manifest.shards}
-    return Held(
+    indexes = {shard.shard: out / shard.index.name for shard in manifest.shards}
+    return StoredImages(
         {shard: read_images(path, digests=digests) for shard, path in indexes.items()},
-        {one.shard: one.live_mask() for one in manifest.shards},
+        {shard.shard: shard.live_mask() for shard in manifest.shards},
         read_failures(out / FAILURES),
     )
 
 
-def failure_lines(failures: Iterable[FailureRecord]) -> bytes:
-    """The content of ``failures.jsonl``."""
-    lines = []
-    for failure in failures:
-        entry = {
-            "path": os.fsdecode(failure.path),
-            "error": failure.reason,
-            "message": failure.message,
-            "size": failure.size,
-            "mtime_ns": failure.mtime_ns,
-        }
-        lines.append(json.dumps(entry, ensure_ascii=True) + "\n")
-    return "".join(lines).encode("ascii")
+def rewrite(claim: ClaimedFolder, job: Job) -> StoreRun:
+    """Begin a run that replaces the finished store; if it is interrupted, its work is lost."""
+    with store_errors(claim.out):
+        claim.start_staging()
+    return StoreRun(claim, job)
 
 
-def read_failures(path: Path) -> list[FailureRecord]:
-    """What :func:`failure_lines` made.
+class StoreRun:
+    """State during a run: shards are written, and :meth:`publish` completes the store.
 
-    Raises:
-        StoreError: something else.
+    Args:
+        claim: the output folder.
+        job: the images that the run computes.
+        base: manifest of the store that the run extends.
+        finished: finished shards in the staging folder, by number.
+        resumed: number of images that were finished before, from the first on.
     """
-    keys = ("error", "message", "size", "mtime_ns")
-    try:
-        entries = [json.loads(line) for line in path.read_bytes().splitlines()]
-        return [
-            FailureRecord(os.fsencode(one["path"]), *(one[key] for key in keys)) for one in entries
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
+
+    def __init__(
+        self,
+        claim: ClaimedFolder,
+        job: Job,
+        base: Manifest | None = None,
+        finished: dict[int, FinishedShard] | None = None,
+        *,
+        resumed: int = 0,
+    ) -> None:
+        self.job = job
+        self.resumed = resumed
+        self._claim = claim
+        self._base = base
+        self._finished = {} if finished is None else finished
+
+    def is_finished(self, number: int) -> bool:
+        """Return whether a shard is finished."""
+        return number in self._finished
+
+    def shard(self, number: int) -> ShardWriter:
+        """Open a shard, new or unfinished; it counts once it is finished."""
+        with store_errors(self._claim.out):
+            staging, description = self._claim.staging, self.job.description
+            return ShardWriter(staging, number, description, self._finished)
+
+    def publish(self, plan: Plan | None = None, *, listing: str = "") -> Manifest:
+        """Complete the store, make it visible and return its manifest.
+
+        Args:
+            plan: the rows and failures of before that still count; None counts all rows.
+            listing: digest of all paths of the store; by default that of the job.
+
+        Raises:
+            StoreError: the file system refuses, or the folder holds other files by now.
+        """
+        out, staging = self._claim.out, self._claim.staging
+        with store_errors(out):
+            manifest = self._manifest(plan, listing or self.job.listing)
+            for name in (FEATURES, IMAGES):
+                sync_folder(staging / name)
+            self._claim.check()
+            with ignore_signals():
+                # Now the new store is complete: if this run dies, the next one publishes it.
+                write_atomically(staging / MANIFEST, manifest.to_json().encode())
+                sync_folder(staging)
+                publish_staged(out)
+                self._claim.finish()
+        return manifest
+
+    def _manifest(self, plan: Plan | None, listing: str) -> Manifest:
+        """Write ``failures.jsonl`` and return the manifest of the complete store."""
+        finished = [shard for _, shard in sorted(self._finished.items())]
+        base = self._base.shards if self._base is not None else ()
+        new = [shard.entry for shard in finished if shard.entry is not None]
+        live = plan.live if plan is not None else {}
+        shards = [_retire(entry, live.get(entry.shard)) for entry in (*base, *new)]
+        failures = list(plan.failures) if plan is not None else []
+        for shard in finished:
+            if shard.shard >= self.job.first:
+                failures.extend(shard.failures)
+        path = self._claim.staging / FAILURES
+        write_atomically(path, failure_lines(sorted(failures)))
+        rows = sum(shard.live_rows for shard in shards)
+        return Manifest(
+            self.job.description,
+            rows + len(failures),
+            listing,
+            rows,
+            tuple(shard for shard in shards if shard.live_rows),
+            FileEntry.of(path, FAILURES),
+            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )
+
+
+def _retire(entry: ShardEntry, live: npt.NDArray[np.bool_] | None) -> ShardEntry:
+    """Return an entry in which only live rows count; None leaves it as it is."""
+    return entry if live is None else replace(entry, retired=ranges(~live))

@@ -21,7 +21,9 @@ from extractor.api import Progress
 from extractor.errors import InterruptedRunError, StoreError
 from extractor.models import embedding
 from extractor.options import Options
-from extractor.store.journal import BatchEntry, FailureRecord, ImageRecord
+from extractor.store.failures import FailureRecord
+from extractor.store.index import ImageRecord
+from extractor.store.journal import BatchEntry
 from extractor.store.verify import verify
 
 KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))

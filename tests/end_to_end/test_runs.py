@@ -188,7 +188,7 @@ def test_a_damaged_store_is_not_made_compact(photos: Path, tmp_path: Path, place
     data[place] ^= 1
     name.write_bytes(data)
     before = files(out)
-    with pytest.raises(StoreError, match=r"is damaged \(features/00000.npy: its bytes changed"):
+    with pytest.raises(StoreError, match=r"is damaged \(features/00000.npy: content changed"):
         compact(out)
     assert files(out) == before
 
@@ -252,7 +252,7 @@ def test_run_json_says_what_was_asked_for_and_what_came_of_it(photos: Path, tmp_
     text = (tmp_path / "out/run.json").read_text().replace('"exit_code": 0', '"exit_code": 1')
     (tmp_path / "out/run.json").write_text(text)
     assert list(verify(tmp_path / "out")) == [
-        "run.json: it was changed, its own checksum does not fit"
+        "run.json: was changed, its own checksum does not match"
     ]
 
 

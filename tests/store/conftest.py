@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
+from extractor.store.claim import ClaimedFolder
+from extractor.store.failures import FailureRecord
 from extractor.store.format import Description
-from extractor.store.journal import FailureRecord, ImageRecord
+from extractor.store.index import ImageRecord
+from extractor.store.job import Job
 from extractor.store.publish import locate
 from extractor.store.reader import FeatureStore
-from extractor.store.writer import Job, StoreWriter
+from extractor.store.writer import StoreRun, rewrite
 
 
 def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Description:
@@ -51,40 +54,41 @@ def _names(shard: int, rows: int) -> list[bytes]:
 
 
 def _fill(
-    writer: StoreWriter,
+    claim: ClaimedFolder,
     parts: Sequence[np.ndarray],
     *,
     names: Sequence[Sequence[bytes]] | None = None,
     numbers: Sequence[int] | None = None,
     failures: Sequence[tuple[bytes, str, str]] = (),
     **described: Any,
-) -> tuple[Job]:
-    """Write the shards of a store; returns what ``publish`` wants."""
+) -> StoreRun:
+    """Write the shards of a store; the run that comes back can be published."""
     dtype = parts[0].dtype.name if parts else "float32"
     dim = parts[0].shape[1] if parts else 3
     description = _description(**{"dim": dim, "dtype": dtype, **described})
-    for place, part in enumerate(parts):
-        number = place if numbers is None else numbers[place]
-        shard_names = _names(number, len(part)) if names is None else names[place]
+    run = rewrite(claim, Job(description, sum(map(len, parts)) + len(failures), "0" * 64))
+    for i, part in enumerate(parts):
+        number = i if numbers is None else numbers[i]
+        shard_names = _names(number, len(part)) if names is None else names[i]
         records = _records(shard_names)
-        with writer.shard(number, description) as shard:
+        with run.shard(number) as shard:
             for start in range(0, len(part), 3):  # more than one batch, and a short last one
                 rows = slice(start, start + 3)
                 shard.append(part[rows], records[rows])
             shard.finish()
     if failures:
-        with writer.shard(len(parts) + 1, description) as shard:
+        with run.shard(len(parts) + 1) as shard:
             empty = np.empty((0, *description.shape), np.float32)
             shard.append(empty, [], [FailureRecord(*failure) for failure in failures])
             shard.finish()
-    return (Job(description, sum(map(len, parts)) + len(failures), "0" * 64),)
+    return run
 
 
 def _write(
     out: Path, parts: Sequence[np.ndarray], *, overwrite: bool = False, **filled: Any
 ) -> Path:
-    with StoreWriter(out, overwrite=overwrite) as writer:
-        writer.publish(*_fill(writer, parts, **filled))
+    with ClaimedFolder(out, overwrite=overwrite) as claim:
+        _fill(claim, parts, **filled).publish()
     return out
 
 
@@ -124,8 +128,8 @@ def make_records() -> Callable[[Sequence[bytes]], list[ImageRecord]]:
 
 
 @pytest.fixture
-def fill() -> Callable[..., tuple[Job]]:
-    """Writes shards with a writer that was entered; returns the arguments of ``publish``."""
+def fill() -> Callable[..., StoreRun]:
+    """Writes shards into a claimed folder; returns the run, ready to be published."""
     return _fill
 
 

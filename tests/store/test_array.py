@@ -75,7 +75,9 @@ def test_a_row_out_of_range_is_an_index_error(
     array, whole = both
     for row in (len(whole) + distance, -len(whole) - 1 - distance):
         for index in (row, np.int64(row), [row], np.array([[row]]), (row, 0), ([row], [0])):
-            with pytest.raises(IndexError, match=rf"row {row} of {len(whole)}"):
+            with pytest.raises(
+                IndexError, match=rf"row {row} is out of range for {len(whole)} row"
+            ):
                 array[index]
 
 
@@ -282,7 +284,7 @@ def test_a_mask_of_another_length_is_refused(
 def test_rows_that_are_no_integers_are_refused(
     mixed: tuple[ShardedArray, np.ndarray], index: Any
 ) -> None:
-    with pytest.raises(IndexError, match="rows must be integers or a mask"):
+    with pytest.raises(IndexError, match="expected integers or a mask"):
         mixed[0][index]
 
 

@@ -134,20 +134,20 @@ def test_names_are_padded_so_that_name_order_is_row_order() -> None:
     "text", ["", "{", b"\xff\xfe\xff", b'{"format": "\xff"}', "no", b"\x00" * 40], ids=repr
 )
 def test_a_text_that_is_no_json_is_refused(text: str | bytes) -> None:
-    with pytest.raises(StoreError, match=r"OUT/store\.json is no JSON .*damaged"):
+    with pytest.raises(StoreError, match=r"OUT/store\.json is not JSON .*damaged"):
         Manifest.from_json(text, "OUT/store.json")
 
 
 @pytest.mark.parametrize("content", [[], 3, None, "extractor-store", {}, {"format": "other"}])
 def test_a_json_of_something_else_is_refused(content: object) -> None:
-    with pytest.raises(StoreError, match=r"OUT/store\.json is no manifest .*extractor-store"):
+    with pytest.raises(StoreError, match=r"OUT/store\.json is not the manifest .*extractor-store"):
         read(content)
 
 
 @pytest.mark.parametrize("version", [0, 2, 17, "1", None, [1]])
 def test_an_unknown_version_is_refused_by_name(content: dict[str, Any], version: object) -> None:
     shown = repr(version).replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises(StoreError, match=f"store of version {shown}; .* reads version 1"):
+    with pytest.raises(StoreError, match=f"has format version {shown}; .* reads version 1"):
         read({**content, "version": version})
 
 

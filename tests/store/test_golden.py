@@ -14,11 +14,12 @@ import pytest
 from extractor import FeatureStore, Report, extract
 from extractor.run.run_json import software_versions
 from extractor.store.compact import compact
+from extractor.store.failures import failure_lines, read_failures
 from extractor.store.format import STAGING, Manifest, with_checksum
+from extractor.store.job import Job
 from extractor.store.journal import BatchEntry
 from extractor.store.shard import FinishedShard
 from extractor.store.verify import verify, verify_images
-from extractor.store.writer import Job, failure_lines, read_failures
 
 GOLDEN = Path(__file__).parent / "golden"
 STORE = GOLDEN / "store"

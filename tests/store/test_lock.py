@@ -16,16 +16,17 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
+from extractor.store.claim import ClaimedFolder
 from extractor.store.lock import Lock
 from extractor.store.reader import FeatureStore
-from extractor.store.writer import StoreWriter
+from extractor.store.writer import StoreRun
 
 HOLD = """
 import sys
 from pathlib import Path
-from extractor.store import StoreWriter
+from extractor.store.claim import ClaimedFolder
 
-with StoreWriter(Path(sys.argv[1]), overwrite=True):
+with ClaimedFolder(Path(sys.argv[1]), overwrite=True):
     print("ready", flush=True)
     sys.stdin.read()
 """
@@ -54,12 +55,12 @@ def test_a_second_writer_is_refused_at_once_and_told_the_pid(tmp_path: Path) -> 
         with pytest.raises(
             StoreError, match=rf"out is being written by process {holder.pid} on .*another --out"
         ):
-            StoreWriter(out).__enter__()
+            ClaimedFolder(out).__enter__()
         assert time.monotonic() - begin < 2
         # The one who was refused has taken nothing away.
         assert (out / ".extractor-partial" / "lock").is_file()
         with pytest.raises(StoreError, match=f"process {holder.pid} on"):
-            StoreWriter(out, overwrite=True).__enter__()
+            ClaimedFolder(out, overwrite=True).__enter__()
 
 
 def test_a_killed_holder_lets_the_next_writer_in(
@@ -82,17 +83,32 @@ def test_a_holder_that_leaves_lets_the_next_writer_in(tmp_path: Path) -> None:
     with another_writer(out) as holder:
         holder.communicate()
     assert not out.exists()
-    with StoreWriter(out):
+    with ClaimedFolder(out):
         assert out.exists()
+
+
+def test_leaving_a_published_store_does_not_touch_the_next_run(
+    tmp_path: Path, parts: list[np.ndarray], fill: Callable[..., StoreRun]
+) -> None:
+    out = tmp_path / "out"
+    with ClaimedFolder(out) as first:
+        fill(first, parts).publish()
+        second = ClaimedFolder(out, overwrite=True)
+        with second:
+            run = fill(second, parts[:1])
+            first.__exit__()
+            assert (out / ".extractor-partial" / "lock").is_file()
+            run.publish()
+    assert len(FeatureStore.open(out)) == 4
 
 
 def test_two_writers_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with StoreWriter(out):
+    with ClaimedFolder(out):
         with pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"):
-            StoreWriter(out).__enter__()
+            ClaimedFolder(out).__enter__()
         with pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"):
-            StoreWriter(out).__enter__()
+            ClaimedFolder(out).__enter__()
 
 
 def test_a_lock_that_says_nothing_yet_still_holds(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
-from extractor.store.journal import FailureRecord
-from extractor.store.plan import Current, Held, Plan, plan
+from extractor.store.plan import Plan, Snapshot, StoredImages, plan_run
 
 EXAMPLES = max(int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "0")), 300)
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=EXAMPLES, database=None)
@@ -51,10 +51,10 @@ class Case:
     keep_missing: bool = False
     retry: bool = False
 
-    def current(self) -> Current:
+    def snapshot(self) -> Snapshot:
         paths = sorted(self.files)
         files = [self.files[path] for path in paths]
-        return Current(
+        return Snapshot(
             paths,
             np.array([file.size for file in files], np.int64),
             np.array([file.mtime for file in files], np.int64),
@@ -62,7 +62,7 @@ class Case:
             (lambda places: [files[i].digest for i in places]) if self.content else None,
         )
 
-    def held(self) -> Held:
+    def stored(self) -> StoredImages:
         shards = {
             number: Images(
                 list(rows),
@@ -77,10 +77,12 @@ class Case:
             for number, rows in self.shards.items()
             if number not in self.new_shards
         }
-        return Held(shards, live, self.failures, self.new_failures)
+        return StoredImages(shards, live, self.failures, self.new_failures)
 
     def plan(self) -> Plan:
-        return plan(self.current(), self.held(), keep_missing=self.keep_missing, retry=self.retry)
+        return plan_run(
+            self.snapshot(), self.stored(), keep_missing=self.keep_missing, retry=self.retry
+        )
 
     def counted(self, shard: int, path: bytes) -> bool:
         return shard in self.new_shards or self.shards[shard][path].counted
@@ -299,9 +301,11 @@ def test_digests_are_taken_of_images_that_have_a_row_alone() -> None:
         return [b"1" * 32 for _ in places]
 
     stamps = np.array([1, 1, 1])
-    current = Current([b"a", b"b", b"c"], stamps, stamps, lambda i: True, digests)
+    current = Snapshot([b"a", b"b", b"c"], stamps, stamps, lambda i: True, digests)
     rows = Images([b"b", b"z"], np.array([1, 1]), np.array([1, 1]), [b"1" * 32] * 2)
-    made = plan(current, Held({0: rows}, {}, [FailureRecord(b"c", "corrupt", "why", 1, 1)]))
+    made = plan_run(
+        current, StoredImages({0: rows}, {}, [FailureRecord(b"c", "corrupt", "why", 1, 1)])
+    )
     assert asked == [1]
     assert list(made.todo) == [0]
 

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from extractor.errors import StoreError
+from extractor.store.claim import ClaimedFolder
 from extractor.store.reader import FeatureStore
-from extractor.store.writer import StoreWriter
 
 WriteStore = Callable[..., Path]
 
@@ -41,7 +41,7 @@ def edit(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 LAZY = """
 import sys
-from extractor.store import FeatureStore
+from extractor.store.reader import FeatureStore
 
 heavy = ("torch", "torchvision", "timm", "PIL", "pyarrow", "pandas")
 
@@ -89,7 +89,7 @@ def test_indexing_the_store_gives_rows(out: Path, whole: np.ndarray) -> None:
         found = store[index]
         assert found.shape == whole[index].shape
         assert np.array_equal(found, whole[index])
-    with pytest.raises(IndexError, match="row 7 of 7"):
+    with pytest.raises(IndexError, match="row 7 is out of range for 7 rows"):
         store[7]
 
 
@@ -187,7 +187,7 @@ def test_the_repr_says_what_it_is(out: Path) -> None:
 def test_a_folder_that_is_not_there_or_empty_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(StoreError, match=f"{folder} is no store .*no store.json"):
+        with pytest.raises(StoreError, match=f"{folder} is not a store .*store.json is missing"):
             FeatureStore.open(folder)
 
 
@@ -195,21 +195,21 @@ def test_an_unfinished_store_is_said_to_be_unfinished(
     tmp_path: Path, parts: list[np.ndarray], fill: Callable[..., Any]
 ) -> None:
     out = tmp_path / "out"
-    with StoreWriter(out) as writer:
-        fill(writer, parts)
-        with pytest.raises(StoreError, match="out is not finished: a run is at work"):
+    with ClaimedFolder(out) as claim:
+        fill(claim, parts)
+        with pytest.raises(StoreError, match="out is not finished: a run is writing it"):
             FeatureStore.open(out)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", r"store\.json is no JSON"),
-        (b"", r"store\.json is no JSON"),
-        (b'{"format": "extractor-store", "root": "\xff"}', r"store\.json is no JSON"),
-        (b"[1]", r"store\.json is no manifest"),
-        (b'{"format": "zarr"}', r"store\.json is no manifest"),
-        (b'{"format": "extractor-store", "version": 2}', "store of version 2; .*reads version 1"),
+        (b"{", r"store\.json is not JSON"),
+        (b"", r"store\.json is not JSON"),
+        (b'{"format": "extractor-store", "root": "\xff"}', r"store\.json is not JSON"),
+        (b"[1]", r"store\.json is not the manifest"),
+        (b'{"format": "zarr"}', r"store\.json is not the manifest"),
+        (b'{"format": "extractor-store", "version": 2}', "has format version 2; .*reads version 1"),
         (b'{"format": "extractor-store", "version": 1}', r"store\.json is damaged: KeyError"),
     ],
 )
@@ -395,7 +395,7 @@ def test_a_store_that_goes_while_it_is_opened_is_refused(
         return plain_open(file, *args, **options)
 
     monkeypatch.setattr(builtins, "open", late)
-    with pytest.raises(StoreError, match=r"there is no store.json"):
+    with pytest.raises(StoreError, match=r"is not a store .store.json is missing"):
         FeatureStore.open(out)
 
 

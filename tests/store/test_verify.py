@@ -81,13 +81,13 @@ def test_what_is_missing_is_named(store: Path, name: str) -> None:
 )
 def test_what_is_not_of_the_store_is_named(store: Path, name: str) -> None:
     (store / name).write_text("x")
-    assert problems(store) == [f"{name!a}: is not of the store"]
+    assert problems(store) == [f"{name!a}: is not part of the store"]
 
 
 def test_a_link_in_the_place_of_a_file_is_found(store: Path, tmp_path: Path) -> None:
     os.rename(store / "features/00000.npy", tmp_path / "elsewhere.npy")
     (store / "features/00000.npy").symlink_to(tmp_path / "elsewhere.npy")
-    assert problems(store) == ["features/00000.npy: is no regular file"]
+    assert problems(store) == ["features/00000.npy: is not a regular file"]
 
 
 def test_values_that_are_not_finite_are_found_by_row(
@@ -107,17 +107,17 @@ def test_a_path_with_two_rows_is_found(tmp_path: Path, write_store: Callable[...
     parts = [np.ones((2, 3), np.float32)] * 2
     names = [[b"a", b"b"], [b"b", b"c"]]
     store = write_store(tmp_path / "store", parts, names=names)
-    assert problems(store) == ["images/00001.parquet: 'b' has a row in shard 0 already"]
+    assert problems(store) == ["images/00001.parquet: 'b' already has a row in shard 0"]
 
 
 def test_paths_out_of_order_are_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
     part = np.ones((2, 3), np.float32)
     store = write_store(tmp_path / "store", [part], names=[[b"b", b"a"]])
-    assert problems(store) == ["images/00000.parquet: its paths are not in order"]
+    assert problems(store) == ["images/00000.parquet: paths are not sorted"]
 
 
 def test_no_store_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is no finished store"):
+    with pytest.raises(StoreError, match="is not a finished store"):
         problems(tmp_path)
 
 
@@ -132,8 +132,8 @@ def test_images_that_changed_or_went_are_found(
     parts = [np.ones((4, 3), np.float32)]
     store = write_store(tmp_path / "store", parts, root=str(tmp_path / "in"))
     assert list(verify_images(store)) == [
-        "image '0/1.jpg': 3 bytes, 101 when it was read",
-        "image '0/2.jpg': its bytes changed since it was read",
+        "image '0/1.jpg': has 3 bytes, had 101 when it was read",
+        "image '0/2.jpg': its content changed since it was read",
         "image '0/3.jpg': No such file or directory",
     ]
     (tmp_path / "in").rename(tmp_path / "moved")
@@ -150,9 +150,9 @@ def test_the_command_says_what_is_wrong(store: Path, capsys: pytest.CaptureFixtu
         file.seek(-1, os.SEEK_END)
         file.write(bytes([last[0] ^ 1]))
     assert cli.main(["verify", str(store)]) == 1
-    assert "features/00001.npy: its bytes changed" in capsys.readouterr().out
+    assert "features/00001.npy: content changed" in capsys.readouterr().out
     assert cli.main(["verify", str(store / "features")]) == 1
-    assert "is no finished store" in capsys.readouterr().err
+    assert "is not a finished store" in capsys.readouterr().err
     assert cli.main(["verify", str(store), "--recompute", "0"]) == 2
 
 

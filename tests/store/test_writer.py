@@ -27,15 +27,18 @@ import pytest
 
 import extractor.store.writer as writer_module
 from extractor.errors import StoreError
+from extractor.store.claim import ClaimedFolder
+from extractor.store.failures import FailureRecord
 from extractor.store.format import STAGING, Description
-from extractor.store.journal import FailureRecord, ImageRecord
-from extractor.store.publish import finish_publishing, recover
+from extractor.store.index import ImageRecord
+from extractor.store.job import Job
+from extractor.store.publish import finish_publishing, publish_staged
 from extractor.store.reader import FeatureStore
-from extractor.store.writer import Job, StoreWriter
+from extractor.store.writer import InterruptedRun, StoreRun, rewrite, take_up
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
 Checked = Callable[[Path], "np.ndarray | None"]
-Fill = Callable[..., tuple[Description, int]]
+Fill = Callable[..., StoreRun]
 WriteStore = Callable[..., Path]
 MakeRecords = Callable[..., list[ImageRecord]]
 
@@ -76,14 +79,14 @@ def test_rows_of_another_type_or_layout_are_cast_as_numpy_casts(
     tmp_path: Path, describe_store: Callable[..., Description], make_records: MakeRecords
 ) -> None:
     rows = np.random.default_rng(4).normal(size=(3, 4))
-    with StoreWriter(tmp_path / "out") as writer:
-        description = describe_store(dim=3, dtype="float16")
-        with writer.shard(0, description) as shard:
+    with ClaimedFolder(tmp_path / "out") as claim:
+        run = rewrite(claim, Job(describe_store(dim=3, dtype="float16"), 6, "0" * 64))
+        with run.shard(0) as shard:
             shard.append(rows.T, make_records([b"a", b"b", b"c", b"d"]))  # Fortran order, float64
             shard.append(rows.T[:0], [])
             shard.append(rows.T[::-2].astype(">f4"), make_records([b"e", b"f"]))
             shard.finish()
-        writer.publish(Job(description, 6, "0" * 64))
+        run.publish()
     expected = np.ascontiguousarray(np.concatenate([rows.T, rows.T[::-2]]), np.float16)
     assert (tmp_path / "out/features/00000.npy").read_bytes() == saved(expected)
 
@@ -102,12 +105,16 @@ def test_rows_that_do_not_fit_their_records_are_refused(
     tmp_path: Path, describe_store: Callable[..., Description], make_records: MakeRecords
 ) -> None:
     with (
-        StoreWriter(tmp_path / "out") as writer,
-        writer.shard(0, describe_store(dim=3)) as shard,
+        ClaimedFolder(tmp_path / "out") as claim,
+        rewrite(claim, Job(describe_store(dim=3), 1, "0" * 64)).shard(0) as shard,
     ):
-        with pytest.raises(ValueError, match=r"\(2, 3\) rows for 1 records of shape \(3,\)"):
+        with pytest.raises(
+            ValueError, match=r"got rows of shape \(2, 3\) for 1 records of shape \(3,\)"
+        ):
             shard.append(np.zeros((2, 3), np.float32), make_records([b"a"]))
-        with pytest.raises(ValueError, match=r"\(1, 4\) rows for 1 records of shape \(3,\)"):
+        with pytest.raises(
+            ValueError, match=r"got rows of shape \(1, 4\) for 1 records of shape \(3,\)"
+        ):
             shard.append(np.zeros((1, 4), np.float32), make_records([b"a"]))
 
 
@@ -303,16 +310,16 @@ def test_a_shard_without_rows_has_no_file_and_leaves_a_gap(
     make_records: MakeRecords,
 ) -> None:
     out = tmp_path / "out"
-    description = describe_store()
-    with StoreWriter(out) as writer:
+    with ClaimedFolder(out) as claim:
+        run = rewrite(claim, Job(describe_store(), 12, "0" * 64))
         for number, part in enumerate([parts[0], parts[0][:0], parts[1]]):
-            with writer.shard(number, description) as shard:
+            with run.shard(number) as shard:
                 failures = [FailureRecord(b"bad", "empty", "")] * (4 - len(part))
                 names = [b"%d" % row for row in range(len(part))]
                 shard.append(part, make_records(names), failures)
                 entry = shard.finish()
                 assert (entry is None) == (number == 1)
-        manifest = writer.publish(Job(description, 12, "0" * 64))
+        manifest = run.publish()
     assert [(s.shard, s.images, s.rows) for s in manifest.shards] == [(0, 4, 4), (2, 4, 3)]
     assert (manifest.images, manifest.rows, manifest.failed) == (12, 7, 5)
     assert sorted(name for name in tree(out) if "/" in name) == [
@@ -328,11 +335,11 @@ def test_a_shard_that_was_not_finished_is_not_in_the_store(
     tmp_path: Path, parts: list[np.ndarray], fill: Fill, make_records: MakeRecords, tree: Tree
 ) -> None:
     out = tmp_path / "out"
-    with StoreWriter(out) as writer:
-        (job,) = fill(writer, parts[:1])
-        with writer.shard(1, job.description) as shard:
+    with ClaimedFolder(out) as claim:
+        run = fill(claim, parts[:1])
+        with run.shard(1) as shard:
             shard.append(parts[1], make_records([b"a", b"b", b"c"]))
-        writer.publish(job)
+        run.publish()
     assert [name for name in tree(out) if name.startswith("features/")] == ["features/00000.npy"]
     assert len(FeatureStore.open(out)) == 4
 
@@ -378,12 +385,12 @@ def test_nothing_but_a_hidden_folder_is_seen_before_publish(
     tmp_path: Path, parts: list[np.ndarray], fill: Fill, tree: Tree
 ) -> None:
     out = tmp_path / "out"
-    with StoreWriter(out) as writer:
+    with ClaimedFolder(out) as claim:
         assert os.listdir(out) == [STAGING]
-        ready = fill(writer, parts, failures=[(b"x", "empty", "")])
+        run = fill(claim, parts, failures=[(b"x", "empty", "")])
         assert os.listdir(out) == [STAGING]
         assert STAGING.startswith(".")
-        writer.publish(*ready)
+        run.publish()
     assert sorted(os.listdir(out)) == ["failures.jsonl", "features", "images", "store.json"]
     assert not [name for name in tree(out) if "partial" in name]
 
@@ -394,8 +401,8 @@ def test_leaving_without_publish_leaves_what_was_not_there_absent(
 ) -> None:
     (tmp_path / there).mkdir(parents=True, exist_ok=True)
     before = tree(tmp_path)
-    with StoreWriter(tmp_path / "a/b/out") as writer:
-        fill(writer, parts, failures=[(b"x", "empty", "")])
+    with ClaimedFolder(tmp_path / "a/b/out") as claim:
+        fill(claim, parts, failures=[(b"x", "empty", "")])
     assert tree(tmp_path) == before
 
 
@@ -403,8 +410,8 @@ def test_an_error_before_publish_passes_through_and_leaves_nothing(
     tmp_path: Path, parts: list[np.ndarray], fill: Fill, tree: Tree
 ) -> None:
     def stopped() -> None:
-        with StoreWriter(tmp_path / "a/out") as writer:
-            fill(writer, parts)
+        with ClaimedFolder(tmp_path / "a/out") as claim:
+            fill(claim, parts)
             raise KeyError("stopped")
 
     with pytest.raises(KeyError, match="stopped"):
@@ -417,13 +424,13 @@ def test_leaving_without_publish_leaves_the_old_store_intact(
 ) -> None:
     out = write_store(tmp_path / "out", parts)
     before = tree(out)
-    with StoreWriter(out, overwrite=True) as writer:
-        ready = fill(writer, [parts[1] + 1], failures=[(b"x", "empty", "")])
+    with ClaimedFolder(out, overwrite=True) as claim:
+        run = fill(claim, [parts[1] + 1], failures=[(b"x", "empty", "")])
         now = tree(out)
         assert {name: now[name] for name in before} == before
         assert {name.split("/")[0] for name in set(now) - set(before)} == {STAGING}
         assert np.array_equal(FeatureStore.open(out).features, np.concatenate(parts))
-    assert ready[0].images == 4
+    assert run.job.images == 4
     assert tree(out) == before
 
 
@@ -468,7 +475,7 @@ def test_a_store_with_foreign_files_in_its_folders_is_not_replaced(
     (out / name).parent.mkdir(exist_ok=True)
     (out / name).write_bytes(b"mine")
     before = tree(out)
-    with pytest.raises(StoreError, match="holds files that are not the store's"):
+    with pytest.raises(StoreError, match="holds files that are not part of the store"):
         write_store(out, parts[:1], overwrite=True)
     assert tree(out) == before
 
@@ -482,11 +489,12 @@ def test_foreign_files_that_come_while_a_run_works_stop_it_from_publishing(
 ) -> None:
     out = write_store(tmp_path / "out", parts)
     before = tree(out)
-    with StoreWriter(out, overwrite=True) as writer:
+    with ClaimedFolder(out, overwrite=True) as claim:
+        run = rewrite(claim, Job(describe_store(), 0, "0" * 64))
         (out / "features" / "00009.npy").write_bytes(b"mine")
         before["features/00009.npy"] = b"mine"
-        with pytest.raises(StoreError, match=r"not the store's \(features/00009\.npy\)"):
-            writer.publish(Job(describe_store(), 0, "0" * 64))
+        with pytest.raises(StoreError, match=r"not part of the store \(features/00009\.npy\)"):
+            run.publish()
     assert tree(out) == before
 
 
@@ -502,7 +510,9 @@ def test_no_link_is_written_or_cleared_through(
     (tmp_path / "outside" / "00000.npy").write_bytes(b"mine")
     (out / folder).symlink_to(tmp_path / "outside")
     before = tree(tmp_path / "outside")
-    with pytest.raises(StoreError, match=r"is a link, expected|is not what a run of this program"):
+    with pytest.raises(
+        StoreError, match=r"is a link, expected|was not left by a run of this program"
+    ):
         write_store(out, parts[:1], overwrite=True)
     assert tree(tmp_path / "outside") == before
 
@@ -512,7 +522,7 @@ def test_a_staging_folder_that_is_not_ours_is_left_alone(
 ) -> None:
     (tmp_path / "out" / ".extractor-partial").mkdir(parents=True)
     (tmp_path / "out" / ".extractor-partial" / "mine").write_bytes(b"mine")
-    with pytest.raises(StoreError, match="is not what a run of this program leaves"):
+    with pytest.raises(StoreError, match="was not left by a run of this program"):
         write_store(tmp_path / "out", parts)
     assert tree(tmp_path / "out")[".extractor-partial/mine"] == b"mine"
 
@@ -521,7 +531,7 @@ def test_a_link_that_leads_nowhere_is_no_place_for_a_store(
     tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore
 ) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(StoreError, match="is a link that leads nowhere"):
+    with pytest.raises(StoreError, match="is a broken link"):
         write_store(tmp_path / "out", parts)
 
 
@@ -559,7 +569,7 @@ def test_a_folder_with_other_files_is_refused_and_untouched(
     (tmp_path / name).write_bytes(b"mine")
     before = tree(tmp_path)
     with pytest.raises(StoreError, match=r"is not empty and holds no store; .*another --out"):
-        StoreWriter(tmp_path, overwrite=overwrite).__enter__()
+        ClaimedFolder(tmp_path, overwrite=overwrite).__enter__()
     assert tree(tmp_path) == before
 
 
@@ -576,9 +586,9 @@ def test_a_file_in_the_place_of_the_store_is_refused(
 ) -> None:
     (tmp_path / "out").write_bytes(b"mine")
     with pytest.raises(StoreError, match="out is a file, expected a folder"):
-        StoreWriter(tmp_path / "out", overwrite=overwrite).__enter__()
+        ClaimedFolder(tmp_path / "out", overwrite=overwrite).__enter__()
     with pytest.raises(StoreError, match=r"out is a file, expected a folder"):
-        StoreWriter(tmp_path / "out/deeper/still", overwrite=overwrite).__enter__()
+        ClaimedFolder(tmp_path / "out/deeper/still", overwrite=overwrite).__enter__()
     assert tree(tmp_path) == {"out": b"mine"}
 
 
@@ -591,7 +601,7 @@ def test_a_finished_store_is_not_replaced_unasked(
         StoreError,
         match=r"finished store: 7 rows of timm:tiny \(a1, sha256 0123456789ab\); .*--overwrite",
     ):
-        StoreWriter(out).__enter__()
+        ClaimedFolder(out).__enter__()
     assert tree(out) == before
 
 
@@ -599,9 +609,9 @@ def test_a_finished_store_is_not_replaced_unasked(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format": "extractor-store", "version": 2}', "store of version 2; .*reads version 1"),
-        (b'{"format": "other"}', "is no manifest of a store"),
-        (b"{", "is no JSON"),
+        (b'{"format": "extractor-store", "version": 2}', "has format version 2; .*reads version 1"),
+        (b'{"format": "other"}', "is not the manifest of a store"),
+        (b"{", "is not JSON"),
     ],
 )
 def test_a_manifest_that_is_not_understood_is_not_replaced(
@@ -609,7 +619,7 @@ def test_a_manifest_that_is_not_understood_is_not_replaced(
 ) -> None:
     (tmp_path / "store.json").write_bytes(content)
     with pytest.raises(StoreError, match=message):
-        StoreWriter(tmp_path, overwrite=overwrite).__enter__()
+        ClaimedFolder(tmp_path, overwrite=overwrite).__enter__()
     assert tree(tmp_path) == {"store.json": content}
 
 
@@ -618,7 +628,7 @@ def test_a_place_that_may_not_be_written_is_refused(tmp_path: Path, tree: Tree) 
     tmp_path.chmod(0o500)
     try:
         with pytest.raises(StoreError, match=r"cannot write the store .*Permission denied"):
-            StoreWriter(tmp_path / "a/out").__enter__()
+            ClaimedFolder(tmp_path / "a/out").__enter__()
         assert tree(tmp_path) == {}
     finally:
         tmp_path.chmod(0o700)
@@ -643,9 +653,9 @@ def test_folders_that_were_made_go_again_when_one_cannot_be_made(
     monkeypatch.setattr(Path, "mkdir", full)
     with (
         pytest.raises(StoreError, match=r"cannot write the store .*No space left on device"),
-        StoreWriter(tmp_path / "a/b") as writer,
+        ClaimedFolder(tmp_path / "a/b") as claim,
     ):
-        fill(writer, parts)
+        fill(claim, parts)
     assert tree(tmp_path) == {}
 
 
@@ -779,22 +789,21 @@ def die(when: int) -> Callable[[int], None]:
     return at_step
 
 
-def abandon(writer: StoreWriter) -> None:
-    """Let go of a writer as the kernel does when its process dies."""
-    assert writer._lock._descriptor is not None
-    os.close(writer._lock._descriptor)
+def abandon(claim: ClaimedFolder) -> None:
+    """Release a folder as the kernel does when the process dies."""
+    assert claim._lock._descriptor is not None
+    os.close(claim._lock._descriptor)
 
 
-def ready_writer(out: Path, fill: Fill, parts: list[np.ndarray]) -> tuple[StoreWriter, Any]:
-    writer = StoreWriter(out, overwrite=True)
-    writer.__enter__()
-    arguments = fill(writer, parts, failures=[(b"x", "empty", "no bytes")])
-    return writer, arguments
+def ready_run(out: Path, fill: Fill, parts: list[np.ndarray]) -> tuple[ClaimedFolder, StoreRun]:
+    claim = ClaimedFolder(out, overwrite=True)
+    claim.__enter__()
+    return claim, fill(claim, parts, failures=[(b"x", "empty", "no bytes")])
 
 
 def leave(out: Path) -> None:
     """What the next run does first, and no more."""
-    with StoreWriter(out, overwrite=True):
+    with ClaimedFolder(out, overwrite=True):
         pass
 
 
@@ -844,14 +853,14 @@ def test_a_crash_at_any_step_of_publish_leaves_one_whole_store(
     outcomes = []
     for when in itertools.count(1):
         out = place_with(tmp_path / str(when), template)
-        writer, arguments = ready_writer(out, fill, parts)
+        claim, run = ready_run(out, fill, parts)
 
-        def publish_and_leave(writer: StoreWriter = writer, arguments: Any = arguments) -> None:
-            writer.publish(*arguments)
-            writer.__exit__(None, None, None)
+        def publish_and_leave(claim: ClaimedFolder = claim, run: StoreRun = run) -> None:
+            run.publish()
+            claim.__exit__(None, None, None)
 
         died = in_child(publish_and_leave, die(when))
-        abandon(writer)
+        abandon(claim)
 
         found = checked(out)
         is_new, is_old = is_same(found, parts), is_same(found, old)
@@ -861,7 +870,7 @@ def test_a_crash_at_any_step_of_publish_leaves_one_whole_store(
         expected = parts if staged or is_new else old
 
         copy = place_with(tmp_path / f"{when} copy", out)
-        recover(copy)
+        publish_staged(copy)
         assert is_same(checked(copy), expected), when
         leave(out)
         assert is_same(checked(out), expected), when
@@ -881,7 +890,7 @@ def test_a_crash_at_any_step_of_publish_leaves_one_whole_store(
 def test_publish_writes_no_file_under_its_final_name(
     tmp_path: Path, parts: list[np.ndarray], fill: Fill, checked: Checked
 ) -> None:
-    writer, arguments = ready_writer(tmp_path / "out", fill, parts)
+    claim, run = ready_run(tmp_path / "out", fill, parts)
     written: list[str] = []  # in the child
 
     def watch(event: str, args: tuple[Any, ...]) -> None:
@@ -890,13 +899,13 @@ def test_publish_writes_no_file_under_its_final_name(
 
     def publish() -> None:
         sys.addaudithook(watch)
-        writer.publish(*arguments)
+        run.publish()
         names = ["failures.jsonl.partial", "store.json.partial"]
         if written == [str(tmp_path / "out" / STAGING / name) for name in names]:
             os._exit(DIED)
 
     assert in_child(publish, lambda step: None)
-    abandon(writer)
+    abandon(claim)
     assert is_same(checked(tmp_path / "out"), parts)
 
 
@@ -912,14 +921,14 @@ def test_a_crash_at_any_step_of_the_recovery_leaves_one_whole_store(
     template = tmp_path / "template"
     if old:
         write_store(template, old)
-    writer, arguments = ready_writer(template, fill, parts)
+    claim, run = ready_run(template, fill, parts)
 
     def stop_when_staged(step: int) -> None:
         if (template / STAGING / "store.json").is_file():
             os._exit(DIED)
 
-    assert in_child(lambda: writer.publish(*arguments), stop_when_staged)
-    abandon(writer)
+    assert in_child(lambda: run.publish(), stop_when_staged)
+    abandon(claim)
     assert is_same(checked(template), parts)
 
     for when in itertools.count(1):
@@ -957,18 +966,18 @@ def test_a_recovered_store_is_not_replaced_unasked(
     tmp_path: Path, parts: list[np.ndarray], fill: Fill, checked: Checked
 ) -> None:
     out = tmp_path / "out"
-    writer, arguments = ready_writer(out, fill, parts)
+    claim, run = ready_run(out, fill, parts)
 
     def stop_halfway(step: int) -> None:
         if (out / "features/00000.npy").is_file():
             os._exit(DIED)
 
-    assert in_child(lambda: writer.publish(*arguments), stop_halfway)
-    abandon(writer)
+    assert in_child(lambda: run.publish(), stop_halfway)
+    abandon(claim)
     assert not (out / "store.json").exists()
     assert is_same(checked(out), parts)  # a reader finds what is on its way
     with pytest.raises(StoreError, match="finished store: 7 rows of timm:tiny"):
-        StoreWriter(out).__enter__()
+        ClaimedFolder(out).__enter__()
     assert is_same(checked(out), parts)
 
 
@@ -988,17 +997,17 @@ def test_an_error_at_any_step_of_publish_loses_no_store(
     lost = []
     for when in itertools.count(1):
         out = place_with(tmp_path / str(when), template)
-        writer, arguments = ready_writer(out, fill, parts)
+        claim, run = ready_run(out, fill, parts)
         fired: list[int] = []  # in the child
 
         def publish(
-            writer: StoreWriter = writer, arguments: Any = arguments, fired: list[int] = fired
+            claim: ClaimedFolder = claim, run: StoreRun = run, fired: list[int] = fired
         ) -> None:
             with contextlib.suppress(StoreError, KeyboardInterrupt):
                 try:
-                    writer.publish(*arguments)
+                    run.publish()
                 finally:
-                    writer.__exit__(None, None, None)
+                    claim.__exit__(None, None, None)
             os._exit(DIED if fired else 0)
 
         def fail(step: int, when: int = when, fired: list[int] = fired) -> None:
@@ -1007,7 +1016,7 @@ def test_an_error_at_any_step_of_publish_loses_no_store(
                 raise kind(errno.EIO, os.strerror(errno.EIO))
 
         failed = in_child(publish, fail)
-        abandon(writer)
+        abandon(claim)
         try:
             leave(out)
         except StoreError as error:
@@ -1030,17 +1039,19 @@ def run_job(out: Path, job: Job, records: list[ImageRecord]) -> None:
     finish_publishing(out)
     if (out / "store.json").exists():
         return
-    with StoreWriter(out) as writer:
-        writer.take_up(job.description)
-        if (done := writer.done_of(job)) is None:
-            writer.begin(job)
-            done = 0
+    with ClaimedFolder(out) as claim:
+        existing = take_up(claim, job.description)
+        if isinstance(existing, InterruptedRun):
+            run = existing.resume(job)
+            assert run is not None
+        else:
+            run = existing.begin(job)
         for number in range(3):
-            if writer.is_finished(number):
+            if run.is_finished(number):
                 continue
-            with writer.shard(number, job.description) as shard:
+            with run.shard(number) as shard:
                 for start in range(4 * number, min(4 * number + 4, len(records)), 2):
-                    if start < done:
+                    if start < run.resumed:
                         continue
                     batch = records[start : start + 2]
                     kept = [record for record in batch if record.path != b"5"]
@@ -1048,7 +1059,7 @@ def run_job(out: Path, job: Job, records: list[ImageRecord]) -> None:
                     failures = [FailureRecord(b"5", "empty", "")] if len(kept) < len(batch) else []
                     shard.append(rows.reshape(-1, 3), kept, failures)
                 shard.finish()
-        writer.publish(job)
+        run.publish()
 
 
 @pytest.mark.usefixtures("fixed_time")

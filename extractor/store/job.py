@@ -1,0 +1,69 @@
+"""The images that a run computes: ``job.json`` in the staging folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from extractor.errors import StoreError
+from extractor.store.format import MAX_SHARDS, Description
+from extractor.text import plural
+
+__all__ = ["Job"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The images that a run computes; an interrupted run resumes only with an equal job.
+
+    Attributes:
+        description: how the embeddings are made.
+        images: number of images.
+        listing: digest of their paths, :func:`extractor.store.format.listing_digest`.
+        first: number of the first new shard.
+        base: checksum of the manifest that the run extends; empty for a new store.
+
+    Raises:
+        StoreError: more shards than the format allows.
+    """
+
+    description: Description
+    images: int
+    listing: str
+    first: int = 0
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        shards = self.first + -(-self.images // self.description.shard_images)
+        if shards > MAX_SHARDS:
+            existing = f" after {plural(self.first, 'existing shard')}" if self.first else ""
+            raise StoreError(
+                f"{plural(self.images, 'image')} in shards of {self.description.shard_images}"
+                f"{existing} need more than {MAX_SHARDS} shards; try a larger --shard-images, or "
+                "extract compact"
+            )
+
+    def to_json(self) -> str:
+        """Return the text of ``job.json``."""
+        own = {"images": self.images, "listing": self.listing, "first": self.first}
+        content = {**asdict(self.description), **own, "base": self.base}
+        return json.dumps(content, ensure_ascii=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Job:
+        """Parse what :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: not JSON, or values out of range.
+            KeyError: a key is missing.
+            TypeError: a value has the wrong type.
+        """
+        content = json.loads(text)
+        described = {key: content[key] for key in Description.__dataclass_fields__}
+        own = [content[key] for key in ("images", "listing", "first", "base")]
+        return cls(Description(**described), *own)
+
+    def images_in_shard(self, shard: int) -> int:
+        """Return the number of images that fall to one shard."""
+        size = self.description.shard_images
+        return min(max(self.images - (shard - self.first) * size, 0), size)
