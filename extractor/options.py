@@ -60,7 +60,7 @@ DECODE: Decode = get_args(Decode)[0]
 INPUT = "input and output"
 MODEL = "model"
 EMBEDDING = "embedding"
-PIXELS = "pixels (default: the model's own evaluation transform)"
+PIXELS = "pixels"
 COMPUTE = "computation"
 UPDATE = "existing stores"
 LIMITS = "undecodable images"
@@ -247,6 +247,7 @@ class Options:
             metavar="N",
             advanced=True,
             parse=parse_image_size,
+            unset="the model's own",
             scope="backbone",
         ),
     )
@@ -260,6 +261,7 @@ class Options:
             advanced=True,
             above=0,
             maximum=MAX_CROP_PCT,
+            unset="the model's own",
             scope="backbone",
         ),
     )
@@ -271,13 +273,19 @@ class Options:
             "or squash it",
             PIXELS,
             advanced=True,
+            unset="the model's own",
             scope="backbone",
         ),
     )
     interpolation: Interpolation | None = option(
         None,
         Flag(
-            "--interpolation", "filter that resizes images", PIXELS, advanced=True, scope="backbone"
+            "--interpolation",
+            "filter that resizes images",
+            PIXELS,
+            advanced=True,
+            unset="the model's own",
+            scope="backbone",
         ),
     )
     mean: tuple[float, float, float] | None = option(
@@ -289,6 +297,7 @@ class Options:
             metavar="R,G,B",
             advanced=True,
             parse=parse_rgb,
+            unset="the model's own",
             scope="backbone",
         ),
     )
@@ -301,6 +310,7 @@ class Options:
             metavar="R,G,B",
             advanced=True,
             parse=parse_rgb,
+            unset="the model's own",
             scope="backbone",
         ),
     )

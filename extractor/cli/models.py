@@ -1,75 +1,107 @@
-"""What models there are, and their weights: ``extract models`` and ``extract download``."""
+"""Commands about models: ``extract models``, ``extract models show`` and ``extract download``."""
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, say, warn
 from extractor.errors import ModelError, WeightsError
+from extractor.options import Options
 
 if TYPE_CHECKING:
     from extractor.models.backbone import Backbone
 
-__all__ = ["download", "list_models"]
+__all__ = ["download", "download_parser", "list_models", "list_parser", "show_parser"]
 
-LISTING = """\
-List the models of timm and torchvision: what one embedding holds, what images they take, and
-which published weights there are. A * stands at weights that are on this machine.
+LIST_DESCRIPTION = """\
+List the models of timm and torchvision with the size of an embedding, the number of parameters, the
+input size and the published weights. A * marks weights that are on this machine.
 
-  extract models 'resnet*'          those whose names fit
-  extract models show resnet50      one of them, with its heads and layers
+  extract models 'resnet*'          list the models whose names match
+  extract models show resnet50      show one model with its heads and layers
 """
 
-FETCHING = """\
-Fetch the weights of models into the caches that timm and torchvision use, for a machine that will
-have no network. What is there already is not fetched again.
+DOWNLOAD_DESCRIPTION = """\
+Download the weights of models into the caches of timm and torchvision, for example before a job on
+a machine without network. Weights that are in the cache are not downloaded again.
 """
 
-# How deep `show` lists modules: resnet50 has layer3.5 on the second level.
+# Number of name components shown by `models show`; the second level has resnet50's layer3.5.
 DEPTH = 2
 
 
-def list_models(arguments: Sequence[str]) -> int:
-    """Print a table of models, or one of them whole; returns the exit code."""
+def list_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract models``."""
     parser = argparse.ArgumentParser(
         prog="extract models",
-        description=LISTING,
+        description=LIST_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("glob", nargs="?", default="*", help="such as 'resnet*' or 'timm:vit_*'")
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "glob",
+        metavar="GLOB",
+        nargs="?",
+        default="*",
+        help="pattern of model names, such as 'resnet*' or 'timm:vit_*' (default: all)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def show_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract models show``."""
+    parser = argparse.ArgumentParser(
+        prog="extract models show",
+        description="Show one model with its heads, its weights and the shapes of its layers.",
+    )
+    parser.add_argument("name", metavar="NAME", help="model name, as for --model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def download_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract download``."""
+    parser = argparse.ArgumentParser(
+        prog="extract download",
+        description=DOWNLOAD_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("names", nargs="+", metavar="NAME", help="model name, as for --model")
+    parser.add_argument(
+        "--weights",
+        default=Options().weights,
+        metavar="TAG",
+        help="tag of the weights (default: the library's default)",
+    )
+    return parser
+
+
+def list_models(arguments: Sequence[str]) -> int:
+    """Print a table of models, or one of them in detail; return the exit code."""
     if arguments[:1] == ["show"]:
-        parser = argparse.ArgumentParser(prog="extract models show")
-        parser.add_argument("name", help="of the model, as for --model")
-        parser.add_argument("--json", action="store_true", help="for programs")
-        parsed = parser.parse_args(arguments[1:])
-        with logging_to(warn):
-            found = _whole(parsed.name)
-        print_lines([json.dumps(found, indent=2)] if parsed.json else _page(found))
-        return 0
-    parsed = parser.parse_args(arguments)
+        return _show(arguments[1:])
+    parsed = list_parser().parse_args(arguments)
     with logging_to(warn):
         rows = _rows(parsed.glob)
     print_lines([json.dumps(rows, indent=2)] if parsed.json else _table(rows))
     return 0
 
 
+def _show(arguments: Sequence[str]) -> int:
+    parsed = show_parser().parse_args(arguments)
+    with logging_to(warn):
+        details = _details(parsed.name)
+    print_lines([json.dumps(details, indent=2)] if parsed.json else _page(details))
+    return 0
+
+
 def download(arguments: Sequence[str]) -> int:
-    """Fetch weights and print where they lie; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="extract download",
-        description=FETCHING,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("names", nargs="+", metavar="NAME", help="of a model, as for --model")
-    parser.add_argument(
-        "--weights", default="default", metavar="TAG", help="of the library (default: its default)"
-    )
-    parsed = parser.parse_args(arguments)
+    """Download weights and print their paths; return the exit code."""
+    parsed = download_parser().parse_args(arguments)
     from extractor.models import load
     from extractor.models.weight_files import sha256_of_weights
 
@@ -93,8 +125,8 @@ def _rows(glob: str) -> list[dict[str, Any]]:
     from extractor.models.catalog import Catalog
 
     catalog, rows = Catalog.read(), []
-    for library, room in (("timm", from_timm), ("torchvision", from_torchvision)):
-        for name in room.names():
+    for library, module in (("timm", from_timm), ("torchvision", from_torchvision)):
+        for name in module.names():
             full = f"{library}:{name}"
             if not (fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(full, glob)):
                 continue
@@ -107,16 +139,20 @@ def _rows(glob: str) -> list[dict[str, Any]]:
                     "dim": entry.dim,
                     "parameters": entry.parameters,
                     "input_size": list(entry.input_size),
-                    "weights": [
-                        {"tag": tag, "cached": None if cached is None else str(cached.path)}
-                        for tag, cached in room.known_weights(name)
-                    ],
+                    "weights": _weights(module.known_weights(name)),
                 }
             )
     if not rows:
-        hint = "see extract models" if "*" in glob else f"try a glob such as '*{glob}*'"
-        raise ModelError(f"no model fits {glob!r}; {hint}")
+        hint = "run extract models to list all" if "*" in glob else f"try a glob such as '*{glob}*'"
+        raise ModelError(f"no model matches {glob!r}; {hint}")
     return rows
+
+
+def _weights(known: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {"tag": tag, "cached": None if cached is None else str(cached.path)}
+        for tag, cached in known
+    ]
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
@@ -144,10 +180,10 @@ def _millions(parameters: int) -> str:
 
 
 def _tags(known: list[dict[str, Any]]) -> str:
-    return " ".join(f"{one['tag']}{'*' if one['cached'] else ''}" for one in known) or "none"
+    return " ".join(f"{each['tag']}{'*' if each['cached'] else ''}" for each in known) or "none"
 
 
-def _whole(name: str) -> dict[str, Any]:
+def _details(name: str) -> dict[str, Any]:
     from extractor.models import from_timm, from_torchvision, load
     from extractor.models.catalog import outline
 
@@ -155,7 +191,7 @@ def _whole(name: str) -> dict[str, Any]:
     if library == "file" or own_name.startswith(from_timm.SCHEMES):
         backbone, known = load.load_backbone(name, device="cpu"), []
     else:
-        if library == "timm":  # with a tag, which must be one that there is
+        if library == "timm":  # the name may end with a tag, which must exist
             own_name = from_timm.full_name(own_name).partition(".")[0]
         backbone = outline(library, own_name)
         known = (from_timm if library == "timm" else from_torchvision).known_weights(own_name)
@@ -167,45 +203,44 @@ def _whole(name: str) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in backbone.module.parameters()),
         "heads": list(backbone.heads),
         "preprocess": backbone.preprocess.as_dict(),
-        "weights": [
-            {"tag": tag, "cached": None if cached is None else str(cached.path)}
-            for tag, cached in known
-        ],
+        "weights": _weights(known),
         "layers": _layers(backbone),
     }
 
 
 def _layers(backbone: Backbone) -> list[dict[str, Any]]:
-    """Names of the modules down to :data:`DEPTH`, and what each gives for one image."""
+    """Return the modules down to :data:`DEPTH`, with the shape of each output for one image."""
     from extractor.network.taps import output_shapes
 
-    given = output_shapes(backbone.module, backbone.preprocess.input_size)
+    shapes = output_shapes(backbone.module, backbone.preprocess.input_size)
     return [
-        {"layer": name, "kind": type(module).__name__, "shape": given.get(name)}
+        {"layer": name, "kind": type(module).__name__, "shape": shapes.get(name)}
         for name, module in backbone.module.named_modules()
-        if name and name.count(".") < DEPTH and (not given or name in given)
+        if name and name.count(".") < DEPTH and (not shapes or name in shapes)
     ]
 
 
-def _page(found: dict[str, Any]) -> list[str]:
-    pixels = found["preprocess"]
+def _page(details: dict[str, Any]) -> list[str]:
+    pixels = details["preprocess"]
     height, width = pixels["input_size"]
     definition = {"pre-logits": "", "pooled-features": " (it has no classifier)"}
     lines = [
-        ("model", found["model"]),
-        ("embedding", f"{found['dim']} numbers, {found['definition']}"),
-        ("parameters", _millions(found["parameters"])),
-        ("heads", ", ".join(found["heads"]) or f"none{definition.get(found['definition'], '')}"),
+        ("model", details["model"]),
+        ("embedding", f"{details['dim']} numbers, {details['definition']}"),
+        ("parameters", _millions(details["parameters"])),
+        (
+            "heads",
+            ", ".join(details["heads"]) or f"none{definition.get(details['definition'], '')}",
+        ),
         ("images", f"{height} x {width}, {pixels['interpolation']}, resize {pixels['resize']}"),
         ("mean, std", f"{pixels['mean']}, {pixels['std']}"),
-        ("weights", _tags(found["weights"])),
+        ("weights", _tags(details["weights"])),
     ]
     page = [f"{name:12} {text}" for name, text in lines]
-    page += ["", "layers, for --layer and --bypass; each holds more, such as NAME.0"]
-    names = [one["layer"] for one in found["layers"]]
-    wide = max(map(len, names), default=0)
-    for one in found["layers"]:
-        shape = one["shape"]
+    page += ["", "layers for --layer and --bypass; deeper ones, such as NAME.0, work as well"]
+    widest = max((len(layer["layer"]) for layer in details["layers"]), default=0)
+    for layer in details["layers"]:
+        shape = layer["shape"]
         size = "" if shape is None else " x ".join(map(str, shape))
-        page.append(f"  {one['layer']:{wide}}  {size:18} {one['kind']}".rstrip())
+        page.append(f"  {layer['layer']:{widest}}  {size:18} {layer['kind']}".rstrip())
     return page

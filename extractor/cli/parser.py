@@ -13,7 +13,7 @@ from extractor.flags import Flag, Option, option, options_in
 from extractor.options import DEFAULT_MODEL, GROUPS, INPUT, MODEL, RUN, Options
 from extractor.version import __version__
 
-__all__ = ["Command", "CommandOptions", "build_parser", "command_options", "parse"]
+__all__ = ["EXIT_CODES", "Command", "CommandOptions", "build_parser", "command_options", "parse"]
 
 USAGE = "extract [--model NAME] INPUT... [--out OUT] [options]"
 
@@ -22,6 +22,14 @@ Turn images into embeddings. extract loads a pretrained timm or torchvision back
 classifier with nn.Identity, embeds folders of images, and writes a store of plain .npy files in
 which row i belongs to image i.
 """
+
+EXIT_CODES = {
+    "0": "every image is in the store",
+    "1": "the run failed and added nothing to the store",
+    "2": "usage error",
+    "3": "the store is complete, but some images failed",
+    "130, 143": "interrupted; run the same command to resume",
+}
 
 EPILOG = """\
 examples:
@@ -43,8 +51,8 @@ other commands (write a folder of the same name as ./models):
 
 Environment variables set options, too: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.
 
-exit codes: 0 every image is in the store; 1 the run failed and added nothing; 2 usage error; 3 the
-store is complete but some images failed; 130 and 143 interrupted, run the same command to resume.
+exit codes:
+{exit_codes}
 """
 
 
@@ -136,7 +144,7 @@ def build_parser(*, show_all: bool = False) -> argparse.ArgumentParser:
         prog="extract",
         usage=USAGE,
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(exit_codes=_exit_codes()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -154,8 +162,12 @@ def build_parser(*, show_all: bool = False) -> argparse.ArgumentParser:
         help="show the version and exit",
     )
     advanced = [each for each in declared if each.flag.advanced]
-    _add_groups(parser, advanced, "advanced: ", hidden=not show_all)
+    _add_groups(parser, advanced, "advanced, ", hidden=not show_all)
     return parser
+
+
+def _exit_codes() -> str:
+    return "\n".join(f"  {code:9} {meaning}" for code, meaning in EXIT_CODES.items())
 
 
 class _HelpAll(argparse.Action):

@@ -1,4 +1,4 @@
-"""What is in a store and whether it is right: ``extract info`` and ``extract verify``."""
+"""Commands that read a store: ``extract info``, ``extract verify`` and ``extract compact``."""
 
 from __future__ import annotations
 
@@ -9,24 +9,31 @@ from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, warn
 from extractor.errors import UsageError
+from extractor.options import Options
+from extractor.text import plural
 
 if TYPE_CHECKING:
     from extractor.store.reader import FeatureStore
 
-__all__ = ["compact", "info", "verify"]
+__all__ = ["compact", "compact_parser", "info", "info_parser", "verify", "verify_parser"]
 
-# Problems that are printed; a store that was cut may have one for each row.
-SHOWN = 100
+# A truncated store may have one problem per row; more lines than this help nobody.
+MAX_PROBLEMS_SHOWN = 100
 
 
-def info(arguments: Sequence[str]) -> int:
-    """Print what a store's manifest says; returns the exit code."""
+def info_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract info``."""
     parser = argparse.ArgumentParser(
         prog="extract info", description="Show what a store holds and how it was made."
     )
-    parser.add_argument("store", metavar="STORE", help="its folder")
-    parser.add_argument("--json", action="store_true", help="the manifest itself, for programs")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
+    return parser
+
+
+def info(arguments: Sequence[str]) -> int:
+    """Print what a store's manifest says; return the exit code."""
+    parsed = info_parser().parse_args(arguments)
     from extractor.store.reader import FeatureStore
 
     store = FeatureStore.open(parsed.store)
@@ -39,84 +46,146 @@ def info(arguments: Sequence[str]) -> int:
 
 def _page(store: FeatureStore) -> list[str]:
     manifest = store.manifest
-    made, embedding = manifest.description, manifest.description.embedding
-    parts = made.backbone.get("parts", [made.backbone])
-    shape = " x ".join(map(str, made.shape))
-    what = embedding.get("layer") and f" {embedding['layer']}, pool {embedding['pool'] or 'none'}"
-    lines = [("store", str(store.path)), ("made", manifest.created)]
-    for part in parts:
-        weights = f"{part.get('weights')} {part.get('tag', '')}"
-        lines += [
-            ("model", f"{part['model']} ({part.get('library', '')} {part.get('library_version')})"),
-            ("weights", f"{weights.rstrip()}, sha256 {part['sha256']}"),
-            ("identity", ", ".join([*part.get("heads", []), *part.get("bypassed", [])]) or "none"),
-        ]
-    unit = ", unit length" if embedding.get("normalized") else ""
-    lines += [
-        ("embedding", f"{embedding['definition']}{what or ''}, {shape}, {made.dtype}{unit}"),
-        ("computed", _computed(made.computation)),
-        ("images", f"{manifest.images}: {manifest.rows} rows, {manifest.failed} failures"),
-        ("retired", f"{manifest.retired} rows; extract compact removes them"),
-        ("root", ascii(made.root)[1:-1]),
-        ("shards", f"{len(manifest.shards)}, of {made.shard_images} images"),
-        ("software", ", ".join(f"{key} {value}" for key, value in made.software.items())),
+    lines = [
+        ("store", str(store.path)),
+        ("made", manifest.created),
+        *_model_lines(manifest.description.backbone),
+        ("embedding", _embedding(store)),
+        ("computed", _computation(manifest.description.computation)),
+        (
+            "images",
+            f"{manifest.images:,}: {plural(manifest.rows, 'row')}, "
+            f"{plural(manifest.failed, 'failure')}",
+        ),
     ]
-    lines = [line for line in lines if line[0] != "retired" or manifest.retired]
+    if manifest.retired:
+        retired = plural(manifest.retired, "row")
+        lines.append(("retired", f"{retired}; run extract compact to remove them"))
+    shard_images = plural(manifest.description.shard_images, "image")
+    software = manifest.description.software.items()
+    lines += [
+        ("root", ascii(manifest.description.root)[1:-1]),
+        ("shards", f"{len(manifest.shards)}, each of up to {shard_images}"),
+        ("software", ", ".join(f"{name} {version}" for name, version in software)),
+    ]
     return [f"{name:10} {text}" for name, text in lines]
 
 
-def _computed(computation: Mapping[str, Any]) -> str:
-    told = [f"{key.replace('_', ' ')} {value}" for key, value in computation.items() if value]
-    return ", ".join(told).replace("compiled True", "compiled")
+def _model_lines(backbone: Mapping[str, Any]) -> list[tuple[str, str]]:
+    lines = []
+    for part in backbone.get("parts", [backbone]):
+        library = f"{part.get('library', '')} {part.get('library_version')}"
+        weights = f"{part.get('weights')} {part.get('tag', '')}".rstrip()
+        replaced = [*part.get("heads", []), *part.get("bypassed", [])]
+        lines += [
+            ("model", f"{part['model']} ({library})"),
+            ("weights", f"{weights}, sha256 {part['sha256']}"),
+            ("identity", ", ".join(replaced) or "none"),
+        ]
+    return lines
+
+
+def _embedding(store: FeatureStore) -> str:
+    description = store.manifest.description
+    embedding = description.embedding
+    layer = embedding.get("layer")
+    parts = [
+        f"{embedding['definition']} {layer}" if layer else embedding["definition"],
+        f"pool {embedding['pool'] or 'none'}" if layer else "",
+        " x ".join(map(str, description.shape)),
+        description.dtype,
+        "unit length" if embedding.get("normalized") else "",
+    ]
+    return ", ".join(filter(None, parts))
+
+
+def _computation(computation: Mapping[str, Any]) -> str:
+    parts = [f"{name.replace('_', ' ')} {value}" for name, value in computation.items() if value]
+    return ", ".join(parts).replace("compiled True", "compiled")
+
+
+def compact_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract compact``."""
+    parser = argparse.ArgumentParser(
+        prog="extract compact",
+        description="Rewrite a store without the rows of images that changed or went, sorted by "
+        "path like a new store. The old store stays until the new one is complete, so the disk "
+        "needs room for both.",
+    )
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument(
+        "--no-lock",
+        dest="lock",
+        action="store_false",
+        help="write to a file system without file locks",
+    )
+    return parser
 
 
 def compact(arguments: Sequence[str]) -> int:
-    """Rewrite a store without retired rows; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="extract compact",
-        description="Rewrite a store without the rows of images that changed or went since, sorted "
-        "by path as a fresh one. The old store stands until the new one is complete, so there must "
-        "be room for both.",
-    )
-    parser.add_argument("store", metavar="STORE", help="its folder")
-    parser.add_argument(
-        "--no-lock", dest="lock", action="store_false", help="where files cannot be locked"
-    )
-    parsed = parser.parse_args(arguments)
+    """Rewrite a store without retired rows; return the exit code."""
+    parsed = compact_parser().parse_args(arguments)
     from extractor.run.run_json import follow
     from extractor.store.compact import compact as rewrite
 
     folder = Path(parsed.store)
     before, after = rewrite(folder, lock=parsed.lock)
     if after.checksum == before.checksum:
-        print_lines([f"{folder} is compact: {after.rows} rows"])
+        print_lines([f"{folder}: already compact ({plural(after.rows, 'row')})"])
         return 0
     follow(folder, before, after)
-    shards = f"{len(before.shards)} shards are {len(after.shards)}"
-    print_lines([f"{folder}: {after.rows} rows, {before.retired} retired ones removed, {shards}"])
+    shards = f"{plural(len(before.shards), 'shard')} into {len(after.shards)}"
+    removed = f"{plural(before.retired, 'row')} removed, {after.rows:,} left"
+    print_lines([f"{folder}: compacted {shards}; {removed}"])
     return 0
 
 
-def verify(arguments: Sequence[str]) -> int:
-    """Look at every byte of a store; returns 1 where something is wrong."""
+def verify_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract verify``."""
     parser = argparse.ArgumentParser(
         prog="extract verify",
-        description="Look at every byte of a store: sizes, checksums, shapes, row counts, values.",
+        description="Check every byte of a store: sizes, checksums, shapes, row counts and values.",
     )
-    parser.add_argument("store", metavar="STORE", help="its folder")
-    parser.add_argument("--images", action="store_true", help="look at the image files, too")
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument("--images", action="store_true", help="check the image files, too")
     parser.add_argument("--root", metavar="FOLDER", help="where the images are now")
-    parser.add_argument("--recompute", type=int, metavar="N", help="draw N rows again and compare")
-    parser.add_argument("--weights", metavar="FILE", help="for --recompute, of the user's own")
-    parser.add_argument("--device", default="auto", help="for --recompute (default: %(default)s)")
-    parsed = parser.parse_args(arguments)
+    parser.add_argument(
+        "--recompute", type=int, metavar="N", help="compute N random rows again and compare"
+    )
+    parser.add_argument("--weights", metavar="FILE", help="your own weights, for --recompute")
+    parser.add_argument(
+        "--device",
+        default=Options().device,
+        help="device for --recompute (default: %(default)s)",
+    )
+    return parser
+
+
+def verify(arguments: Sequence[str]) -> int:
+    """Check every byte of a store; return 1 if there is a problem, else 0."""
+    parsed = verify_parser().parse_args(arguments)
     if parsed.recompute is not None and parsed.recompute < 1:
         raise UsageError(f"recompute: got {parsed.recompute}, expected 1 or more")
+    problems = _problems(Path(parsed.store), parsed)
+    hidden = len(problems) - MAX_PROBLEMS_SHOWN
+    more = [f"and {plural(hidden, 'more problem')}"] if hidden > 0 else []
+    print_lines([*problems[:MAX_PROBLEMS_SHOWN], *more])
+    if problems:
+        return 1
+    from extractor.store.reader import FeatureStore
+
+    manifest = FeatureStore.open(parsed.store).manifest
+    counts = f"{plural(manifest.rows, 'row')}, {plural(manifest.failed, 'failure')}"
+    print_lines([f"{parsed.store}: OK ({counts})"])
+    return 0
+
+
+def _problems(folder: Path, parsed: argparse.Namespace) -> list[str]:
+    """Return one sentence per problem; later checks run only if the earlier ones found none."""
     from extractor.store.reader import FeatureStore
     from extractor.store.verify import verify as problems_of
     from extractor.store.verify import verify_images
 
-    folder = Path(parsed.store)
     problems = list(problems_of(folder))
     if not problems and parsed.images:
         problems += verify_images(folder, parsed.root)
@@ -128,9 +197,4 @@ def verify(arguments: Sequence[str]) -> int:
             problems += recompute(
                 store, parsed.recompute, weights=parsed.weights, device=parsed.device
             )
-    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-    print_lines([*problems[:SHOWN], *more])
-    if not problems:
-        manifest = FeatureStore.open(folder).manifest
-        print_lines([f"{folder} is right: {manifest.rows} rows, {manifest.failed} failures"])
-    return 1 if problems else 0
+    return problems

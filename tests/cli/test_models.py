@@ -121,10 +121,8 @@ def test_a_star_stands_at_weights_that_are_here(
 
 
 @pytest.mark.parametrize("glob", ["no_such_model", "timm:squeezenet1_1", "RESNET18"])
-def test_a_glob_that_fits_nothing_is_an_error(
-    glob: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert f"no model fits {glob!r}" in run(capsys, "models", glob, code=1)
+def test_a_glob_without_match_is_an_error(glob: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"no model matches {glob!r}" in run(capsys, "models", glob, code=1)
 
 
 @pytest.mark.parametrize(

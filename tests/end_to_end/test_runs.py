@@ -405,11 +405,11 @@ def test_the_command_makes_compact_and_the_next_run_has_nothing_to_do(
     os.utime(photos / "00.png", ns=(5, 5))
     assert run(photos, out) == 0
     assert cli.main(["info", str(out)]) == 0
-    assert "1 rows; extract compact removes them" in capsys.readouterr().out
+    assert "1 row; run extract compact to remove them" in capsys.readouterr().out
     assert cli.main(["compact", str(out)]) == 0
-    assert "11 rows, 1 retired ones removed, 2 shards are 1" in capsys.readouterr().out
+    assert "compacted 2 shards into 1; 1 row removed, 11 left" in capsys.readouterr().out
     assert cli.main(["compact", str(out)]) == 0
-    assert "is compact: 11 rows" in capsys.readouterr().out
+    assert "already compact (11 rows)" in capsys.readouterr().out
     loads.clear()
     assert run(photos, out) == 0
     assert loads == []

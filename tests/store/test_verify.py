@@ -143,7 +143,7 @@ def test_images_that_changed_or_went_are_found(
 
 def test_the_command_says_what_is_wrong(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(store)]) == 0
-    assert "is right: 11 rows, 2 failures" in capsys.readouterr().out
+    assert "OK (11 rows, 2 failures)" in capsys.readouterr().out
     with (store / "features/00001.npy").open("r+b") as file:
         file.seek(-1, os.SEEK_END)
         last = file.read(1)

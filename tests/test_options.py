@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import inspect
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from extractor.errors import UsageError
+from extractor.flags import SCOPES, Option, options_in
+from extractor.option_arguments import BackboneArguments, EmbeddingArguments, OptionArguments
+from extractor.options import Options, signature_with_options
+
+ARGUMENTS = {"backbone": BackboneArguments, "images": EmbeddingArguments, "run": OptionArguments}
+DECLARED = options_in(Options)
+
+
+def test_every_field_is_an_option() -> None:
+    assert list(DECLARED) == list(Options.__dataclass_fields__)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_keyword_types_and_signature_follow_the_fields(scope: Any) -> None:
+    def function(images: str, **options: Any) -> None: ...
+
+    expected = {name for name, each in DECLARED.items() if each.is_in(scope)}
+    assert set(ARGUMENTS[scope].__annotations__) == expected
+    shown = signature_with_options(function, scope=scope).parameters
+    assert set(shown) == {"images", *expected}
+    assert shown["precision"].default == "auto"
+    assert shown["precision"].kind is inspect.Parameter.KEYWORD_ONLY
+
+
+def test_arguments_become_options() -> None:
+    options = Options.from_arguments({"weights": Path("a/b.pth"), "batch_size": 3})
+    assert options == Options(weights="a/b.pth", batch_size=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "scope", "match"),
+    [
+        ("batchsize", "run", "unexpected option 'batchsize'; did you mean 'batch_size'?"),
+        ("zzz", "run", "unexpected option 'zzz'$"),
+        ("overwrite", "images", r"'overwrite' does not apply here, but to extract\(\)"),
+        ("workers", "backbone", r"'workers' does not apply here, but to Extractor\(\)"),
+    ],
+)
+def test_an_unknown_name_is_a_type_error_with_a_suggestion(
+    name: str, scope: Any, match: str
+) -> None:
+    with pytest.raises(TypeError, match=match):
+        Options.from_arguments({name: 1}, scope=scope)
+
+
+@pytest.mark.parametrize("each", DECLARED.values(), ids=lambda each: each.name)
+def test_a_value_beyond_a_declared_bound_is_a_usage_error(each: Option) -> None:
+    flag = each.flag
+    beyond: list[Any] = [flag.above, *([] if flag.minimum is None else [flag.minimum - 1])]
+    beyond += [] if flag.maximum is None else [flag.maximum + 1]
+    beyond += ["nonsense"] if each.choices or each.type in (int, float) else []
+    for value in filter(lambda value: value is not None, beyond):
+        with pytest.raises(UsageError, match=f"^{each.label}: got .*, expected "):
+            Options(**{each.name: value})
+
+
+def test_default_and_bounds_agree() -> None:
+    for each in DECLARED.values():
+        each.check(each.default)
+        if each.choices and each.default is not None:
+            assert each.default in typing.get_args(each.type)
