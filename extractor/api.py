@@ -55,6 +55,7 @@ from extractor.preprocess import Fit, Interpolation
 from extractor.report import Progress, Report
 from extractor.run.describe import describe, precision_of
 from extractor.run.output import Filling, claimed
+from extractor.run.recorded_weights import recorded_weights, weights_of
 from extractor.run.run_json import request_of, write_record
 from extractor.run.snapshot import current_images
 from extractor.run.suspects import Suspects
@@ -221,7 +222,8 @@ def extract(
             f"{len(sources)} images in shards of {shard_images} are more than {MAX_SHARDS} "
             "shards; use a larger --shard-images"
         )
-    specs = load_specs(models, options)
+    recorded = recorded_weights(models, place, options)
+    specs = load_specs(models, options, recorded_sha256=recorded)
     import pyarrow.parquet  # noqa: F401  (not only at the end of the first shard, hours later)
 
     folders = [Path(folder) for folder in store_folders(place, [one.name for one in specs])]
@@ -471,7 +473,7 @@ class _Run:
         options = replace(self._options, precision="float32")
 
         def load() -> list[EmbeddingSpec]:
-            again = load_specs(self._models, options)
+            again = load_specs(self._models, options, recorded_sha256=weights_of(self._specs))
             return [again[self._specs.index(spec)] for spec in specs]
 
         mender = Mender(

@@ -33,7 +33,7 @@ from extractor.options import Options
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every model is the one that averages pixels."""
 
-    def load(model: str, options: Options) -> object:
+    def load(model: str, options: Options, *_: object) -> object:
         return mean_pixel("cpu" if options.device == "auto" else options.device)
 
     monkeypatch.setattr(embedding, "load", load)

@@ -110,7 +110,9 @@ def download(arguments: Sequence[str]) -> int:
         for name in parsed.names:
             try:
                 found = load.fetch(name, parsed.weights)
-                print_lines([f"{name}: {found.path} (sha256 {sha256_of_weights(found)})"])
+                digest = sha256_of_weights(found)
+                source = f"{found.package}, " if found.package else ""
+                print_lines([f"{name}: {found.path} ({source}sha256 {digest})"])
             except (ModelError, WeightsError) as error:
                 say(f"extract: {error}")
                 failed += 1

@@ -39,10 +39,12 @@ class Provenance:
     Attributes:
         model: full name, ``timm:resnet50`` or ``torchvision:resnet50``.
         library, library_version: that built the network.
-        weights: ``hub``, ``file``, ``random``, or ``given`` with a module of the user's.
+        weights: ``hub``, ``package`` (installed by pip), ``file``, ``random``, or ``given`` with a
+            module of the user's.
         tag: the library's name of the weights, such as ``a1_in1k``; else empty.
         sha256: of the weights file; for random and given weights of their values.
-        source: address of the weights, or the name of a local file; empty for others.
+        source: address of the weights, ``package NAME VERSION``, or the name of a local file; empty
+            for others.
         revision: commit of the hub's repository, where there is one.
         key: which state dict of a checkpoint with several, where one was asked for.
         seed: of random weights, or that a function of the user's ran with; None for all others.
@@ -73,6 +75,9 @@ class Provenance:
         return described
 
     def __str__(self) -> str:
+        if self.weights == "package":
+            which = f"weights {self.tag} of {self.source}"
+            return f"{self.model} ({which}, sha256 {self.sha256[:12]})"
         what = self.tag or (f"seed {self.seed}" if self.weights == "random" else self.source)
         which = f"{self.weights} weights {what}".rstrip()
         return f"{self.model} ({which}, sha256 {self.sha256[:12]})"

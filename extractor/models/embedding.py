@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -86,12 +86,17 @@ class EmbeddingSpec:
 
 
 def load_specs(
-    models: Sequence[Model], options: Options, *, fold_given: bool = True
+    models: Sequence[Model],
+    options: Options,
+    *,
+    recorded_sha256: Mapping[str, str] | None = None,
+    fold_given: bool = True,
 ) -> list[EmbeddingSpec]:
     """Load what models a run asks for, each once, and say what its stores will hold.
 
     Args:
         models: names, of which ``A+B`` joins the embeddings of A and B, or loaded backbones.
+        recorded_sha256: SHA-256 of the weights in existing stores, see :func:`load`.
         fold_given: fold copies of the latter; else they are used themselves, as they change.
 
     Raises:
@@ -110,7 +115,7 @@ def load_specs(
         names = split_model(model)
         for name in names:
             if name not in loaded:
-                loaded[name] = _load(name, options)
+                loaded[name] = _load(name, options, recorded_sha256)
         if len(names) == 1:
             specs += _of_one(model, loaded[model], options)
         else:
@@ -123,9 +128,9 @@ def load_specs(
     return specs
 
 
-def _load(model: str, options: Options) -> Backbone:
+def _load(model: str, options: Options, recorded_sha256: Mapping[str, str] | None) -> Backbone:
     """Load a model as a run computes it: fused in float32, then in its precision."""
-    backbone = load(model, replace(options, precision="float32"))
+    backbone = load(model, replace(options, precision="float32"), recorded_sha256)
     backbone = fuse_as_chosen(backbone, options.fuse)
     return backbone.to(backbone.device, resolve_precision(options.precision))
 

@@ -90,9 +90,9 @@ def build(model: str, options: Options) -> Backbone:
         )
         provenance = replace(
             provenance,
-            weights="hub" if chosen.url else "file",
+            weights=chosen.kind,
             sha256=weights.sha256_of_weights(chosen),
-            source=chosen.url or chosen.path.name,
+            source=chosen.source,
             revision=chosen.revision,
             key=options.weights_key or "",
         )

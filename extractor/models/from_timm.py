@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from extractor.errors import ExtractorError, ModelError, UsageError, WeightsErro
 from extractor.models import libraries as shared
 from extractor.models import weight_files as weights
 from extractor.models.backbone import Backbone
+from extractor.models.lite_weights import PACKAGES, timm_key
 from extractor.network import heads
 from extractor.network.taps import POOLED_FEATURES, Output
 from extractor.options import Options
@@ -73,14 +75,20 @@ class _Source:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build(name: str, options: Options) -> Backbone:
-    """The backbone ``name[.tag]``, ``hf-hub:ORG/NAME`` or ``local-dir:PATH`` on the CPU in float32.
+def build(name: str, options: Options, recorded_sha256: str = "") -> Backbone:
+    """Build ``name[.tag]``, ``hf-hub:ORG/NAME`` or ``local-dir:PATH`` on the CPU in float32.
+
+    Args:
+        name: Name of the model, without ``timm:``.
+        options: Weights, seed and pixels.
+        recorded_sha256: SHA-256 of the weights that an existing store was made with. Where several
+            sources have weights, the one with this file is taken.
 
     Raises:
         WeightsError, ModelError: as :func:`extractor.load_backbone`.
     """
     try:
-        return _build(_source(name, options.weights), options)
+        return _build(_source(name, options.weights, recorded_sha256), options)
     except ExtractorError:
         raise
     except Exception as error:
@@ -143,6 +151,9 @@ def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
     """
     assert source.found is not None
     state = weights.read_checkpoint(source.found.path, key)
+    if source.found.package:
+        depths = PACKAGES[_architecture(source.full_name)].depths
+        state.rename(lambda key: timm_key(key, depths))
     overlay = {"state_dict": state}
     try:
         module: nn.Module = _timm().create_model(
@@ -189,12 +200,14 @@ def _output(module: nn.Module) -> Output:
 # Names and weights
 
 
-def _source(name: str, wanted: str) -> _Source:
+def _source(name: str, wanted: str, recorded_sha256: str = "") -> _Source:
     if name.startswith(SCHEMES):
         return _placed(name, wanted)
     own_name = full_name(name, wanted)
     chosen = shared.chosen_file(wanted)
-    found = _fetch(own_name) if chosen is None and wanted != "random" else chosen
+    found = chosen
+    if chosen is None and wanted != "random":
+        found = _fetch(own_name, recorded_sha256)
     return _Source(f"timm:{_architecture(own_name)}", own_name, found, own=chosen is None)
 
 
@@ -276,7 +289,29 @@ def full_name(name: str, wanted: str = "default") -> str:
     return f"{architecture}.{tag}" if tag else architecture
 
 
-def _fetch(full_name: str) -> weights.WeightsFile:
+def _fetch(full_name: str, recorded_sha256: str = "") -> weights.WeightsFile:
+    """Return the published weights: from the cache, else from a package, else from the network."""
+    package = PACKAGES.get(_architecture(full_name))
+    packaged = None if package is None else weights.find_package_file(package)
+    if package is None or packaged is None:
+        return _fetch_published(full_name)
+    cached = _cached(_timm().get_pretrained_cfg(full_name))
+    here = [packaged] if cached is None else [cached, packaged]
+    found = here[0]
+    if recorded_sha256:
+        digests = {weights.sha256_of_weights(file): file for file in reversed(here)}
+        if recorded_sha256 in digests:
+            found = digests[recorded_sha256]
+        elif cached is None:  # the store's rows may come from the hub's file
+            with contextlib.suppress(WeightsError):
+                return _fetch_published(full_name)
+    if found is packaged:
+        weights.check_package_file(packaged, package)
+    return found
+
+
+def _fetch_published(full_name: str) -> weights.WeightsFile:
+    """Return timm's published weights, from the cache or the network."""
     config, label = _timm().get_pretrained_cfg(full_name), f"timm:{full_name}"
     tag = config.tag or ""
     if config.hf_hub_id:
@@ -302,19 +337,29 @@ def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
 
 
 def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
-    """Every tag of an architecture's published weights, the default first, and its cached file."""
+    """List the tags of an architecture's published weights, the default first.
+
+    Each comes with its file on this machine, from the cache or a package, or with None.
+    """
     timm, listed = _timm(), []
     default = (timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()).tag or ""
     for tag in sorted(_tags(name), key=lambda tag: (tag != default, tag)):
         config = timm.get_pretrained_cfg(f"{name}.{tag}" if tag else name)
-        cached = None
-        if config.hf_hub_id:
-            names = weights.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
-            cached = weights.cached_hub_file(config.hf_hub_id, names, tag=tag)
-        elif config.url:
-            cached = weights.cached_url_file(config.url, tag=tag)
-        listed.append((tag, cached))
+        file = _cached(config)
+        package = PACKAGES.get(name)
+        if file is None and package is not None and package.tag == tag:
+            file = weights.find_package_file(package)
+        listed.append((tag, file))
     return listed
+
+
+def _cached(config: Any) -> weights.WeightsFile | None:
+    """Return the file of a ``pretrained_cfg`` in the libraries' caches, or None."""
+    tag = config.tag or ""
+    if config.hf_hub_id:
+        names = weights.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
+        return weights.cached_hub_file(config.hf_hub_id, names, tag=tag)
+    return weights.cached_url_file(config.url, tag=tag) if config.url else None
 
 
 # ---------------------------------------------------------------------------------------------

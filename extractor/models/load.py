@@ -6,7 +6,7 @@ import copy
 import difflib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from extractor.errors import ModelError, UsageError
@@ -26,12 +26,6 @@ __all__ = ["adapt", "fetch", "load", "load_backbone", "resolve_name", "with_chan
 log = logging.getLogger(__name__)
 
 _DEFAULT = Options()
-
-BUILDERS = {
-    "timm": from_timm.build,
-    "torchvision": from_torchvision.build,
-    "file": from_file.build,
-}
 
 
 def load_backbone(
@@ -95,15 +89,24 @@ def load_backbone(
     return load(model, options)
 
 
-def load(model: str, options: Options) -> Backbone:
-    """As :func:`load_backbone`, with its arguments in one value."""
+def load(
+    model: str, options: Options, recorded_sha256: Mapping[str, str] | None = None
+) -> Backbone:
+    """Load a model as :func:`load_backbone` does, with its arguments in one value.
+
+    Args:
+        model: Name of the model as it was typed.
+        options: Everything else.
+        recorded_sha256: SHA-256 of the weights in existing stores, by full name of the model. It
+            decides where several sources on this machine have weights.
+    """
     target = resolve_device(options.device)  # first: it is the cheapest to be wrong
     library, name = resolve_name(model)
     if options.weights == "random" and library != "file":
         seed = options.seed
         log.warning("%s: RANDOM weights (seed %d): the embeddings mean nothing", model, seed)
     try:
-        backbone = BUILDERS[library](name, options)
+        backbone = _build(library, name, options, recorded_sha256 or {})
     except weights_room.MisfitError as error:
         if not error.foreign:
             advice = "Names and shapes are right: check how these values were made"
@@ -120,6 +123,15 @@ def load(model: str, options: Options) -> Backbone:
         raise weights_room.MisfitError(f"{error}. {advice}", error.state) from error
     backbone = adapt(backbone.to(target), options)
     return backbone.to(target, resolve_precision(options.precision))
+
+
+def _build(library: str, name: str, options: Options, recorded: Mapping[str, str]) -> Backbone:
+    if library == "file":
+        return from_file.build(name, options)
+    if library == "torchvision":
+        return from_torchvision.build(name, options)
+    recorded_sha256 = recorded.get(f"timm:{name.partition('.')[0]}", "")
+    return from_timm.build(name, options, recorded_sha256)
 
 
 def adapt(backbone: Backbone, options: Options) -> Backbone:

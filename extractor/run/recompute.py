@@ -15,7 +15,7 @@ from extractor.images.types import Failure
 from extractor.loading.loader import BatchLoader
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen
-from extractor.models.load import load_backbone
+from extractor.models.load import load
 from extractor.network.taps import PRE_LOGITS
 from extractor.options import Options, split_names
 from extractor.preprocess import Preprocess
@@ -119,8 +119,7 @@ def _backbone(
     known = {"random": "random"}.get(made["weights"], made["tag"] or "default")
     wanted = weights or ("default" if own_code else known)
     size = tuple(pixels["input_size"])
-    backbone = load_backbone(
-        model,
+    options = Options(
         weights=wanted,
         weights_key=made["key"] or None,
         seed=made["seed"] or 0,
@@ -128,6 +127,7 @@ def _backbone(
         bypass=made["bypassed"],
         device=device,
     )
+    backbone = load(model, options, {made["model"]: made["sha256"]})
     if backbone.provenance.code != made.get("code", ""):
         raise StoreError(f"the code of {model} is not what it was when the store was made")
     if backbone.provenance.sha256 != made["sha256"]:

@@ -36,7 +36,7 @@ def far_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A model that overflows in half precision; returns the precisions that it is loaded in."""
     loaded = []
 
-    def load(model: str, options: Options) -> Backbone:
+    def load(model: str, options: Options, *_: object) -> Backbone:
         loaded.append(options.precision)
         precision = "float16" if options.precision == "float16" else "float32"
         return replace(mean_pixel(), module=Far()).to(torch.device("cpu"), precision)

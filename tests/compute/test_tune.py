@@ -52,7 +52,7 @@ def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
     def go(error: float = 0.0, seconds: float = 0.004, **options: object) -> Report:
-        def load(_: str, given: Options) -> Backbone:
+        def load(_: str, given: Options, *__: object) -> Backbone:
             backbone = replace(mean_pixel(), module=Colours(error, seconds))
             name = precision.resolve_precision(given.precision)
             return backbone.to(torch.device("cpu"), name)
@@ -186,7 +186,7 @@ def test_each_of_two_models_has_its_own_precision(
     monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
-    def load(name: str, given: Options) -> Backbone:
+    def load(name: str, given: Options, *_: object) -> Backbone:
         backbone = replace(mean_pixel(), module=Colours({"good": 1e-3, "bad": 0.3}[name]))
         backbone = replace(backbone, provenance=replace(backbone.provenance, model=name))
         return backbone.to(torch.device("cpu"), precision.resolve_precision(given.precision))

@@ -47,7 +47,7 @@ Colour = tuple[int, int, int]
 
 @pytest.fixture(autouse=True)
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(model: str, options: Options) -> object:
+    def load(model: str, options: Options, *_: object) -> object:
         return mean_pixel(size=(8, 8) if model == "mean" else (4, 4))
 
     monkeypatch.setattr(embedding, "load", load)

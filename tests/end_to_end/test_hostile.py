@@ -46,7 +46,7 @@ PREPROCESS = Preprocess(SIZE, "squash", SIZE, "bilinear", (0, 0, 0), (1, 1, 1))
 
 @pytest.fixture(autouse=True)
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(model: str, options: Options) -> object:
+    def load(model: str, options: Options, *_: object) -> object:
         return mean_pixel()
 
     monkeypatch.setattr(embedding, "load", load)

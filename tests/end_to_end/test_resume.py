@@ -31,7 +31,7 @@ KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
 
 @pytest.fixture(autouse=True)
 def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(model: str, options: Options) -> object:
+    def load(model: str, options: Options, *_: object) -> object:
         return mean_pixel(size=(24, 32) if model == "mean" else (16, 16))
 
     monkeypatch.setattr(embedding, "load", load)

@@ -36,7 +36,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The models that were loaded, in order."""
     names: list[str] = []
 
-    def load(model: str, options: Options) -> Backbone:
+    def load(model: str, options: Options, *_: object) -> Backbone:
         names.append(model)
         return mean_pixel()
 
@@ -147,7 +147,7 @@ def test_other_weights_under_the_same_name_are_seen(
         file.write_bytes(b"one")
     loaded = []
 
-    def load(model: str, options: Options) -> Backbone:
+    def load(model: str, options: Options, *_: object) -> Backbone:
         loaded.append(model)
         backbone = mean_pixel()
         return replace(backbone, provenance=replace(backbone.provenance, file=str(files[0])))

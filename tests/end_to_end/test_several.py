@@ -80,7 +80,7 @@ def small(network: nn.Module, size: int | tuple[int, int] = 8, name: str = "") -
 def named_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Backbone]:
     """Models that a name loads."""
     made = {"mean": small(MeanPixel()), "stripes": small(Stripes(), (6, 10))}
-    monkeypatch.setattr(embedding, "load", lambda name, _: made[name])
+    monkeypatch.setattr(embedding, "load", lambda name, *_: made[name])
     return made
 
 
