@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Makes .venv with the program in it, or reuses the one that is there, and prints where it is.
+# Make .venv with the program installed in it, or reuse it, and print its path.
 #
 #   scripts/setup.sh [EXTRA]     EXTRA: test or dev, as in pyproject.toml
 #
-# PYTHON names the interpreter to make it with (default: python3).
+# PYTHON names the interpreter for a new .venv (default: python3).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$PWD/.venv

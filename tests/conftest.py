@@ -1,4 +1,4 @@
-"""What all tests share: no network, few threads, images that are made here."""
+"""Fixtures of all tests: no network, one thread, generated images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from support.pictures import colour
 REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for child processes, too
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        return  # pytest-xdist's controller runs no test
     import torch
 
     torch.set_num_threads(1)  # the networks are small: a second thread costs more than it gives
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("cuda") for item in items):
+        return
     import torch
 
     if torch.cuda.is_available() or REQUIRE_CUDA:
@@ -30,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def empty_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Caches of weights that hold nothing, so that no test leans on what a machine has."""
+    """Empty caches of weights: no test depends on what this machine has downloaded."""
     from huggingface_hub import constants
 
     home = tmp_path_factory.mktemp("home")
@@ -46,16 +51,16 @@ def empty_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     params=[pytest.param("cpu", id="cpu"), pytest.param("cuda", id="cuda", marks=pytest.mark.cuda)]
 )
 def device(request: pytest.FixtureRequest) -> str:
-    """The CPU everywhere, and a GPU where there is one."""
+    """Name of a device: the CPU, and a GPU if there is one."""
     return str(request.param)
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """A folder of 11 images of different sizes, formats and depths of folders, each of one colour.
+    """Folder of 11 images of one color each, in several sizes, formats and subfolders.
 
-    Image ``i`` has the colour ``(20 * i, 255 - 20 * i, 100)``, losslessly, so that every embedding
-    of a model that averages pixels can be worked out by hand.
+    Image ``i`` has the color ``(20 * i, 255 - 20 * i, 100)``, stored losslessly, so that the
+    embedding of a model that averages pixels can be computed by hand.
     """
     folder = tmp_path / "photos"
     for i in range(11):

@@ -285,6 +285,7 @@ def test_no_compiler_is_asked_where_it_is_switched_off(
     assert not run(compile="off").is_compiled
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 def test_a_network_that_was_really_compiled_gives_the_same_rows(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -20,7 +20,7 @@ from support.pictures import noise
 from extractor import FeatureStore
 from extractor.store.verify import verify
 
-KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "3"))
 GRACE_SECONDS = 20.0  # a second on a quiet machine
 
 

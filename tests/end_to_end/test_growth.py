@@ -34,7 +34,7 @@ from extractor.options import Options
 from extractor.store.format import STAGING, listing_digest
 from extractor.store.verify import verify
 
-EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "15"))
 STEPS = 12
 # Several shards and several batches a shard, even of few images.
 SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "device": "cpu"}

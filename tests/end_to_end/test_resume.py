@@ -26,7 +26,7 @@ from extractor.store.index import ImageRecord
 from extractor.store.journal import BatchEntry
 from extractor.store.verify import verify
 
-KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "4"))
+KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "3"))
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from extractor.preprocess import Preprocess
 
 PIL_MAJOR = int(PIL.__version__.partition(".")[0])
 
-EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "15"))
 PROMPT_SECONDS = 30  # for one image of a few hundred bytes
 MAX_PIXELS = 500_000  # sizes that a mutation makes up cost no time
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,30 @@ TIMM = [
 ]
 
 
+# Large models, which take seconds each.
+SLOW = {
+    "beit_base_patch16_224",
+    "cait_xxs24_224",
+    "convnext_tiny",
+    "efficientnet_v2_s",
+    "inception_v3",
+    "maxvit_t",
+    "resnext50_32x4d",
+    "swin_t",
+    "swin_tiny_patch4_window7_224",
+    "swin_v2_t",
+    "vgg11",
+    "vit_b_32",
+    "wide_resnet50_2",
+    "xception41",
+}
+
+
+def sized(names: Iterable[str]) -> list[Any]:
+    """Parameters of a test, those of large models marked as slow."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in names]
+
+
 def picture(size: tuple[int, int]) -> torch.Tensor:
     return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
@@ -72,7 +97,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
     assert worst < 1e-4
 
 
-@pytest.mark.parametrize("name", TORCHVISION)
+@pytest.mark.parametrize("name", sized(TORCHVISION))
 def test_torchvision_embedding_is_the_input_of_the_classifier(name: str) -> None:
     backbone = load_backbone(f"torchvision:{name}", weights="random", device="cpu")
     head = TORCHVISION[name]
@@ -95,7 +120,7 @@ def test_torchvision_embedding_is_the_input_of_the_classifier(name: str) -> None
     assert_close(backbone(pixels), expected)
 
 
-@pytest.mark.parametrize("name", TIMM)
+@pytest.mark.parametrize("name", sized(TIMM))
 def test_timm_embedding_is_its_pre_logits(name: str) -> None:
     backbone = load_backbone(f"timm:{name}", weights="random", device="cpu")
     untouched = timm.create_model(name).eval()

@@ -437,9 +437,7 @@ def half_of_safetensors(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize(
-    "write", [zip_of_text, half_a_checkpoint, half_of_safetensors, Path.touch], ids=str
-)
+@pytest.mark.parametrize("write", [zip_of_text, half_a_checkpoint, half_of_safetensors, Path.touch])
 def test_what_is_no_whole_checkpoint_is_said_to_be_none(
     write: Callable[[Path], None], tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def task(images: Path, **changes: Any) -> Namespace:
     return Namespace(**{**given, "precision": "auto", "compile": None, **changes})
 
 
+@pytest.mark.slow
 def test_limit_and_share_follow_from_the_rates(jpegs: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(jpegs), "--model", MODEL, "--weights", "random"]
     command += ["--device", "cpu", "--repeats", "1", "--copies", "2", "--eager"]

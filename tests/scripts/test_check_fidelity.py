@@ -12,6 +12,7 @@ from support.pictures import noise
 SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmarks" / "fidelity.py"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("least", "code"), [("0.999", 0), ("1.1", 1)])
 def test_each_image_is_compared_with_itself(tmp_path: Path, least: str, code: int) -> None:
     (tmp_path / "a" / "b").mkdir(parents=True)
