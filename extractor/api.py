@@ -37,6 +37,7 @@ from extractor.loading.loader import MAX_ABANDONED, BatchLoader
 from extractor.loading.nvjpeg import MAX_GROUP_IMAGES, NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
+from extractor.models.naming import join_names, planned_stores, store_folders
 from extractor.options import (
     DEFAULT_MODEL,
     Check,
@@ -47,9 +48,6 @@ from extractor.options import (
     Options,
     Precision,
     default_batch_size,
-    join_names,
-    planned_stores,
-    store_folders,
 )
 from extractor.preprocess import Fit, Interpolation
 from extractor.report import Progress, Report

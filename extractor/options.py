@@ -25,14 +25,9 @@ __all__ = [
     "Options",
     "Pooling",
     "default_batch_size",
-    "join_names",
+    "is_open_layer",
     "parse_pooling",
-    "planned_stores",
     "signature_with_options",
-    "split_model",
-    "split_names",
-    "store_folders",
-    "store_name",
 ]
 
 DEFAULT_MODEL = "resnet50"
@@ -565,7 +560,7 @@ class Options:
             raise UsageError(f"pool: {self.pool} pools a layer; name one, such as --layer layer4")
         if len(set(self.layers)) < len(self.layers):
             raise UsageError(f"layers: got {', '.join(self.layers)}, expected each only once")
-        if self.concat and len(self.layers) < 2 and not any(map(_is_open, self.layers)):
+        if self.concat and len(self.layers) < 2 and not any(map(is_open_layer, self.layers)):
             raise UsageError("concat: joins several layers; name more than one with --layer")
         if kind == "none" and (self.concat or self.normalize):
             raise UsageError(
@@ -659,71 +654,6 @@ def default_batch_size(device_type: str) -> int:
     return 32 if device_type == "cpu" else 128
 
 
-def store_name(model: str, layer: str = "") -> str:
-    """Return the folder name of a store, from the model as typed and one of its layers.
-
-    >>> store_name("torchvision:resnet50"), store_name("resnet50", "layer3.1")
-    ('torchvision-resnet50', 'resnet50@layer3.1')
-    """
-    if model.startswith("local-dir:") or re.search(r"\.py:[^:/]*$", model):
-        folders, _, model = model.rstrip("/").rpartition("/")
-        model = model if folders else model.removeprefix("local-dir:")
-    name = re.sub("[:/]", "-", model)
-    return f"{name}@{layer}" if layer else name
-
-
-def join_names(names: Sequence[str]) -> str:
-    """Return one name for several joined models or layers."""
-    return "+".join(names)
-
-
-def split_names(joined: str) -> list[str]:
-    """Return the names that :func:`join_names` joined, provided that none holds a plus sign."""
-    return joined.split("+")
-
-
-def split_model(model: str) -> list[str]:
-    """Return the names of the models that ``A+B`` joins; for any other model, its own name.
-
-    >>> split_model("resnet50+torchvision:vgg16")
-    ['resnet50', 'torchvision:vgg16']
-    """
-    names: list[str] = []
-    for piece in model.split("+"):
-        if names and _is_cut_path(names[-1]):
-            names[-1] += f"+{piece}"  # the plus sign belongs to the name of a folder
-        else:
-            names.append(piece)
-    return names
-
-
-def _is_cut_path(name: str) -> bool:
-    """Return whether a name is the first part of a path that has a plus sign in it."""
-    if name.startswith("local-dir:"):
-        return not os.path.isdir(name.removeprefix("local-dir:"))
-    is_path = os.sep in name and not name.startswith("hf-hub:")
-    return is_path and re.search(r"\.py:\w+$", name) is None
-
-
-def planned_stores(models: Sequence[str], options: Options) -> list[str] | None:
-    """Return the names of the stores a run will fill; None if that depends on loaded models."""
-    if any(map(_is_open, options.layers)):
-        return None
-    layers = [join_names(options.layers)] if options.concat else list(options.layers)
-    return [store_name(model, layer) for model in models for layer in layers or [""]]
-
-
-def _is_open(layer: str) -> bool:
+def is_open_layer(layer: str) -> bool:
     """Return whether a layer is a glob or a block number, which only the network can resolve."""
     return re.search(r"[*?\[]|^-\d", layer) is not None
-
-
-def store_folders(out: str | None, names: Sequence[str]) -> list[str]:
-    """Return the folders of a run's stores: OUT itself for one store, subfolders for several.
-
-    >>> store_folders(None, ["resnet50"]), store_folders("a", ["x"]), store_folders("a", ["x", "y"])
-    (['features/resnet50'], ['a'], ['a/x', 'a/y'])
-    """
-    if out is not None and len(names) == 1:
-        return [out]
-    return [f"{DEFAULT_OUT if out is None else out.rstrip('/') or '/'}/{name}" for name in names]

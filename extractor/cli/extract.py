@@ -15,7 +15,8 @@ from extractor.cli.parser import Command, parse
 from extractor.cli.summary import summary
 from extractor.errors import SourceError, UsageError
 from extractor.flags import options_in
-from extractor.options import Options, planned_stores, store_folders
+from extractor.models.naming import planned_stores, store_folders
+from extractor.options import Options
 from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 from extractor.version import __version__
 

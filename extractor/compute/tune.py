@@ -21,9 +21,9 @@ from extractor.compute.embed import Normalise, full_float32
 from extractor.errors import ExtractorError
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
+from extractor.models.naming import split_names
 from extractor.network.fusion.fuse import without_packing
 from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
-from extractor.options import split_names
 from extractor.text import first_line
 
 __all__ = ["LEAST_COSINE", "Recorded", "compiled", "tune"]

@@ -11,10 +11,11 @@ from typing import TypeAlias
 from extractor.errors import DeviceError, UsageError
 from extractor.models.backbone import Backbone
 from extractor.models.load import load, with_changes
+from extractor.models.naming import join_names, split_model, store_name
 from extractor.network.fusion.fuse import is_worthwhile
 from extractor.network.precision import resolve_precision
 from extractor.network.taps import Output
-from extractor.options import Options, join_names, split_model, store_name
+from extractor.options import Options
 from extractor.text import first_line
 
 __all__ = [

@@ -9,8 +9,9 @@ from typing import Any
 
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
+from extractor.models.naming import join_names
 from extractor.network.taps import Output
-from extractor.options import Options, join_names
+from extractor.options import Options
 from extractor.run.run_json import software_versions
 from extractor.store.format import Description
 

@@ -16,8 +16,9 @@ from extractor.loading.loader import BatchLoader
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen
 from extractor.models.load import load
+from extractor.models.naming import split_names
 from extractor.network.taps import PRE_LOGITS
-from extractor.options import Options, split_names
+from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.store.reader import FeatureStore
 from extractor.system.cpu import compute_threads

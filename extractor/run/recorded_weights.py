@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from extractor.models.embedding import EmbeddingSpec, Model
-from extractor.options import Options, planned_stores, store_folders
+from extractor.models.naming import planned_stores, store_folders
+from extractor.options import Options
 from extractor.store.format import JOB, MANIFEST, STAGING
 
 __all__ = ["recorded_weights", "weights_of"]

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from extractor.images.listing import ImageList, show
-from extractor.options import Options, planned_stores, split_model, store_folders
+from extractor.models.naming import planned_stores, split_model, store_folders
+from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, Report, StoreReport
 from extractor.run.snapshot import current_images
 from extractor.store.atomic import write_atomically

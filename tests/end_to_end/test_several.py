@@ -25,7 +25,8 @@ from extractor.images.types import ImageInfo
 from extractor.loading import loader
 from extractor.models import embedding
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
-from extractor.options import Options, planned_stores, store_folders
+from extractor.models.naming import planned_stores, store_folders
+from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.store.array import ShardedArray
 
