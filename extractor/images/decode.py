@@ -17,7 +17,7 @@ from extractor.errors import DecodeError
 from extractor.images import files
 from extractor.images.budget import PixelBudget
 from extractor.images.color import to_rgb
-from extractor.images.files import as_decode_errors, hash_file, read_file, with_file_status
+from extractor.images.files import as_decode_errors, read_file, with_file_status
 from extractor.images.formats import open_image
 from extractor.images.jpeg import JPEG_START, LIBJPEG_FORMATS, reduce_size
 from extractor.images.orientation import read_orientation
@@ -32,6 +32,7 @@ from extractor.images.types import (
 )
 from extractor.options import DECODE, MAX_PIXELS
 from extractor.preprocess import Preprocess
+from extractor.system.hashing import hash_file
 
 __all__ = ["decode_into"]
 
@@ -114,7 +115,8 @@ class _Decoder:
         """Decode a file that Pillow reads piece by piece."""
         with with_file_status(path), as_decode_errors(), files.open_regular(path) as file:
             status = os.fstat(file.fileno())
-            digest = hash_file(file)
+            digest, _ = hash_file(file)
+            file.seek(0)
             with open_image(file, self.budget) as image:
                 width, height = self.render_all(image)
             return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest)

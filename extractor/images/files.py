@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import os
 import re
 import stat
@@ -15,12 +14,12 @@ from PIL import Image
 
 from extractor.errors import DecodeError
 from extractor.images.types import FilePath, ReadFile
+from extractor.system.hashing import hash_file
 
 __all__ = [
     "READ_WHOLE_BYTES",
     "as_decode_errors",
     "digest_of",
-    "hash_file",
     "open_regular",
     "read_file",
     "with_file_status",
@@ -87,18 +86,9 @@ def digest_of(path: FilePath) -> bytes:
     """Return the SHA-256 of a regular file, or no bytes if it cannot be read."""
     try:
         with open_regular(path) as file:
-            return hash_file(file)
+            return hash_file(file)[0]
     except (OSError, DecodeError):
         return b""
-
-
-def hash_file(file: IO[bytes]) -> bytes:
-    """Return the SHA-256 of an open file, and rewind it."""
-    digest = hashlib.sha256()
-    while block := file.read(2**20):
-        digest.update(block)
-    file.seek(0)
-    return digest.digest()
 
 
 @contextlib.contextmanager
