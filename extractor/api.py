@@ -33,8 +33,10 @@ from extractor.errors import (
 from extractor.images.listing import ImageList, Input, list_images, show
 from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.loading.crash_log import CrashLog
-from extractor.loading.loader import MAX_ABANDONED, BatchLoader
+from extractor.loading.loader import BatchLoader
 from extractor.loading.nvjpeg import MAX_GROUP_IMAGES, NvjpegDecoder
+from extractor.loading.options import LoaderOptions
+from extractor.loading.watchdog import MAX_ABANDONED
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.models.naming import join_names, planned_stores, store_folders
@@ -611,12 +613,14 @@ def _loader(
         return BatchLoader(
             batches,
             pictures_of(specs),
-            batch_size=batch_size,
-            workers=_workers(options),
-            pin=device.type == "cuda",
-            max_pixels=options.max_pixels,
-            image_timeout=options.image_timeout,
-            decode=decode or ("exact" if options.decode == "gpu" else options.decode),
+            LoaderOptions(
+                batch_size=batch_size,
+                workers=_workers(options),
+                pin=device.type == "cuda",
+                max_pixels=options.max_pixels,
+                image_timeout_seconds=options.image_timeout,
+                decode_mode=decode or ("exact" if options.decode == "gpu" else options.decode),
+            ),
             suspects=suspects,
             crash_log=crash_log,
             timer=timer,

@@ -17,7 +17,7 @@ import torch
 
 from extractor.errors import UsageError
 from extractor.images.types import Failure, ImageInfo
-from extractor.loading.loader import Batch
+from extractor.loading.batch import Batch
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec

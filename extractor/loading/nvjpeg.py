@@ -23,8 +23,8 @@ from extractor.images.decode import decode_into
 from extractor.images.orientation import flipped_axes
 from extractor.images.render import resize_and_crop_box
 from extractor.images.types import EncodedJpeg, Failure, StoredLayout
+from extractor.loading.batch import Batch
 from extractor.loading.crash_log import CrashLog
-from extractor.loading.loader import Batch
 from extractor.preprocess import Preprocess
 from extractor.text import first_line
 

@@ -13,6 +13,7 @@ from extractor.compute.embed import embed, pictures_of
 from extractor.errors import StoreError
 from extractor.images.types import Failure
 from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen
 from extractor.models.load import load
@@ -60,9 +61,7 @@ def recompute(
         BatchLoader(
             plan,
             pictures_of([spec]),
-            batch_size=1,
-            workers=1,
-            decode="exact" if how == "gpu" else how,
+            LoaderOptions(batch_size=1, workers=1, decode_mode="exact" if how == "gpu" else how),
         ) as loader,
     ):
         computed = embed([spec], loader, normalize=normalize)

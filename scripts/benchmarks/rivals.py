@@ -30,7 +30,8 @@ from extractor.system.devices import resolve_device
 if TYPE_CHECKING:
     from extractor import Backbone, Preprocess
     from extractor.images.listing import ImageList
-    from extractor.loading.loader import Batch
+    from extractor.loading.batch import Batch
+    from extractor.loading.options import LoaderOptions
 
 Task: TypeAlias = argparse.Namespace
 Figures: TypeAlias = "dict[str, Any]"
@@ -112,9 +113,7 @@ def _decoded(
     with BatchLoader(
         batches,
         [preprocess],
-        batch_size=size,
-        workers=available_cores(),
-        pin=device.type == "cuda",
+        LoaderOptions(batch_size=size, workers=available_cores(), pin=device.type == "cuda"),
     ) as loader:
         yield from loader
 

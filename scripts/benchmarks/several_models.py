@@ -22,7 +22,9 @@ import torch
 from extractor.api import extract
 from extractor.compute.embed import embed, pictures_of
 from extractor.images.listing import ImageList, list_images
-from extractor.loading.loader import Batch, BatchLoader
+from extractor.loading.batch import Batch
+from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.models.embedding import EmbeddingSpec, load_specs
 from extractor.options import Options
 from extractor.system.cpu import available_cores
@@ -41,7 +43,7 @@ def decode(images: ImageList, specs: list[EmbeddingSpec]) -> list[Batch]:
     """Decode every image once into all pictures, and keep the last batches."""
     pictures = pictures_of(specs)
     with BatchLoader(
-        batches_of(images), pictures, batch_size=BATCH, workers=available_cores()
+        batches_of(images), pictures, LoaderOptions(batch_size=BATCH, workers=available_cores())
     ) as loader:
         last = []
         for batch in loader:
@@ -61,7 +63,9 @@ def compute(images: ImageList, spec: EmbeddingSpec) -> None:
 
 def decode_one(images: ImageList, spec: EmbeddingSpec) -> list[Batch]:
     with BatchLoader(
-        iter([next(batches_of(images))]), pictures_of([spec]), batch_size=BATCH, workers=2
+        iter([next(batches_of(images))]),
+        pictures_of([spec]),
+        LoaderOptions(batch_size=BATCH, workers=2),
     ) as loader:
         return list(loader)
 

@@ -19,7 +19,9 @@ from typing import IO
 from extractor import Preprocess
 from extractor.images import files
 from extractor.images.listing import ImageList, list_images
-from extractor.loading import loader
+from extractor.loading import read_ahead
+from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.system.cpu import available_cores
 
 BATCH = 32
@@ -42,11 +44,13 @@ def rate(images: ImageList, count: int, readers: int, delay: float) -> float:
     places = itertools.islice(itertools.cycle(range(len(images))), count)
     paths = [images.full_path(place) for place in places]
     plan = (paths[start : start + BATCH] for start in range(0, count, BATCH))
-    files.open_regular, loader.MAX_READERS = slow, readers
+    files.open_regular, read_ahead.MAX_READERS = slow, readers
     try:
         begun = time.perf_counter()
-        with loader.BatchLoader(
-            plan, [Preprocess.standard(224)], batch_size=BATCH, workers=available_cores()
+        with BatchLoader(
+            plan,
+            [Preprocess.standard(224)],
+            LoaderOptions(batch_size=BATCH, workers=available_cores()),
         ) as batches:
             for batch in batches:
                 batch.release()
@@ -65,7 +69,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     images, delay = list_images(options.images), options.milliseconds / 1000
-    most = loader.MAX_READERS
+    most = read_ahead.MAX_READERS
     sides = {
         "no delay": (most, 0.0),
         "read ahead": (most, delay),

@@ -13,7 +13,9 @@ from extractor import load_backbone
 from extractor.compute.embed import Normalise, embed
 from extractor.errors import DeviceError
 from extractor.images.types import ImageSource
-from extractor.loading.loader import Batch, BatchLoader
+from extractor.loading.batch import Batch
+from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.system.devices import device_errors
@@ -30,7 +32,9 @@ def run(
         list(images[i : i + size]) for i in range(0, len(images), size)
     )
     pin = backbone.device.type == "cuda"
-    with BatchLoader(plan, [backbone.preprocess], batch_size=size, workers=2, pin=pin) as loader:
+    with BatchLoader(
+        plan, [backbone.preprocess], LoaderOptions(batch_size=size, workers=2, pin=pin)
+    ) as loader:
         spec = EmbeddingSpec("test", (EmbeddingPart(backbone),))
         computed = embed([spec], loader, normalize=normalize)
         rows = [embedded.rows[0].copy() for embedded in computed]
@@ -117,7 +121,7 @@ def test_only_quick_batches_are_computed_together(
     now, count = 0.0, 0
     backbone = replace(mean_pixel(), module=Clock())
     plan: list[list[ImageSource]] = [[flat(colour)] for colour in colours(9)]
-    with BatchLoader(plan, [backbone.preprocess], batch_size=1, workers=2) as loader:
+    with BatchLoader(plan, [backbone.preprocess], LoaderOptions(batch_size=1, workers=2)) as loader:
         monkeypatch.setattr("extractor.compute.embed.time.perf_counter", lambda: now + 1e-6 * count)
         computed = embed(
             [EmbeddingSpec("t", (EmbeddingPart(backbone),))], counted(loader), normalize=False
@@ -128,7 +132,7 @@ def test_only_quick_batches_are_computed_together(
 def test_gradients_and_grad_mode_are_left_alone() -> None:
     assert torch.is_grad_enabled()
     with BatchLoader(
-        iter([[flat((1, 2, 3))]]), [mean_pixel().preprocess], batch_size=1, workers=1
+        iter([[flat((1, 2, 3))]]), [mean_pixel().preprocess], LoaderOptions(batch_size=1, workers=1)
     ) as loader:
         for _ in embed(
             [EmbeddingSpec("test", (EmbeddingPart(mean_pixel()),))], loader, normalize=False

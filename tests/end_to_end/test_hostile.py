@@ -34,7 +34,9 @@ from extractor.images.decode import decode_into
 from extractor.images.files import read_file
 from extractor.images.listing import list_images
 from extractor.images.types import Failure, ImageInfo, ImageSource, ReadFile
-from extractor.loading.loader import MAX_ABANDONED, BatchLoader
+from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
+from extractor.loading.watchdog import MAX_ABANDONED
 from extractor.models import embedding
 from extractor.options import Options
 from extractor.preprocess import Preprocess
@@ -109,7 +111,7 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Hanging]]
 
     def hang(*levels: int, **options: bool) -> Hanging:
         made.append(Hanging(levels, **options))
-        monkeypatch.setattr("extractor.loading.loader.decode_into", made[-1])
+        monkeypatch.setattr("extractor.loading.image_decoder.decode_into", made[-1])
         return made[-1]
 
     yield hang
@@ -131,14 +133,8 @@ def load(
 ) -> list[str | int]:
     """For each image the level that was drawn, or why there is none."""
     told: list[str | int] = []
-    with BatchLoader(
-        batches_of(levels, size),
-        [PREPROCESS],
-        batch_size=size,
-        workers=workers,
-        image_timeout=timeout,
-        **options,
-    ) as loader:
+    limits = LoaderOptions(size, workers, image_timeout_seconds=timeout, **options)
+    with BatchLoader(batches_of(levels, size), [PREPROCESS], limits) as loader:
         for batch in loader:
             told += levels_of(batch)
             batch.release()
@@ -178,7 +174,7 @@ def test_an_image_that_is_in_time_is_kept_though_its_neighbour_is_given_up_meanw
             time.sleep(0.3)  # 3 is begun before 1 is given up, and done after it
         return hang(source, *rest)
 
-    monkeypatch.setattr("extractor.loading.loader.decode_into", slow)
+    monkeypatch.setattr("extractor.loading.image_decoder.decode_into", slow)
     assert load([1, 2, 3, 4, 5], 4, 2, timeout=0.45) == ["timeout", 2, 3, 4, 5]
 
 
@@ -192,9 +188,7 @@ def test_what_comes_back_late_touches_no_batch(
     with BatchLoader(
         batches_of(levels, 4),
         [PREPROCESS],
-        batch_size=4,
-        workers=workers,
-        image_timeout=0.15,
+        LoaderOptions(batch_size=4, workers=workers, image_timeout_seconds=0.15),
     ) as loader:
         for number, batch in enumerate(loader):
             before = batch.pictures[0].clone()
@@ -245,7 +239,7 @@ def test_waiting_for_the_budget_is_no_hanging(monkeypatch: pytest.MonkeyPatch) -
             time.sleep(0.1)  # in time, each of them
         return decode_into(source, preprocesses, outs)
 
-    monkeypatch.setattr("extractor.loading.loader.decode_into", slow)
+    monkeypatch.setattr("extractor.loading.image_decoder.decode_into", slow)
     levels = list(range(1, 9))
     assert load(levels, 8, 8, timeout=0.4, max_pixels=30) == levels
 
@@ -291,7 +285,7 @@ def test_a_store_lists_what_hung_with_its_size(
             go_on.wait(30)
         return decode_into(source, *rest)
 
-    monkeypatch.setattr("extractor.loading.loader.decode_into", hang)
+    monkeypatch.setattr("extractor.loading.image_decoder.decode_into", hang)
     try:
         out = tmp_path / "out"
         report = extract(photos, "mean", out, batch_size=3, workers=2, image_timeout=0.3)
@@ -315,7 +309,7 @@ from extractor import extract
 from extractor.models import embedding
 
 logging.basicConfig(format="%(message)s")
-embedding.load = lambda model, options: mean_pixel()
+embedding.load = lambda *_: mean_pixel()
 extract(sys.argv[1], "mean", sys.argv[2], batch_size=3, workers=int(sys.argv[3]))
 """
 
@@ -606,7 +600,7 @@ def test_files_that_vanish_one_by_one_while_a_run_reads_cost_their_own_rows(
             gone.append(files[place].name)
         return read_file(source, *rest)  # type: ignore[return-value]
 
-    monkeypatch.setattr("extractor.loading.loader.read_file", vanish)
+    monkeypatch.setattr("extractor.loading.image_decoder.read_file", vanish)
     report = extract(photos, "mean", tmp_path / "out", batch_size=2, workers=2)
     left = [int(path.stem) for path in files if path.name not in gone]
     check_rows(report.store, left)
@@ -698,6 +692,7 @@ import sys, warnings
 from pathlib import Path
 from extractor.images.budget import allow_pixels
 from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.preprocess import Preprocess
 
 def peak():
@@ -708,12 +703,12 @@ warnings.simplefilter("ignore")
 workers, max_pixels, *paths = sys.argv[1:]
 allow_pixels(int(max_pixels))
 one = Preprocess((24, 32), "squash", (24, 32), "bilinear", (0, 0, 0), (1, 1, 1))
-small = BatchLoader([[p.encode() for p in paths[:1]]], [one], batch_size=1, workers=1)
+small = BatchLoader([[p.encode() for p in paths[:1]]], [one], LoaderOptions(1, 1))
 with small as loader:
     next(iter(loader))
 before = peak()
-with BatchLoader([[p.encode() for p in paths]], [one], batch_size=len(paths),
-                 workers=int(workers), max_pixels=int(max_pixels)) as loader:
+options = LoaderOptions(len(paths), int(workers), max_pixels=int(max_pixels))
+with BatchLoader([[p.encode() for p in paths]], [one], options) as loader:
     told = [getattr(one, "reason", "row") for one in next(iter(loader)).outcomes]
 print(peak() - before, *told)
 """

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from extractor import FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.models.backbone import Backbone
 
 DATA = Path(os.environ.get("EXTRACTOR_TEST_DATA") or "absent")
@@ -88,7 +89,7 @@ def test_embeddings_and_pixels_are_those_of_the_reference(
 
     backbone = load_backbone(name, weights=path, device="cpu")
     with BatchLoader(
-        ([file] for file in files), [backbone.preprocess], batch_size=1, workers=2
+        ([file] for file in files), [backbone.preprocess], LoaderOptions(batch_size=1, workers=2)
     ) as loader:
         for image, batch in zip(images, loader, strict=True):
             ours = batch.pictures[0][0].permute(2, 0, 1).float()

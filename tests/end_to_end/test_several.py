@@ -22,7 +22,7 @@ from extractor.compute.embed import pictures_of
 from extractor.errors import ModelError, SourceError, StoreError, UsageError
 from extractor.images import decode
 from extractor.images.types import ImageInfo
-from extractor.loading import loader
+from extractor.loading import image_decoder
 from extractor.models import embedding
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.models.naming import planned_stores, store_folders
@@ -142,7 +142,7 @@ def test_every_image_is_opened_and_decoded_once(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, decoded, lock = [], [], threading.Lock()
-    open_image, decode_into = PIL.Image.open, loader.decode_into
+    open_image, decode_into = PIL.Image.open, image_decoder.decode_into
 
     def count_open(*arguments: Any, **keywords: Any) -> PIL.Image.Image:
         with lock:
@@ -155,7 +155,7 @@ def test_every_image_is_opened_and_decoded_once(
         return decode_into(source, preprocesses, *rest)
 
     monkeypatch.setattr(PIL.Image, "open", count_open)
-    monkeypatch.setattr(loader, "decode_into", count_decode)
+    monkeypatch.setattr(image_decoder, "decode_into", count_decode)
     models = [small(MeanPixel()), small(Stripes()), small(MeanPixel(), 5, name="other")]
     extract(images, models, tmp_path / "out", batch_size=4)
     assert len(opened) == 6

@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
-from extractor.loading.loader import BUFFERS, MORE_BUFFERS, BatchLoader
+from extractor.loading import gate, read_ahead
+from extractor.loading.buffers import MAX_BUFFERS, MIN_BUFFERS
+from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
 from extractor.preprocess import Preprocess
 
 SIZE = (8, 6)
@@ -30,7 +33,7 @@ def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
 def load(
     plan: Iterator[list[ImageSource]], size: int, workers: int
 ) -> list[tuple[np.ndarray, list[object]]]:
-    with BatchLoader(plan, [PREPROCESS], batch_size=size, workers=workers) as loader:
+    with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=size, workers=workers)) as loader:
         result = []
         for batch in loader:
             result.append((batch.pictures[0].numpy().copy(), list(batch.outcomes)))
@@ -58,7 +61,7 @@ def test_every_batch_has_one_shape_and_the_rest_is_black() -> None:
 
 
 def test_a_slow_image_does_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     decode = module.decode_into
 
@@ -98,12 +101,12 @@ def test_a_batch_of_failures_goes_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("memory", "batches"), [(10**9, MORE_BUFFERS), (6 * 2 * (8 * 6 * 3), 6), (1, BUFFERS)]
+    ("memory", "batches"), [(10**9, MAX_BUFFERS), (6 * 2 * (8 * 6 * 3), 6), (1, MIN_BUFFERS)]
 )
 def test_the_look_ahead_is_bounded(
     monkeypatch: pytest.MonkeyPatch, memory: int, batches: int
 ) -> None:
-    monkeypatch.setattr("extractor.loading.loader.MORE_BUFFERS_BYTES", memory)
+    monkeypatch.setattr("extractor.loading.buffers.MAX_BUFFERS_BYTES", memory)
     asked = 0
 
     def plan() -> Iterator[list[ImageSource]]:
@@ -112,7 +115,7 @@ def test_the_look_ahead_is_bounded(
             asked += 1
             yield [grey(1), grey(2)]
 
-    with BatchLoader(plan(), [PREPROCESS], batch_size=2, workers=3) as loader:
+    with BatchLoader(plan(), [PREPROCESS], LoaderOptions(batch_size=2, workers=3)) as loader:
         iterator = iter(loader)
         next(iterator)  # never released
         deadline = time.monotonic() + 5
@@ -123,17 +126,21 @@ def test_the_look_ahead_is_bounded(
 
 
 def test_buffers_are_reused() -> None:
-    with BatchLoader(batches_of([1] * 60, 2), [PREPROCESS], batch_size=2, workers=2) as loader:
+    with BatchLoader(
+        batches_of([1] * 60, 2), [PREPROCESS], LoaderOptions(batch_size=2, workers=2)
+    ) as loader:
         places = set()
         for batch in loader:
             places.add(batch.pictures[0].data_ptr())
             batch.release()
-    assert len(places) <= MORE_BUFFERS
+    assert len(places) <= MAX_BUFFERS
 
 
 def test_leaving_early_stops_the_threads() -> None:
     before = threading.active_count()
-    with BatchLoader(batches_of([1] * 999, 2), [PREPROCESS], batch_size=2, workers=4) as loader:
+    with BatchLoader(
+        batches_of([1] * 999, 2), [PREPROCESS], LoaderOptions(batch_size=2, workers=4)
+    ) as loader:
         next(iter(loader))
     assert threading.active_count() == before
 
@@ -151,7 +158,7 @@ def test_a_fault_of_the_program_reaches_the_caller(monkeypatch: pytest.MonkeyPat
     def broken(*_: object) -> ImageInfo:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("extractor.loading.loader.decode_into", broken)
+    monkeypatch.setattr("extractor.loading.image_decoder.decode_into", broken)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         load(batches_of([1, 2], 2), 2, 2)
 
@@ -164,7 +171,9 @@ def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
 
 @pytest.mark.cuda
 def test_pinned_buffers_are_pinned() -> None:
-    with BatchLoader(batches_of([1], 1), [PREPROCESS], batch_size=1, workers=1, pin=True) as loader:
+    with BatchLoader(
+        batches_of([1], 1), [PREPROCESS], LoaderOptions(batch_size=1, workers=1, pin=True)
+    ) as loader:
         assert next(iter(loader)).pictures[0].is_pinned()
 
 
@@ -172,7 +181,7 @@ def test_files_that_come_slowly_are_read_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order, with one that cannot be read and one that cannot be decoded among them."""
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     paths = [tmp_path / f"{i:03d}.png" for i in range(200)]
     for i, path in enumerate(paths):
@@ -193,24 +202,27 @@ def test_files_that_come_slowly_are_read_ahead(
 
     monkeypatch.setattr(module, "read_file", slow)
     plan = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
-    with BatchLoader(plan, [PREPROCESS], batch_size=8, workers=2) as loader:
+    with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=8, workers=2)) as loader:
         levels: list[int | str] = []
         for batch in loader:
             for place, outcome in enumerate(batch.outcomes):
                 level = int(batch.pictures[0][place, 0, 0, 0])
                 levels.append(outcome.reason if isinstance(outcome, Failure) else level)
             batch.release()
-        assert 2 < loader.readers <= module.MAX_READERS
-    assert 2 < most <= 2 + module.MAX_READERS
+        assert 2 < loader.readers <= read_ahead.MAX_READERS
+    assert 2 < most <= 2 + read_ahead.MAX_READERS
     expected: list[int | str] = list(range(200))
     expected[60], expected[150] = "unreadable", "not-an-image"
     assert levels == expected
 
 
-def test_files_that_come_quickly_are_read_by_those_who_decode_them(tmp_path: Path) -> None:
+def test_fast_disks_get_no_reading_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "SLOW_READ_SECONDS", 0.2)  # on a busy machine, too
     path = tmp_path / "a.png"
     Image.effect_noise((400, 300), 90).save(path)
-    with BatchLoader(iter([[str(path)] * 64]), [PREPROCESS], batch_size=64, workers=2) as loader:
+    with BatchLoader(
+        iter([[str(path)] * 64]), [PREPROCESS], LoaderOptions(batch_size=64, workers=2)
+    ) as loader:
         (batch,) = loader
         assert all(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
         assert loader.readers == 0
@@ -220,7 +232,7 @@ def test_files_that_come_quickly_are_read_by_those_who_decode_them(tmp_path: Pat
 def test_a_reader_that_hangs_costs_its_image_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     paths = [str(tmp_path / f"{i:02d}.png") for i in range(80)]
     for i, path in enumerate(paths):
@@ -238,7 +250,9 @@ def test_a_reader_that_hangs_costs_its_image_alone(
     monkeypatch.setattr(module, "read_file", slow)
     plan = iter([paths[i : i + 8] for i in range(0, 80, 8)])
     seen: list[bool] = []
-    with BatchLoader(plan, [PREPROCESS], batch_size=8, workers=2, image_timeout=0.5) as loader:
+    with BatchLoader(
+        plan, [PREPROCESS], LoaderOptions(batch_size=8, workers=2, image_timeout_seconds=0.5)
+    ) as loader:
         for batch in loader:
             seen += [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
             batch.release()
@@ -251,7 +265,7 @@ def test_a_reader_that_hangs_costs_its_image_alone(
 def test_decoding_threads_rest_while_a_network_has_their_cores(
     monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     lock, busy, most = threading.Lock(), 0, 0
 
@@ -267,10 +281,10 @@ def test_decoding_threads_rest_while_a_network_has_their_cores(
 
     decode = module.decode_into
     monkeypatch.setattr(module, "decode_into", counted)
-    monkeypatch.setattr(module, "LAST_DECODE_SECONDS", 5.0)
+    monkeypatch.setattr(gate, "MAX_WAIT_SECONDS", 5.0)
     seen = 0
     plan = batches_of([1] * 60, 6)
-    with BatchLoader(plan, [PREPROCESS], batch_size=6, workers=3) as loader:
+    with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=6, workers=3)) as loader:
         for batch in loader:
             with batch.alone_on(cores):
                 most = busy  # those at an image came to its end
@@ -282,7 +296,7 @@ def test_decoding_threads_rest_while_a_network_has_their_cores(
 
 
 def test_nobody_waits_long_for_the_decoders_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     slow, go_on = threading.Event(), threading.Event()
     decode = module.decode_into
@@ -294,17 +308,19 @@ def test_nobody_waits_long_for_the_decoders_to_rest(monkeypatch: pytest.MonkeyPa
         return decode(source, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "decode_into", hang)
-    with BatchLoader(batches_of([0, 1, 2, 3], 2), [PREPROCESS], batch_size=2, workers=1) as loader:
+    with BatchLoader(
+        batches_of([0, 1, 2, 3], 2), [PREPROCESS], LoaderOptions(batch_size=2, workers=1)
+    ) as loader:
         batch = next(iter(loader))
         assert slow.wait(30)
         begun = time.monotonic()
         with batch.alone_on(1):
-            assert module.LAST_DECODE_SECONDS <= time.monotonic() - begun < 10
+            assert gate.MAX_WAIT_SECONDS <= time.monotonic() - begun < 10
         go_on.set()
 
 
 def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     go_on = threading.Event()
     decode = module.decode_into
@@ -317,7 +333,9 @@ def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.Mo
     monkeypatch.setattr(module, "decode_into", hang)
     seen = []
     with BatchLoader(
-        batches_of(list(range(20)), 2), [PREPROCESS], batch_size=2, workers=2, image_timeout=0.3
+        batches_of(list(range(20)), 2),
+        [PREPROCESS],
+        LoaderOptions(batch_size=2, workers=2, image_timeout_seconds=0.3),
     ) as loader:
         for batch in loader:
             with batch.alone_on(1):  # one is left, though one hung
@@ -331,7 +349,7 @@ def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.Mo
 def test_what_is_read_ahead_is_bounded_in_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from extractor.loading import loader as module
+    from extractor.loading import image_decoder as module
 
     path = str(tmp_path / "a.png")
     Image.effect_noise((100, 80), 90).save(path)
@@ -355,10 +373,10 @@ def test_what_is_read_ahead_is_bounded_in_bytes(
     decode = module.decode_into
     monkeypatch.setattr(module, "read_file", slow)
     monkeypatch.setattr(module, "decode_into", decoded)
-    monkeypatch.setattr(module, "MAX_AHEAD_BYTES", 3 * size)
-    monkeypatch.setattr(module, "MAX_READERS", 4)
+    monkeypatch.setattr(read_ahead, "MAX_AHEAD_BYTES", 3 * size)
+    monkeypatch.setattr(read_ahead, "MAX_READERS", 4)
     plan = iter([[path] * 50 for _ in range(4)])
-    with BatchLoader(plan, [PREPROCESS], batch_size=50, workers=1) as loader:
+    with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=50, workers=1)) as loader:
         seen = 0
         for batch in loader:
             seen += sum(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
@@ -369,9 +387,9 @@ def test_what_is_read_ahead_is_bounded_in_bytes(
 
 
 def test_threads_that_begin_others_at_once_are_begun_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("extractor.loading.loader.SLOW_READ_SECONDS", 0.0)
-    monkeypatch.setattr("extractor.loading.loader.SLOW_READ_SHARE", 0.0)
-    monkeypatch.setattr("extractor.loading.loader.OBSERVED", 1)
+    monkeypatch.setattr("extractor.loading.read_ahead.SLOW_READ_SECONDS", 0.0)
+    monkeypatch.setattr("extractor.loading.read_ahead.SLOW_READ_SHARE", 0.0)
+    monkeypatch.setattr("extractor.loading.read_ahead.OBSERVED_IMAGES", 1)
     begin = threading.Thread.start
 
     def slowly(thread: threading.Thread) -> None:

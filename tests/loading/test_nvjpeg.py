@@ -25,7 +25,7 @@ from extractor.errors import UsageError
 from extractor.images.decode import decode_into
 from extractor.images.jpeg import plain_jpeg
 from extractor.images.types import EncodedJpeg, ReadFile
-from extractor.loading import loader, nvjpeg
+from extractor.loading import image_decoder, nvjpeg
 from extractor.loading.crash_log import CrashLog
 from extractor.loading.nvjpeg import NvjpegDecoder, render_group
 from extractor.models import embedding
@@ -211,14 +211,14 @@ def test_group_size_is_bounded(
 
 
 def test_bytes_waiting_for_the_gpu_are_bounded(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "MAX_ENCODED_BYTES", 0)
+    monkeypatch.setattr(image_decoder, "MAX_ENCODED_BYTES", 0)
     assert run.is_as_exact(run())
     assert not run.calls
 
 
 def test_waiting_bytes_are_freed_after_decoding(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = max(path.stat().st_size for path in run.folder.iterdir())
-    monkeypatch.setattr(loader, "MAX_ENCODED_BYTES", largest)
+    monkeypatch.setattr(image_decoder, "MAX_ENCODED_BYTES", largest)
     assert run.is_as_exact(run(batch_size=1, workers=1))
     assert len(run.calls) >= 3  # and not the first one alone
 
