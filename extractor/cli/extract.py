@@ -6,7 +6,6 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from extractor.cli.console import Bar, logging_to, print_lines, warn
@@ -15,7 +14,6 @@ from extractor.cli.parser import Command, parse
 from extractor.cli.summary import summary
 from extractor.errors import SourceError, UsageError
 from extractor.flags import options_in
-from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
 from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 from extractor.version import __version__
@@ -47,17 +45,16 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
         )
     # Whatever can be wrong is found before torch is loaded, which takes seconds.
     from extractor.images.listing import list_images
-    from extractor.run.run_json import nothing_to_do
-    from extractor.store.publish import check_output_folder
+    from extractor.run.preflight import check_output_folders
+    from extractor.run.up_to_date import up_to_date_report
 
     models = list(own.model)
     if not all(models) or own.out == "":
         raise UsageError("got an empty name, expected a model and a folder for the store")
-    for folder in store_folders(own.out, planned_stores(models, options) or []):
-        check_output_folder(Path(folder), may_exist=True, check_lock=True)
+    check_output_folders(models, own.out, options)
     images = _read_list(own.image_list) if own.image_list else list_images(own.inputs)
     events.start(len(images), models, __version__)
-    report = nothing_to_do(images, models, own.out, options)
+    report = up_to_date_report(images, models, own.out, options)
     if report is None:
         report = _compute(images, command, stopping, events)
     events.end(report)

@@ -125,7 +125,7 @@ def compact_parser() -> argparse.ArgumentParser:
 def compact(arguments: Sequence[str]) -> int:
     """Rewrite a store without retired rows; return the exit code."""
     parsed = compact_parser().parse_args(arguments)
-    from extractor.run.run_json import follow
+    from extractor.run.run_json import relink_run_json
     from extractor.store.compact import compact as rewrite
 
     folder = Path(parsed.store)
@@ -133,7 +133,7 @@ def compact(arguments: Sequence[str]) -> int:
     if after.checksum == before.checksum:
         print_lines([f"{folder}: already compact ({plural(after.rows, 'row')})"])
         return 0
-    follow(folder, before, after)
+    relink_run_json(folder, before, after)
     shards = f"{plural(len(before.shards), 'shard')} into {len(after.shards)}"
     removed = f"{plural(before.retired, 'row')} removed, {after.rows:,} left"
     print_lines([f"{folder}: compacted {shards}; {removed}"])

@@ -1,4 +1,4 @@
-"""Batches through the backbone: uint8 to the device, normalise, embed, bring the rows back."""
+"""Forward passes: copy pictures to the device, normalize, embed, copy the rows back."""
 
 from __future__ import annotations
 
@@ -15,48 +15,43 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from extractor.compute.inputs import pictures_of
 from extractor.errors import UsageError
 from extractor.images.types import Failure, ImageInfo
 from extractor.loading.batch import Batch
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
-from extractor.preprocess import Preprocess
 from extractor.system.devices import device_errors
 from extractor.system.timing import Timer
 
-__all__ = ["Embedded", "Normalise", "embed", "full_float32", "pictures_of"]
+__all__ = ["Embedded", "Normalize", "embed", "full_float32"]
 
 log = logging.getLogger(__name__)
 
-# Batches that a GPU may have been given before the first one's rows are waited for: while one
-# computes, the next one's pixels move. More would only hold more buffers.
-IN_FLIGHT = 2
+NO_EPSILON = 1e-12  # nothing beside a variance of 1; torch 2.11 refuses 0
 
-# Batches that a CPU computes one after the other while the decoding threads rest: each change
-# between the two costs some milliseconds, which small networks feel. Nobody waits longer for it.
-TOGETHER = 4
-TOGETHER_SECONDS = 0.25
+# Batches on a GPU at a time: while one computes, the pixels of the next are copied. More would only
+# hold more buffers.
+GPU_BATCHES = 2
+
+# Batches that a CPU computes in a row while the decoding threads rest. Switching between the two
+# costs some milliseconds, which small networks feel. A group takes at most GROUP_SECONDS.
+GROUP_BATCHES = 4
+GROUP_SECONDS = 0.25
 
 
 class Embedded(NamedTuple):
-    """One batch's embeddings.
+    """Embeddings of one batch.
 
-    ``rows`` holds, for each spec, ``(len(outcomes), *shape)`` float32, in the order of the
-    images; the row of an image whose outcome is a failure means nothing.
+    Attributes:
+        rows: For each spec ``(len(outcomes), *shape)`` float32, in the order of the images. Rows
+            of failed images are undefined.
+        outcomes: For each image its file and size, or why it has no embedding.
     """
 
     rows: tuple[npt.NDArray[np.float32], ...]
     outcomes: list[ImageInfo | Failure]
-
-
-def pictures_of(specs: Sequence[EmbeddingSpec]) -> list[Preprocess]:
-    """What must be made of each image for all specs, each picture once; order as in a batch."""
-    every = (backbone.preprocess for spec in specs for backbone in spec.backbones)
-    pictures: dict[object, Preprocess] = {}
-    for preprocess in every:
-        pictures.setdefault(preprocess.picture_key, preprocess)
-    return list(pictures.values())
 
 
 def embed(
@@ -67,27 +62,30 @@ def embed(
     timer: Timer | None = None,
     decoder: NvjpegDecoder | None = None,
 ) -> Iterator[Embedded]:
-    """Embed batches in order, and release each as soon as its pixels are no longer needed.
+    """Embed batches in order, and release each one once its pixels are no longer needed.
 
     Args:
-        specs: what to compute; all on one device, and each backbone once a batch.
-        batches: with the pictures that :func:`pictures_of` lists.
-        normalize: scale every embedding to unit Euclidean length.
-        timer: sums what waiting for batches and the model take.
-        decoder: draws the images of a batch that were left encoded.
+        specs: Embeddings to compute, all on one device. Each backbone runs once per batch.
+        batches: Batches with the pictures that :func:`~extractor.compute.inputs.pictures_of` lists.
+        normalize: Scale every embedding to unit Euclidean length.
+        timer: Sums the time of waiting for batches and of the model.
+        decoder: Decodes the images that a batch left encoded.
+
+    Yields:
+        The embeddings of each batch.
 
     Raises:
-        DeviceError: the device is full, busy or broken.
+        DeviceError: The device is full, busy or broken.
     """
     step = _Step(specs, normalize)
     with device_errors(step.device), full_float32():
         timer = timer or Timer()
         run = _embed_cuda if step.device.type == "cuda" else _embed_in_turn
-        yield from run(step, _waited_for(batches, timer), timer, decoder)
+        yield from run(step, _timed(batches, timer), timer, decoder)
 
 
-def _waited_for(batches: Iterable[Batch], timer: Timer) -> Iterator[Batch]:
-    """The same batches, with the time that they keep others waiting counted."""
+def _timed(batches: Iterable[Batch], timer: Timer) -> Iterator[Batch]:
+    """Yield the batches, and count the time of waiting for them."""
     iterator = iter(batches)
     while True:
         with timer.spent("idle"):
@@ -97,12 +95,12 @@ def _waited_for(batches: Iterable[Batch], timer: Timer) -> Iterator[Batch]:
         yield batch
 
 
-class Normalise:
-    """From a picture to a backbone's input."""
+class Normalize:
+    """Turns pictures into the input of a backbone."""
 
     def __init__(self, backbone: Backbone) -> None:
-        # (x / 255 - mean) / std, folded into one multiplication and one addition; for a whole row
-        # of pixels, since three numbers at a time make no use of a processor's vectors.
+        # (x / 255 - mean) / std as one multiplication and one addition, for a whole row of pixels:
+        # three numbers at a time would not fill a processor's vectors.
         width = backbone.preprocess.input_size[1]
         mean = torch.tensor(backbone.preprocess.mean, device=backbone.device)
         std = torch.tensor(backbone.preprocess.std, device=backbone.device)
@@ -111,9 +109,9 @@ class Normalise:
         self._rounded = backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16
 
     def __call__(self, uint8: torch.Tensor) -> torch.Tensor:
-        """``(B, H, W, 3)`` uint8 to ``(B, 3, H, W)`` normalised, channels last.
+        """Return ``(B, 3, H, W)`` normalized pixels, channels last, of ``(B, H, W, 3)`` uint8.
 
-        In float32; on a CPU in bfloat16 where the backbone takes that, each number the nearest one.
+        The result is float32. On a CPU it is bfloat16, rounded once, if the backbone takes that.
         """
         rows = self._to_bfloat16(uint8) if self._rounded else self._to_float32(uint8)
         return rows.view(uint8.shape).permute(0, 3, 1, 2)
@@ -123,73 +121,77 @@ class Normalise:
         return torch.addcmul(self._shift, rows, self._scale, out=rows)
 
     def _to_bfloat16(self, uint8: torch.Tensor) -> torch.Tensor:
-        # The levels themselves are exact in bfloat16, and a batch normalisation, here with nothing
-        # to normalise, computes in float32 and rounds once: 0.6 of the time of rounding afterwards.
+        # Levels from 0 to 255 are exact in bfloat16. A batch normalization with mean 0 and variance
+        # 1 computes in float32 and rounds once, in 0.6 of the time of rounding afterwards.
         rows = uint8.reshape(-1, len(self._scale)).bfloat16()
-        none, one = torch.zeros_like(self._scale), torch.ones_like(self._scale)
-        least = 1e-12  # which is nothing beside one, and torch 2.11 takes no zero
-        return torch.nn.functional.batch_norm(rows, none, one, self._scale, self._shift, eps=least)
+        mean, variance = torch.zeros_like(self._scale), torch.ones_like(self._scale)
+        return torch.nn.functional.batch_norm(
+            rows, mean, variance, self._scale, self._shift, eps=NO_EPSILON
+        )
 
 
 class _Step:
-    """The computation of one batch on the device of its pictures."""
+    """Computes one batch on a device."""
 
     def __init__(self, specs: Sequence[EmbeddingSpec], normalize: bool) -> None:
         self._specs = specs
         self._unit_length = normalize
-        self._backbones = list({id(one): one for spec in specs for one in spec.backbones}.values())
+        backbones = [backbone for spec in specs for backbone in spec.backbones]
+        self._backbones = list({id(backbone): backbone for backbone in backbones}.values())
         devices = {backbone.device for backbone in self._backbones}
         if len(devices) != 1:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
         (self.device,) = devices
-        self._part = 0  # images at a time where the device takes no whole batch
-        places = {one.picture_key: place for place, one in enumerate(pictures_of(specs))}
-        self._picture = [places[backbone.preprocess.picture_key] for backbone in self._backbones]
-        self._normalise = [Normalise(backbone) for backbone in self._backbones]
+        self._images_at_a_time = 0  # 0 for a whole batch
+        keys = [preprocess.picture_key for preprocess in pictures_of(specs)]
+        self._picture = [
+            keys.index(backbone.preprocess.picture_key) for backbone in self._backbones
+        ]
+        self._normalize = [Normalize(backbone) for backbone in self._backbones]
 
     def in_parts(self, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """As calling it, but in parts as large as the device's memory takes.
+        """Compute a batch in parts that fit the memory of the device.
 
-        Where it runs out, parts of half the size are tried, and kept from then on.
+        Where memory runs out, parts of half the size are tried, and used from then on.
 
         Raises:
-            torch.cuda.OutOfMemoryError: a single image does not fit.
+            torch.cuda.OutOfMemoryError: A single image does not fit.
         """
         while True:
-            size = self._part or len(pictures[0])
+            size = self._images_at_a_time or len(pictures[0])
             starts = range(0, len(pictures[0]), size)
             try:
                 parts = [
-                    self([one[start : start + size] for one in pictures], lambda: None)
+                    self([picture[start : start + size] for picture in pictures], lambda: None)
                     for start in starts
                 ]
             except torch.cuda.OutOfMemoryError:
                 if size == 1:
                     raise
-                self._part = (size + 1) // 2
+                self._images_at_a_time = (size + 1) // 2
             else:
                 return [torch.cat(rows) for rows in zip(*parts, strict=True)]
             # Outside of the handler, which would keep the tensors of the failed pass alive.
             torch.cuda.empty_cache()
             log.warning(
-                "%s is out of memory with %d images at a time; going on with %d",
-                *(self.device, size, self._part),
+                "%s is out of memory with %d images at a time; continuing with %d",
+                *(self.device, size, self._images_at_a_time),
             )
 
     def __call__(
-        self, pictures: Sequence[torch.Tensor], taken: Callable[[], None]
+        self, pictures: Sequence[torch.Tensor], release: Callable[[], None]
     ) -> list[torch.Tensor]:
-        """``(B, *shape)`` float32 for each spec, on the device.
+        """Return ``(B, *shape)`` float32 for each spec, on the device.
 
         Args:
             pictures: ``(B, H, W, 3)`` uint8 on the device.
-            taken: is called once they are no longer needed.
+            release: Called once the pictures are no longer needed.
         """
         outputs: dict[int, tuple[torch.Tensor, ...]] = {}
-        for place, backbone in enumerate(self._backbones):
-            pixels = self._normalise[place](pictures[self._picture[place]])
-            if place == len(self._backbones) - 1:
-                taken()
+        for index, backbone in enumerate(self._backbones):
+            pixels = self._normalize[index](pictures[self._picture[index]])
+            if index == len(self._backbones) - 1:
+                release()
             outputs[id(backbone)] = backbone.embed(pixels)
         return [self._rows(spec, outputs) for spec in self._specs]
 
@@ -208,15 +210,16 @@ def _embed_in_turn(
 ) -> Iterator[Embedded]:
     cores = torch.get_num_threads() if step.device.type == "cpu" else 0
     waiting = iter(batches)
-    together = 1
+    group_size = 1
     begun = time.perf_counter()
-    while group := list(itertools.islice(waiting, together)):
-        # A network waits for the last of its threads many times in a pass: one that shares its
-        # core with a decoder keeps all others waiting.
+    while group := list(itertools.islice(waiting, group_size)):
+        # A network waits for the slowest of its threads many times in a pass. A thread that shares
+        # its core with a decoder would keep all others waiting.
         with group[0].alone_on(cores):
             computed = [_computed(step, batch, timer, decoder) for batch in group]
-        seconds = (time.perf_counter() - begun) / len(group)  # also of waiting for them
-        together = min(max(int(TOGETHER_SECONDS / max(seconds, 1e-6)), 1), TOGETHER) if cores else 1
+        seconds = (time.perf_counter() - begun) / len(group)  # waiting for the batches included
+        if cores:
+            group_size = min(max(int(GROUP_SECONDS / max(seconds, 1e-6)), 1), GROUP_BATCHES)
         yield from computed
         begun = time.perf_counter()
 
@@ -228,7 +231,7 @@ def _computed(step: _Step, batch: Batch, timer: Timer, decoder: NvjpegDecoder | 
         if decoder is not None:
             decoder.decode_batch(batch, pictures)
     with timer.spent("model"):
-        rows = [one.cpu() for one in step(pictures, batch.release)]
+        rows = [output.cpu() for output in step(pictures, batch.release)]
     return _collect(batch, rows)
 
 
@@ -245,22 +248,22 @@ class _Flight(NamedTuple):
 def _embed_cuda(
     step: _Step, batches: Iterable[Batch], timer: Timer, decoder: NvjpegDecoder | None
 ) -> Iterator[Embedded]:
-    """Keep the GPU fed: it computes one batch while the next one's pixels are on their way.
+    """Compute one batch on the GPU while the pixels of the next one are copied.
 
-    All launches are asynchronous, so the host only waits for rows that are :data:`IN_FLIGHT`
-    batches old, and for decoded pixels.
+    All launches are asynchronous. The host waits only for decoded pixels, and for rows that are
+    :data:`GPU_BATCHES` batches old.
     """
     copies: torch.cuda.Stream = torch.cuda.Stream(step.device)  # type: ignore[no-untyped-call]
     flights: deque[_Flight] = deque()
     try:
         for batch in batches:
             flights.append(_launch(step, batch, copies, decoder))
-            if len(flights) == IN_FLIGHT:
+            if len(flights) == GPU_BATCHES:
                 yield _land(flights.popleft(), timer)
         while flights:
             yield _land(flights.popleft(), timer)
     finally:
-        copies.synchronize()  # no buffer may go while a copy still reads it
+        copies.synchronize()  # a copy may still read from a buffer
 
 
 @torch.inference_mode()
@@ -272,14 +275,14 @@ def _launch(
         compute = torch.cuda.current_stream()
         with torch.cuda.stream(copies):
             begun.record()
-            pictures = [one.to(step.device, non_blocking=True) for one in batch.pictures]
+            pictures = [p.to(step.device, non_blocking=True) for p in batch.pictures]
             if decoder is not None:
-                # Waits for this stream alone: the batch before is computed meanwhile on its own.
+                # Waits for this stream only; meanwhile the batch before computes on another.
                 decoder.decode_batch(batch, pictures)
             copied_in.record()
         compute.wait_event(copied_in)
         for picture in pictures:
-            # Allocated on the copy stream, read on this one: not to be reused before both are done.
+            # Allocated on the copy stream and read on this one; keep it until both are done.
             picture.record_stream(compute)
         computing.record()
         host_rows = []
@@ -299,7 +302,7 @@ def _land(flight: _Flight, timer: Timer) -> Embedded:
     flight.copied_in.synchronize()
     flight.batch.release()
     flight.copied_out.synchronize()
-    # As the device counts them; in a trace they stand where this thread waits for them.
+    # Seconds as the device counts them. A trace shows them where this thread waits.
     for kind, first, last in (
         ("transfer", flight.begun, flight.copied_in),
         ("model", flight.computing, flight.copied_out),
@@ -311,11 +314,11 @@ def _land(flight: _Flight, timer: Timer) -> Embedded:
 
 def _collect(batch: Batch, rows: Sequence[torch.Tensor]) -> Embedded:
     outcomes = [outcome for outcome in batch.outcomes if outcome is not None]
-    return Embedded(tuple(one[: len(outcomes)].numpy() for one in rows), outcomes)
+    return Embedded(tuple(output[: len(outcomes)].numpy() for output in rows), outcomes)
 
 
 class _FullFloat32:
-    """The setting is of the whole process: the last thread to leave brings it back."""
+    """Switches TF32 off for the whole process until the last thread leaves."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -340,5 +343,5 @@ _full_float32 = _FullFloat32()
 
 
 def full_float32() -> AbstractContextManager[None]:
-    """Let float32 mean float32: convolutions on recent GPUs would round their inputs to TF32."""
+    """Return a context in which GPUs do not round float32 inputs to TF32."""
     return _full_float32

@@ -1,4 +1,4 @@
-"""What half precision makes NaN or infinity of is computed again in float32."""
+"""Rows that overflow in half precision are computed again in float32."""
 
 from __future__ import annotations
 
@@ -10,67 +10,60 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.compute.embed import Embedded, embed
+from extractor.compute.inputs import Inputs
 from extractor.images.types import ImageInfo, ImageSource
-from extractor.loading.loader import BatchLoader
 from extractor.models.embedding import EmbeddingSpec
 
-__all__ = ["Mender"]
+__all__ = ["Float32Retry"]
 
 log = logging.getLogger(__name__)
 
 
-class Mender:
-    """Mends the rows of a batch that are not finite.
+class Float32Retry:
+    """Replaces rows that hold NaN or infinity by rows computed in float32.
 
     Args:
-        load: gives the same specs in float32; is called when the first such row is met.
-        loader: decodes batches of images for specs.
-        normalize: scale every embedding to unit length.
+        load: Returns the same specs in float32. Called once, when the first such row appears.
+        inputs: Decodes the images of such rows.
     """
 
-    def __init__(
-        self,
-        load: Callable[[], Sequence[EmbeddingSpec]],
-        loader: Callable[[Sequence[EmbeddingSpec], list[list[ImageSource]]], BatchLoader],
-        *,
-        normalize: bool,
-    ) -> None:
+    def __init__(self, load: Callable[[], Sequence[EmbeddingSpec]], inputs: Inputs) -> None:
         self._load = functools.cache(load)
-        self._loader = loader
-        self._normalize = normalize
+        self._inputs = inputs.with_batch_size(1)
 
-    def mend(self, images: Callable[[], Sequence[ImageSource]], embedded: Embedded) -> Embedded:
-        """The same batch, computed in float32 where a row was NaN or infinity.
+    def retry(self, images: Callable[[], Sequence[ImageSource]], embedded: Embedded) -> Embedded:
+        """Return the batch with all rows finite, as far as float32 makes them finite.
 
         Args:
-            images: gives the images of the batch.
+            images: Returns the images of the batch.
+            embedded: The batch as half precision computed it.
         """
-        finite = np.all([_finite(rows) for rows in embedded.rows], axis=0)
-        places = [
-            place
-            for place in np.flatnonzero(~finite).tolist()
-            if isinstance(embedded.outcomes[place], ImageInfo)
+        finite = np.all([_are_finite(rows) for rows in embedded.rows], axis=0)
+        overflowed = [
+            index
+            for index in np.flatnonzero(~finite).tolist()
+            if isinstance(embedded.outcomes[index], ImageInfo)
         ]
-        if not places:
+        if not overflowed:
             return embedded
         specs, sources = self._specs(), images()
-        with self._loader(specs, [[sources[place]] for place in places]) as loader:
-            again = list(embed(specs, loader, normalize=self._normalize))
-        mended: list[npt.NDArray[np.float32]] = []
-        for spec, rows in enumerate(embedded.rows):
+        with self._inputs.loader([[sources[index]] for index in overflowed], specs) as loader:
+            retried = list(embed(specs, loader, normalize=self._inputs.options.normalize))
+        replaced: list[npt.NDArray[np.float32]] = []
+        for spec_index, rows in enumerate(embedded.rows):
             copy = rows.copy()
-            for place, one in zip(places, again, strict=True):
-                if isinstance(one.outcomes[0], ImageInfo) and not np.isfinite(copy[place]).all():
-                    copy[place] = one.rows[spec][0]
-            mended.append(copy)
-        return Embedded(tuple(mended), embedded.outcomes)
+            for index, again in zip(overflowed, retried, strict=True):
+                if isinstance(again.outcomes[0], ImageInfo) and not np.isfinite(copy[index]).all():
+                    copy[index] = again.rows[spec_index][0]
+            replaced.append(copy)
+        return Embedded(tuple(replaced), embedded.outcomes)
 
     def _specs(self) -> Sequence[EmbeddingSpec]:
         if not self._load.cache_info().currsize:
-            log.warning("half precision overflows for some images; these are computed in float32")
+            log.warning("half precision overflows for some images; computing them in float32")
         return self._load()
 
 
-def _finite(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
-    """Which rows hold neither NaN nor infinity."""
+def _are_finite(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+    """Return which rows hold neither NaN nor infinity."""
     return np.asarray(np.isfinite(rows).reshape(len(rows), -1).all(axis=1))

@@ -1,4 +1,4 @@
-"""What a store's manifest says of how its embeddings are made."""
+"""Description of the embeddings of a store, for its manifest."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["describe", "precision_of"]
 
 
 def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int) -> Description:
-    """All that the manifest keeps of one store's making."""
-    first = spec.parts[0].backbone
+    """Return everything that the manifest records about how a store is made."""
+    first = spec.backbones[0]
     several = len(spec.backbones) > 1
-    cosines = [one.least_cosine for one in spec.backbones if one.least_cosine is not None]
+    cosines = [b.least_cosine for b in spec.backbones if b.least_cosine is not None]
     return Description(
         backbone=_joined_backbones(spec) if several else _backbone(first),
         embedding={
@@ -52,7 +52,7 @@ def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int
 
 
 def precision_of(spec: EmbeddingSpec) -> str:
-    """The precision of its backbones, joined where they differ."""
+    """Return the precision of the backbones, such as ``bfloat16``, joined where they differ."""
     names = [backbone.precision for backbone in spec.backbones]
     return names[0] if len(set(names)) == 1 else join_names(names)
 
@@ -92,7 +92,7 @@ def _embedding(spec: EmbeddingSpec) -> dict[str, Any]:
 
 
 def _output(output: Output) -> dict[str, Any]:
-    """What an embedding is; how it is shaped stands beside it."""
-    said = asdict(output)
-    del said["shape"]
-    return said
+    """Return the definition of an embedding without its shape, which is an entry of its own."""
+    definition = asdict(output)
+    del definition["shape"]
+    return definition

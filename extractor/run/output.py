@@ -1,4 +1,4 @@
-"""One of the stores of a run: what is there already, what is to be done, and the rows that come."""
+"""One store while a run fills it."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from extractor.store.publish import finish_publishing
 from extractor.store.shard import ShardWriter
 from extractor.store.writer import ExistingStore, InterruptedRun, StoreRun, take_up
 
-__all__ = ["Filling", "claimed"]
+__all__ = ["StoreOutput", "claim_store"]
 
 log = logging.getLogger(__name__)
 
-# Of one image, in the journal and the index together, about.
+# Approximate bytes per image in the journal and the index together.
 INDEX_BYTES = 300
 
 
 @contextmanager
-def claimed(folder: Path, options: Options) -> Iterator[ClaimedFolder]:
-    """The place of a store, for this run alone; what is half done there is brought to its end.
+def claim_store(folder: Path, options: Options) -> Iterator[ClaimedFolder]:
+    """Lock the folder of a store for this run, and finish what an earlier run was publishing.
 
     Raises:
-        StoreError: it cannot be written, is in use, or holds something else.
+        StoreError: The folder cannot be written, is in use, or holds other files.
     """
     finish_publishing(folder, lock=options.lock)
     overwrite, lock = options.overwrite, options.lock
@@ -47,23 +47,28 @@ def claimed(folder: Path, options: Options) -> Iterator[ClaimedFolder]:
         yield claim
 
 
-class Filling:
-    """One store while a run fills it: taken up as it was left, extended, published.
+class StoreOutput:
+    """One store while a run fills it: resumed, extended and published.
 
-    Without :meth:`publish`, what is done is kept for the next run.
+    Without :meth:`publish`, its rows are kept for the next run.
 
     Attributes:
-        spec: what it holds.
-        todo: places in the list of images of those that have to be computed, ascending.
-        done: how many of these, from the first on, are dealt with.
-        rows, failed: images with a row and images without.
-        is_finished: nothing had to be done, and nothing was.
+        spec: Embedding that the store holds.
+        todo: Indices of the images to compute, ascending.
+        done: Number of images of ``todo`` that are done; they are its first ones.
+        rows: Number of images with a row.
+        failed: Number of images without a row.
 
     Args:
-        claim: its folder, see :func:`claimed`.
+        claim: Folder of the store, see :func:`claim_store`.
+        spec: Embedding that the store holds.
+        description: Description for the manifest.
+        images: Images of the run.
+        snapshot: Returns the current state of the images.
+        options: Options of the run.
 
     Raises:
-        StoreError: what is there is of something else.
+        StoreError: The folder holds a store of something else.
     """
 
     def __init__(
@@ -71,8 +76,8 @@ class Filling:
         claim: ClaimedFolder,
         spec: EmbeddingSpec,
         description: Description,
-        sources: ImageList,
-        current: Callable[[], Snapshot],
+        images: ImageList,
+        snapshot: Callable[[], Snapshot],
         options: Options,
     ) -> None:
         self.spec = spec
@@ -80,79 +85,91 @@ class Filling:
         self.done = 0
         self.rows = 0
         self.failed = 0
-        self.is_finished = False
         self._description = description
-        self._sources = sources
-        self._current = current
+        self._images = images
+        self._snapshot = snapshot
         self._options = options
         self._added = 0
         self._first_failures: list[tuple[str, str]] = []
         self._claim = claim
-        self._run: StoreRun | None = None  # None where nothing had to be done
+        self._run: StoreRun | None = None  # None if the store is up to date
         self._shard: ShardWriter | None = None
         self._prepare()
 
     @property
     def staging(self) -> Path:
-        """Where it keeps what is done until it is published."""
+        """Folder that keeps the rows until they are published."""
         return self._claim.staging
 
     @property
-    def bytes_to_come(self) -> int:
-        """About what the rows that are left to do will take on the disk."""
-        row = math.prod(self._description.shape) * np.dtype(self._description.dtype).itemsize
-        return (len(self.todo) - self.done) * (row + INDEX_BYTES)
+    def pending(self) -> int:
+        """Number of images that are left to compute."""
+        return len(self.todo) - self.done
 
-    # -- what is there
+    @property
+    def pending_bytes(self) -> int:
+        """Approximate size of the pending rows on the disk."""
+        row = math.prod(self._description.shape) * np.dtype(self._description.dtype).itemsize
+        return self.pending * (row + INDEX_BYTES)
+
+    @property
+    def todo_digest(self) -> str:
+        """Digest of the paths of the images to compute."""
+        return self._run.job.listing if self._run is not None else ""
+
+    @property
+    def first_failures(self) -> tuple[tuple[str, str], ...]:
+        """Path and message of the first few failures."""
+        return tuple(self._first_failures)
+
+    # -- comparing
 
     def _prepare(self) -> None:
-        """Compare what is there with the images, and plan what is left to do."""
+        """Compare the images with the store, and plan what is left to compute."""
         existing = take_up(self._claim, self._description)
         if isinstance(existing, InterruptedRun):
             self._run = self._resume(existing)
         else:
             stored = existing.stored(digests=self._compares_content)
             self._plan = self._compare(stored)
-            self.is_finished = (
+            is_up_to_date = (
                 existing.base is not None and not self._plan.todo and not self._plan.changes(stored)
             )
-            if not self.is_finished:
-                self._run = existing.begin(self._job_of(self._plan, existing))
+            if not is_up_to_date:
+                self._run = existing.begin(self._job_for(self._plan, existing))
         self.todo = self._plan.todo
         self.done = self._run.resumed if self._run is not None else 0
         self.rows += self._plan.rows
-        self._note(self._plan.failures)
+        self._count_failures(self._plan.failures)
 
     def _resume(self, interrupted: InterruptedRun) -> StoreRun:
         """Resume an interrupted run.
 
-        If its images changed, its rows of the others are kept, and the rest is planned anew.
+        If its images changed since, its rows of unchanged images are kept, and the rest is planned
+        again.
         """
-        digests = self._compares_content
-        held = interrupted.stored(planned=False, digests=digests)
-        every = interrupted.stored(planned=True, digests=digests)
-        self._plan = self._compare(held)
-        job = self._job_of(self._plan, interrupted)
-        whole = self._compare(every)
-        fresh = [live for shard, live in whole.live.items() if shard >= job.first]
+        before = interrupted.stored(planned=False, digests=self._compares_content)
+        now = interrupted.stored(planned=True, digests=self._compares_content)
+        self._plan = self._compare(before)
+        job = self._job_for(self._plan, interrupted)
+        plan_now = self._compare(now)
+        new_shards = [live for shard, live in plan_now.live.items() if shard >= job.first]
         known = {failure.path for failure in self._plan.failures}
-        # Not those that an earlier run found, and that were mended since.
-        failures = [failure for failure in whole.failures if failure.path not in known]
-        same = all(live.all() for live in fresh) and len(failures) == len(every.new_failures) - len(
-            held.new_failures
-        )
-        run = interrupted.resume(job) if same else None
+        # Leave out failures of an earlier run that were retried successfully since.
+        failures = [failure for failure in plan_now.failures if failure.path not in known]
+        new_failures = len(now.new_failures) - len(before.new_failures)
+        is_same = all(live.all() for live in new_shards) and len(failures) == new_failures
+        run = interrupted.resume(job) if is_same else None
         if run is None:
             log.warning(
-                "%s: the images are no longer those of the interrupted run (of those that it had "
-                "done, %d changed and %d are gone; %d are to be computed); what it did of others "
-                "is kept, --overwrite starts anew",
-                *(self._claim.out, whole.changed, whole.gone, len(whole.todo)),
+                "%s: the images changed since the interrupted run (of its images, %d changed and "
+                "%d are gone; %d to compute); its other rows are kept, --overwrite starts anew",
+                *(self._claim.out, plan_now.changed, plan_now.gone, len(plan_now.todo)),
             )
             sealed = interrupted.seal()
-            self._plan = whole
-            return sealed.begin(self._job_of(whole, sealed))
-        self._note(failures)
+            self._plan = plan_now
+            return sealed.begin(self._job_for(plan_now, sealed))
+        self._count_failures(failures)
         self.rows += run.resumed - len(failures)
         self._added += run.resumed - len(failures)
         return run
@@ -161,37 +178,40 @@ class Filling:
     def _compares_content(self) -> bool:
         return self._options.check == "content"
 
-    def _compare(self, held: StoredImages) -> Plan:
-        if not (held.shards or held.failures or held.new_failures):
-            return Plan(range(len(self._sources)), {}, (), (), 0, 0)
+    def _compare(self, stored: StoredImages) -> Plan:
+        if not (stored.shards or stored.failures or stored.new_failures):
+            return Plan(range(len(self._images)), {}, (), (), 0, 0)
         options = self._options
         return plan_run(
-            self._current(), held, keep_missing=options.keep_missing, retry=options.retry_failed
+            self._snapshot(),
+            stored,
+            keep_missing=options.keep_missing,
+            retry=options.retry_failed,
         )
 
-    def _job_of(self, made: Plan, existing: ExistingStore | InterruptedRun) -> Job:
+    def _job_for(self, plan: Plan, existing: ExistingStore | InterruptedRun) -> Job:
         base = existing.base
         return Job(
             self._description,
-            len(made.todo),
-            listing_digest(self._sources.paths[i] for i in made.todo),
+            len(plan.todo),
+            listing_digest(self._images.paths[i] for i in plan.todo),
             existing.first_shard,
             base.checksum if base is not None else "",
         )
 
-    # -- what comes
+    # -- computing
 
     @contextmanager
-    def shard(self, place: int) -> Iterator[None]:
-        """Open a shard for :meth:`append`; it counts once this is left without an error.
+    def shard(self, index: int) -> Iterator[None]:
+        """Open a shard for :meth:`append`. It counts once the block ends without an error.
 
         Args:
-            place: among those to be done, counted from 0.
+            index: Index among the shards to compute.
         """
-        assert self._run is not None  # something is to be done
-        number = self._run.job.first + place
+        assert self._run is not None  # only a store with pending images gets shards
+        number = self._run.job.first + index
         if self._run.is_finished(number):
-            yield  # another store of the run is behind
+            yield  # only another store of the run still lacks this shard
             return
         with self._run.shard(number) as self._shard:
             yield
@@ -204,50 +224,41 @@ class Filling:
         rows: npt.NDArray[np.float32],
         outcomes: Sequence[ImageInfo | Failure],
     ) -> None:
-        """EmbeddingPart the rows to keep, with their records, from the failures.
+        """Write the rows of a batch and its failures.
 
         Args:
-            start: place of the first of the images in :attr:`todo`.
+            start: Index in :attr:`todo` of the first image.
+            rows: ``(N, *shape)`` float32; rows of failed images are ignored.
+            outcomes: For each image its file and size, or why it has no row.
         """
         if start < self.done or self._shard is None:
             return
         kept, records, failures = [], [], []
-        with np.errstate(over="ignore"):  # beyond what float16 holds is seen as not finite
+        with np.errstate(over="ignore"):  # what exceeds float16 becomes infinite, and a failure
             stored = rows.astype(self._description.dtype, copy=False)
         finite = np.asarray(np.isfinite(stored).reshape(len(rows), -1).all(axis=1))
-        paths = [self._sources.paths[i] for i in self.todo[start : start + len(outcomes)]]
+        paths = [self._images.paths[i] for i in self.todo[start : start + len(outcomes)]]
         for i, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
             if isinstance(outcome, ImageInfo) and not finite[i]:
-                why = _not_finite(rows[i])
-                outcome = Failure("not-finite", why, outcome.size, outcome.mtime_ns)
+                message = _describe_overflow(rows[i])
+                outcome = Failure("not-finite", message, outcome.size, outcome.mtime_ns)
             if isinstance(outcome, Failure):
-                what = (outcome.reason, outcome.message, outcome.size, outcome.mtime_ns)
-                failures.append(FailureRecord(path, *what))
+                failures.append(_failure_record(path, outcome))
             else:
                 kept.append(i)
-                records.append(_record(path, outcome))
+                records.append(_image_record(path, outcome))
         self._shard.append(stored[kept], records, failures)
-        self._note(failures)
+        self._count_failures(failures)
         self.rows += len(records)
         self._added += len(records)
         self.done = start + len(outcomes)
 
     def discard(self) -> None:
-        """Keep nothing for another run."""
+        """Keep nothing for the next run."""
         self._claim.discard_work()
 
-    @property
-    def listing(self) -> str:
-        """Digest of the paths of what is to be done."""
-        return self._run.job.listing if self._run is not None else ""
-
-    @property
-    def first_failures(self) -> tuple[tuple[str, str], ...]:
-        """Path and reason of the first few images without a row."""
-        return tuple(self._first_failures)
-
     def publish(self) -> StoreReport:
-        """Make it visible, and say what is in it."""
+        """Make the store visible, and report what it holds."""
         if self._run is not None:
             listing = listing_digest(self._all_paths())
             self._run.publish(self._plan, listing=listing)
@@ -265,20 +276,24 @@ class Filling:
 
     def _all_paths(self) -> Iterable[bytes]:
         missing = self._plan.missing
-        return sorted([*self._sources.paths, *missing]) if missing else self._sources.paths
+        return sorted([*self._images.paths, *missing]) if missing else self._images.paths
 
-    def _note(self, failures: Iterable[FailureRecord]) -> None:
+    def _count_failures(self, failures: Iterable[FailureRecord]) -> None:
         for failure in failures:
             self.failed += 1
             if len(self._first_failures) < FAILURES_SHOWN:
                 self._first_failures.append((show(failure.path), failure.message))
 
 
-def _record(path: bytes, info: ImageInfo) -> ImageRecord:
+def _image_record(path: bytes, info: ImageInfo) -> ImageRecord:
     return ImageRecord(path, info.size, info.mtime_ns, info.width, info.height, info.sha256)
 
 
-def _not_finite(row: npt.NDArray[np.float32]) -> str:
+def _failure_record(path: bytes, failure: Failure) -> FailureRecord:
+    return FailureRecord(path, failure.reason, failure.message, failure.size, failure.mtime_ns)
+
+
+def _describe_overflow(row: npt.NDArray[np.float32]) -> str:
     if np.isfinite(row).all():
-        return f"the embedding holds {abs(row).max():.3g}, more than float16 does"
+        return f"the embedding holds {abs(row).max():.3g}, more than float16 can hold"
     return "the embedding holds NaN or infinity"

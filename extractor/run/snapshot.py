@@ -1,4 +1,4 @@
-"""The images that are asked for, as they are now, to compare with those of a store."""
+"""Size and modification time of every image now, to compare with a store."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from extractor.images.files import digest_of, open_regular
 from extractor.images.listing import ImageList
 from extractor.store.plan import Snapshot
 
-__all__ = ["current_images"]
+__all__ = ["take_snapshot"]
 
-# Files in flight: more than cores, since some wait for the disk. Hashing lets go of the
-# interpreter lock.
+# More threads than cores: some wait for the disk, and hashing releases the interpreter lock.
 THREADS = 8
 
 
-def current_images(images: ImageList, *, content: bool) -> Snapshot:
-    """Look at every file, and open none.
+def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
+    """Return the current state of every image, without opening one.
 
     Args:
-        content: let the digests of files be compared, which reads them; not sizes and times.
+        images: Images of the run.
+        content: Compare files by their SHA-256, which reads them, instead of size and time.
     """
     sizes = np.full(len(images), -1, np.int64)
     mtimes = np.full(len(images), -1, np.int64)
@@ -35,15 +35,15 @@ def current_images(images: ImageList, *, content: bool) -> Snapshot:
             sizes[i], mtimes[i] = status.st_size, status.st_mtime_ns
     known: dict[int, bytes] = {}
 
-    def digests(places: Sequence[int]) -> list[bytes]:
-        new = [i for i in places if i not in known]
+    def digests(indices: Sequence[int]) -> list[bytes]:
+        new = [i for i in indices if i not in known]
         with ThreadPoolExecutor(THREADS) as pool:
             known.update(zip(new, pool.map(digest_of, map(images.full_path, new)), strict=True))
-        return [known[i] for i in places]
+        return [known[i] for i in indices]
 
-    def is_readable(place: int) -> bool:
+    def is_readable(index: int) -> bool:
         try:
-            open_regular(images.full_path(place)).close()
+            open_regular(images.full_path(index)).close()
         except (OSError, DecodeError):
             return False
         return True

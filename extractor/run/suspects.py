@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
+from extractor.images.listing import show
 from extractor.loading.crash_log import CrashLog
 from extractor.store.atomic import store_errors, write_atomically
 from extractor.store.format import IN_FLIGHT, SUSPECTS
 
-__all__ = ["Suspects"]
+__all__ = ["Suspects", "load_suspects"]
+
+log = logging.getLogger(__name__)
 
 
 class Suspects:
@@ -37,3 +42,17 @@ class Suspects:
                 content = json.dumps([os.fsdecode(path) for path in suspects])
                 write_atomically(self._path, content.encode("ascii"))
         return suspects, new
+
+
+def load_suspects(staging_folders: Iterable[Path]) -> set[bytes]:
+    """Return the suspects of all stores of a run, and warn about those of the last run."""
+    suspects: set[bytes] = set()
+    for folder in staging_folders:
+        known, new = Suspects(folder).load()
+        suspects.update(known)
+        if new:
+            log.warning(
+                "the last run died while decoding %s; now decoded in a process of its own",
+                ", ".join(map(show, new)),
+            )
+    return suspects

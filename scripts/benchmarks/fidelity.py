@@ -17,7 +17,7 @@ import numpy as np
 from throughput import FIRST_COPY, copies_of
 
 from extractor import extract
-from extractor.compute.tune import LEAST_IMAGES
+from extractor.compute.tune import MIN_IMAGES
 from extractor.images.listing import list_images
 from extractor.report import Report
 
@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--least", type=float, default=0.999, help="cosine (default: %(default)s)")
     options = parser.parse_args()
     settings = {"weights": options.weights, "device": options.device}
-    copies = -(-LEAST_IMAGES // len(list_images(options.images)))
+    copies = -(-MIN_IMAGES // len(list_images(options.images)))
     with tempfile.TemporaryDirectory() as out, copies_of(options.images, copies) as many:
         fast = extract(many, options.model, Path(out, "fast"), **settings)
         exact = extract(

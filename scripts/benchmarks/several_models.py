@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from extractor.api import extract
-from extractor.compute.embed import embed, pictures_of
+from extractor.compute.embed import embed
+from extractor.compute.inputs import pictures_of
 from extractor.images.listing import ImageList, list_images
 from extractor.loading.batch import Batch
 from extractor.loading.loader import BatchLoader

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from extractor.images.types import Failure, ImageInfo
-    from extractor.run.output import Filling
+    from extractor.run.output import StoreOutput
 
 
 class Run(NamedTuple):
@@ -42,12 +42,12 @@ def run(images: str, model: str, weights: str, is_written: bool) -> Run:
     logging.disable(logging.WARNING)  # of the random weights, every time
     with freeze_imports():
         from extractor.api import extract
-        from extractor.run.output import Filling
+        from extractor.run.output import StoreOutput
         from extractor.store.shard import ShardWriter
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         if not is_written:
-            stack.enter_context(mock.patch.object(Filling, "append", _drop))
+            stack.enter_context(mock.patch.object(StoreOutput, "append", _drop))
             stack.enter_context(mock.patch.object(ShardWriter, "finish"))
         report = extract(images, model, folder, weights=weights)
     seconds = report.spent.seconds
@@ -56,7 +56,7 @@ def run(images: str, model: str, weights: str, is_written: bool) -> Run:
 
 
 def _drop(
-    filling: Filling, start: int, rows: object, outcomes: Sequence[ImageInfo | Failure]
+    filling: StoreOutput, start: int, rows: object, outcomes: Sequence[ImageInfo | Failure]
 ) -> None:
     filling.rows += len(outcomes)
     filling.done = start + len(outcomes)

@@ -10,7 +10,7 @@ from support.networks import mean_pixel, normalised
 from torch import nn
 
 from extractor import load_backbone
-from extractor.compute.embed import Normalise, embed
+from extractor.compute.embed import Normalize, embed
 from extractor.errors import DeviceError
 from extractor.images.types import ImageSource
 from extractor.loading.batch import Batch
@@ -58,8 +58,8 @@ def test_pictures_are_normalised_in_float32_and_rounded_once(width: int) -> None
     backbone = mean_pixel("cpu")
     size = (1, width)
     backbone = replace(backbone, preprocess=replace(backbone.preprocess, input_size=size))
-    exact = Normalise(backbone)(pictures)
-    rounded = Normalise(backbone.to(backbone.device, "bfloat16"))(pictures)
+    exact = Normalize(backbone)(pictures)
+    rounded = Normalize(backbone.to(backbone.device, "bfloat16"))(pictures)
     assert exact.dtype == torch.float32
     assert rounded.dtype == torch.bfloat16
     assert rounded.shape == (256 // width, 3, *size)

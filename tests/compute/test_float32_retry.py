@@ -59,7 +59,7 @@ def test_what_half_precision_cannot_hold_is_computed_in_float32(
     assert np.array_equal(rows[over], expected[over])
     np.testing.assert_allclose(rows, expected, rtol=5e-3, atol=200)
     assert [record.message for record in caplog.records if "overflows" in record.message] == [
-        "half precision overflows for some images; these are computed in float32"
+        "half precision overflows for some images; computing them in float32"
     ]
 
 

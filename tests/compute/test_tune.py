@@ -48,7 +48,7 @@ class Colours(nn.Module):
 @pytest.fixture
 def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Report]:
     """Runs a model that is ``error`` off in half precision, of which a few images are enough."""
-    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
     def go(error: float = 0.0, seconds: float = 0.004, **options: object) -> Report:
@@ -130,7 +130,7 @@ def test_a_network_that_cannot_compute_in_half_precision_stays_in_float32(
 def test_a_few_images_are_not_worth_a_trial(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "LEAST_IMAGES", 12)
+    monkeypatch.setattr(tuning, "MIN_IMAGES", 12)
     assert run().precision == "float32"
 
 
@@ -183,7 +183,7 @@ def test_a_run_that_was_interrupted_goes_on_in_its_precision(
 def test_each_of_two_models_has_its_own_precision(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
     def load(name: str, given: Options, *_: object) -> Backbone:
@@ -259,7 +259,7 @@ def refuse(_: nn.Module) -> nn.Module:
         (refuse, "test:mean is not compiled: no compiler here"),
         (
             lambda module: Quick(module, 0.5),
-            r"test:mean is not compiled: compiled, its embeddings are others \(cosine 0\.\d+\)",
+            r"test:mean is not compiled: its embeddings would change \(cosine 0\.\d+\)",
         ),
     ],
 )
@@ -326,7 +326,7 @@ def test_layers_are_not_compiled(
         compile="on",
     )
     assert not report.is_compiled
-    assert "layers are taken out of a network by hooks, which do not compile" in caplog.text
+    assert "its layers are read with hooks, which do not compile" in caplog.text
 
 
 @pytest.mark.cuda
@@ -334,7 +334,7 @@ def test_layers_are_not_compiled(
 def test_on_a_gpu_what_is_chosen_keeps_the_embeddings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str
 ) -> None:
-    monkeypatch.setattr(tuning, "LEAST_IMAGES", 4)
+    monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
     for seed in range(24):
         path = tmp_path / "images" / f"{seed:02d}.png"
         path.parent.mkdir(exist_ok=True)

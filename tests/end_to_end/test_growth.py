@@ -690,7 +690,7 @@ def test_a_folder_in_which_nothing_is_an_image_any_more_changes_nothing(
     for name in list(folder.files):
         folder.write(name, corrupt=True)
     for _ in range(2):
-        with pytest.raises(SourceError, match="none of the 7 images gives an embedding"):
+        with pytest.raises(SourceError, match="no embedding from 7 images"):
             run(folder, out)
         assert published(out) == before
         check_files(out)

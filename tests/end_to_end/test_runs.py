@@ -26,7 +26,8 @@ from extractor.models import embedding
 from extractor.models.backbone import Backbone
 from extractor.options import Options
 from extractor.report import Progress
-from extractor.run.run_json import nothing_to_do, request_of
+from extractor.run.run_json import request_of
+from extractor.run.up_to_date import up_to_date_report
 from extractor.store.compact import compact
 from extractor.store.verify import verify
 
@@ -223,11 +224,11 @@ def test_several_stores_must_all_be_there(photos: Path, tmp_path: Path, loads: l
     options = Options(batch_size=2)
     extract(photos, models, tmp_path / "out", batch_size=2)
     images = list_images(photos)
-    report = nothing_to_do(images, models, str(tmp_path / "out"), options)
+    report = up_to_date_report(images, models, str(tmp_path / "out"), options)
     assert report is not None
     assert [store.rows for store in report.stores] == [11, 11]
     (tmp_path / "out/other/store.json").unlink()
-    assert nothing_to_do(images, models, str(tmp_path / "out"), options) is None
+    assert up_to_date_report(images, models, str(tmp_path / "out"), options) is None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def test_a_compact_store_is_the_one_that_a_fresh_run_makes(photos: Path, tmp_pat
     assert compact(out) == (after, after)
 
 
-def test_the_command_makes_compact_and_the_next_run_has_nothing_to_do(
+def test_the_command_makes_compact_and_the_next_run_has_up_to_date_report(
     photos: Path, tmp_path: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"

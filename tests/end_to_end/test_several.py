@@ -18,7 +18,7 @@ from torch import nn
 
 from extractor import Backbone, Extractor, FeatureStore, extract
 from extractor.cli import main as cli
-from extractor.compute.embed import pictures_of
+from extractor.compute.inputs import pictures_of
 from extractor.errors import ModelError, SourceError, StoreError, UsageError
 from extractor.images import decode
 from extractor.images.types import ImageInfo
@@ -257,7 +257,7 @@ def test_when_no_image_has_a_row_in_one_store_nothing_is_added(
     for name in ("0.png", "2.png", "4.png"):
         (shades / name).unlink()
     models = [small(MeanPixel()), small(DarkIsNone())]
-    with pytest.raises(SourceError, match=r"none of the 2 images .* of module-DarkIsNone"):
+    with pytest.raises(SourceError, match=r"no embedding of module-DarkIsNone from 2 images"):
         extract(shades, models, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

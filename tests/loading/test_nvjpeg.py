@@ -18,7 +18,6 @@ from PIL import Image
 from support.networks import mean_pixel
 from support.pictures import noise
 
-from extractor import api as pipeline
 from extractor import extract
 from extractor.api import Report
 from extractor.errors import UsageError
@@ -30,6 +29,7 @@ from extractor.loading.crash_log import CrashLog
 from extractor.loading.nvjpeg import NvjpegDecoder, render_group
 from extractor.models import embedding
 from extractor.preprocess import Preprocess
+from extractor.run import session
 from extractor.store.format import IN_FLIGHT
 
 STANDARD = Preprocess.standard(32)
@@ -170,7 +170,7 @@ class Run:
         self.calls: list[int] = []  # images per call of the decoder
         self.decode: Callable[[list[torch.Tensor]], list[torch.Tensor]] = pillow
         patch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
-        patch.setattr(pipeline, "_check_decode", lambda *_: None)
+        patch.setattr(session, "check_decode_device", lambda *_: None)
         patch.setattr(NvjpegDecoder, "_nvjpeg", lambda _, encoded: self._counted(encoded))
 
     def _counted(self, encoded: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -22,8 +22,8 @@ from extractor.run.recompute import recompute
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "in").mkdir()
-    for place in range(5):
-        noise(place, 60 + place, 50).save(tmp_path / "in" / f"{place}.png")
+    for i in range(5):
+        noise(i, 60 + i, 50).save(tmp_path / "in" / f"{i}.png")
     return tmp_path / "in"
 
 
@@ -45,14 +45,14 @@ MODEL = "torchvision:squeezenet1_1"
         ("torchvision:resnet18", {"bypass": ["layer4.1"], "image_size": 64}),
     ],
 )
-def test_rows_come_out_as_they_are_in_the_store(
+def test_recompute_confirms_unchanged_rows(
     folder: Path, tmp_path: Path, model: str, settings: dict[str, Any]
 ) -> None:
     store = extract(folder, model, tmp_path / "s", weights="random", device="cpu", **settings).store
     assert list(recompute(store, 5, device="cpu")) == []
 
 
-def test_rows_are_drawn_again_in_the_precision_of_the_store(
+def test_recompute_uses_precision_of_store(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed = []
@@ -68,24 +68,24 @@ def test_rows_are_drawn_again_in_the_precision_of_the_store(
     assert computed == ["mixed"]
 
 
-def test_a_row_that_is_another_is_named(folder: Path, tmp_path: Path) -> None:
+def test_different_row_is_named(folder: Path, tmp_path: Path) -> None:
     store = extract(folder, MODEL, tmp_path / "s", weights="random", device="cpu").store
     array = np.load(store.path / "features/00000.npy")
     array[3] = array[1]
     np.save(store.path / "features/00000.npy", array)
     (problem,) = recompute(FeatureStore.open(store.path), 5, device="cpu")
     assert problem.startswith("row 3: ")
-    assert "comes out otherwise now" in problem
+    assert "gives another row now, off by" in problem
 
 
-def test_an_image_that_is_gone_is_named(folder: Path, tmp_path: Path) -> None:
+def test_missing_image_is_named(folder: Path, tmp_path: Path) -> None:
     store = extract(folder, MODEL, tmp_path / "s", weights="random", device="cpu").store
     (folder / "2.png").unlink()
     (problem,) = recompute(store, 100, device="cpu")
     assert "cannot be decoded any more" in problem
 
 
-def test_weights_of_the_users_own_are_asked_for_and_compared(folder: Path, tmp_path: Path) -> None:
+def test_weights_of_user_are_required_and_compared(folder: Path, tmp_path: Path) -> None:
     def save(name: str, seed: int) -> Path:
         module = load_backbone(MODEL, weights="random", seed=seed, device="cpu").module
         torch.save(module.state_dict(), tmp_path / name)
@@ -95,7 +95,7 @@ def test_weights_of_the_users_own_are_asked_for_and_compared(folder: Path, tmp_p
     store = extract(folder, MODEL, tmp_path / "s", weights=mine, device="cpu").store
     with pytest.raises(StoreError, match=r"made with mine\.pth; name that file with --weights"):
         list(recompute(store, 1, device="cpu"))
-    with pytest.raises(StoreError, match="are others now"):
+    with pytest.raises(StoreError, match=r"the weights of .* changed: got SHA-256"):
         list(recompute(store, 1, device="cpu", weights=str(other)))
     words = ["verify", str(store.path), "--recompute", "3", "--device", "cpu"]
     assert cli.main([*words, "--weights", str(mine), "--images"]) == 0

@@ -1,0 +1,273 @@
+"""One run, from a list of images to finished stores."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from extractor.compute.inputs import Inputs, batch_size_for, device_of
+from extractor.compute.tune import Recorded, TuneSettings, tune
+from extractor.images.listing import ImageList, Input, list_images
+from extractor.images.types import ImageInfo
+from extractor.loading.crash_log import CrashLog
+from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
+from extractor.models.naming import join_names, store_folders
+from extractor.options import Options
+from extractor.report import Report, StoreReport
+from extractor.run.describe import describe, precision_of
+from extractor.run.output import StoreOutput, claim_store
+from extractor.run.passes import Callbacks, PassRunner
+from extractor.run.preflight import (
+    check_decode_device,
+    check_disk_space,
+    check_has_rows,
+    check_output_folders,
+    check_shard_count,
+)
+from extractor.run.recorded_weights import recorded_weights
+from extractor.run.run_json import request_of, write_run_json
+from extractor.run.snapshot import take_snapshot
+from extractor.run.suspects import load_suspects
+from extractor.store.claim import ClaimedFolder
+from extractor.store.format import IN_FLIGHT
+from extractor.store.writer import existing_computation
+from extractor.system.cpu import compute_threads
+from extractor.system.timing import Spent, Timer
+
+__all__ = ["Session"]
+
+log = logging.getLogger(__name__)
+
+
+class Session:
+    """One run: a method per stage, called in order by :meth:`run`.
+
+    Each stage takes the values that the stages before it returned.
+
+    Args:
+        models: Names of models, or loaded backbones.
+        out: Folder of the store, or of several stores; None for ``features/<name>``.
+        options: Options of the run.
+
+    Raises:
+        UsageError: The models do not fit the options.
+        StoreError: A store cannot be written.
+    """
+
+    def __init__(self, models: Sequence[Model], out: str | None, options: Options) -> None:
+        self._clock = _StageClock()
+        self._models = models
+        self._out = out
+        self._options = options
+        check_models(models, options)
+        names = [model for model in models if isinstance(model, str)]
+        self._model_names = names if len(names) == len(models) else None
+        if self._model_names is not None:
+            check_output_folders(self._model_names, out, options)
+
+    def run(self, images: Input | Iterable[Input] | ImageList, callbacks: Callbacks) -> Report:
+        """Run all stages and return the report."""
+        listed = self.list_images(images)
+        specs = self.load()
+        timer = Timer(trace=self._options.profile is not None)
+        with ExitStack() as stack:
+            stack.enter_context(compute_threads(self._options.threads))
+            claims = stack.enter_context(self.claim_outputs(specs))
+            inputs = Inputs(
+                self._options,
+                batch_size_for(specs, self._options),
+                load_suspects(claim.staging for claim in claims),
+                timer,
+            )
+            specs = self.choose_precision(specs, claims, listed, inputs)
+            outputs = self.compare(specs, claims, listed, inputs)
+            pending = max(output.pending for output in outputs)
+            self.check_space(outputs)
+            spent = self.compute(outputs, listed, inputs, callbacks)
+            stores = self.publish(outputs)
+        return self._report(listed, specs, stores, pending, spent)
+
+    def list_images(self, images: Input | Iterable[Input] | ImageList) -> ImageList:
+        """List the images, and check that a store can number their shards."""
+        listed = images if isinstance(images, ImageList) else list_images(images)
+        self._clock.end("list")
+        check_shard_count(len(listed), self._options.shard_images)
+        return listed
+
+    def load(self) -> list[EmbeddingSpec]:
+        """Load the models and return the embedding of each store."""
+        recorded = recorded_weights(self._models, self._out, self._options)
+        specs = load_specs(self._models, self._options, recorded_sha256=recorded)
+        import pyarrow.parquet  # noqa: F401  (fail now, not after the first shard)
+
+        check_decode_device(self._options.decode, device_of(specs))
+        self._clock.end("load")
+        return specs
+
+    @contextmanager
+    def claim_outputs(self, specs: Sequence[EmbeddingSpec]) -> Iterator[list[ClaimedFolder]]:
+        """Lock the folder of each store for this run."""
+        folders = store_folders(self._out, [spec.name for spec in specs])
+        with ExitStack() as stack:
+            yield [
+                stack.enter_context(claim_store(Path(folder), self._options)) for folder in folders
+            ]
+
+    def choose_precision(
+        self,
+        specs: Sequence[EmbeddingSpec],
+        claims: Sequence[ClaimedFolder],
+        images: ImageList,
+        inputs: Inputs,
+    ) -> list[EmbeddingSpec]:
+        """Return the specs in the precision of this run, compiled where that pays."""
+        before = [
+            existing_computation(
+                claim, describe(spec, self._options, images.root, inputs.batch_size)
+            )
+            for claim, spec in zip(claims, specs, strict=True)
+        ]
+        recorded = [
+            Recorded.of(found.computation, same_run=found.is_interrupted) if found else None
+            for found in before
+        ]
+        settings = TuneSettings(
+            # A backbone of the caller keeps its precision.
+            choose_precision=self._options.precision == "auto" and self._model_names is not None,
+            compile=self._options.compile,
+            images=max(len(images) - (found.images if found else 0) for found in before),
+            batch_size=inputs.batch_size,
+        )
+
+        def sample(count: int) -> list[torch.Tensor]:
+            indices = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
+            paths = [images.full_path(int(index)) for index in indices]
+            untimed = Inputs(self._options, len(paths), inputs.suspects)
+            slots = untimed.crash_log_slots
+            with (
+                CrashLog(claims[0].staging / IN_FLIGHT, slots) as crash_log,
+                untimed.loader([paths], specs, crash_log) as loader,
+            ):
+                (batch,) = loader
+                kept = [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
+                return [picture[torch.tensor(kept)] for picture in batch.pictures]
+
+        tuned = tune(specs, recorded, settings, sample)
+        self._clock.end("tune")
+        return tuned
+
+    def compare(
+        self,
+        specs: Sequence[EmbeddingSpec],
+        claims: Sequence[ClaimedFolder],
+        images: ImageList,
+        inputs: Inputs,
+    ) -> list[StoreOutput]:
+        """Compare the images with the rows of each store, and plan what to compute."""
+        content = self._options.check == "content"
+        snapshot = functools.cache(lambda: take_snapshot(images, content=content))
+        return [
+            StoreOutput(
+                claim,
+                spec,
+                describe(spec, self._options, images.root, inputs.batch_size),
+                images,
+                snapshot,
+                self._options,
+            )
+            for claim, spec in zip(claims, specs, strict=True)
+        ]
+
+    def check_space(self, outputs: Sequence[StoreOutput]) -> None:
+        """Check that the pending rows fit on the disk."""
+        check_disk_space(outputs)
+        self._clock.end("compare")
+
+    def compute(
+        self,
+        outputs: Sequence[StoreOutput],
+        images: ImageList,
+        inputs: Inputs,
+        callbacks: Callbacks,
+    ) -> Spent:
+        """Compute the pending rows, and return what that took."""
+        runner = PassRunner(images, [o.spec for o in outputs], inputs, self._model_names)
+        try:
+            runner.run(outputs, callbacks)
+        finally:
+            if self._options.profile is not None and inputs.timer is not None:
+                _write_profile(self._options.profile, inputs.timer)
+        check_has_rows(outputs)
+        self._clock.end("compute")
+        return runner.spent
+
+    def publish(self, outputs: Sequence[StoreOutput]) -> tuple[StoreReport, ...]:
+        """Make the stores visible."""
+        return tuple(output.publish() for output in outputs)
+
+    def _report(
+        self,
+        images: ImageList,
+        specs: Sequence[EmbeddingSpec],
+        stores: tuple[StoreReport, ...],
+        pending: int,
+        spent: Spent,
+    ) -> Report:
+        self._clock.end("publish")
+        seconds = self._clock.seconds
+        backbones = [backbone for spec in specs for backbone in spec.backbones]
+        cosines = [b.least_cosine for b in backbones if b.least_cosine is not None]
+        report = Report(
+            stores=stores,
+            images=len(images),
+            resumed=len(images) - pending,
+            passed_over=images.passed_over,
+            device=str(device_of(specs)),
+            precision=join_names(list(dict.fromkeys(map(precision_of, specs)))),
+            least_cosine=min(cosines, default=None),
+            is_compiled=any(backbone.is_compiled for backbone in backbones),
+            seconds=sum(seconds.values()),
+            load_seconds=sum(seconds[name] for name in ("list", "load", "tune")),
+            accepted_failure_rate=self._options.max_failure_rate,
+            spent=spent,
+        )
+        names = self._model_names
+        write_run_json(
+            report,
+            None if names is None else request_of(names, self._options),
+            weights=[backbone.provenance.file for backbone in backbones],
+            options=self._options,
+            started=self._clock.started,
+            seconds=seconds,
+        )
+        return report
+
+
+class _StageClock:
+    """Measures the stages of a run, one after the other."""
+
+    def __init__(self) -> None:
+        self.started = datetime.now(timezone.utc)
+        self.seconds: dict[str, float] = {}
+        self._begun = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """Attribute the time since the end of the previous stage to this one."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._begun
+        self._begun = now
+
+
+def _write_profile(file: str, timer: Timer) -> None:
+    try:
+        Path(file).write_text(timer.chrome_trace(), "utf-8")
+    except OSError as error:  # the rows are worth more than the profile
+        log.warning("cannot write the profile %s: %s", file, error.strerror)
