@@ -176,6 +176,6 @@ def test_where_nothing_can_be_synced_a_run_says_so_and_goes_on(
         raise OSError(22, os.strerror(22))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    files._warn_of_no_sync.cache_clear()
+    files._warn_about_sync.cache_clear()
     assert extract(photos, mean_pixel(), tmp_path / "out").rows == 11
     assert len([one for one in caplog.records if "mind power cuts" in one.message]) == 1
