@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support.pictures import colour
+from support.pictures import color
 
 REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
 
@@ -66,5 +66,5 @@ def photos(tmp_path: Path) -> Path:
     for i in range(11):
         path = folder / ("deep/er" if i % 3 else "") / f"{i:02d}.{('png', 'bmp', 'tiff')[i % 3]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (40 + 7 * i, 90 - 5 * i), colour(i)).save(path)
+        Image.new("RGB", (40 + 7 * i, 90 - 5 * i), color(i)).save(path)
     return folder

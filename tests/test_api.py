@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.networks import MeanPixel, mean_pixel, normalised
-from support.pictures import colour, noise
+from support.networks import MeanPixel, mean_pixel, normalized
+from support.pictures import color, noise
 
 from extractor import Backbone, Extractor, FeatureStore, Preprocess, extract
 from extractor.api import Progress
@@ -64,7 +64,7 @@ def test_row_i_belongs_to_image_i(
     names = [int(Path(path).stem) for path in store.paths]
     assert sorted(names) == list(range(11))
     assert [p.encode() for p in store.paths] == sorted(p.encode() for p in store.paths)
-    expected = [normalised(colour(i)) for i in names]
+    expected = [normalized(color(i)) for i in names]
     np.testing.assert_allclose(store.features[:], expected, atol=1e-5)
     assert len(store.manifest.shards) == -(-11 // shard_images)
 
@@ -91,7 +91,7 @@ def test_bad_images_shift_no_row(photos: Path, tmp_path: Path, bad: list[int]) -
     assert (report.images, report.rows, report.failed) == (11, 11 - len(bad), len(bad))
     names = [int(Path(path).stem) for path in store.paths]
     assert sorted(names) == sorted(set(range(11)) - set(bad))
-    np.testing.assert_allclose(store.features[:], [normalised(colour(i)) for i in names], atol=1e-5)
+    np.testing.assert_allclose(store.features[:], [normalized(color(i)) for i in names], atol=1e-5)
     assert sorted(int(Path(f["path"]).stem) for f in report.failures) == bad
     assert {f["error"] for f in report.failures} == {"not-an-image"}
     planned = [3, 3, 3, 2]
@@ -114,7 +114,7 @@ def test_one_image_makes_a_store(photos: Path, tmp_path: Path) -> None:
     store = extract(photos / "00.png", out=tmp_path / "out").store
     assert store.paths == ["00.png"]
     assert store.root == str(photos)
-    np.testing.assert_allclose(store[0], normalised(colour(0)), atol=1e-5)
+    np.testing.assert_allclose(store[0], normalized(color(0)), atol=1e-5)
 
 
 @pytest.mark.usefixtures("mean_model")
@@ -144,7 +144,7 @@ def test_an_embedding_that_is_not_finite_is_a_failure_of_its_image(
 
     def blow_up(self: MeanPixel, pixels: torch.Tensor) -> torch.Tensor:
         rows = forward(self, pixels).clone()
-        rows[rows[:, 0] < normalised(colour(2))[0]] = torch.nan  # images 0 and 1
+        rows[rows[:, 0] < normalized(color(2))[0]] = torch.nan  # images 0 and 1
         return rows
 
     monkeypatch.setattr(MeanPixel, "forward", blow_up)

@@ -101,7 +101,7 @@ def make(case: str) -> tuple[Preprocess, Reference]:
 
 @functools.cache
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth colours with a little grain, as a photo has, the same for the same size."""
+    """Smooth colors with a little grain, as a photo has, the same for the same size."""
     random = np.random.default_rng([width, height])
     coarse = random.integers(0, 256, (max(2, height // 12), max(2, width // 12), 3), np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -109,10 +109,10 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray((np.asarray(smooth) + grain).clip(0, 255).astype(np.uint8))
 
 
-def levels(normalised: torch.Tensor) -> npt.NDArray[np.float32]:
-    """A normalised picture (3, H, W) as the levels 0..255 that it was made of, (H, W, 3)."""
+def levels(normalized: torch.Tensor) -> npt.NDArray[np.float32]:
+    """A normalized picture (3, H, W) as the levels 0..255 that it was made of, (H, W, 3)."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
-    return ((normalised * std + mean) * 255).round_().permute(1, 2, 0).numpy()
+    return ((normalized * std + mean) * 255).round_().permute(1, 2, 0).numpy()
 
 
 def picture(preprocess: Preprocess, image: Image.Image) -> Pixels:
@@ -261,7 +261,7 @@ def test_geometry_turns_with_the_image() -> None:
         ((5000, 1), slice(49, 50), slice(0, 100)),  # at least one row is left of a thin image
     ],
 )
-def test_padding_is_the_fill_colour_and_nothing_of_the_last_picture(
+def test_padding_is_the_fill_color_and_nothing_of_the_last_picture(
     shape: tuple[int, int], rows: slice, columns: slice, seed: int
 ) -> None:
     fill = (12, 200, 77)
@@ -349,8 +349,8 @@ def test_a_usual_transform_of_such_values_is_refused(wrong: dict[str, Any], mess
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_every_accepted_mode_and_filter_gives_a_picture(resize: str, interpolation: str) -> None:
     preprocess = Preprocess(**{**VALID, "resize": resize, "interpolation": interpolation})
-    grey = picture(preprocess, Image.new("RGB", (300, 300), (90, 91, 92)))
-    assert (grey == (90, 91, 92)).all()
+    gray = picture(preprocess, Image.new("RGB", (300, 300), (90, 91, 92)))
+    assert (gray == (90, 91, 92)).all()
 
 
 def test_as_dict_survives_json() -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.networks import mean_pixel, normalised
+from support.networks import mean_pixel, normalized
 from torch import nn
 
 from extractor import load_backbone
@@ -21,7 +21,7 @@ from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.system.devices import device_errors
 
 
-def colours(count: int) -> list[tuple[int, int, int]]:
+def colors(count: int) -> list[tuple[int, int, int]]:
     return [((37 * i) % 256, (91 * i) % 256, (5 * i) % 256) for i in range(count)]
 
 
@@ -41,18 +41,18 @@ def run(
     return np.concatenate(rows)
 
 
-def flat(colour: tuple[int, int, int]) -> np.ndarray:
-    return np.full((10, 10, 3), colour, np.uint8)
+def flat(color: tuple[int, int, int]) -> np.ndarray:
+    return np.full((10, 10, 3), color, np.uint8)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 40])
-def test_rows_are_the_normalised_colours_in_order(size: int, device: str) -> None:
-    rows = run(mean_pixel(device), [flat(c) for c in colours(16)], size)
-    np.testing.assert_allclose(rows, [normalised(c) for c in colours(16)], atol=1e-5)
+def test_rows_are_the_normalized_colors_in_order(size: int, device: str) -> None:
+    rows = run(mean_pixel(device), [flat(c) for c in colors(16)], size)
+    np.testing.assert_allclose(rows, [normalized(c) for c in colors(16)], atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 4, 256])
-def test_pictures_are_normalised_in_float32_and_rounded_once(width: int) -> None:
+def test_pictures_are_normalized_in_float32_and_rounded_once(width: int) -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     pictures = torch.stack([levels, levels.flip(0), levels.roll(5)], 1).view(-1, 1, width, 3)
     backbone = mean_pixel("cpu")
@@ -69,14 +69,14 @@ def test_pictures_are_normalised_in_float32_and_rounded_once(width: int) -> None
 
 
 def test_many_batches_stay_in_order(device: str) -> None:
-    rows = run(mean_pixel(device), [flat(c) for c in colours(200)], 2)
-    np.testing.assert_allclose(rows, [normalised(c) for c in colours(200)], atol=1e-5)
+    rows = run(mean_pixel(device), [flat(c) for c in colors(200)], 2)
+    np.testing.assert_allclose(rows, [normalized(c) for c in colors(200)], atol=1e-5)
 
 
-def test_normalised_rows_have_unit_length(device: str) -> None:
-    rows = run(mean_pixel(device), [flat(c) for c in colours(9)], 4, normalize=True)
+def test_normalized_rows_have_unit_length(device: str) -> None:
+    rows = run(mean_pixel(device), [flat(c) for c in colors(9)], 4, normalize=True)
     np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-6)
-    plain = np.array([normalised(c) for c in colours(9)])
+    plain = np.array([normalized(c) for c in colors(9)])
     np.testing.assert_allclose(
         rows, plain / np.linalg.norm(plain, axis=1, keepdims=True), atol=1e-5
     )
@@ -120,7 +120,7 @@ def test_only_quick_batches_are_computed_together(
 
     now, count = 0.0, 0
     backbone = replace(mean_pixel(), module=Clock())
-    plan: list[list[ImageSource]] = [[flat(colour)] for colour in colours(9)]
+    plan: list[list[ImageSource]] = [[flat(color)] for color in colors(9)]
     with BatchLoader(plan, [backbone.preprocess], LoaderOptions(batch_size=1, workers=2)) as loader:
         monkeypatch.setattr("extractor.compute.embed.time.perf_counter", lambda: now + 1e-6 * count)
         computed = embed(

@@ -28,7 +28,7 @@ from extractor.options import Options
 from extractor.store.format import with_checksum
 
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     """The mean of each channel; in half precision quicker and ``error`` away from it."""
 
     def __init__(self, error: float, seconds: float = 0.004) -> None:
@@ -53,12 +53,12 @@ def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
     def go(error: float = 0.0, seconds: float = 0.004, **options: object) -> Report:
         def load(_: str, given: Options, *__: object) -> Backbone:
-            backbone = replace(mean_pixel(), module=Colours(error, seconds))
+            backbone = replace(mean_pixel(), module=Colors(error, seconds))
             name = precision.resolve_precision(given.precision)
             return backbone.to(torch.device("cpu"), name)
 
         monkeypatch.setattr(embedding, "load", load)
-        return extract(photos, "colours", tmp_path / "out", batch_size=4, **options)  # type: ignore[arg-type]
+        return extract(photos, "colors", tmp_path / "out", batch_size=4, **options)  # type: ignore[arg-type]
 
     return go
 
@@ -85,18 +85,18 @@ def test_half_precision_that_gives_nan_is_not_taken(run: Callable[..., Report]) 
 
 
 def test_half_precision_that_is_no_faster_is_not_taken(run: Callable[..., Report]) -> None:
-    class Slow(Colours):
+    class Slow(Colors):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             time.sleep(0.004 * len(pixels))
             return super().forward(pixels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.Colours", Slow)
+        patch.setattr(f"{__name__}.Colors", Slow)
         assert run(seconds=0).precision == "float32"
 
 
 def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[..., Report]) -> None:
-    class Disturbed(Colours):
+    class Disturbed(Colors):
         """Its first batches in half precision take long."""
 
         left = 3  # that is all batches of a look
@@ -108,7 +108,7 @@ def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[...
             return super().forward(pixels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.Colours", Disturbed)
+        patch.setattr(f"{__name__}.Colors", Disturbed)
         assert run().precision == "bfloat16"
     assert not Disturbed.left
 
@@ -116,14 +116,14 @@ def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[...
 def test_a_network_that_cannot_compute_in_half_precision_stays_in_float32(
     run: Callable[..., Report],
 ) -> None:
-    class Refusing(Colours):
+    class Refusing(Colors):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             if self.weight.dtype != torch.float32:
                 raise RuntimeError("no kernel for this")
             return super().forward(pixels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(f"{__name__}.Colours", Refusing)
+        patch.setattr(f"{__name__}.Colors", Refusing)
         assert run().precision == "float32"
 
 
@@ -187,7 +187,7 @@ def test_each_of_two_models_has_its_own_precision(
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
 
     def load(name: str, given: Options, *_: object) -> Backbone:
-        backbone = replace(mean_pixel(), module=Colours({"good": 1e-3, "bad": 0.3}[name]))
+        backbone = replace(mean_pixel(), module=Colors({"good": 1e-3, "bad": 0.3}[name]))
         backbone = replace(backbone, provenance=replace(backbone.provenance, model=name))
         return backbone.to(torch.device("cpu"), precision.resolve_precision(given.precision))
 
@@ -209,7 +209,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, network: Callable[[nn.Module], obje
 
 
 class Quick(nn.Module):
-    """What a compiler makes of :class:`Colours`."""
+    """What a compiler makes of :class:`Colors`."""
 
     def __init__(self, module: nn.Module, error: float = 0.0) -> None:
         super().__init__()

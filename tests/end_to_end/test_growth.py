@@ -24,7 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from PIL import Image
-from support.networks import mean_pixel, normalised
+from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, extract
 from extractor.api import Report
@@ -55,15 +55,15 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass(frozen=True)
 class Version:
-    """One state of a file; ``colour`` is None where it is no image."""
+    """One state of a file; ``color`` is None where it is no image."""
 
-    colour: Colour | None
+    color: Colour | None
     side: int
     mtime_ns: int
 
 
 class Folder:
-    """A folder of images of one colour each; no two states of a file have size and time alike."""
+    """A folder of images of one color each; no two states of a file have size and time alike."""
 
     def __init__(self, place: Path):
         self.place = place
@@ -72,15 +72,15 @@ class Folder:
         self._numbers = itertools.count(1)
 
     def write(self, name: str, *, corrupt: bool = False) -> None:
-        """Add a file or replace one, with a colour that there never was."""
+        """Add a file or replace one, with a color that there never was."""
         number = next(self._numbers)
-        colour = (number % 256, number * 7 % 256, number // 256 * 11)
-        self._put(name, Version(None if corrupt else colour, 4 + number % 5, self._time(number)))
+        color = (number % 256, number * 7 % 256, number // 256 * 11)
+        self._put(name, Version(None if corrupt else color, 4 + number % 5, self._time(number)))
 
     def touch(self, name: str) -> None:
         """Change the time of a file and nothing else."""
         was = self.files[name]
-        self._put(name, Version(was.colour, was.side, self._time(next(self._numbers))))
+        self._put(name, Version(was.color, was.side, self._time(next(self._numbers))))
 
     def restore(self, name: str, version: Version) -> None:
         """Bring back what a file was before, with its time."""
@@ -91,13 +91,13 @@ class Folder:
         self._remember(name, self.files.pop(name))
 
     @property
-    def colours(self) -> dict[str, Colour]:
+    def colors(self) -> dict[str, Colour]:
         """Those of the images that can be decoded."""
-        return {name: one.colour for name, one in self.files.items() if one.colour is not None}
+        return {name: one.color for name, one in self.files.items() if one.color is not None}
 
     @property
     def corrupt(self) -> set[str]:
-        return set(self.files) - set(self.colours)
+        return set(self.files) - set(self.colors)
 
     def _time(self, number: int) -> int:
         return 1_700_000_000_000_000_000 + number
@@ -105,10 +105,10 @@ class Folder:
     def _put(self, name: str, version: Version) -> None:
         path = self.place / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if version.colour is None:
+        if version.color is None:
             path.write_bytes(b"x" * version.side)
         else:
-            Image.new("RGB", (version.side, 12 - version.side), version.colour).save(path)
+            Image.new("RGB", (version.side, 12 - version.side), version.color).save(path)
         os.utime(path, ns=(version.mtime_ns, version.mtime_ns))
         if name in self.files:
             self._remember(name, self.files[name])
@@ -119,17 +119,17 @@ class Folder:
 
 
 def view(out: Path) -> dict[str, Colour] | None:
-    """The colour of each row of a store, by path; None where there is no store."""
+    """The color of each row of a store, by path; None where there is no store."""
     if not (out / "store.json").exists() and not (out / STAGING / "store.json").exists():
         return None
     store = FeatureStore.open(out)
     rows = np.asarray(store.features)
     assert len(rows) == len(store.paths) == len(set(store.paths))
-    zero, one = (np.array(normalised((level,) * 3)) for level in (0, 255))
+    zero, one = (np.array(normalized((level,) * 3)) for level in (0, 255))
     levels = (rows - zero) / (one - zero) * 255
     assert abs(levels - levels.round()).max(initial=0) < 0.01
-    colours = [tuple(map(int, row)) for row in levels.round()]
-    return dict(zip(store.paths, colours, strict=True))
+    colors = [tuple(map(int, row)) for row in levels.round()]
+    return dict(zip(store.paths, colors, strict=True))
 
 
 def names_of_failures(out: Path) -> list[str]:
@@ -241,7 +241,7 @@ class Growth(RuleBasedStateMachine):
     @rule(what=st.sampled_from(CHANGES_OF_IMAGES), data=st.data())
     def change_images(self, what: str, data: st.DataObject) -> None:
         folder = self.folder
-        names = {"write": NAMES, "mend": folder.corrupt, "spoil": folder.colours}
+        names = {"write": NAMES, "mend": folder.corrupt, "spoil": folder.colors}
         names["restore"] = folder.past
         candidates = sorted(names.get(what, folder.files))
         some = st.sets(st.sampled_from(candidates), min_size=1) if candidates else st.just(set())
@@ -379,18 +379,18 @@ class Growth(RuleBasedStateMachine):
     def expected(self, keep: bool) -> dict[str, Colour]:
         missing = {} if not keep or self.view is None else self.view
         kept = {name: it for name, it in missing.items() if name not in self.folder.files}
-        return {**self.folder.colours, **kept}
+        return {**self.folder.colors, **kept}
 
     def check_view(self, found: dict[str, Colour], expected: dict[str, Colour], keep: bool) -> None:
         for name in set(found) | set(expected):
-            colours = {expected.get(name)}
+            colors = {expected.get(name)}
             if keep and name not in self.folder.files:
-                colours |= self.begun.get(name, set())
-            assert found.get(name) in colours, name
+                colors |= self.begun.get(name, set())
+            assert found.get(name) in colors, name
 
     def begin_all(self) -> None:
-        for name, colour in self.folder.colours.items():
-            self.begun.setdefault(name, set()).add(colour)
+        for name, color in self.folder.colors.items():
+            self.begun.setdefault(name, set()).add(color)
 
     def may_fail(self, keep: bool) -> bool:
         return not self.folder.files or not self.expected(keep)
@@ -440,7 +440,7 @@ def test_only_new_and_changed_images_are_computed(folder: Folder, tmp_path: Path
     report = run(folder, out)
     (store,) = report.stores
     assert (report.resumed, store.added, store.changed, store.gone) == (5, 2, 1, 1)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     check_files(out)
 
 
@@ -474,16 +474,16 @@ def test_with_content_a_change_of_the_same_size_and_time_is_found(
 ) -> None:
     out = tmp_path / "out"
     path = folder.place / "b.bmp"
-    for colour in [(1, 2, 3), (4, 5, 6)]:
-        Image.new("RGB", (5, 5), colour).save(path)
+    for color in [(1, 2, 3), (4, 5, 6)]:
+        Image.new("RGB", (5, 5), color).save(path)
         os.utime(path, ns=(10**18, 10**18))
-        if colour == (1, 2, 3):
+        if color == (1, 2, 3):
             run(folder, out)
     assert run(folder, out).resumed == 8  # sizes and times do not tell
-    assert view(out) == {**folder.colours, "b.bmp": (1, 2, 3)}
+    assert view(out) == {**folder.colors, "b.bmp": (1, 2, 3)}
     report = run(folder, out, check="content")
     assert (report.resumed, report.stores[0].changed) == (7, 1)
-    assert view(out) == {**folder.colours, "b.bmp": (4, 5, 6)}
+    assert view(out) == {**folder.colors, "b.bmp": (4, 5, 6)}
     check_files(out)
 
 
@@ -496,11 +496,11 @@ def test_an_image_that_comes_back_unchanged_has_its_old_row_again(
     for change in (lambda: folder.delete("b.png"), lambda: folder.write("b.png")):
         change()
         run(folder, out)
-        assert view(out) == folder.colours
+        assert view(out) == folder.colors
         folder.restore("b.png", was)
         report = run(folder, out)
         assert (report.resumed, report.stores[0].added) == (7, 0)
-        assert view(out) == folder.colours
+        assert view(out) == folder.colors
         check_files(out)
 
 
@@ -525,7 +525,7 @@ def test_a_failed_image_is_tried_again_when_that_is_asked_for(
     path.write_bytes(right)
     os.utime(path, ns=(was.st_mtime_ns, was.st_mtime_ns))
     assert run(folder, out, retry_failed=retry).failed == (1 if retry else 2)
-    expected = {**folder.colours, "b.png": (9, 8, 7)} if retry else folder.colours
+    expected = {**folder.colors, "b.png": (9, 8, 7)} if retry else folder.colors
     assert view(out) == expected
     check_files(out)
 
@@ -541,7 +541,7 @@ def test_a_failed_image_is_tried_again_once_its_file_is_another(
     report = run(folder, out)
     assert (report.resumed, report.failed) == (6, 1 if change == "touch" else 0)
     assert names_of_failures(out) == sorted(folder.corrupt)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     check_files(out)
 
 
@@ -557,7 +557,7 @@ def test_an_unreadable_image_is_tried_again_once_it_can_be_read(
     (folder.place / "b.png").chmod(0o644)
     report = run(folder, out)
     assert (report.resumed, report.failed) == (6, 0)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     check_files(out)
 
 
@@ -572,7 +572,7 @@ def test_a_link_that_leads_nowhere_is_tried_again_once_it_leads_to_an_image(
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "later.png")
     report = run(folder, out)
     assert (report.resumed, report.failed) == (7, 0)
-    assert view(out) == {**folder.colours, "link.png": (9, 8, 7)}
+    assert view(out) == {**folder.colors, "link.png": (9, 8, 7)}
 
 
 def test_rows_of_missing_images_are_kept_until_a_run_that_does_not_keep_them(
@@ -589,17 +589,17 @@ def test_rows_of_missing_images_are_kept_until_a_run_that_does_not_keep_them(
     (store,) = report.stores
     assert (report.rows, store.added, store.changed, store.gone) == (7, 1, 1, 0)
     kept = {name: before[name] for name in ("a.png", "d/a.png")}
-    assert view(out) == {**folder.colours, **kept}
+    assert view(out) == {**folder.colors, **kept}
     check_files(out)
     folder.write("a.png")  # one of them is there again, as another
     run(folder, out, keep_missing=True)
-    assert view(out) == {**folder.colours, "d/a.png": before["d/a.png"]}
+    assert view(out) == {**folder.colors, "d/a.png": before["d/a.png"]}
     report = run(folder, out)
     assert (report.rows, report.stores[0].gone, report.stores[0].added) == (6, 1, 0)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     # What was given up is not kept later.
     run(folder, out, keep_missing=True)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     check_files(out)
 
 
@@ -624,16 +624,16 @@ def test_a_reader_reads_its_rows_and_paths_while_its_store_grows(
     out = tmp_path / "out"
     folder.write("f.png", corrupt=True)
     run(folder, out)
-    old = folder.colours
+    old = folder.colors
     reader = FeatureStore.open(out)
     for name in ("b.png", "g.png"):  # one of a shard retires, one comes
         folder.write(name)
         run(folder, out)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     assert len(reader) == len(old)
     assert dict(zip(reader.paths, reader.column("mtime_ns"), strict=True)).keys() == old.keys()
-    for name, colour in old.items():
-        assert np.allclose(reader[reader.index_of(name)], normalised(colour), atol=1e-4), name
+    for name, color in old.items():
+        assert np.allclose(reader[reader.index_of(name)], normalized(color), atol=1e-4), name
 
 
 def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path: Path) -> None:
@@ -650,7 +650,7 @@ def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path
                 extract(folder.place, ["small"], places[1], **settings, stop=after(1))
         report = extract(folder.place, models, tmp_path / "out", **settings)
         for place, store in zip(places, report.stores, strict=True):
-            assert view(place) == folder.colours
+            assert view(place) == folder.colors
             assert (store.rows, store.failed) == (len(folder.files), 0)
             check_files(place)
         assert extract(folder.place, models, tmp_path / "out", **settings).resumed == len(
@@ -670,7 +670,7 @@ def test_two_stores_that_lack_different_images_end_alike(folder: Folder, tmp_pat
     assert [store.added for store in report.stores] == [2, 1]
     assert report.resumed == 5  # the worst of them
     for model in models:
-        assert view(tmp_path / "out" / model) == folder.colours
+        assert view(tmp_path / "out" / model) == folder.colors
         assert names_of_failures(tmp_path / "out" / model) == ["z.png"]
         check_files(tmp_path / "out" / model)
 
@@ -698,7 +698,7 @@ def test_a_folder_in_which_nothing_is_an_image_any_more_changes_nothing(
     folder.write("b.png")
     report = run(folder, out)
     assert (report.rows, report.failed) == (1, 6)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     check_files(out)
 
 
@@ -717,7 +717,7 @@ def test_shards_of_which_no_row_counts_vanish(folder: Folder, tmp_path: Path) ->
         assert 0 in shards()
         folder.write(name)
         run(folder, out)
-        assert view(out) == folder.colours
+        assert view(out) == folder.colors
         check_files(out)
     assert 0 not in shards()
     was = shards()
@@ -739,7 +739,7 @@ def test_what_an_interrupted_run_has_done_is_kept_where_it_is_still_right(
     folder.write("b.png", corrupt=True)
     report = run(folder, out)
     assert (report.resumed, report.rows, report.failed) == (3, 7, 1)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     assert names_of_failures(out) == ["b.png"]
     check_files(out)
 
@@ -758,7 +758,7 @@ def test_an_image_that_an_interrupted_run_found_corrupt_may_be_mended(
         run(folder, out, stop=after(1))
     report = run(folder, out)
     assert (report.resumed, report.rows, report.failed) == (2, 2, 5)
-    assert view(out) == folder.colours
+    assert view(out) == folder.colors
     check_files(out)
 
 
@@ -777,11 +777,11 @@ def test_a_run_goes_on_where_one_died_at_any_step_of_growing(tmp_path: Path) -> 
         shutil.copytree(tmp_path / "template", out)
         code = in_child(lambda out=out: run(template, out), when)
         found = view(out)
-        outcomes.append((code, found == template.colours))
-        assert found in (old, template.colours), when
+        outcomes.append((code, found == template.colors))
+        assert found in (old, template.colors), when
         report = run(template, out)
-        assert report.rows == len(template.colours), when
-        assert view(out) == template.colours, when
+        assert report.rows == len(template.colors), when
+        assert view(out) == template.colors, when
         check_files(out)
         shutil.rmtree(out)
         if code != DIED:

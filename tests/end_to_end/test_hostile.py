@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 from support.commands import run_python
 from support.hostile_decoder import hostile_python, write_hostile
-from support.networks import mean_pixel, normalised
-from support.pictures import colour
+from support.networks import mean_pixel, normalized
+from support.pictures import color
 
 from extractor import FeatureStore, extract
 from extractor.errors import InterruptedRunError, SourceError
@@ -63,7 +63,7 @@ def little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 def check_rows(store: FeatureStore, names: Sequence[int]) -> None:
     """Whether a store has just the photos of these numbers, each with its own row."""
     assert sorted(int(Path(path).stem) for path in store.paths) == sorted(names)
-    expected = [normalised(colour(int(Path(path).stem))) for path in store.paths]
+    expected = [normalized(color(int(Path(path).stem))) for path in store.paths]
     np.testing.assert_allclose(store.features[:], expected, atol=1e-5)
 
 
@@ -327,7 +327,7 @@ def run(photos: Path, out: Path, workers: int = 1) -> subprocess.CompletedProces
 def hostile_photo(photos: Path, number: int, deed: str) -> bytes:
     (old,) = photos.rglob(f"{number:02d}.*")
     old.unlink()
-    return write_hostile(old, deed, Image.new("RGB", (30, 20), colour(number)))
+    return write_hostile(old, deed, Image.new("RGB", (30, 20), color(number)))
 
 
 @pytest.mark.usefixtures("pythonpath")
@@ -388,7 +388,7 @@ def test_images_that_come_meanwhile_do_not_make_a_crash_forgotten(
     hostile_photo(photos, 10, "exit 9")
     out = tmp_path / "out"
     assert run(photos, out).returncode == 9
-    Image.new("RGB", (9, 9), colour(11)).save(photos / "11.png")
+    Image.new("RGB", (9, 9), color(11)).save(photos / "11.png")
     second = run(photos, out)
     assert "the last run died" in second.stderr
     assert second.returncode == 0
@@ -466,7 +466,7 @@ NAMES = [
 
 def png_of(number: int, size: tuple[int, int] = (30, 20)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", size, colour(number)).save(file, "PNG")
+    Image.new("RGB", size, color(number)).save(file, "PNG")
     return file.getvalue()
 
 
@@ -494,7 +494,7 @@ def test_any_name_has_its_row(tmp_path: Path, shard_images: int) -> None:
     store = report.store
     assert [os.fsencode(path) for path in store.paths] == sorted(names)
     numbers = {name: number for number, name in enumerate(NAMES)} | {names[-1]: len(NAMES)}
-    expected = [normalised(colour(numbers[os.fsencode(path)])) for path in store.paths]
+    expected = [normalized(color(numbers[os.fsencode(path)])) for path in store.paths]
     np.testing.assert_allclose(store.features[:], expected, atol=1e-5)
     assert not list(verify(tmp_path / "out"))
 
@@ -583,7 +583,7 @@ def test_what_changes_after_the_listing_is_told_exactly(photos: Path, tmp_path: 
     assert sorted(rows) == list(range(4, 11))
     for number, row in rows.items():
         drawn = 10 if number == 4 else number
-        np.testing.assert_allclose(row, normalised(colour(drawn)), atol=1e-5)
+        np.testing.assert_allclose(row, normalized(color(drawn)), atol=1e-5)
     assert not list(verify(tmp_path / "out"))
 
 
@@ -670,13 +670,13 @@ def test_a_file_that_grows_while_it_is_read_is_computed_again_by_the_next_run(
 # Memory
 
 
-def png_file(width: int, height: int, rows: bytes, colour_type: int = 0) -> bytes:
+def png_file(width: int, height: int, rows: bytes, color_type: int = 0) -> bytes:
     def chunk(name: bytes, body: bytes) -> bytes:
         return (
             struct.pack(">L", len(body)) + name + body + struct.pack(">L", zlib.crc32(name + body))
         )
 
-    header = struct.pack(">LLBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    header = struct.pack(">LLBBBBB", width, height, 8, color_type, 0, 0, 0)
     body = chunk(b"IDAT", zlib.compress(rows, 1))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
 
@@ -754,7 +754,7 @@ def test_icons_that_hold_large_images_wait_for_each_other_too(tmp_path: Path) ->
     small, large = tmp_path / "a.png", tmp_path / "large.ico"
     small.write_bytes(png_of(1))
     side = 5000
-    large.write_bytes(ico_file(png_file(side, side, bytes((3 * side + 1) * side), colour_type=2)))
+    large.write_bytes(ico_file(png_file(side, side, bytes((3 * side + 1) * side), color_type=2)))
     alone, _ = peak_of([small, large], 1, 30_000_000)
     together, told = peak_of([small, *[large] * 6], 6, 30_000_000)
     assert told == ["row"] * 7

@@ -191,7 +191,7 @@ def test_what_is_not_changed_stays(name: str) -> None:
     assert PixelChanges(crop_pct=1.0)
 
 
-def test_a_padding_has_the_mean_colour_of_the_model() -> None:
+def test_a_padding_has_the_mean_color_of_the_model() -> None:
     padded = changed("resnet18", resize="pad")
     assert padded.fill == (124, 116, 104)  # 255 times ImageNet's mean
     levels = Preprocess.standard(64, fit="pad").changed(PixelChanges(mean=(0.0, 0.5, 1.0)))

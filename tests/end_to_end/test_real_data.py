@@ -67,11 +67,11 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
 
 
-def levels(backbone: Backbone, normalised: torch.Tensor) -> torch.Tensor:
+def levels(backbone: Backbone, normalized: torch.Tensor) -> torch.Tensor:
     """Normalised pixels back to levels 0..255."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
         backbone.preprocess.mean, backbone.preprocess.std))  # fmt: skip
-    return (normalised * std + mean) * 255
+    return (normalized * std + mean) * 255
 
 
 @pytest.mark.parametrize("model", [squeezenet, mobilenet])

@@ -53,7 +53,7 @@ def pixels(source: ImageSource, width: int, height: int) -> Pixels:
 
 
 def photo(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Smooth colours, as a photo has."""
+    """Smooth colors, as a photo has."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 256, (max(2, height // 12), max(2, width // 12), 3), np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -230,14 +230,14 @@ class TestOrientation:
         assert np.array_equal(pixels(EncodedImage(data), 3, 5), self.UPRIGHT[6](stored))
 
 
-class TestColours:
+class TestColors:
     """Images come out looking like themselves; expected values are the ones they are made of."""
 
     RAMP = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
     RGB = np.asarray(photo(24, 16, seed=1))
 
     @staticmethod
-    def grey(levels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    def gray(levels: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return np.repeat(levels[:, :, None], 3, axis=2)
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM"])
@@ -245,18 +245,18 @@ class TestColours:
         dots = np.random.default_rng(0).integers(0, 2, (8, 16)).astype(bool)
         image = Image.fromarray(dots.astype(np.uint8) * 255).convert("1")
         out = pixels(EncodedImage(encoded(image, kind)), 16, 8)
-        assert np.array_equal(out, self.grey(dots * 255))
+        assert np.array_equal(out, self.gray(dots * 255))
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF", "BMP", "PPM"])
-    def test_grey(self, kind: str) -> None:
+    def test_gray(self, kind: str) -> None:
         out = pixels(EncodedImage(encoded(Image.fromarray(self.RAMP), kind)), 256, 4)
-        assert np.array_equal(out, self.grey(self.RAMP))
+        assert np.array_equal(out, self.gray(self.RAMP))
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-    def test_grey_with_alpha_drops_the_alpha(self, kind: str) -> None:
+    def test_gray_with_alpha_drops_the_alpha(self, kind: str) -> None:
         image = Image.merge("LA", [Image.fromarray(self.RAMP), Image.fromarray(self.RAMP[:, ::-1])])
         out = pixels(EncodedImage(encoded(image, kind)), 256, 4)
-        assert np.array_equal(out, self.grey(self.RAMP))
+        assert np.array_equal(out, self.gray(self.RAMP))
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
     def test_rgba_drops_the_alpha(self, kind: str) -> None:
@@ -276,7 +276,7 @@ class TestColours:
             ("BMP", {}),
             ("PNG", {"transparency": 3}),
             ("GIF", {"transparency": 3}),
-            ("PNG", {"transparency": bytes(range(0, 240, 30))}),  # an alpha for each colour
+            ("PNG", {"transparency": bytes(range(0, 240, 30))}),  # an alpha for each color
         ],
     )
     def test_palette_with_and_without_transparency(self, kind: str, options: Any) -> None:
@@ -322,7 +322,7 @@ class TestColours:
 
     @pytest.mark.parametrize(
         ("lab", "rgb"),
-        [  # L in 0..255, a and b around 0; CIE L*a*b* of the sRGB colours, white point D50
+        [  # L in 0..255, a and b around 0; CIE L*a*b* of the sRGB colors, white point D50
             ((255, 0, 0), (255, 255, 255)),
             ((0, 0, 0), (0, 0, 0)),
             ((137, 0, 0), (128, 128, 128)),
@@ -336,30 +336,30 @@ class TestColours:
         image = Image.frombytes("LAB", (4, 4), bytes(value % 256 for value in lab) * 16)
         source = EncodedImage(encoded(image, "TIFF")) if as_file else image
         out = pixels(source, 4, 4)
-        # Whole levels of L*a*b* and the tables of the colour engine are this coarse.
+        # Whole levels of L*a*b* and the tables of the color engine are this coarse.
         assert furthest(out, np.broadcast_to(rgb, out.shape)) <= 6
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-    def test_16_bit_grey_looks_like_8_bit_grey(self, kind: str) -> None:
+    def test_16_bit_gray_looks_like_8_bit_gray(self, kind: str) -> None:
         fine = np.tile(np.linspace(0, 65535, 256).astype(np.uint16), (4, 1))
         out = pixels(EncodedImage(encoded(Image.fromarray(fine), kind)), 256, 4)
-        assert furthest(out, self.grey(self.RAMP)) <= 1
+        assert furthest(out, self.gray(self.RAMP)) <= 1
 
     @pytest.mark.parametrize("dtype", ["<u2", ">u2"])
-    def test_16_bit_grey_in_either_byte_order(self, dtype: str) -> None:
+    def test_16_bit_gray_in_either_byte_order(self, dtype: str) -> None:
         mode = "I;16" if dtype == "<u2" else "I;16B"
         fine = (self.RAMP.astype(np.uint16) * 257).astype(dtype)
         image = Image.frombytes(mode, (256, 4), fine.tobytes())
-        assert furthest(pixels(image, 256, 4), self.grey(self.RAMP)) <= 1
+        assert furthest(pixels(image, 256, 4), self.gray(self.RAMP)) <= 1
 
-    @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
-    def test_16_bit_png_of_every_colour_type(self, colour_type: int, channels: int) -> None:
+    @pytest.mark.parametrize(("color_type", "channels"), [(2, 3), (4, 2), (6, 4)])
+    def test_16_bit_png_of_every_color_type(self, color_type: int, channels: int) -> None:
         ramps = np.stack([self.RAMP, self.RAMP[:, ::-1], self.RAMP // 2, self.RAMP], axis=2)
         coarse = ramps[:, :, :channels]
         rows = (coarse.astype(np.uint16) * 257).astype(">u2")
         data = b"".join(b"\0" + row.tobytes() for row in rows)  # no filter
-        file = png((256, 4), data, depth=16, colour_type=colour_type)
-        expected = self.grey(self.RAMP) if channels == 2 else coarse[:, :, :3]
+        file = png((256, 4), data, depth=16, color_type=color_type)
+        expected = self.gray(self.RAMP) if channels == 2 else coarse[:, :, :3]
         assert furthest(pixels(EncodedImage(file), 256, 4), expected) <= 1
 
     @pytest.mark.parametrize("kind", ["TIFF", None])
@@ -377,33 +377,33 @@ class TestColours:
         ],
         ids=["16-bit", "to-1", "to-255", "to-65535", "signed", "any", "black", "constant"],
     )
-    def test_32_bit_grey(self, values: npt.NDArray[Any], levels: Pixels, kind: str | None) -> None:
+    def test_32_bit_gray(self, values: npt.NDArray[Any], levels: Pixels, kind: str | None) -> None:
         image = Image.fromarray(values)
         assert image.mode == ("F" if values.dtype.kind == "f" else "I")
         source = EncodedImage(encoded(image, kind)) if kind else image
-        assert furthest(pixels(source, 256, 4), self.grey(levels)) <= 1
+        assert furthest(pixels(source, 256, 4), self.gray(levels)) <= 1
 
     def test_not_a_number_is_black(self) -> None:
         values = self.RAMP.astype(np.float32)
         values[0, 10:13] = np.nan, np.inf, -np.inf
         levels = self.RAMP.copy()
         levels[0, 10:13] = 0
-        assert np.array_equal(pixels(Image.fromarray(values), 256, 4), self.grey(levels))
+        assert np.array_equal(pixels(Image.fromarray(values), 256, 4), self.gray(levels))
 
 
 class TestAnimation:
-    COLOURS = ((250, 10, 20), (10, 250, 20), (10, 20, 250))
+    COLORS = ((250, 10, 20), (10, 250, 20), (10, 20, 250))
 
     @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF", "MPO"])
     def test_the_first_frame_counts(self, kind: str) -> None:
-        first, *others = (Image.new("RGB", (16, 16), colour) for colour in self.COLOURS)
+        first, *others = (Image.new("RGB", (16, 16), color) for color in self.COLORS)
         options: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(first, kind, save_all=True, append_images=others, **options)
         with Image.open(io.BytesIO(data)) as image:
             assert getattr(image, "n_frames", 1) == 3
         out = pixels(EncodedImage(data), 16, 16)
         tolerance = 3 if kind == "MPO" else 0  # its frames are JPEG
-        assert furthest(out, np.broadcast_to(self.COLOURS[0], out.shape)) <= tolerance
+        assert furthest(out, np.broadcast_to(self.COLORS[0], out.shape)) <= tolerance
 
 
 class TestSources:
@@ -411,13 +411,13 @@ class TestSources:
 
     RGB = np.asarray(photo(20, 12, seed=4))
 
-    def test_grey_arrays(self) -> None:
-        grey = self.RGB[:, :, 0]
-        expected = np.repeat(grey[:, :, None], 3, axis=2)
-        assert np.array_equal(pixels(grey, 20, 12), expected)
-        assert np.array_equal(pixels(grey[:, :, None], 20, 12), expected)
+    def test_gray_arrays(self) -> None:
+        gray = self.RGB[:, :, 0]
+        expected = np.repeat(gray[:, :, None], 3, axis=2)
+        assert np.array_equal(pixels(gray, 20, 12), expected)
+        assert np.array_equal(pixels(gray[:, :, None], 20, 12), expected)
 
-    def test_colour_arrays(self) -> None:
+    def test_color_arrays(self) -> None:
         assert np.array_equal(pixels(self.RGB, 20, 12), self.RGB)
         alpha = np.full((12, 20, 1), 9, np.uint8)
         assert np.array_equal(pixels(np.concatenate([self.RGB, alpha], 2), 20, 12), self.RGB)
@@ -554,7 +554,7 @@ class TestPadding:
         assert np.array_equal(out, expected if orientation == 1 else expected.swapaxes(0, 1))
 
 
-def png(size: tuple[int, int], rows: bytes, *, depth: int = 8, colour_type: int = 2) -> bytes:
+def png(size: tuple[int, int], rows: bytes, *, depth: int = 8, color_type: int = 2) -> bytes:
     """A PNG file of unfiltered rows."""
 
     def chunk(name: bytes, body: bytes) -> bytes:
@@ -562,7 +562,7 @@ def png(size: tuple[int, int], rows: bytes, *, depth: int = 8, colour_type: int 
             struct.pack(">L", len(body)) + name + body + struct.pack(">L", zlib.crc32(name + body))
         )
 
-    header = struct.pack(">LLBBBBB", *size, depth, colour_type, 0, 0, 0)
+    header = struct.pack(">LLBBBBB", *size, depth, color_type, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
         + chunk(b"IHDR", header)

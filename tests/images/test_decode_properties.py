@@ -89,7 +89,7 @@ def _files() -> dict[str, bytes]:
     files = {
         "jpeg": encoded(image, "JPEG", exif=exif),
         "jpeg-progressive": encoded(image, "JPEG", progressive=True),
-        "jpeg-grey": encoded(grain("L"), "JPEG"),
+        "jpeg-gray": encoded(grain("L"), "JPEG"),
         "jpeg-cmyk": encoded(grain("CMYK"), "JPEG"),
         "jpeg-restarts": encoded(grain(size=(60, 40)), "JPEG", restart_marker_blocks=2),
         "png": encoded(image, "PNG"),
@@ -270,7 +270,7 @@ def test_any_change_of_a_file_gives_a_picture_or_a_documented_reason(
     attempt(choice.draw(mutated(FILES[kind])))
 
 
-# A file that ends too early must not give a picture whose rest is grey, black or made up. So one
+# A file that ends too early must not give a picture whose rest is gray, black or made up. So one
 # that gives a picture at all gives that of the whole file: only what follows its pixels is missing.
 @pytest.mark.parametrize("kind", FILES)
 def test_a_file_cut_anywhere_fails_or_gives_the_picture_of_the_whole(kind: str) -> None:

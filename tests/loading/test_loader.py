@@ -21,13 +21,13 @@ SIZE = (8, 6)
 PREPROCESS = Preprocess(SIZE, "squash", SIZE, "bilinear", (0, 0, 0), (1, 1, 1))
 
 
-def grey(level: int) -> np.ndarray:
+def gray(level: int) -> np.ndarray:
     return np.full((5, 5), level, np.uint8)
 
 
 def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
     for i in range(0, len(levels), size):
-        yield [grey(level) for level in levels[i : i + size]]
+        yield [gray(level) for level in levels[i : i + size]]
 
 
 def load(
@@ -79,7 +79,7 @@ def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.effect_noise((300, 300), 90).save(stream, "JPEG")
     cut = EncodedImage(stream.getvalue()[:-3000])
-    plan = iter([[grey(1), cut, grey(3)], [str(tmp_path / "none.jpg"), grey(5)]])
+    plan = iter([[gray(1), cut, gray(3)], [str(tmp_path / "none.jpg"), gray(5)]])
     (first, first_outcomes), (second, second_outcomes) = load(plan, 3, 2)
     assert [type(o) for o in first_outcomes] == [ImageInfo, Failure, ImageInfo]
     assert [type(o) for o in second_outcomes] == [Failure, ImageInfo]
@@ -94,7 +94,7 @@ def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_batch_of_failures_goes_on() -> None:
     bad = EncodedImage(b"no image")
-    plan = iter([[bad, bad], [grey(7)]])
+    plan = iter([[bad, bad], [gray(7)]])
     (_, outcomes), (pixels, _) = load(plan, 2, 2)
     assert all(isinstance(o, Failure) for o in outcomes)
     assert (pixels[0] == 7).all()
@@ -113,7 +113,7 @@ def test_the_look_ahead_is_bounded(
         nonlocal asked
         while True:
             asked += 1
-            yield [grey(1), grey(2)]
+            yield [gray(1), gray(2)]
 
     with BatchLoader(plan(), [PREPROCESS], LoaderOptions(batch_size=2, workers=3)) as loader:
         iterator = iter(loader)
@@ -147,7 +147,7 @@ def test_leaving_early_stops_the_threads() -> None:
 
 def test_a_fault_in_the_plan_reaches_the_caller() -> None:
     def plan() -> Iterator[list[ImageSource]]:
-        yield [grey(1)]
+        yield [gray(1)]
         raise RuntimeError("the plan broke")
 
     with pytest.raises(RuntimeError, match="the plan broke"):
@@ -166,7 +166,7 @@ def test_a_fault_of_the_program_reaches_the_caller(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
     with pytest.raises(ValueError, match=f"a batch of {count} images, expected 1 to 2"):
-        load(iter([[grey(1)] * count]), 2, 1)
+        load(iter([[gray(1)] * count]), 2, 1)
 
 
 @pytest.mark.cuda

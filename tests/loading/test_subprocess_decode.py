@@ -33,7 +33,7 @@ PREPROCESSES = [
 def hostile_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give children a faulty decoder. Returns the file in which they report."""
     monkeypatch.setenv("PYTHONPATH", hostile_python(tmp_path / "hostile"))
-    monkeypatch.setenv("HOSTILE_TOLD", str(tmp_path / "told"))
+    monkeypatch.setenv("HOSTILE_LOG", str(tmp_path / "told"))
     return tmp_path / "told"
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.networks import MEAN, STD, normalised
-from support.pictures import colour
+from support.networks import MEAN, STD, normalized
+from support.pictures import color
 from torch import nn
 
 from extractor import Backbone, FeatureStore, extract, load_backbone
@@ -29,8 +29,8 @@ W, BIAS = [[1.0, 2.0, 3.0], [0.0, -1.0, 1.0]], [0.5, -0.5]
 
 
 def by_hand(i: int) -> list[float]:
-    """The embedding of image ``i`` of the photos: its normalised colour times W."""
-    values = normalised(colour(i))
+    """The embedding of image ``i`` of the photos: its normalized color times W."""
+    values = normalized(color(i))
     return [
         sum(w * v for w, v in zip(row, values, strict=True)) + b
         for row, b in zip(W, BIAS, strict=True)

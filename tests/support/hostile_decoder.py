@@ -1,4 +1,4 @@
-"""A decoder with a fault, for child processes."""
+"""A faulty decoder for child processes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from support.pictures import noise
 
 import extractor
 
-# A decoder with a fault, in every Python that finds it as it starts: an image that ends in
-# "hostile:" and a deed does it. What it did is written to a file, where one is wanted.
+# Every Python that finds this module at its start gets a faulty decoder. An image that ends in
+# "hostile:" and a deed triggers the deed, which is recorded in a file if one is named.
 HOSTILE_DECODER = """
 import os, signal, sys, time
 from PIL import Image
@@ -30,14 +30,14 @@ def hostile(file, *rest, **options):
     _, mark, deed = content.rpartition(b"hostile:")
     if mark:
         deed = deed.decode()
-        if "HOSTILE_TOLD" in os.environ:
-            with open(os.environ["HOSTILE_TOLD"], "a") as told:
-                told.write(f"{os.getpid()} {os.getsid(0)} {deed}\\n")
+        if "HOSTILE_LOG" in os.environ:
+            with open(os.environ["HOSTILE_LOG"], "a") as log:
+                log.write(f"{os.getpid()} {os.getsid(0)} {deed}\\n")
         kind, _, number = deed.partition(" ")
         if kind == "exit":
             os._exit(int(number))
         elif kind == "signal":
-            signal.raise_signal(int(number))  # to this thread, as a fault of its own is
+            signal.raise_signal(int(number))  # to this thread, like a segmentation fault
         else:
             deeds[kind]()
     return opened(file, *rest, **options)
@@ -47,14 +47,14 @@ Image.open = hostile
 
 
 def hostile_python(folder: Path) -> str:
-    """A PYTHONPATH with that decoder, and with the package that is tested."""
+    """Return a PYTHONPATH with the faulty decoder and the package under test."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(HOSTILE_DECODER)
     return os.pathsep.join([str(folder), str(Path(extractor.__file__).parents[1])])
 
 
 def write_hostile(path: Path, deed: str, image: Image.Image | None = None) -> bytes:
-    """A good PNG, but for a decoder with that fault."""
+    """Write a valid PNG that triggers a deed of the faulty decoder. Return its path."""
     (image or noise(1, 20, 30)).save(path, "PNG")
     with path.open("ab") as file:
         file.write(b"hostile:" + deed.encode())

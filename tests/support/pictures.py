@@ -1,4 +1,4 @@
-"""Pictures that the tests make."""
+"""Pictures for tests."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import numpy as np
 from PIL import Image
 
 
-def colour(i: int) -> tuple[int, int, int]:
+def color(i: int) -> tuple[int, int, int]:
+    """Return the color of image ``i`` of the fixture ``photos``."""
     return 20 * i, 255 - 20 * i, 100
 
 
 def noise(seed: int, height: int, width: int) -> Image.Image:
-    """A picture with structure at several scales, as photos have, the same for the same seed."""
+    """Return a picture with structure at several scales, as a photo has. The seed fixes it."""
     random = np.random.default_rng(seed)
     picture = np.zeros((height, width, 3))
     for scale in (4, 16, 64):
