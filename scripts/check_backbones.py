@@ -44,8 +44,8 @@ from torch import nn
 from extractor.models import from_timm, from_torchvision
 from extractor.models.backbone import Backbone
 from extractor.models.catalog import Catalog, Entry, outline, survey
+from extractor.models.libraries import seeded
 from extractor.models.load import load_backbone
-from extractor.models.weight_files import seeded
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "backbones.md"

@@ -103,14 +103,13 @@ def download(arguments: Sequence[str]) -> int:
     """Download weights and print their paths; return the exit code."""
     parsed = download_parser().parse_args(arguments)
     from extractor.models import load
-    from extractor.models.weight_files import sha256_of_weights
 
     failed = 0
     with logging_to(warn):
         for name in parsed.names:
             try:
                 found = load.fetch(name, parsed.weights)
-                digest = sha256_of_weights(found)
+                digest = found.sha256()
                 source = f"{found.package}, " if found.package else ""
                 print_lines([f"{name}: {found.path} ({source}sha256 {digest})"])
             except (ModelError, WeightsError) as error:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from extractor.errors import ModelError, UsageError
-from extractor.models import weight_files as weights
+from extractor.models.digests import sha256_of_state
+from extractor.models.provenance import Provenance
 from extractor.network import heads
 from extractor.network.fusion.fuse import fuse, may_fuse
 from extractor.network.fusion.onednn import overwriting
@@ -24,63 +24,12 @@ from extractor.preprocess import Preprocess
 from extractor.system.devices import device_errors, resolve_device
 from extractor.version import __version__
 
-__all__ = ["Backbone", "Provenance"]
+__all__ = ["Backbone"]
 
 CPU = torch.device("cpu")
 FLAT_LEVELS = (-2.0, 0.0, 2.0)  # of normalised pixels: about black, grey and white
 
 _DEFAULT = Options()
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where a backbone comes from, down to the bytes of its weights.
-
-    Attributes:
-        model: full name, ``timm:resnet50`` or ``torchvision:resnet50``.
-        library, library_version: that built the network.
-        weights: ``hub``, ``package`` (installed by pip), ``file``, ``random``, or ``given`` with a
-            module of the user's.
-        tag: the library's name of the weights, such as ``a1_in1k``; else empty.
-        sha256: of the weights file; for random and given weights of their values.
-        source: address of the weights, ``package NAME VERSION``, or the name of a local file; empty
-            for others.
-        revision: commit of the hub's repository, where there is one.
-        key: which state dict of a checkpoint with several, where one was asked for.
-        seed: of random weights, or that a function of the user's ran with; None for all others.
-        code: SHA-256 of a file of the user's that made the network, and of what it imported from
-            its folder; empty for all others.
-        file: where the weights lie on this machine, which is nothing for a manifest.
-    """
-
-    model: str
-    library: str
-    library_version: str
-    weights: str
-    tag: str
-    sha256: str
-    source: str = ""
-    revision: str = ""
-    key: str = ""
-    seed: int | None = None
-    code: str = ""
-    file: str = field(default="", compare=False)
-
-    def as_dict(self) -> dict[str, Any]:
-        """What a manifest says of it."""
-        described = asdict(self)
-        del described["file"]
-        if not self.code:
-            del described["code"]
-        return described
-
-    def __str__(self) -> str:
-        if self.weights == "package":
-            which = f"weights {self.tag} of {self.source}"
-            return f"{self.model} ({which}, sha256 {self.sha256[:12]})"
-        what = self.tag or (f"seed {self.seed}" if self.weights == "random" else self.source)
-        which = f"{self.weights} weights {what}".rstrip()
-        return f"{self.model} ({which}, sha256 {self.sha256[:12]})"
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +120,7 @@ class Backbone:
             )
         target, numbers = resolve_device(device), resolve_precision(precision)
         model = f"module:{name or type(module).__name__}"
-        digest = weights.sha256_of_state(module.state_dict())
+        digest = sha256_of_state(module.state_dict())
         heads.replace_with_identity(module, names)
         module.eval()
         shape = probe(module, preprocess.input_size, name=model)

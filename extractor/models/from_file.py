@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from extractor.errors import ExtractorError, ModelError, UsageError
-from extractor.models import libraries as shared
-from extractor.models import weight_files as weights
+from extractor.models import libraries
 from extractor.models.backbone import Backbone
+from extractor.models.checkpoint import load_into, read_checkpoint
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
@@ -51,7 +51,7 @@ def build(model: str, options: Options) -> Backbone:
     path = Path(file)
     if options.weights == "random":
         raise UsageError(f"{model} makes its own weights; leave --weights out, or name a file")
-    chosen = shared.chosen_file(options.weights)
+    chosen = libraries.chosen_file(options.weights)
     if chosen is None and options.weights != "default":
         raise UsageError(
             f"{model} makes its own weights: got {options.weights!r}, expected a file with a state "
@@ -62,7 +62,7 @@ def build(model: str, options: Options) -> Backbone:
     if chosen is None and options.weights_key is not None:
         raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
     log.warning("%s: running the code in this file", path)
-    with weights.seeded(options.seed):
+    with libraries.seeded(options.seed):
         made = _call(_function(path, name), model)
     label = f"{path.name}:{name}"
     if isinstance(made, Backbone):
@@ -82,16 +82,16 @@ def build(model: str, options: Options) -> Backbone:
         code=_digest_of_code(path.resolve()),
     )
     if chosen is not None:
-        weights.load_into(
+        load_into(
             backbone.module,
-            weights.read_checkpoint(chosen.path, options.weights_key),
+            read_checkpoint(chosen.path, options.weights_key),
             discarded=backbone.heads,
-            how=f"{chosen.path} into {model}",
+            label=f"{chosen.path} into {model}",
         )
         provenance = replace(
             provenance,
             weights=chosen.kind,
-            sha256=weights.sha256_of_weights(chosen),
+            sha256=chosen.sha256(),
             source=chosen.source,
             revision=chosen.revision,
             key=options.weights_key or "",

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
-from extractor.models import libraries as shared
-from extractor.models import weight_files as weights
+from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
+from extractor.models.checkpoint import MisfitError, load_into, read_checkpoint
 from extractor.models.lite_weights import PACKAGES, timm_key
+from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
 from extractor.network.taps import POOLED_FEATURES, Output
 from extractor.options import Options
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 # Names of models that are places and not architectures: a repository of the hub, a folder.
-SCHEMES = (shared.HUB, "local-dir:")
+SCHEMES = (libraries.HUB, "local-dir:")
 
 
 def has(name: str) -> bool:
@@ -51,7 +52,7 @@ def names() -> list[str]:
 
 
 def _timm() -> Any:
-    return shared.import_library("timm")
+    return libraries.import_library("timm")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class _Source:
 
     name: str
     full_name: str
-    found: weights.WeightsFile | None
+    found: WeightsFile | None
     own: bool
     config: Any = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -106,20 +107,20 @@ def _build(source: _Source, options: Options) -> Backbone:
         module = _with_own_weights(source, options.weights_key)
         replaced = _remove_heads(module)
     else:
-        with weights.seeded(options.seed):
+        with libraries.seeded(options.seed):
             module = timm.create_model(
                 source.full_name, pretrained_cfg=source.config, **source.arguments
             )
         before = tuple(module.state_dict())
         replaced = _remove_heads(module)
         if source.found is not None:
-            weights.load_into(
+            load_into(
                 module,
-                weights.read_checkpoint(source.found.path, options.weights_key),
-                discarded=shared.gone(before, module),
-                how=f"{source.found.path} into {source.name}",
+                read_checkpoint(source.found.path, options.weights_key),
+                discarded=libraries.removed_modules(before, module),
+                label=f"{source.found.path} into {source.name}",
             )
-    provenance = shared.provenance(source.name, timm, module, source.found, options)
+    provenance = libraries.provenance(source.name, timm, module, source.found, options)
     config = timm.data.resolve_model_data_config(module)
     own_preprocess = _preprocess(config)
     preprocess = own_preprocess.changed(options.pixel_changes, crop_pct=config["crop_pct"])
@@ -135,13 +136,13 @@ def outline(name: str) -> Backbone:
         module = timm.create_model(name)
     replaced = _remove_heads(module)
     preprocess = _preprocess(timm.data.resolve_model_data_config(module))
-    provenance = shared.without_weights(f"timm:{name}", timm)
+    provenance = libraries.without_weights(f"timm:{name}", timm)
     return Backbone(module, (_output(module),), replaced, preprocess, provenance)
 
 
 def version() -> str:
     """Of the installed timm."""
-    return shared.public_version(_timm())
+    return libraries.public_version(_timm())
 
 
 def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
@@ -150,7 +151,7 @@ def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
     Given the tensors, timm applies what it knows of the layout of its own checkpoints.
     """
     assert source.found is not None
-    state = weights.read_checkpoint(source.found.path, key)
+    state = read_checkpoint(source.found.path, key)
     if source.found.package:
         depths = PACKAGES[_architecture(source.full_name)].depths
         state.rename(lambda key: timm_key(key, depths))
@@ -165,7 +166,7 @@ def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
         )
     except RuntimeError as error:
         told, signs = str(error), ("Missing key", "Unexpected key", "size mismatch")
-        raise weights.MisfitError(
+        raise MisfitError(
             f"{source.found.path} into {source.name}: the weights do not fit: "
             f"{' '.join(told.split())[:400].rstrip('. ')}",
             state,
@@ -204,7 +205,7 @@ def _source(name: str, wanted: str, recorded_sha256: str = "") -> _Source:
     if name.startswith(SCHEMES):
         return _placed(name, wanted)
     own_name = full_name(name, wanted)
-    chosen = shared.chosen_file(wanted)
+    chosen = libraries.chosen_file(wanted)
     found = chosen
     if chosen is None and wanted != "random":
         found = _fetch(own_name, recorded_sha256)
@@ -221,18 +222,18 @@ def _placed(name: str, wanted: str) -> _Source:
         if not described.is_file():
             raise ModelError(f"{name}: there is no {described}, which names the architecture")
     else:
-        described = weights.find_hub_file(place, ["config.json"], tag="", how=name).path
+        described = weight_files.find_hub_file(place, ["config.json"], tag="", label=name).path
     architecture, config, arguments = _read_config(described, name)
-    chosen = shared.chosen_file(wanted)
+    chosen = libraries.chosen_file(wanted)
     found = chosen
     if chosen is None and wanted == "default":
-        filenames = weights.hub_filenames(config.get("hf_hub_filename"))
+        filenames = weight_files.hub_filenames(config.get("hf_hub_filename"))
         if scheme == "local-dir":
             found = _first_file(Path(place), filenames, name)
         else:
-            found = weights.find_hub_file(place, filenames, tag="", how=name)
+            found = weight_files.find_hub_file(place, filenames, tag="", label=name)
     elif chosen is None and wanted != "random":
-        raise WeightsError(shared.unknown_weights(name, wanted, []))
+        raise WeightsError(libraries.unknown_weights(name, wanted, []))
     known = {one.name for one in dataclasses.fields(_timm().models.PretrainedCfg)}
     own_config = {key: value for key, value in config.items() if key in known}
     return _Source(name, architecture, found, chosen is None, own_config, arguments)
@@ -257,10 +258,10 @@ def _read_config(path: Path, name: str) -> tuple[str, dict[str, Any], dict[str, 
     return architecture, config, arguments
 
 
-def _first_file(folder: Path, names: tuple[str, ...], model: str) -> weights.WeightsFile:
+def _first_file(folder: Path, names: tuple[str, ...], model: str) -> WeightsFile:
     for name in names:
         if (folder / name).is_file():
-            return weights.WeightsFile(folder / name)
+            return WeightsFile(folder / name)
     raise WeightsError(f"{model}: {folder} has none of {', '.join(names)}; use --weights FILE")
 
 
@@ -280,52 +281,52 @@ def full_name(name: str, wanted: str = "default") -> str:
         WeightsError: timm has no such tag.
     """
     architecture, _, tag = name.partition(".")
-    given = wanted in ("default", "random") or wanted.startswith(shared.HUB)
-    if not given and shared.chosen_file(wanted) is None:
+    given = wanted in ("default", "random") or wanted.startswith(libraries.HUB)
+    if not given and libraries.chosen_file(wanted) is None:
         tag = wanted
     tags = _tags(architecture)
     if tag and tag not in tags:
-        raise WeightsError(shared.unknown_weights(f"timm:{architecture}", tag, tags))
+        raise WeightsError(libraries.unknown_weights(f"timm:{architecture}", tag, tags))
     return f"{architecture}.{tag}" if tag else architecture
 
 
-def _fetch(full_name: str, recorded_sha256: str = "") -> weights.WeightsFile:
+def _fetch(full_name: str, recorded_sha256: str = "") -> WeightsFile:
     """Return the published weights: from the cache, else from a package, else from the network."""
     package = PACKAGES.get(_architecture(full_name))
-    packaged = None if package is None else weights.find_package_file(package)
+    packaged = None if package is None else weight_files.find_package_file(package)
     if package is None or packaged is None:
         return _fetch_published(full_name)
     cached = _cached(_timm().get_pretrained_cfg(full_name))
     here = [packaged] if cached is None else [cached, packaged]
     found = here[0]
     if recorded_sha256:
-        digests = {weights.sha256_of_weights(file): file for file in reversed(here)}
+        digests = {file.sha256(): file for file in reversed(here)}
         if recorded_sha256 in digests:
             found = digests[recorded_sha256]
         elif cached is None:  # the store's rows may come from the hub's file
             with contextlib.suppress(WeightsError):
                 return _fetch_published(full_name)
     if found is packaged:
-        weights.check_package_file(packaged, package)
+        package.check(packaged.path)
     return found
 
 
-def _fetch_published(full_name: str) -> weights.WeightsFile:
+def _fetch_published(full_name: str) -> WeightsFile:
     """Return timm's published weights, from the cache or the network."""
     config, label = _timm().get_pretrained_cfg(full_name), f"timm:{full_name}"
     tag = config.tag or ""
     if config.hf_hub_id:
-        names = weights.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
-        return weights.find_hub_file(config.hf_hub_id, names, tag=tag, how=label)
+        names = weight_files.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
+        return weight_files.find_hub_file(config.hf_hub_id, names, tag=tag, label=label)
     if config.url:
-        return weights.find_url_file(config.url, tag=tag, how=label)
+        return weight_files.find_url_file(config.url, tag=tag, label=label)
     raise WeightsError(
         f"{label}: timm has no pretrained weights for this model; use --weights FILE, or --weights "
         "random to try things out"
     )
 
 
-def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
+def fetch(name: str, tag: str = "default") -> WeightsFile:
     """The published weights of ``architecture[.tag]`` or ``hf-hub:ORG/NAME``, cached or fetched.
 
     Raises:
@@ -336,7 +337,7 @@ def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
     return found
 
 
-def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
+def known_weights(name: str) -> list[tuple[str, WeightsFile | None]]:
     """List the tags of an architecture's published weights, the default first.
 
     Each comes with its file on this machine, from the cache or a package, or with None.
@@ -348,18 +349,18 @@ def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
         file = _cached(config)
         package = PACKAGES.get(name)
         if file is None and package is not None and package.tag == tag:
-            file = weights.find_package_file(package)
+            file = weight_files.find_package_file(package)
         listed.append((tag, file))
     return listed
 
 
-def _cached(config: Any) -> weights.WeightsFile | None:
+def _cached(config: Any) -> WeightsFile | None:
     """Return the file of a ``pretrained_cfg`` in the libraries' caches, or None."""
     tag = config.tag or ""
     if config.hf_hub_id:
-        names = weights.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
-        return weights.cached_hub_file(config.hf_hub_id, names, tag=tag)
-    return weights.cached_url_file(config.url, tag=tag) if config.url else None
+        names = weight_files.hub_filenames(config.hf_hub_filename or "pytorch_model.bin")
+        return weight_files.cached_hub_file(config.hf_hub_id, names, tag=tag)
+    return weight_files.cached_url_file(config.url, tag=tag) if config.url else None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from extractor.errors import ModelError, WeightsError
-from extractor.models import libraries as shared
-from extractor.models import weight_files as weights
+from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
+from extractor.models.checkpoint import load_into, read_checkpoint
+from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
 from extractor.network.taps import Output
 from extractor.options import Options
@@ -44,7 +45,7 @@ def names() -> list[str]:
 
 
 def _models() -> Any:
-    return shared.import_library("torchvision").models
+    return libraries.import_library("torchvision").models
 
 
 def build(name: str, options: Options) -> Backbone:
@@ -53,39 +54,39 @@ def build(name: str, options: Options) -> Backbone:
     Raises:
         WeightsError, ModelError: as :func:`extractor.load_backbone`.
     """
-    library = shared.import_library("torchvision")
+    library = libraries.import_library("torchvision")
     wanted = options.weights
-    chosen = shared.chosen_file(wanted)
+    chosen = libraries.chosen_file(wanted)
     entry = _entry(name, wanted, chosen)
     found = _fetch(name, entry) if chosen is None and wanted != "random" else chosen
-    with weights.seeded(options.seed):
+    with libraries.seeded(options.seed):
         module = _network(name, entry)
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
     before = tuple(module.state_dict())
     replaced = heads.replace_with_identity(module, classifiers)
     if found is not None:
-        state = weights.read_checkpoint(found.path, options.weights_key)
+        state = read_checkpoint(found.path, options.weights_key)
         if name.startswith("densenet"):
             state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
-        weights.load_into(
+        load_into(
             module,
             state,
-            discarded=(*shared.gone(before, module), *AUXILIARY),
-            how=f"{found.path} into torchvision:{name}",
+            discarded=(*libraries.removed_modules(before, module), *AUXILIARY),
+            label=f"{found.path} into torchvision:{name}",
         )
     return Backbone(
         module,
         (Output((dim,)),),
         replaced,
         _preprocess(entry.transforms()).changed(options.pixel_changes),
-        shared.provenance(f"torchvision:{name}", library, module, found, options),
+        libraries.provenance(f"torchvision:{name}", library, module, found, options),
     )
 
 
 def outline(name: str) -> Backbone:
     """A model to be looked at and not to run: on the meta device where it can be built there."""
-    library, entry = shared.import_library("torchvision"), _entry(name, "default", None)
+    library, entry = libraries.import_library("torchvision"), _entry(name, "default", None)
     try:
         with torch.device("meta"):
             module = _network(name, entry)
@@ -94,17 +95,17 @@ def outline(name: str) -> Backbone:
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
     replaced = heads.replace_with_identity(module, classifiers)
-    provenance = shared.without_weights(f"torchvision:{name}", library)
+    provenance = libraries.without_weights(f"torchvision:{name}", library)
     preprocess = _preprocess(entry.transforms())
     return Backbone(module, (Output((dim,)),), replaced, preprocess, provenance)
 
 
 def version() -> str:
     """Of the installed torchvision."""
-    return shared.public_version(shared.import_library("torchvision"))
+    return libraries.public_version(libraries.import_library("torchvision"))
 
 
-def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
+def fetch(name: str, tag: str = "default") -> WeightsFile:
     """The published weights of a model, cached or fetched.
 
     Raises:
@@ -113,17 +114,17 @@ def fetch(name: str, tag: str = "default") -> weights.WeightsFile:
     return _fetch(name, _entry(name, tag, None))
 
 
-def known_weights(name: str) -> list[tuple[str, weights.WeightsFile | None]]:
+def known_weights(name: str) -> list[tuple[str, WeightsFile | None]]:
     """Every tag of a model's published weights, the default first, and its cached file."""
     entries = _models().get_model_weights(name)
     default = entries.DEFAULT
     return [
-        (entry.name, weights.cached_url_file(entry.url, tag=entry.name))
+        (entry.name, weight_files.cached_url_file(entry.url, tag=entry.name))
         for entry in sorted(entries, key=lambda entry: entry != default)
     ]
 
 
-def _entry(name: str, wanted: str, chosen: weights.WeightsFile | None) -> Any:
+def _entry(name: str, wanted: str, chosen: WeightsFile | None) -> Any:
     """The member of the model's ``WeightsEnum`` whose transform belongs to the weights."""
     entries = _models().get_model_weights(name)
     if chosen is not None:
@@ -135,14 +136,14 @@ def _entry(name: str, wanted: str, chosen: weights.WeightsFile | None) -> Any:
         return entries.DEFAULT
     if wanted not in entries.__members__:
         raise WeightsError(
-            shared.unknown_weights(f"torchvision:{name}", wanted, list(entries.__members__))
+            libraries.unknown_weights(f"torchvision:{name}", wanted, list(entries.__members__))
         )
     return entries[wanted]
 
 
-def _fetch(name: str, entry: Any) -> weights.WeightsFile:
+def _fetch(name: str, entry: Any) -> WeightsFile:
     label = f"torchvision:{name} ({entry.name})"
-    return weights.find_url_file(entry.url, tag=entry.name, how=label)
+    return weight_files.find_url_file(entry.url, tag=entry.name, label=label)
 
 
 def _network(name: str, entry: Any) -> nn.Module:

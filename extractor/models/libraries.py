@@ -1,10 +1,11 @@
-"""What the builders of both libraries need."""
+"""Helpers that the builders for timm and torchvision share."""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ import torch
 from torch import nn
 
 from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
-from extractor.models import weight_files as weights
-from extractor.models.backbone import Provenance
+from extractor.models import weight_files
+from extractor.models.digests import sha256_of_state
+from extractor.models.provenance import Provenance
+from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
 
 __all__ = [
     "chosen_file",
-    "gone",
     "import_library",
     "provenance",
     "public_version",
+    "removed_modules",
+    "seeded",
     "unknown_weights",
     "without_weights",
 ]
@@ -31,6 +35,12 @@ SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
 
 
 def import_library(name: str) -> Any:
+    """Import a library by name.
+
+    Raises:
+        ModelError: It cannot be imported.
+        ExtractorError: torch and torchvision are not built for each other.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -45,38 +55,50 @@ def import_library(name: str) -> Any:
         ) from error
 
 
-def chosen_file(wanted: str) -> weights.WeightsFile | None:
-    """The file, where weights are given as a path or as ``hf-hub:ORG/NAME``."""
+def chosen_file(wanted: str) -> WeightsFile | None:
+    """Return the file that ``--weights`` names by path or as ``hf-hub:ORG/NAME``, else None.
+
+    Raises:
+        WeightsError: There is no such file, or the hub does not have it.
+    """
     if wanted in ("default", "random"):
         return None
     if wanted.startswith(HUB):
         repository = wanted.removeprefix(HUB)
-        return weights.find_hub_file(repository, weights.hub_filenames(), tag="", how=wanted)
+        return weight_files.find_hub_file(
+            repository, weight_files.hub_filenames(), tag="", label=wanted
+        )
     path = Path(wanted)
-    looks_like_one = path.suffix in SUFFIXES
+    looks_like_file = path.suffix in SUFFIXES or os.sep in wanted
     # A folder may well have the name of a tag; a pipe or a device is meant as a file.
-    if not (looks_like_one or os.sep in wanted or (path.exists() and not path.is_dir())):
+    if not (looks_like_file or (path.exists() and not path.is_dir())):
         return None
     if not path.is_file():
-        what = "no such file"
+        problem = "no such file"
         if path.is_dir():
-            what = "is a folder, expected a file"
+            problem = "is a folder, expected a file"
         elif path.exists():
-            what = "is no regular file; copy what it gives into one"
-        raise WeightsError(f"weights {wanted}: {what}")
-    return weights.WeightsFile(path)
+            problem = "not a regular file; copy its content into one"
+        raise WeightsError(f"weights {wanted}: {problem}")
+    return WeightsFile(path)
 
 
 def unknown_weights(model: str, tag: str, known: Sequence[str]) -> str:
-    some = ", ".join(sorted(filter(None, known))) or "none"
+    """Return the message for a tag that a library does not know."""
+    tags = ", ".join(sorted(filter(None, known))) or "none"
     return (
         f"{model}: unknown weights {tag!r}; expected default, random, a file, hf-hub:ORG/NAME, or "
-        f"one of its tags ({some})"
+        f"one of its tags ({tags})"
     )
 
 
-def gone(before: Sequence[str], module: nn.Module) -> tuple[str, ...]:
-    """Names of the modules whose parameters were in a state dict and no longer are."""
+def removed_modules(before: Sequence[str], module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules whose tensors are no longer in the state dict.
+
+    Args:
+        before: Keys of the state dict before heads were removed.
+        module: The network now.
+    """
     left = module.state_dict().keys()
     return tuple(dict.fromkeys(key.rpartition(".")[0] for key in before if key not in left))
 
@@ -85,15 +107,26 @@ def provenance(
     model: str,
     library: Any,
     module: nn.Module,
-    found: weights.WeightsFile | None,
+    found: WeightsFile | None,
     options: Options,
 ) -> Provenance:
-    """Where a loaded network comes from; ``found`` is None for random weights."""
+    """Return the origin of a loaded network.
+
+    Args:
+        model: Full name of the model.
+        library: The module ``timm`` or ``torchvision``.
+        module: The network.
+        found: Its weights file; None for random weights.
+        options: Seed and weights key.
+
+    Raises:
+        UsageError: A weights key for random weights.
+    """
     name, version = library.__name__, library.__version__
     if found is None and options.weights_key is not None:
-        raise UsageError("weights key: it chooses in a file, and random weights have none")
+        raise UsageError("weights key: random weights have none; name a file with --weights")
     if found is None:
-        digest = weights.sha256_of_state(module.state_dict())
+        digest = sha256_of_state(module.state_dict())
         return Provenance(model, name, version, "random", "", digest, seed=options.seed)
     return Provenance(
         model,
@@ -101,7 +134,7 @@ def provenance(
         version,
         found.kind,
         found.tag,
-        weights.sha256_of_weights(found),
+        found.sha256(),
         found.source,
         found.revision,
         options.weights_key or "",
@@ -110,10 +143,18 @@ def provenance(
 
 
 def public_version(library: Any) -> str:
-    """A library's version without the mark of its build, such as ``+cu130``."""
+    """Return a library's version without its build tag, such as ``+cu130``."""
     return str(library.__version__).partition("+")[0]
 
 
 def without_weights(model: str, library: Any) -> Provenance:
-    """Of a network that has no values."""
+    """Return the origin of a network that has shapes but no values."""
     return Provenance(model, library.__name__, public_version(library), "none", "", "")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Make random parameters on the CPU follow a seed, without touching the caller's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

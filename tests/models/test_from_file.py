@@ -19,7 +19,7 @@ from torch import nn
 from extractor import Backbone, FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.errors import ExtractorError, ModelError, StoreError, UsageError, WeightsError
-from extractor.models.weight_files import MisfitError
+from extractor.models.checkpoint import MisfitError
 from extractor.preprocess import Preprocess
 from extractor.run.recompute import recompute
 
@@ -411,7 +411,7 @@ def test_a_pipe_is_refused_as_weights_and_nobody_waits_for_it(
     os.mkfifo(name)
     for model in (f"{file}:bare", "resnet18", "torchvision:resnet18"):
         for path in (name, str(tmp_path / name), os.devnull):
-            with pytest.raises(WeightsError, match=f"weights {path}: is no regular file"):
+            with pytest.raises(WeightsError, match=f"weights {path}: not a regular file"):
                 load_backbone(model, weights=path, device="cpu")
 
 

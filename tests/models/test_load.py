@@ -24,7 +24,7 @@ from torch import nn
 from extractor import load_backbone
 from extractor.errors import ExtractorError, ModelError, WeightsError
 from extractor.models import from_timm, from_torchvision
-from extractor.models.weight_files import WeightsFile, sha256_of_weights
+from extractor.models.weight_files import WeightsFile
 
 A, B = "a" * 40, "b" * 40  # commits
 
@@ -142,7 +142,7 @@ def test_a_revision_that_is_not_cached_is_an_error(revision: str) -> None:
 def test_what_is_no_repository_is_said_to_be_none(name: str, as_weights: bool) -> None:
     place = f"hf-hub:{name}"
     model, weights = ("test_resnet", place) if as_weights else (place, "default")
-    with pytest.raises(WeightsError, match="is no repository of the hub, expected ORG/NAME"):
+    with pytest.raises(WeightsError, match="is not a repository of the hub, expected ORG/NAME"):
         load_backbone(model, weights=weights, device="cpu")
 
 
@@ -360,7 +360,7 @@ def digest(cached: Path) -> str:
     )
     found = room.fetch(name)
     assert found.path == cached
-    return sha256_of_weights(found)
+    return found.sha256()
 
 
 def kept(cached: Path) -> Path:
@@ -438,7 +438,7 @@ def test_nothing_is_written_beside_a_users_own_files(folder: Path, tmp_path: Pat
         file
     )
     load_folder(folder)
-    assert sha256_of_weights(WeightsFile(file)) == sha256(file)
+    assert WeightsFile(file).sha256() == sha256(file)
     assert sorted(tmp_path.rglob("*")) == before
 
 

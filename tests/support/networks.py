@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from extractor.models.backbone import Backbone, Provenance
+from extractor.models.backbone import Backbone
+from extractor.models.provenance import Provenance
 from extractor.network.taps import Output
 from extractor.preprocess import Preprocess
 

@@ -1,0 +1,60 @@
+"""SHA-256 digests of weights: of files, and of tensors that no file holds."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+__all__ = ["sha256_of_cached_file", "sha256_of_file", "sha256_of_state"]
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+def sha256_of_cached_file(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file in a cache, computing it only once.
+
+    The digest is kept next to the file, as ``<name>.sha256`` in the format of ``sha256sum``. It is
+    trusted as long as the file has the size and times that are recorded with it.
+    """
+    status = path.stat()
+    # No copy can set the change time (ctime), so it reveals a file that replaced another one.
+    times = f"mtime_ns={status.st_mtime_ns} ctime_ns={status.st_ctime_ns}"
+    stamp = f"# size={status.st_size} {times}"
+    beside = path.with_name(path.name + ".sha256")
+    with contextlib.suppress(OSError, ValueError):
+        line, mark = beside.read_text("ascii").splitlines()
+        if mark == stamp and (kept := re.match("([0-9a-f]{64})  ", line)):
+            return kept.group(1)
+    digest = sha256_of_file(path)
+    with contextlib.suppress(OSError):  # a shared cache may be read-only
+        partial = beside.with_name(f"{beside.name}.{os.getpid()}.partial")
+        partial.write_text(f"{digest}  {path.name}\n{stamp}\n", "ascii")
+        os.replace(partial, beside)
+    return digest
+
+
+def sha256_of_state(state: Mapping[str, torch.Tensor]) -> str:
+    """Return the hexadecimal SHA-256 of a state dict: names, types, shapes and values, by name.
+
+    For weights that no file holds. Equal weights have equal digests on every machine.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
