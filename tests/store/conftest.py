@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import extractor.store.writer as writer_module
 from extractor.errors import StoreError
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
@@ -31,7 +33,7 @@ def _description(*, dim: int = 3, dtype: str = "float32", **changes: Any) -> Des
             "dim": dim,
             "shape": [dim],
             "dtype": dtype,
-            "normalised": False,
+            "normalized": False,
         },
         "preprocess": {"size": [8, 8]},
         "computation": {"precision": "float32", "device": "cpu", "batch_size": 2},
@@ -158,3 +160,16 @@ def parts() -> list[np.ndarray]:
         np.arange(12, dtype=np.float32).reshape(4, 3),
         np.arange(12, 21, dtype=np.float32).reshape(3, 3),
     ]
+
+
+@pytest.fixture
+def fixed_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every store is made at the same instant."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            assert tz is timezone.utc
+            return datetime(2024, 1, 2, 3, 4, 5, 678, tz)
+
+    monkeypatch.setattr(writer_module, "datetime", Clock)

@@ -1,4 +1,4 @@
-"""A sharded array answers every index as numpy answers it on the concatenation."""
+"""A sharded array indexes like the concatenation of its parts in numpy."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def assert_same(actual: Any, expected: Any, index: object) -> None:
     assert np.array_equal(actual, expected), index
 
 
-def test_shape_length_and_bytes_are_those_of_the_concatenation(
+def test_shape_length_and_bytes_equal_those_of_the_concatenation(
     both: tuple[ShardedArray, np.ndarray],
 ) -> None:
     array, whole = both
@@ -59,7 +59,7 @@ def test_shape_length_and_bytes_are_those_of_the_concatenation(
     assert array.dtype == whole.dtype
 
 
-def test_every_row_number_finds_its_row(both: tuple[ShardedArray, np.ndarray]) -> None:
+def test_row_number_returns_its_row(both: tuple[ShardedArray, np.ndarray]) -> None:
     array, whole = both
     for row in range(-len(whole), len(whole)):
         for kind in (int, np.int64, np.int8, np.array):
@@ -69,7 +69,7 @@ def test_every_row_number_finds_its_row(both: tuple[ShardedArray, np.ndarray]) -
 
 
 @pytest.mark.parametrize("distance", [0, 1, 1000])
-def test_a_row_out_of_range_is_an_index_error(
+def test_row_out_of_range_raises_index_error(
     both: tuple[ShardedArray, np.ndarray], distance: int
 ) -> None:
     array, whole = both
@@ -81,7 +81,7 @@ def test_a_row_out_of_range_is_an_index_error(
                 array[index]
 
 
-def test_every_slice_equals_the_slice_of_the_whole(both: tuple[ShardedArray, np.ndarray]) -> None:
+def test_slice_equals_slice_of_concatenation(both: tuple[ShardedArray, np.ndarray]) -> None:
     array, whole = both
     ends = [None, *range(-len(whole) - 2, len(whole) + 3)]
     for start, stop in itertools.product(ends, ends):
@@ -90,7 +90,7 @@ def test_every_slice_equals_the_slice_of_the_whole(both: tuple[ShardedArray, np.
             assert_same(array[index], whole[index], index)
 
 
-def test_a_step_of_zero_is_refused(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+def test_slice_step_of_zero_is_rejected(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     with pytest.raises(ValueError, match="slice step cannot be zero"):
         mixed[0][::0]
 
@@ -119,7 +119,7 @@ def test_a_step_of_zero_is_refused(mixed: tuple[ShardedArray, np.ndarray]) -> No
     ],
     ids=shown,
 )
-def test_lists_arrays_and_masks_pick_the_rows_that_numpy_picks(
+def test_lists_arrays_and_masks_select_the_same_rows_as_numpy(
     mixed: tuple[ShardedArray, np.ndarray], index: Any
 ) -> None:
     array, whole = mixed
@@ -128,13 +128,13 @@ def test_lists_arrays_and_masks_pick_the_rows_that_numpy_picks(
 
 @pytest.mark.parametrize("rows", [1, 300, 40_000])
 @pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.int32, np.uint64])
-def test_the_integer_type_of_an_index_may_be_smaller_than_the_store(rows: int, kind: Any) -> None:
+def test_index_type_may_be_too_small_for_all_rows(rows: int, kind: Any) -> None:
     array, whole = build([rows, 5])
     index = np.array([0, 5], kind)
     assert_same(array[index], whole[index], index)
 
 
-def test_a_list_may_hold_numpy_numbers_and_masks_may_be_empty() -> None:
+def test_numpy_integers_and_empty_masks_are_accepted() -> None:
     array, whole = build([])
     assert_same(array[np.zeros(0, bool)], whole[np.zeros(0, bool)], "mask")
     assert_same(array[[]], whole[[]], "list")
@@ -175,7 +175,7 @@ def is_list(index: Any) -> bool:
     ],
     ids=shown,
 )
-def test_rows_and_columns_together_pick_what_numpy_picks(
+def test_rows_with_columns_select_the_same_values_as_numpy(
     mixed: tuple[ShardedArray, np.ndarray], rows: Any, columns: Any
 ) -> None:
     array, whole = mixed
@@ -196,7 +196,7 @@ def test_rows_and_columns_together_pick_what_numpy_picks(
     ],
     ids=shown,
 )
-def test_a_list_of_rows_and_a_list_of_columns_are_paired(
+def test_lists_of_rows_and_columns_are_paired(
     mixed: tuple[ShardedArray, np.ndarray], rows: Any, columns: Any
 ) -> None:
     array, whole = mixed
@@ -222,7 +222,7 @@ def test_grids_of_rows_and_columns_broadcast(
     assert_same(array[rows, columns], whole[rows, columns], (rows, columns))
 
 
-def test_lists_that_cannot_be_paired_are_refused(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+def test_lists_of_different_lengths_are_rejected(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     with pytest.raises(IndexError, match=r"shape mismatch|could not be broadcast"):
         mixed[0][[0, 1, 2], [0, 1]]
 
@@ -232,7 +232,7 @@ def test_lists_that_cannot_be_paired_are_refused(mixed: tuple[ShardedArray, np.n
     [(), (3,), ([1, 9],), (slice(2, 8),), (..., 1), (..., [0, 2]), (3, ...), (slice(4), ...)],
     ids=shown,
 )
-def test_short_tuples_and_ellipses_mean_what_they_mean_to_numpy(
+def test_short_tuples_and_ellipses_work_as_in_numpy(
     mixed: tuple[ShardedArray, np.ndarray], index: Any
 ) -> None:
     array, whole = mixed
@@ -242,7 +242,7 @@ def test_short_tuples_and_ellipses_mean_what_they_mean_to_numpy(
 @pytest.mark.parametrize(
     "index", [((0, 9),), ((0, 9), 2), ([0, 9], (0, 1)), (0, (0, 1))], ids=shown
 )
-def test_a_tuple_inside_an_index_is_a_list(
+def test_tuple_inside_an_index_works_like_a_list(
     mixed: tuple[ShardedArray, np.ndarray], index: Any
 ) -> None:
     array, whole = mixed
@@ -273,7 +273,7 @@ def test_random_indices_agree_with_numpy() -> None:
 
 
 @pytest.mark.parametrize("length", [0, 9, 11])
-def test_a_mask_of_another_length_is_refused(
+def test_mask_of_wrong_length_is_rejected(
     mixed: tuple[ShardedArray, np.ndarray], length: int
 ) -> None:
     with pytest.raises(IndexError, match=rf"mask of shape \({length},\) for 10 rows"):
@@ -281,35 +281,33 @@ def test_a_mask_of_another_length_is_refused(
 
 
 @pytest.mark.parametrize("index", [[0.0], np.array([1.5]), ["a"]], ids=shown)
-def test_rows_that_are_no_integers_are_refused(
-    mixed: tuple[ShardedArray, np.ndarray], index: Any
-) -> None:
+def test_noninteger_rows_are_rejected(mixed: tuple[ShardedArray, np.ndarray], index: Any) -> None:
     with pytest.raises(IndexError, match="expected integers or a mask"):
         mixed[0][index]
 
 
 @pytest.mark.parametrize("index", [1.0, "1", None], ids=shown)
-def test_an_index_of_another_kind_is_refused(
+def test_index_of_unsupported_type_is_rejected(
     mixed: tuple[ShardedArray, np.ndarray], index: Any
 ) -> None:
     with pytest.raises((TypeError, IndexError), match="integer"):
         mixed[0][index]
 
 
-def test_a_third_index_is_refused(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+def test_too_many_indices_are_rejected(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     with pytest.raises(IndexError, match="2 dimensions, got 3"):
         mixed[0][0, 0, 0]
 
 
 @pytest.mark.parametrize("rows", [0, [0, 1], slice(None)], ids=shown)
-def test_a_column_out_of_range_is_an_index_error(
+def test_column_out_of_range_raises_index_error(
     mixed: tuple[ShardedArray, np.ndarray], rows: Any
 ) -> None:
     with pytest.raises(IndexError, match="index 4 is out of bounds"):
         mixed[0][rows, 4]
 
 
-def test_iteration_gives_every_row_once_in_order(both: tuple[ShardedArray, np.ndarray]) -> None:
+def test_iteration_yields_every_row_once_in_order(both: tuple[ShardedArray, np.ndarray]) -> None:
     array, whole = both
     rows = list(array)
     assert len(rows) == len(whole)
@@ -317,7 +315,7 @@ def test_iteration_gives_every_row_once_in_order(both: tuple[ShardedArray, np.nd
         assert_same(row, expected, "iteration")
 
 
-def test_asarray_is_the_concatenation(both: tuple[ShardedArray, np.ndarray]) -> None:
+def test_asarray_returns_the_concatenation(both: tuple[ShardedArray, np.ndarray]) -> None:
     array, whole = both
     assert_same(np.asarray(array), whole, "asarray")
     assert_same(np.array(array), whole, "array")
@@ -338,7 +336,7 @@ def test_results_are_plain_arrays_even_over_memory_maps(tmp_path: Any) -> None:
     assert_same(array[:], whole, ":")
 
 
-def test_a_slice_inside_one_part_is_a_view() -> None:
+def test_slice_inside_one_part_is_a_view() -> None:
     parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
     array = ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(float))
     for index in (slice(0, 3), slice(1, 2), slice(0, 3, 2), slice(2, None, -1), 1, -6, (1,)):
@@ -347,14 +345,14 @@ def test_a_slice_inside_one_part_is_a_view() -> None:
         assert np.shares_memory(array[index], parts[1]), index
 
 
-def test_everything_else_is_a_copy() -> None:
+def test_other_indices_return_copies() -> None:
     parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
     array = ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(float))
     for index in (slice(2, 4), slice(None), ..., [0, 1], np.ones(7, bool), ([0], [1])):
         assert not any(np.shares_memory(array[index], part) for part in parts), index
 
 
-def test_asarray_of_one_part_is_that_part_and_array_a_copy() -> None:
+def test_asarray_of_one_part_shares_memory_and_array_copies() -> None:
     part = np.ones((3, DIM))
     array = ShardedArray([part], row_shape=(DIM,), dtype=np.dtype(float))
     assert np.shares_memory(np.asarray(array), part)
@@ -363,21 +361,21 @@ def test_asarray_of_one_part_is_that_part_and_array_a_copy() -> None:
     assert np.shares_memory(array.__array__(copy=False), part)
 
 
-def test_several_parts_are_never_one_array_without_a_copy(
+def test_several_parts_need_a_copy(
     mixed: tuple[ShardedArray, np.ndarray],
 ) -> None:
     with pytest.raises(ValueError, match="without a copy"):
         mixed[0].__array__(copy=False)
 
 
-def test_another_dtype_is_never_had_without_a_copy() -> None:
+def test_another_dtype_needs_a_copy() -> None:
     array = ShardedArray([np.ones((3, DIM))], row_shape=(DIM,), dtype=np.dtype(float))
     with pytest.raises(ValueError, match="copy"):
         array.__array__(np.float16, copy=False)
 
 
 @pytest.mark.skipif(not NUMPY_2, reason="numpy 1 does not pass copy on")
-def test_numpy_2_hands_its_copy_argument_on(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+def test_copy_argument_of_numpy_2_is_respected(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     part = np.ones((3, DIM))
     one = ShardedArray([part], row_shape=(DIM,), dtype=np.dtype(float))
     assert np.shares_memory(np.asarray(one, copy=False), part)
@@ -389,10 +387,10 @@ def test_numpy_2_hands_its_copy_argument_on(mixed: tuple[ShardedArray, np.ndarra
 @pytest.mark.parametrize(
     "part", [np.zeros((2, DIM + 1)), np.zeros(DIM), np.zeros((2, DIM), np.float32)], ids=shown
 )
-def test_a_part_that_does_not_fit_is_refused_at_birth(part: np.ndarray) -> None:
+def test_part_of_wrong_shape_or_dtype_is_rejected(part: np.ndarray) -> None:
     with pytest.raises(ValueError, match=r"expected rows of \(4,\) float64 in every part"):
         ShardedArray([np.zeros((2, DIM)), part], row_shape=(DIM,), dtype=np.dtype(float))
 
 
-def test_the_repr_names_shape_dtype_and_shards(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+def test_repr_names_shape_dtype_and_shards(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     assert repr(mixed[0]) == "ShardedArray(shape=(10, 4), dtype=float32, shards=4)"

@@ -1,4 +1,4 @@
-"""The manifest is a promise in writing: what is written comes back, what is not ours is refused."""
+"""The manifest survives a round trip, and anything else is rejected."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def read(content: object) -> Manifest:
     return Manifest.from_json(json.dumps(content), "OUT/store.json")
 
 
-def test_a_manifest_comes_back_equal(manifest: Manifest) -> None:
+def test_manifest_survives_a_round_trip(manifest: Manifest) -> None:
     for text in (manifest.to_json(), manifest.to_json().encode()):
         again = Manifest.from_json(text, "OUT/store.json")
         assert again == manifest
@@ -59,7 +59,7 @@ def test_a_manifest_comes_back_equal(manifest: Manifest) -> None:
         assert again.to_json() == manifest.to_json()
 
 
-def test_the_keys_of_the_text_have_a_fixed_order(content: dict[str, Any]) -> None:
+def test_manifest_keys_have_a_fixed_order(content: dict[str, Any]) -> None:
     assert list(content) == [
         "format",
         "version",
@@ -96,7 +96,7 @@ def test_the_keys_of_the_text_have_a_fixed_order(content: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("root", ["/Bilder/Käse", "/bad-\udcff-name", '/quo"te\n', "/\U0001f600"])
-def test_any_root_comes_back_unchanged_from_an_ascii_text(
+def test_root_survives_a_round_trip_through_ascii(
     describe_store: Callable[..., Description], root: str
 ) -> None:
     failures = FileEntry("failures.jsonl", 0, SHA)
@@ -106,7 +106,7 @@ def test_any_root_comes_back_unchanged_from_an_ascii_text(
     assert Manifest.from_json(text.encode(), "OUT/store.json").description.root == root
 
 
-def test_two_manifests_differ_by_more_than_their_time(manifest: Manifest) -> None:
+def test_manifest_equality_ignores_creation_time(manifest: Manifest) -> None:
     later = Manifest(
         manifest.description,
         5,
@@ -122,7 +122,7 @@ def test_two_manifests_differ_by_more_than_their_time(manifest: Manifest) -> Non
     )
 
 
-def test_names_are_padded_so_that_name_order_is_row_order() -> None:
+def test_file_names_sort_in_row_order() -> None:
     assert features_name(0) == "features/00000.npy"
     assert images_name(12345) == "images/12345.parquet"
     numbers = [0, 1, 9, 10, 99, 100, 12345, 99999]
@@ -133,19 +133,19 @@ def test_names_are_padded_so_that_name_order_is_row_order() -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", b"\xff\xfe\xff", b'{"format": "\xff"}', "no", b"\x00" * 40], ids=repr
 )
-def test_a_text_that_is_no_json_is_refused(text: str | bytes) -> None:
+def test_manifest_that_is_not_json_is_rejected(text: str | bytes) -> None:
     with pytest.raises(StoreError, match=r"OUT/store\.json is not JSON .*damaged"):
         Manifest.from_json(text, "OUT/store.json")
 
 
 @pytest.mark.parametrize("content", [[], 3, None, "extractor-store", {}, {"format": "other"}])
-def test_a_json_of_something_else_is_refused(content: object) -> None:
+def test_json_of_something_else_is_rejected(content: object) -> None:
     with pytest.raises(StoreError, match=r"OUT/store\.json is not the manifest .*extractor-store"):
         read(content)
 
 
 @pytest.mark.parametrize("version", [0, 2, 17, "1", None, [1]])
-def test_an_unknown_version_is_refused_by_name(content: dict[str, Any], version: object) -> None:
+def test_unknown_version_is_rejected(content: dict[str, Any], version: object) -> None:
     shown = repr(version).replace("[", r"\[").replace("]", r"\]")
     with pytest.raises(StoreError, match=f"has format version {shown}; .* reads version 1"):
         read({**content, "version": version})
@@ -178,7 +178,7 @@ KEYS = [
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda key: ".".join(map(str, key)))
-def test_a_manifest_that_lacks_a_key_is_damaged(content: dict[str, Any], key: Any) -> None:
+def test_manifest_without_a_key_is_damaged(content: dict[str, Any], key: Any) -> None:
     inner: Any = content
     for step in key[:-1]:
         inner = inner[step]
@@ -189,14 +189,14 @@ def test_a_manifest_that_lacks_a_key_is_damaged(content: dict[str, Any], key: An
 
 @pytest.mark.parametrize("key", ["backbone", "embedding", "counts", "shards", "failures"])
 @pytest.mark.parametrize("value", [None, 3, "text", [[]]], ids=repr)
-def test_a_value_of_another_kind_is_damage(
+def test_manifest_with_a_value_of_wrong_type_is_damaged(
     content: dict[str, Any], key: str, value: object
 ) -> None:
     with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
         read({**content, key: value})
 
 
-def test_counts_that_do_not_agree_are_damage(content: dict[str, Any]) -> None:
+def test_manifest_with_contradicting_counts_is_damaged(content: dict[str, Any]) -> None:
     with pytest.raises(StoreError, match=r"damaged: .*4 rows of 5 images, shards hold 3"):
         read({**content, "counts": {"images": 5, "rows": 4}})
     with pytest.raises(StoreError, match=r"damaged: .*3 rows of 2 images"):
@@ -208,33 +208,37 @@ def test_counts_that_do_not_agree_are_damage(content: dict[str, Any]) -> None:
     ["../other/00000.npy", "/etc/passwd", "features/00001.npy", "notes.txt", "features/../x.npy"],
 )
 @pytest.mark.parametrize("file", ["features", "index"])
-def test_a_shard_names_no_file_but_its_own(content: dict[str, Any], file: str, name: str) -> None:
+def test_shard_entry_with_foreign_file_names_is_damaged(
+    content: dict[str, Any], file: str, name: str
+) -> None:
     # An overwrite removes the files of the old manifest: it must not be led elsewhere.
     content["shards"][0][file]["name"] = name
     with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
         read(content)
 
 
-def test_failures_have_one_name(content: dict[str, Any]) -> None:
+def test_failures_entry_with_another_name_is_damaged(content: dict[str, Any]) -> None:
     content["failures"]["name"] = "../failures.jsonl"
     with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
         read(content)
 
 
 @pytest.mark.parametrize(("rows", "images"), [(0, 4), (5, 4), (-1, 4)])
-def test_a_shard_has_rows_but_no_more_than_images(rows: int, images: int) -> None:
+def test_shard_entry_needs_a_row_and_no_more_rows_than_images(rows: int, images: int) -> None:
     with pytest.raises(ValueError, match=f"shard 7: {rows} rows of {images} images"):
         shard(7, rows=rows, images=images)
 
 
 @pytest.mark.parametrize("numbers", [(1, 0), (2, 2), (0, 2, 1)])
-def test_shards_are_listed_once_and_in_order(manifest: Manifest, numbers: tuple[int, ...]) -> None:
+def test_shard_entries_must_be_unique_and_sorted(
+    manifest: Manifest, numbers: tuple[int, ...]
+) -> None:
     shards = tuple(shard(number, rows=1) for number in numbers)
     with pytest.raises(ValueError, match="shards out of order"):
         Manifest(manifest.description, 9, LISTING, len(numbers), shards, manifest.failures, "now")
 
 
-def test_a_description_checks_dim_and_dtype(describe_store: Callable[..., Description]) -> None:
+def test_description_checks_dim_and_dtype(describe_store: Callable[..., Description]) -> None:
     for dtype in ("float64", ">f4", "int8"):
         with pytest.raises(ValueError, match=f"dtype: got '{dtype}'"):
             describe_store(dtype=dtype)
@@ -242,12 +246,12 @@ def test_a_description_checks_dim_and_dtype(describe_store: Callable[..., Descri
         describe_store(dim=0)
 
 
-def test_a_description_says_what_made_it(describe_store: Callable[..., Description]) -> None:
+def test_description_names_model_and_weights(describe_store: Callable[..., Description]) -> None:
     description = describe_store(dim=5, dtype="float16")
     assert (description.dim, description.dtype) == (5, "float16")
     assert description.model == "timm:tiny"
     assert description.made_with == "timm:tiny (a1, sha256 0123456789ab)"
 
 
-def test_failed_is_what_has_no_row(manifest: Manifest) -> None:
+def test_failed_counts_images_without_a_row(manifest: Manifest) -> None:
     assert manifest.failed == 2

@@ -1,4 +1,4 @@
-"""One writer at a time, for as long as its process lives and no longer."""
+"""Only one run at a time writes a store, and the lock never outlives its process."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def another_writer(out: Path) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def test_a_second_writer_is_refused_at_once_and_told_the_pid(tmp_path: Path) -> None:
+def test_second_run_fails_at_once_and_names_the_process(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with another_writer(out) as holder:
         begin = time.monotonic()
@@ -63,7 +63,7 @@ def test_a_second_writer_is_refused_at_once_and_told_the_pid(tmp_path: Path) -> 
             ClaimedFolder(out, overwrite=True).__enter__()
 
 
-def test_a_killed_holder_lets_the_next_writer_in(
+def test_killed_process_releases_the_lock(
     tmp_path: Path,
     parts: list[np.ndarray],
     write_store: Callable[..., Path],
@@ -78,7 +78,7 @@ def test_a_killed_holder_lets_the_next_writer_in(
     assert not (out / ".extractor-partial").exists()
 
 
-def test_a_holder_that_leaves_lets_the_next_writer_in(tmp_path: Path) -> None:
+def test_finished_process_releases_the_lock(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with another_writer(out) as holder:
         holder.communicate()
@@ -102,7 +102,7 @@ def test_leaving_a_published_store_does_not_touch_the_next_run(
     assert len(FeatureStore.open(out)) == 4
 
 
-def test_two_writers_of_one_process_exclude_each_other(tmp_path: Path) -> None:
+def test_two_runs_of_one_process_exclude_each_other(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with ClaimedFolder(out):
         with pytest.raises(StoreError, match=f"being written by process {os.getpid()} on"):
@@ -111,7 +111,7 @@ def test_two_writers_of_one_process_exclude_each_other(tmp_path: Path) -> None:
             ClaimedFolder(out).__enter__()
 
 
-def test_a_lock_that_says_nothing_yet_still_holds(tmp_path: Path) -> None:
+def test_lock_without_text_still_holds(tmp_path: Path) -> None:
     path = tmp_path / "out" / "staging" / "lock"
     path.parent.mkdir(parents=True)
     with path.open("w") as file:
@@ -120,14 +120,14 @@ def test_a_lock_that_says_nothing_yet_still_holds(tmp_path: Path) -> None:
             Lock(path).__enter__()
 
 
-def test_a_lock_is_free_after_it_was_left(tmp_path: Path) -> None:
+def test_lock_is_free_after_exit(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     for _ in range(2):
         with Lock(path), pytest.raises(StoreError, match=f"process {os.getpid()} on"):
             Lock(path).__enter__()
 
 
-def test_the_text_of_a_longer_name_is_not_left_behind(tmp_path: Path) -> None:
+def test_lock_text_replaces_a_longer_text(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text("x" * 500)
     with Lock(path):
@@ -137,7 +137,7 @@ def test_the_text_of_a_longer_name_is_not_left_behind(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["gone", "made anew"])
-def test_a_lock_file_removed_before_it_was_locked_is_not_taken_for_the_lock(
+def test_lock_file_removed_before_locking_is_not_the_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
 ) -> None:
     path = tmp_path / "lock"
@@ -160,7 +160,7 @@ def test_a_lock_file_removed_before_it_was_locked_is_not_taken_for_the_lock(
             Lock(path).__enter__()
 
 
-def test_a_refused_lock_keeps_no_descriptor_open(tmp_path: Path) -> None:
+def test_failed_lock_leaks_no_descriptor(tmp_path: Path) -> None:
     path = tmp_path / "lock"
 
     def opened() -> int:
@@ -176,7 +176,7 @@ def test_a_refused_lock_keeps_no_descriptor_open(tmp_path: Path) -> None:
         assert opened() == before
 
 
-def test_a_lock_is_looked_at_without_being_taken(tmp_path: Path) -> None:
+def test_check_does_not_take_the_lock(tmp_path: Path) -> None:
     path = tmp_path / "staging" / "lock"
     Lock(path).check()  # there is none
     path.parent.mkdir()

@@ -1,4 +1,4 @@
-"""What a run has to do, compared with a model that is slow and plain: one image at a time."""
+"""The plan of a run, compared with a slow and simple model that takes one image at a time."""
 
 from __future__ import annotations
 
@@ -203,13 +203,13 @@ def cases(draw: st.DrawFn) -> Case:
 
 @SETTINGS
 @given(cases())
-def test_the_plan_is_that_of_the_plain_model(case: Case) -> None:
+def test_plan_equals_that_of_the_simple_model(case: Case) -> None:
     assert as_dict(case, case.plan()) == slow_plan(case)
 
 
 @SETTINGS
 @given(cases())
-def test_each_image_is_in_one_row_or_failed_or_to_be_computed(case: Case) -> None:
+def test_each_image_has_one_row_or_a_failure_or_is_planned(case: Case) -> None:
     made = as_dict(case, case.plan())
     failed = [failure.path for failure in made["failures"]]
     rows = [path for _, path in made["live"]]
@@ -242,7 +242,7 @@ def carried_out(case: Case, made: Plan) -> Case:
 
 @SETTINGS
 @given(cases())
-def test_after_a_run_nothing_is_left_to_do(case: Case) -> None:
+def test_plan_after_a_run_is_empty(case: Case) -> None:
     lasting = [one._replace(reason="corrupt") for one in case.new_failures]
     case = replace(case, new_failures=lasting)
     done = carried_out(case, case.plan())
@@ -266,26 +266,26 @@ def made_of(*arguments: Any, **options: Any) -> dict[str, Any]:
     return as_dict(case, case.plan())
 
 
-def test_all_is_to_be_computed_where_nothing_is_held() -> None:
+def test_plan_for_an_empty_store_computes_all_images() -> None:
     made = made_of({b"a": File(1, 1), b"b": File(-1, -1)}, {})
     assert made["todo"] == [b"a", b"b"]
     assert (made["rows"], made["gone"], made["changed"]) == (0, 0, 0)
 
 
-def test_nothing_is_live_where_nothing_is_asked_for() -> None:
+def test_plan_without_images_retires_all_rows() -> None:
     made = made_of({}, {0: {b"a": OLD, b"b": OLD}})
     assert (made["live"], made["todo"], made["gone"]) == (set(), [], 2)
 
 
 @pytest.mark.parametrize("now", [File(2, 1), File(1, 2), File(-1, -1)])
-def test_another_size_or_time_retires_a_row(now: File) -> None:
+def test_changed_size_or_time_retires_a_row(now: File) -> None:
     made = made_of({b"a": now, b"b": File(1, 1)}, {0: {b"a": OLD, b"b": OLD}})
     assert made["todo"] == [b"a"]
     assert made["live"] == {(0, b"b")}
     assert (made["changed"], made["gone"]) == (1, 0)
 
 
-def test_with_digests_size_and_time_do_not_count() -> None:
+def test_digests_override_size_and_time() -> None:
     there = {b"same": Row(1, 1, b"1" * 32), b"other": Row(1, 1, b"1" * 32), b"none": Row(1, 1)}
     now = {b"same": File(1, 9, b"1" * 32), b"other": File(1, 1, b"2" * 32), b"none": File(1, 1)}
     made = made_of(now, {0: there}, content=True)
@@ -293,7 +293,7 @@ def test_with_digests_size_and_time_do_not_count() -> None:
     assert made["todo"] == [b"none", b"other"]  # no digest is no proof
 
 
-def test_digests_are_taken_of_images_that_have_a_row_alone() -> None:
+def test_only_images_with_a_row_are_hashed() -> None:
     asked: list[int] = []
 
     def digests(places: Sequence[int]) -> list[bytes]:
@@ -310,27 +310,27 @@ def test_digests_are_taken_of_images_that_have_a_row_alone() -> None:
     assert list(made.todo) == [0]
 
 
-def test_an_image_that_comes_back_unchanged_has_its_retired_row_again() -> None:
+def test_image_that_comes_back_unchanged_regains_its_row() -> None:
     shards = {0: {b"a": OLD._replace(counted=False), b"b": OLD}}
     made = made_of({b"a": File(1, 1), b"b": File(1, 1)}, shards)
     assert made["live"] == {(0, b"a"), (0, b"b")}
     assert (made["todo"], made["changed"], made["gone"]) == ([], 0, 0)
 
 
-def test_an_image_that_is_what_it_was_before_has_the_row_of_that_time() -> None:
+def test_image_changed_back_regains_its_earlier_row() -> None:
     shards = {3: {b"a": NEW}, 1: {b"a": OLD._replace(counted=False)}}
     made = made_of({b"a": File(1, 1)}, shards)
     assert made["live"] == {(1, b"a")}
     assert made["changed"] == 1
 
 
-def test_of_several_right_rows_the_latest_counts() -> None:
+def test_latest_of_several_matching_rows_counts() -> None:
     shards = {2: {b"a": OLD}, 10: {b"a": OLD}, 0: {b"a": OLD}}
     assert made_of({b"a": File(1, 1)}, shards)["live"] == {(10, b"a")}
     assert made_of({}, shards, keep_missing=True)["live"] == {(10, b"a")}
 
 
-def test_kept_rows_of_missing_images_are_those_that_counted() -> None:
+def test_keep_missing_keeps_only_rows_that_counted() -> None:
     shards = {
         0: {b"a": OLD, b"b": OLD, b"never": OLD._replace(counted=False)},
         1: {b"a": NEW._replace(counted=False), b"c": OLD},
@@ -362,7 +362,7 @@ def test_rows_of_a_new_shard_count() -> None:
         ("unreadable", False, True, False),
     ],
 )
-def test_a_failure_stands_until_its_reason_may_be_gone(
+def test_failure_remains_until_its_cause_may_be_over(
     reason: str, readable: bool, retry: bool, stands: bool
 ) -> None:
     failure = FailureRecord(b"a", reason, "why", 1, 1)
@@ -376,7 +376,7 @@ def test_a_failure_stands_until_its_reason_may_be_gone(
 
 @pytest.mark.parametrize("now", [File(2, 1), File(1, 2)])
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_failure_ends_with_the_file_that_it_was_of(now: File, fresh: bool) -> None:
+def test_failure_ends_when_its_file_changes(now: File, fresh: bool) -> None:
     failure = FailureRecord(b"a", "corrupt", "why", 1, 1)
     failures: tuple[Any, Any] = ([], [failure]) if fresh else ([failure], [])
     made = made_of({b"a": now}, {}, *failures)
@@ -384,7 +384,7 @@ def test_a_failure_ends_with_the_file_that_it_was_of(now: File, fresh: bool) -> 
     assert made_of({}, {}, *failures, keep_missing=True)["failures"] == []
 
 
-def test_a_row_comes_before_a_failure_and_the_newer_failure_before_the_older() -> None:
+def test_row_overrides_failure_and_new_failure_overrides_old() -> None:
     old = FailureRecord(b"a", "corrupt", "older", 1, 1)
     new = FailureRecord(b"a", "truncated", "newer", 1, 1)
     assert made_of({b"a": File(1, 1)}, {}, [old], [new])["failures"] == [new]
@@ -392,7 +392,7 @@ def test_a_row_comes_before_a_failure_and_the_newer_failure_before_the_older() -
     assert (made["failures"], made["live"]) == ([], {(0, b"a")})
 
 
-def test_failures_come_in_the_order_of_their_paths() -> None:
+def test_failures_are_sorted_by_path() -> None:
     old, new = (FailureRecord(path, "corrupt", "why", 1, 1) for path in (b"b", b"a"))
     files = {b"a": File(1, 1), b"b": File(1, 1)}
     assert made_of(files, {}, [old], [new])["failures"] == [new, old]

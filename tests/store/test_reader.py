@@ -1,4 +1,4 @@
-"""A store opens with numpy alone, maps what it holds, and names what is wrong with it."""
+"""A store opens with numpy alone, maps its rows, and names what is wrong with it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ print("done")
 """
 
 
-def test_a_store_needs_numpy_for_its_rows_and_pyarrow_for_its_names(out: Path) -> None:
+def test_reading_rows_needs_only_numpy(out: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LAZY, str(out)], capture_output=True, text=True, check=False
     )
@@ -67,7 +67,7 @@ def test_a_store_needs_numpy_for_its_rows_and_pyarrow_for_its_names(out: Path) -
     assert done.stdout == "done\n"
 
 
-def test_rows_are_what_was_written(out: Path, whole: np.ndarray) -> None:
+def test_rows_equal_what_was_written(out: Path, whole: np.ndarray) -> None:
     store = FeatureStore.open(out)
     assert store.features.shape == (7, 3)
     assert store.dim == 3
@@ -83,7 +83,7 @@ def test_float16_stays_float16(tmp_path: Path, write_store: WriteStore) -> None:
     assert np.array_equal(store[:], rows)
 
 
-def test_indexing_the_store_gives_rows(out: Path, whole: np.ndarray) -> None:
+def test_indexing_a_store_returns_rows(out: Path, whole: np.ndarray) -> None:
     store = FeatureStore.open(out)
     for index in (0, 6, -1, slice(1, 3), slice(2, 6), slice(None, None, -2), [6, 0, 3]):
         found = store[index]
@@ -105,19 +105,19 @@ def test_rows_are_memory_mapped(out: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [str, Path, os.fspath])
-def test_the_folder_may_be_given_as_text_or_path(out: Path, kind: Any) -> None:
+def test_folder_may_be_str_or_path(out: Path, kind: Any) -> None:
     store = FeatureStore.open(kind(out))
     assert store.path == out
     assert len(store.paths) == 7
 
 
-def test_the_folder_may_be_relative(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_may_be_relative(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(out.parent)
     assert len(FeatureStore.open("out").paths) == 7
 
 
 @pytest.mark.parametrize("name", ["size=3", "a b%20c", "s3:x", "ä", os.fsdecode(b"\xff")])
-def test_the_folder_may_have_any_name(
+def test_folder_may_have_any_name(
     tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, name: str
 ) -> None:
     try:
@@ -130,7 +130,7 @@ def test_the_folder_may_have_any_name(
     assert store.paths[4:] == ["1/0.jpg", "1/1.jpg", "1/2.jpg"]
 
 
-def test_columns_are_row_aligned(out: Path) -> None:
+def test_columns_match_the_rows(out: Path) -> None:
     store = FeatureStore.open(out)
     assert store.paths == [*(f"0/{row}.jpg" for row in range(4)), "1/0.jpg", "1/1.jpg", "1/2.jpg"]
     assert store.column("path") == store.paths
@@ -140,13 +140,13 @@ def test_columns_are_row_aligned(out: Path) -> None:
     assert store.column("height") == [30, 31, 32, 33, 30, 31, 32]
 
 
-def test_an_unknown_column_is_refused(out: Path) -> None:
-    with pytest.raises(StoreError, match=r"00000\.parquet.*colour"):
-        FeatureStore.open(out).column("colour")
+def test_unknown_column_is_rejected(out: Path) -> None:
+    with pytest.raises(StoreError, match=r"00000\.parquet.*color"):
+        FeatureStore.open(out).column("color")
 
 
 @pytest.mark.parametrize("root", ["/photos", "/photos/"])
-def test_a_row_is_found_by_relative_and_full_path(
+def test_index_of_accepts_relative_and_full_paths(
     tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, root: str
 ) -> None:
     store = FeatureStore.open(write_store(tmp_path / "out", parts, root=root))
@@ -156,7 +156,7 @@ def test_a_row_is_found_by_relative_and_full_path(
             assert store.index_of(name) == row
 
 
-def test_the_root_may_be_the_root_of_all(
+def test_root_may_be_the_file_system_root(
     tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore
 ) -> None:
     store = FeatureStore.open(write_store(tmp_path / "out", parts, root="/"))
@@ -164,7 +164,7 @@ def test_the_root_may_be_the_root_of_all(
 
 
 @pytest.mark.parametrize("name", ["9.jpg", "", "0", "/photos", "/other/0/0.jpg", "/photos0/0.jpg"])
-def test_an_image_without_a_row_is_a_key_error(out: Path, name: str) -> None:
+def test_image_without_a_row_raises_key_error(out: Path, name: str) -> None:
     with pytest.raises(KeyError, match="has no row in"):
         FeatureStore.open(out).index_of(name)
 
@@ -175,7 +175,7 @@ def test_failures_are_listed(out: Path) -> None:
     ]
 
 
-def test_the_repr_says_what_it_is(out: Path) -> None:
+def test_repr_names_folder_shape_and_model(out: Path) -> None:
     assert repr(FeatureStore.open(out)) == (
         f"FeatureStore({str(out)!r}: 7 x 3, timm:tiny (a1, sha256 0123456789ab))"
     )
@@ -184,14 +184,14 @@ def test_the_repr_says_what_it_is(out: Path) -> None:
 # ---- what is wrong -------------------------------------------------------------------------------
 
 
-def test_a_folder_that_is_not_there_or_empty_is_no_store(tmp_path: Path) -> None:
+def test_missing_or_empty_folder_is_not_a_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         with pytest.raises(StoreError, match=f"{folder} is not a store .*store.json is missing"):
             FeatureStore.open(folder)
 
 
-def test_an_unfinished_store_is_said_to_be_unfinished(
+def test_unfinished_store_is_reported_as_unfinished(
     tmp_path: Path, parts: list[np.ndarray], fill: Callable[..., Any]
 ) -> None:
     out = tmp_path / "out"
@@ -213,27 +213,27 @@ def test_an_unfinished_store_is_said_to_be_unfinished(
         (b'{"format": "extractor-store", "version": 1}', r"store\.json is damaged: KeyError"),
     ],
 )
-def test_a_manifest_that_is_not_ours_is_refused(out: Path, content: bytes, message: str) -> None:
+def test_unknown_manifest_is_rejected(out: Path, content: bytes, message: str) -> None:
     (out / "store.json").write_bytes(content)
     with pytest.raises(StoreError, match=message):
         FeatureStore.open(out)
 
 
-def test_a_manifest_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+def test_manifest_that_is_a_folder_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "store.json").mkdir()
     with pytest.raises(StoreError, match=r"cannot read .*store\.json: Is a directory"):
         FeatureStore.open(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["shards", "counts", "embedding", "root", "failures", "created"])
-def test_a_manifest_that_lacks_a_key_is_refused_by_name(out: Path, key: str) -> None:
+def test_store_with_an_incomplete_manifest_is_rejected(out: Path, key: str) -> None:
     edit(out, lambda content: content.pop(key))
     with pytest.raises(StoreError, match=rf"store\.json is damaged: KeyError '{key}'"):
         FeatureStore.open(out)
 
 
 @pytest.mark.parametrize("name", ["features/00001.npy", "images/00000.parquet"])
-def test_a_missing_file_is_named(out: Path, name: str) -> None:
+def test_missing_file_is_named(out: Path, name: str) -> None:
     (out / name).unlink()
     with pytest.raises(StoreError, match=f"{name} is missing from the store"):
         FeatureStore.open(out)
@@ -241,7 +241,7 @@ def test_a_missing_file_is_named(out: Path, name: str) -> None:
 
 @pytest.mark.parametrize("change", [-1, 1])
 @pytest.mark.parametrize("name", ["features/00001.npy", "images/00000.parquet"])
-def test_a_file_of_another_size_is_named(out: Path, name: str, change: int) -> None:
+def test_file_of_wrong_size_is_named(out: Path, name: str, change: int) -> None:
     content = (out / name).read_bytes()
     (out / name).write_bytes((content + b"\0")[: len(content) + change])
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_a_file_of_another_size_is_named(out: Path, name: str, change: int) -> N
         (np.zeros((4, 6), np.float16), r"holds \(4, 6\) float16, expected \(4, 3\) float32"),
     ],
 )
-def test_a_shard_of_another_shape_or_type_is_refused(
+def test_shard_of_wrong_shape_or_type_is_rejected(
     out: Path, array: np.ndarray, message: str
 ) -> None:
     size = (out / "features/00000.npy").stat().st_size
@@ -270,20 +270,20 @@ def test_a_shard_of_another_shape_or_type_is_refused(
 
 
 @pytest.mark.parametrize("start", [b"\0" * 128, b"PK\x03\x04", b"\x80\x04"], ids=repr)
-def test_a_shard_that_is_no_npy_is_refused(out: Path, start: bytes) -> None:
+def test_shard_that_is_not_npy_is_rejected(out: Path, start: bytes) -> None:
     name = out / "features/00000.npy"
     name.write_bytes(start + name.read_bytes()[len(start) :])
     with pytest.raises(StoreError, match=r"00000\.npy is damaged"):
         FeatureStore.open(out)
 
 
-def test_no_damage_to_a_header_is_worse_than_a_store_error(out: Path, whole: np.ndarray) -> None:
+def test_damaged_header_raises_only_store_error(out: Path, whole: np.ndarray) -> None:
     name = out / "features/00000.npy"
     good = name.read_bytes()
     refused = 0
-    for place in range(128):
+    for offset in range(128):
         for value in (0, ord("("), ord("'"), ord("#"), 0xFF):
-            name.write_bytes(good[:place] + bytes([value]) + good[place + 1 :])
+            name.write_bytes(good[:offset] + bytes([value]) + good[offset + 1 :])
             try:
                 store = FeatureStore.open(out)
             except StoreError as error:
@@ -294,7 +294,7 @@ def test_no_damage_to_a_header_is_worse_than_a_store_error(out: Path, whole: np.
     assert refused > 250
 
 
-def test_an_index_that_is_no_parquet_is_refused(out: Path) -> None:
+def test_index_that_is_not_parquet_is_rejected(out: Path) -> None:
     name = out / "images/00001.parquet"
     name.write_bytes(b"\0" * name.stat().st_size)
     store = FeatureStore.open(out)
@@ -303,7 +303,7 @@ def test_an_index_that_is_no_parquet_is_refused(out: Path) -> None:
         store.paths  # noqa: B018
 
 
-def test_an_index_of_another_length_is_refused(out: Path) -> None:
+def test_index_of_wrong_length_is_rejected(out: Path) -> None:
     name = out / "images/00000.parquet"
     pq.write_table(pq.ParquetFile(name).read().slice(0, 3), name)
 
@@ -315,7 +315,7 @@ def test_an_index_of_another_length_is_refused(out: Path) -> None:
         FeatureStore.open(out).paths  # noqa: B018
 
 
-def test_missing_failures_are_named(out: Path) -> None:
+def test_missing_failures_file_is_named(out: Path) -> None:
     store = FeatureStore.open(out)
     (out / "failures.jsonl").unlink()
     with pytest.raises(StoreError, match=r"failures\.jsonl is missing"):
@@ -325,7 +325,7 @@ def test_missing_failures_are_named(out: Path) -> None:
 # ---- a store that is replaced --------------------------------------------------------------------
 
 
-def test_a_store_replaced_since_it_was_opened_gives_no_names(
+def test_store_replaced_after_opening_returns_no_paths(
     out: Path, whole: np.ndarray, parts: list[np.ndarray], write_store: WriteStore
 ) -> None:
     store = FeatureStore.open(out)
@@ -338,7 +338,7 @@ def test_a_store_replaced_since_it_was_opened_gives_no_names(
     assert np.array_equal(np.asarray(FeatureStore.open(out).features), whole + 100)
 
 
-def test_names_that_were_read_before_stay(
+def test_paths_read_before_a_replacement_stay(
     out: Path, parts: list[np.ndarray], write_store: WriteStore
 ) -> None:
     store = FeatureStore.open(out)
@@ -348,7 +348,7 @@ def test_names_that_were_read_before_stay(
     assert len(store.paths) == len(store) == 7
 
 
-def test_a_store_removed_since_it_was_opened_gives_no_names(out: Path) -> None:
+def test_store_removed_after_opening_returns_no_paths(out: Path) -> None:
     store = FeatureStore.open(out)
     (out / "store.json").unlink()
     with pytest.raises(StoreError, match="replaced since it was opened"):
@@ -356,7 +356,7 @@ def test_a_store_removed_since_it_was_opened_gives_no_names(out: Path) -> None:
 
 
 @pytest.mark.parametrize("shard", [0, 1])
-def test_a_store_replaced_while_it_opens_is_never_mixed(
+def test_store_replaced_during_opening_is_never_mixed(
     out: Path,
     whole: np.ndarray,
     parts: list[np.ndarray],
@@ -384,7 +384,7 @@ def test_a_store_replaced_while_it_opens_is_never_mixed(
     assert len(moments) == 1
 
 
-def test_a_store_that_goes_while_it_is_opened_is_refused(
+def test_store_removed_during_opening_is_rejected(
     out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain_open = builtins.open
@@ -399,7 +399,7 @@ def test_a_store_that_goes_while_it_is_opened_is_refused(
         FeatureStore.open(out)
 
 
-def test_a_store_replaced_while_its_names_are_read_is_never_mixed(
+def test_store_replaced_during_reading_is_never_mixed(
     out: Path, parts: list[np.ndarray], write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parquet_file = pq.ParquetFile

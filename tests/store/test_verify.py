@@ -1,4 +1,4 @@
-"""Whatever is done to a store is found."""
+"""Every kind of damage to a store is found."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def problems(folder: Path) -> list[str]:
     return list(verify(folder))
 
 
-def test_a_store_as_it_was_written_is_right(store: Path) -> None:
+def test_untouched_store_verifies(store: Path) -> None:
     assert problems(store) == []
 
 
-def test_every_flipped_byte_and_every_cut_tail_is_found(store: Path, tmp_path: Path) -> None:
+def test_flipped_bytes_and_cut_tails_are_found(store: Path, tmp_path: Path) -> None:
     files = sorted(path.relative_to(store) for path in store.rglob("*") if path.is_file())
     assert len(files) == 7
     draw = random.Random(0)
@@ -49,9 +49,9 @@ def test_every_flipped_byte_and_every_cut_tail_is_found(store: Path, tmp_path: P
         path = copy / files[turn % len(files)]
         data = bytearray(path.read_bytes())
         if draw.random() < 0.8:
-            place = draw.randrange(len(data))
-            data[place] ^= 1 << draw.randrange(8)
-            what = f"{path.name}: bit of byte {place} flipped"
+            offset = draw.randrange(len(data))
+            data[offset] ^= 1 << draw.randrange(8)
+            what = f"{path.name}: bit of byte {offset} flipped"
         else:
             del data[draw.randrange(len(data)) :]
             what = f"{path.name}: cut to {len(data)} bytes"
@@ -70,7 +70,7 @@ def test_every_flipped_byte_and_every_cut_tail_is_found(store: Path, tmp_path: P
 @pytest.mark.parametrize(
     "name", ["features/00000.npy", "images/00001.parquet", "failures.jsonl", "features", "images"]
 )
-def test_what_is_missing_is_named(store: Path, name: str) -> None:
+def test_missing_files_are_named(store: Path, name: str) -> None:
     path = store / name
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert any(name in problem for problem in problems(store))
@@ -79,18 +79,18 @@ def test_what_is_missing_is_named(store: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["features/00009.npy", "images/notes.txt", "extra", "features/.hidden"]
 )
-def test_what_is_not_of_the_store_is_named(store: Path, name: str) -> None:
+def test_foreign_files_are_named(store: Path, name: str) -> None:
     (store / name).write_text("x")
     assert problems(store) == [f"{name!a}: is not part of the store"]
 
 
-def test_a_link_in_the_place_of_a_file_is_found(store: Path, tmp_path: Path) -> None:
+def test_link_in_place_of_a_file_is_found(store: Path, tmp_path: Path) -> None:
     os.rename(store / "features/00000.npy", tmp_path / "elsewhere.npy")
     (store / "features/00000.npy").symlink_to(tmp_path / "elsewhere.npy")
     assert problems(store) == ["features/00000.npy: is not a regular file"]
 
 
-def test_values_that_are_not_finite_are_found_by_row(
+def test_nonfinite_values_are_reported_by_row(
     tmp_path: Path, write_store: Callable[..., Path]
 ) -> None:
     rows = np.ones((9000, 2), np.float16)
@@ -103,25 +103,25 @@ def test_values_that_are_not_finite_are_found_by_row(
     ]
 
 
-def test_a_path_with_two_rows_is_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+def test_path_with_two_rows_is_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
     parts = [np.ones((2, 3), np.float32)] * 2
     names = [[b"a", b"b"], [b"b", b"c"]]
     store = write_store(tmp_path / "store", parts, names=names)
     assert problems(store) == ["images/00001.parquet: 'b' already has a row in shard 0"]
 
 
-def test_paths_out_of_order_are_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+def test_unsorted_paths_are_found(tmp_path: Path, write_store: Callable[..., Path]) -> None:
     part = np.ones((2, 3), np.float32)
     store = write_store(tmp_path / "store", [part], names=[[b"b", b"a"]])
     assert problems(store) == ["images/00000.parquet: paths are not sorted"]
 
 
-def test_no_store_is_an_error(tmp_path: Path) -> None:
+def test_verifying_an_empty_folder_fails(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="is not a finished store"):
         problems(tmp_path)
 
 
-def test_images_that_changed_or_went_are_found(
+def test_changed_and_missing_images_are_found(
     tmp_path: Path, write_store: Callable[..., Path]
 ) -> None:
     for name, size in (("0", 100), ("1", 3), ("2", 102)):
@@ -141,7 +141,7 @@ def test_images_that_changed_or_went_are_found(
     assert len(list(verify_images(store, str(tmp_path / "moved")))) == 3
 
 
-def test_the_command_says_what_is_wrong(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_command_prints_problems(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", str(store)]) == 0
     assert "OK (11 rows, 2 failures)" in capsys.readouterr().out
     with (store / "features/00001.npy").open("r+b") as file:
@@ -156,7 +156,7 @@ def test_the_command_says_what_is_wrong(store: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["verify", str(store), "--recompute", "0"]) == 2
 
 
-def test_the_command_shows_the_manifest(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_command_prints_the_manifest(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["info", str(store), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown == json.loads((store / "store.json").read_bytes())
