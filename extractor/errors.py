@@ -1,11 +1,14 @@
-"""The errors that a caller can cause, all of them children of one."""
+"""Errors that a caller can cause; all are subclasses of :class:`ExtractorError`."""
 
 from __future__ import annotations
+
+from extractor.text import plural
 
 __all__ = [
     "DecodeError",
     "DeviceError",
     "ExtractorError",
+    "InterruptedRunError",
     "ModelError",
     "SourceError",
     "StoreError",
@@ -15,22 +18,28 @@ __all__ = [
 
 
 class ExtractorError(Exception):
-    """What went wrong, what was expected, and what to try."""
+    """Base class of all errors; the message says what went wrong and what to try."""
 
 
 class UsageError(ExtractorError):
-    """An option or an argument that cannot be meant."""
+    """An option or an argument has a value that makes no sense."""
 
 
 class SourceError(ExtractorError):
-    """The images that were asked for cannot be listed."""
+    """The images cannot be listed, or none of them can be embedded."""
 
 
 class DecodeError(ExtractorError):
-    """One image cannot be turned into pixels.
+    """An image cannot be decoded.
 
-    ``reason`` is a short machine-readable word (``not-an-image``, ``truncated``, ...), the
-    message is for people. ``size`` and ``mtime_ns`` are those of the file, -1 where there is none.
+    Args:
+        reason: Short word for programs, such as ``not-an-image`` or ``truncated``.
+        message: Sentence for people.
+
+    Attributes:
+        reason: See above.
+        size: Size of the file in bytes; -1 if there is no file.
+        mtime_ns: Modification time of the file in nanoseconds; -1 if there is no file.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -41,25 +50,32 @@ class DecodeError(ExtractorError):
 
 
 class ModelError(ExtractorError):
-    """A model that is unknown, or whose head cannot be removed."""
+    """A model is unknown, or its classifier cannot be removed."""
 
 
 class WeightsError(ExtractorError):
-    """Weights that cannot be found, read or fitted to the model."""
+    """Weights cannot be found or read, or they do not fit the model."""
 
 
 class DeviceError(ExtractorError):
-    """A device or a precision that this machine does not have, or that is out of memory."""
+    """This machine lacks a device or a precision, or the device is out of memory."""
 
 
 class StoreError(ExtractorError):
-    """A store that cannot be read or written as asked."""
+    """A store cannot be read or written as requested."""
 
 
 class InterruptedRunError(ExtractorError):
-    """A run that was asked to stop; what it did is kept, and the same call goes on there."""
+    """A run was asked to stop; its finished batches are saved, and the same call resumes.
+
+    Args:
+        done: Number of images that are done.
+        total: Number of images of the run.
+    """
 
     def __init__(self, done: int, total: int) -> None:
-        super().__init__(f"stopped after {done} of {total} images; the same command goes on there")
+        super().__init__(
+            f"stopped after {done:,} of {plural(total, 'image')}; repeat the same call to resume"
+        )
         self.done = done
         self.total = total

@@ -29,7 +29,8 @@ ORDER: list[set[str]] = [
     {"preprocess"},
     {"system"},
     {"flags"},
-    {"errors", "text", "version"},
+    {"errors"},
+    {"text", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAX_FILES = 16

@@ -1,70 +1,132 @@
-"""What a person sees of the command: the bar, warnings, and text that any terminal takes."""
+"""What a person sees of the command: progress bar, warnings and printable text."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
 import sys
+import textwrap
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+from extractor.cli.stderr import capture_stderr, duplicate_stderr
+from extractor.text import plural
 
 if TYPE_CHECKING:
     from extractor.report import Progress
 
-__all__ = ["Bar", "logging_to", "print_lines", "printable", "say", "warn"]
+__all__ = ["Bar", "logging_to", "print_lines", "print_table", "printable", "say", "warn"]
+
+LOADING = "loading the model ..."
+CLEAR_LINE = "\r\033[K"
+NAME_COLUMNS = 14  # width of the left column of a summary
+MIN_COLUMNS = 40
+
+# Damaged files can make a library print one line per strip or tag.
+MAX_OUTPUT_LINES = 20
 
 
 class Bar:
-    """A tqdm bar on stderr: images, images/s, time left, failures; nothing without a terminal."""
+    """Progress bar on a terminal: images, images/s, time left and failures.
+
+    Use it as a context manager. Nothing is shown if standard error is no terminal. While the bar
+    is shown, what anything else prints on standard error appears above it.
+
+    Args:
+        quiet: Show nothing.
+    """
 
     def __init__(self, *, quiet: bool) -> None:
         self._shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._lock = threading.RLock()
+        self._stack = contextlib.ExitStack()
+        self._terminal: TextIO | None = None
         self._bar: Any = None
+        self._is_loading = False
+        self._output_lines = 0
 
     def __enter__(self) -> Bar:
+        """Show that the model is loading."""
         if self._shown:
-            print("loading the model ...", end="", file=sys.stderr, flush=True)
+            self._terminal = duplicate_stderr()
+        if self._terminal is not None:
+            self._is_loading = True
+            self._write(LOADING)
+            self._stack.enter_context(capture_stderr(self._output))
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        else:
-            self._clear()
+        """Remove the bar and give standard error back."""
+        self._stack.close()  # the last lines of libraries arrive here
+        with self._lock:
+            self._end_loading()
+            if self._bar is not None:
+                self._bar.close()
+            if self._terminal is not None:
+                self._terminal.close()
+            self._bar = self._terminal = None
+        hidden = self._output_lines - MAX_OUTPUT_LINES
+        if hidden > 0:
+            say(f"extract: {plural(hidden, 'more message')} of libraries not shown")
 
     def update(self, progress: Progress) -> None:
-        if not self._shown:
+        """Show how far the run is."""
+        if self._terminal is None:
             return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-            self._clear()
-            self._bar = tqdm(
-                total=progress.total,
-                initial=progress.done,
-                unit="img",
-                smoothing=0.1,
-                dynamic_ncols=width > 0,
-                ncols=None if width else 80,  # some terminals do not know their size
-                nrows=None if width else 24,
-            )
-        self._bar.set_postfix(failed=progress.failed, refresh=False)
-        self._bar.update(progress.done - self._bar.n)
+        with self._lock:
+            if self._bar is None:
+                self._end_loading()
+                self._bar = _new_bar(self._terminal, progress)
+            self._bar.set_postfix(failed=progress.failed, refresh=False)
+            self._bar.update(progress.done - self._bar.n)
 
     def warn(self, message: str) -> None:
-        """Print a warning on stderr above the bar."""
-        text = f"extract: warning: {message}"
-        if self._bar is not None:
-            self._bar.write(printable(text), file=sys.stderr)
-        else:
-            self._clear()
-            say(text)
+        """Print a warning on standard error, above the bar."""
+        self._print(f"extract: warning: {message}")
 
-    def _clear(self) -> None:
-        if self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+    def _output(self, line: str) -> None:
+        """Print what a library printed, unless it prints too much."""
+        self._output_lines += 1
+        if self._output_lines <= MAX_OUTPUT_LINES:
+            self._print(line)
+
+    def _print(self, text: str) -> None:
+        with self._lock:
+            if self._terminal is None:
+                say(text)
+            elif self._bar is not None:
+                self._bar.write(printable(text), file=self._terminal)
+            else:
+                self._write(f"{CLEAR_LINE}{printable(text)}\n{LOADING}")
+
+    def _end_loading(self) -> None:
+        if self._is_loading:
+            self._is_loading = False
+            self._write(CLEAR_LINE)
+
+    def _write(self, text: str) -> None:
+        if self._terminal is not None:
+            print(text, end="", file=self._terminal, flush=True)
+
+
+def _new_bar(terminal: TextIO, progress: Progress) -> Any:
+    from tqdm import tqdm
+
+    width = os.get_terminal_size(terminal.fileno()).columns
+    return tqdm(
+        total=progress.total,
+        initial=progress.done,
+        unit="img",
+        smoothing=0.1,
+        dynamic_ncols=width > 0,
+        ncols=None if width else 80,  # some terminals do not know their size
+        nrows=None if width else 24,
+        file=terminal,
+    )
 
 
 class _Handler(logging.Handler):
@@ -78,7 +140,7 @@ class _Handler(logging.Handler):
 
 @contextmanager
 def logging_to(write: Callable[[str], None]) -> Iterator[None]:
-    """Show the package's own warnings; what other libraries log is theirs."""
+    """Pass the package's own warnings to a function; other libraries keep their logging."""
     logger = logging.getLogger("extractor")
     handler = _Handler(write)
     logger.addHandler(handler)
@@ -90,8 +152,31 @@ def logging_to(write: Callable[[str], None]) -> Iterator[None]:
         logger.propagate = propagated
 
 
+def print_table(rows: Sequence[tuple[str, str]]) -> None:
+    """Print names and texts in two columns; on a terminal, wrap the texts to its width."""
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if is_terminal else None
+    print_lines([line for name, text in rows for line in table_lines(name, text, width)])
+
+
+def table_lines(name: str, text: str, width: int | None) -> list[str]:
+    """Return one row of a table as lines of at most ``width`` characters; None does not wrap."""
+    head = f"{name:{NAME_COLUMNS - 1}} "
+    if width is None or len(head) + len(text) <= width:
+        return [head + text]
+    return textwrap.wrap(
+        text,
+        max(width, MIN_COLUMNS),
+        initial_indent=head,
+        subsequent_indent=" " * NAME_COLUMNS,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+
+
 def print_lines(lines: Sequence[str]) -> None:
-    """Print a result on standard output; who no longer reads it has what he wanted."""
+    """Print a result on standard output; a reader that has gone away is no error."""
     try:
         for line in lines:
             print(printable(line))
@@ -114,5 +199,5 @@ def say(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """Text that any terminal takes: names of files may hold bytes that are no characters."""
+    """Return text that any terminal can show; file names may hold control or invalid bytes."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

@@ -6,11 +6,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from extractor.cli.console import Bar, logging_to, print_lines, warn
+from extractor.cli.console import Bar, logging_to, print_table, warn
 from extractor.cli.json_log import Events
-from extractor.cli.parser import Command, parse
+from extractor.cli.parser import Command, CommandOptions, parse
 from extractor.cli.summary import summary
 from extractor.errors import SourceError, UsageError
 from extractor.flags import options_in
@@ -30,85 +30,95 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     """Run the main job and return its exit code.
 
     Raises:
-        ExtractorError: it failed.
+        ExtractorError: The run failed.
     """
     command = parse(arguments)
-    options, own = command.options, command.own
+    own = command.own
     events.wanted = own.log_json
     for message in command.warnings:
         (events.warning if events.wanted else warn)(message)
-    if bool(own.inputs) == bool(own.image_list):
-        raise UsageError(
-            "expected folders or images, or --list FILE, but not both; try: extract images/"
-            if own.inputs
-            else "no input; try: extract images/   (extract --help shows more)"
-        )
-    # Whatever can be wrong is found before torch is loaded, which takes seconds.
-    from extractor.images.listing import list_images
-    from extractor.run.preflight import check_output_folders
+    _check(command)
+    # Everything above and up to here happens without torch, which takes seconds to load.
     from extractor.run.up_to_date import up_to_date_report
 
     models = list(own.model)
-    if not all(models) or own.out == "":
-        raise UsageError("got an empty name, expected a model and a folder for the store")
-    check_output_folders(models, own.out, options)
-    images = _read_list(own.image_list) if own.image_list else list_images(own.inputs)
+    images = _images(own)
     events.start(len(images), models, __version__)
-    report = up_to_date_report(images, models, own.out, options)
+    report = up_to_date_report(images, models, own.out, command.options)
     if report is None:
         report = _compute(images, command, stopping, events)
     events.end(report)
     if not own.quiet:
-        print_lines(summary(report))
+        print_table(summary(report))
     return report.exit_code
 
 
-def _compute(
-    images: ImageList,
-    command: Command,
-    stopping: Stopping,
-    events: Events,
-) -> Report:
+def _check(command: Command) -> None:
+    """Check the command line and the output folders.
+
+    Raises:
+        ExtractorError: The run could not succeed.
+    """
+    own = command.own
+    if not own.inputs and not own.image_list:
+        raise UsageError("no input; try: extract images/   (extract --help shows more)")
+    if own.inputs and own.image_list:
+        raise UsageError("got both INPUT and --list, expected one of them; try: extract images/")
+    if not all(own.model):
+        raise UsageError("model: got an empty name; try: extract --model resnet50 images/")
+    if own.out == "":
+        raise UsageError("out: got an empty name, expected a folder for the store")
+    from extractor.run.preflight import check_output_folders
+
+    check_output_folders(list(own.model), own.out, command.options)
+
+
+def _compute(images: ImageList, command: Command, stopping: Stopping, events: Events) -> Report:
     options, own = command.options, command.own
     _keep_compiled()
     bar = Bar(quiet=own.quiet or events.wanted)
     with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
         keep_freed_memory()
-        spin_briefly()  # before torch is imported, which the next lines do
+        spin_briefly()  # takes effect only before torch is imported, which the next lines do
         with freeze_imports():
-            from extractor import api as pipeline
+            from extractor import api
             from extractor.images.budget import allow_pixels
 
         allow_pixels(options.max_pixels)
 
         def show(progress: Progress) -> None:
-            stopping.graceful = True  # from now on a batch is worth waiting for
+            stopping.graceful = True  # from now on there is a batch worth finishing
             bar.update(progress)
             events.progress(progress)
 
-        return pipeline.extract(
-            images,
-            list(own.model),
-            own.out,
-            **{name: getattr(options, name) for name in options_in(Options)},
-            progress=show,
-            stop=stopping,
+        arguments: Any = {name: getattr(options, name) for name in options_in(Options)}
+        return api.extract(
+            images, list(own.model), own.out, progress=show, stop=stopping, **arguments
         )
 
 
 def _keep_compiled() -> None:
-    """Keep what is compiled for the next run, and not where others could leave code to run."""
+    """Keep compiled code for the next run, in a folder where nobody else can leave code."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(caches, "extractor", "compiled")
-    with contextlib.suppress(OSError):  # no home that can be written: torch has a folder of its own
+    with contextlib.suppress(OSError):  # no writable home; torch has a default folder
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
-def _read_list(name: str) -> ImageList:
-    from extractor.images.listing import read_list
+def _images(own: CommandOptions) -> ImageList:
+    """List the images.
 
+    Raises:
+        SourceError: They cannot be listed.
+        UsageError: Standard input should be read but is closed.
+    """
+    from extractor.images.listing import list_images, read_list
+
+    name = own.image_list
+    if not name:
+        return list_images(own.inputs)
     if name == "-":
         if sys.stdin is None:
             raise UsageError("--list -: standard input is closed")

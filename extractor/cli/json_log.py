@@ -1,4 +1,4 @@
-"""What a program reads of a run: one JSON object a line on standard error (``--log-json``)."""
+"""Progress for programs: one JSON object per line on standard error (``--log-json``)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import json
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
+
+from extractor.cli.stderr import capture_stderr, duplicate_stderr
 
 if TYPE_CHECKING:
     from extractor.report import Progress, Report
@@ -22,17 +23,23 @@ PROGRESS_SECONDS = 10.0
 
 
 class Events:
-    """Writes events, once it is told to; before that, and without, it keeps silent.
+    """Writer of events.
 
-    Each has ``time`` (ISO 8601, UTC) and ``event``: ``start``, ``progress``, ``warning``,
-    ``output``, ``interrupted``, ``error`` or ``end``; the last of a run tells its ``exit_code``.
+    Each event has ``time`` (ISO 8601, UTC) and ``event``: ``start``, ``progress``, ``warning``,
+    ``output``, ``interrupted``, ``error`` or ``end``. The last event has the ``exit_code``.
+
+    Args:
+        clock: Returns the time in seconds; tests give their own.
+
+    Attributes:
+        wanted: Whether to write events; nothing is written before this is set.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.wanted = False
         self._file: TextIO | None = None
         self._clock = clock
-        self._told = -PROGRESS_SECONDS
+        self._last = -PROGRESS_SECONDS
         self._first: tuple[float, int] | None = None
 
     def write(self, event: str, **content: Any) -> None:
@@ -46,65 +53,46 @@ class Events:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Have standard error to themselves: what libraries print there comes as an event, too.
-
-        Some do so from C, such as libtiff of damaged files.
-        """
-        try:
-            descriptor = sys.stderr.fileno() if self.wanted else -1
-        except (AttributeError, OSError, ValueError):  # closed, or not a file
-            descriptor = -1
-        if descriptor < 0:
+        """Own standard error, if events are wanted; lines of others become ``output`` events."""
+        if not self.wanted:
             yield
             return
-        read, write = os.pipe()
-        with os.fdopen(os.dup(descriptor), "w", encoding="ascii") as self._file:
-            os.dup2(write, descriptor)
-            os.close(write)
-            reader = threading.Thread(target=self._tell, args=(read,), daemon=True)
-            reader.start()
-            try:
-                yield
-            finally:
-                sys.stderr.flush()
-                os.dup2(self._file.fileno(), descriptor)  # the last writer: the reader ends
-                reader.join(1.0)
-                self._file = None
-
-    def _tell(self, descriptor: int) -> None:
-        with os.fdopen(descriptor, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.strip():
-                    self.write("output", message=line.rstrip("\n"))
+        with contextlib.ExitStack() as stack:
+            self._file = duplicate_stderr()
+            if self._file is not None:
+                stack.enter_context(self._file)
+                stack.callback(setattr, self, "_file", None)
+                stack.enter_context(capture_stderr(lambda line: self.write("output", message=line)))
+            yield
 
     def start(self, images: int, models: list[str], version: str) -> None:
-        """The images are listed, the models are loaded next."""
-        where = {"host": socket.gethostname(), "process": os.getpid()}
-        self.write("start", version=version, models=models, images=images, **where)
+        """Write that the images are listed and the models are loaded next."""
+        process = {"host": socket.gethostname(), "process": os.getpid()}
+        self.write("start", version=version, models=models, images=images, **process)
 
     def progress(self, progress: Progress) -> None:
-        """How far the run is; at most every ten seconds, and at its end."""
+        """Write how far the run is, at most every ten seconds and at its end."""
         now = self._clock()
         self._first = self._first or (now, progress.done)
-        if now - self._told < PROGRESS_SECONDS and progress.done < progress.total:
+        if now - self._last < PROGRESS_SECONDS and progress.done < progress.total:
             return
-        self._told = now
-        begun, before = self._first
-        rate = (progress.done - before) / max(now - begun, 1e-9)
+        self._last = now
+        started, done_before = self._first
+        rate = (progress.done - done_before) / max(now - started, 1e-9)
         self.write(
             "progress",
             done=progress.done,
             total=progress.total,
             failed=progress.failed,
-            images_per_second=round(rate, 2) if now > begun else None,
+            images_per_second=round(rate, 2) if now > started else None,
         )
 
     def warning(self, message: str) -> None:
-        """Something that a person should know."""
+        """Write a warning."""
         self.write("warning", message=message)
 
     def end(self, report: Report) -> None:
-        """The run is done, and what is in the stores."""
+        """Write the exit code and the counts of each store."""
         stores = [
             {
                 "out": os.fspath(store.out),

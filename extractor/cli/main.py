@@ -1,4 +1,4 @@
-"""The command ``extract``: words to options, one library call, and what a person sees of it."""
+"""Entry point of the command: verbs, signals, and errors to messages and exit codes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from extractor.cli import extract as run
-from extractor.cli import models, stores
+from extractor.cli import extract, models, stores
 from extractor.cli.console import say
 from extractor.cli.json_log import Events
 from extractor.cli.signals import NAMES, EndedError, Stopping
 from extractor.errors import ExtractorError, InterruptedRunError, UsageError
+from extractor.text import plural
 
 __all__ = ["main", "process"]
 
-# Exit codes of what went wrong.
+# Exit codes of errors, as in the table EXIT_CODES of extractor.cli.parser.
 FAILED = 1
-WRONG_USAGE = 2
+USAGE_ERROR = 2
 
-# First words that are no folder but a command of their own.
+# A first word with a meaning of its own; a folder of the same name is written ./models.
 VERBS = {
     "models": models.list_models,
     "download": models.download,
@@ -35,37 +35,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; ``arguments`` default to those of the process."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     verb = VERBS.get(words[0]) if words else None
-    # Of libraries, about code that the user did not write.
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
     stopping, events = Stopping(), Events()
     with stopping.listening():
         try:
-            return run.extract(words, stopping, events) if verb is None else verb(words[1:])
+            return extract.extract(words, stopping, events) if verb is None else verb(words[1:])
         except InterruptedRunError as error:
-            kept = f"{error.done} of {error.total} images are done and kept"
-            return _interrupted(stopping, events, kept, done=error.done, total=error.total)
+            saved = f"{error.done:,} of {plural(error.total, 'image')} saved"
+            return _interrupted(stopping, events, saved, done=error.done, total=error.total)
         except UsageError as error:
-            return _complain(error, WRONG_USAGE, events)
+            return _complain(error, USAGE_ERROR, events)
         except ExtractorError as error:
             return _complain(error, FAILED, events)
         except (EndedError, KeyboardInterrupt):
-            return _interrupted(stopping, events, "what was done is kept")
+            return _interrupted(stopping, events, "finished batches are saved")
         except Exception as error:
-            told = "this is a fault of the program; please report it with the lines above"
-            if events.wanted:
-                told = traceback.format_exc()
-                events.write("error", kind=type(error).__name__, message=told, exit_code=FAILED)
-            else:
-                traceback.print_exc()
-                say(f"extract: {told}")
-            return FAILED
+            return _report_bug(error, events)
 
 
 def process() -> int:
-    """The command as a process: what ends it after its work is done changes no exit code."""
-    for number in NAMES:  # until main listens, which is at once, and again when it is done
+    """Run the command as a process; a signal after its work is done changes no exit code."""
+    for number in NAMES:  # ignored before main() listens and after it returns
         signal.signal(number, signal.SIG_IGN)
     return main()
+
+
+def _report_bug(error: Exception, events: Events) -> int:
+    if events.wanted:
+        lines = traceback.format_exc()
+        events.write("error", kind=type(error).__name__, message=lines, exit_code=FAILED)
+    else:
+        traceback.print_exc()
+        say("extract: this is a bug; please report it with the lines above")
+    return FAILED
 
 
 def _complain(error: ExtractorError, code: int, events: Events) -> int:
@@ -76,11 +78,10 @@ def _complain(error: ExtractorError, code: int, events: Events) -> int:
     return code
 
 
-def _interrupted(stopping: Stopping, events: Events, kept: str, **counts: int) -> int:
-    message = f"{stopping.how}; {kept}, the same command goes on there"
+def _interrupted(stopping: Stopping, events: Events, saved: str, **counts: int) -> int:
+    message = f"{stopping.reason}: {saved}. Run the same command to resume."
     if events.wanted:
-        code = {"exit_code": stopping.exit_code}
-        events.write("interrupted", message=message, **counts, **code)
+        events.write("interrupted", message=message, **counts, exit_code=stopping.exit_code)
     else:
         say(f"extract: {message}")
     return stopping.exit_code

@@ -1,4 +1,4 @@
-"""What ends a run from outside: Ctrl-C, SIGTERM, and the SIGUSR1 that schedulers send ahead."""
+"""Signals that end a run: Ctrl-C, SIGTERM, and the SIGUSR1 that schedulers send in advance."""
 
 from __future__ import annotations
 
@@ -9,25 +9,29 @@ from types import FrameType
 
 __all__ = ["EndedError", "Stopping"]
 
-# The batch that is computed may end within this time; what a scheduler grants is often 10 or 30.
+# The current batch may take this long to finish; schedulers often grant 10 or 30 seconds.
 GRACE_SECONDS = 4.0
 
-NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", signal.SIGUSR1: "told to end"}
+NAMES = {
+    signal.SIGINT: "interrupted",
+    signal.SIGTERM: "terminated",
+    signal.SIGUSR1: "stopped by SIGUSR1",
+}
 
 
 class EndedError(BaseException):
-    """A signal that is to end the process; like KeyboardInterrupt no error of the program."""
+    """A signal ends the process now; like KeyboardInterrupt, this is no error of the program."""
 
 
 class Stopping:
-    """Turns the first signal into a wish and the second into an :class:`EndedError`.
+    """Signal handler that asks the run to stop on the first signal and ends it on the second.
 
-    While nothing is computed that could be lost (:attr:`graceful` is not set), the first one ends
-    the process already; and so does the batch that takes longer than :data:`GRACE_SECONDS`.
+    The first signal ends the run at once unless :attr:`graceful` is set. A batch that takes longer
+    than :data:`GRACE_SECONDS` to finish is given up.
 
     Attributes:
-        graceful: a batch may be finished first.
-        number: of the first signal that came; None before.
+        graceful: Whether a batch is being computed that is worth finishing.
+        number: Number of the first signal; None before it.
     """
 
     def __init__(self) -> None:
@@ -35,22 +39,22 @@ class Stopping:
         self.number: int | None = None
 
     def __call__(self) -> bool:
-        """Whether the run is to stop."""
+        """Return whether the run should stop."""
         return self.number is not None
 
     @property
-    def how(self) -> str:
-        """The signal that came, in a word."""
+    def reason(self) -> str:
+        """Name of what ended the run, for messages."""
         return NAMES.get(signal.Signals(self.number or signal.SIGINT), "interrupted")
 
     @property
     def exit_code(self) -> int:
-        """130 for Ctrl-C, 143 for all else that tells a job to end."""
+        """Exit code of an interrupted run: 130 after Ctrl-C, 143 after any other signal."""
         return 128 + (signal.SIGINT if self.number == signal.SIGINT else signal.SIGTERM)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Catch the signals; only the main thread can, elsewhere the caller handles them."""
+        """Handle the signals; outside of the main thread, the caller handles them."""
         before = {}
         try:
             for number in (*NAMES, signal.SIGALRM):
@@ -66,9 +70,9 @@ class Stopping:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        first = self.number is None
-        if first and number != signal.SIGALRM:
+        is_first = self.number is None
+        if is_first and number != signal.SIGALRM:
             self.number = number
-        if not (first and self.graceful):
+        if not (is_first and self.graceful):
             raise EndedError
         signal.setitimer(signal.ITIMER_REAL, GRACE_SECONDS)

@@ -45,7 +45,7 @@ def test_the_command_as_a_user_runs_it(photos: Path, tmp_path: Path) -> None:
         "11 of 12 images, 512 numbers each",
         "images/s",
         "features/torchvision-squeezenet1_1",
-        "1 files that are no images",
+        "1 file in other formats",
         "bad.jpg: no image format",
     ):
         assert text in done.stdout
@@ -75,15 +75,15 @@ def test_help_version_and_usage_do_not_load_torch() -> None:
     ("words", "code", "match"),
     [
         ([], 2, "no input; try: extract images/"),
-        (["a", "--list", "b"], 2, "or --list FILE, but not both"),
-        (["a", "--batch-size", "0"], 2, "batch size: got 0"),
+        (["a", "--list", "b"], 2, "got both INPUT and --list"),
+        (["a", "--batch-size", "0"], 2, "batch size: got 0, expected an integer from 1 to"),
         (["a", "--max-failure-rate", "1.5"], 2, "failure rate: got 1.5"),
         (["a", "--max-failure-rate", "nan"], 2, "failure rate: got nan"),
         (["--list", "nowhere.txt"], 1, "cannot read the list nowhere.txt"),
         (["nowhere"], 1, "cannot read .*nowhere: No such file or directory"),
         (["."], 1, "no images in"),
-        (["a", "-o", ""], 2, "got an empty name"),
-        (["a", "-m", ""], 2, "got an empty name"),
+        (["a", "-o", ""], 2, "out: got an empty name"),
+        (["a", "-m", ""], 2, "model: got an empty name"),
     ],
 )
 def test_errors_are_a_sentence_and_an_exit_code(
@@ -205,12 +205,12 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
         assert run.wait(30) == code
     told = run.errors()
     assert "Traceback" not in told
-    assert "the same command goes on there" in told
+    assert "images saved. Run the same command to resume." in told
     assert not (out / "store.json").exists()
 
     done = command(*words)
     assert done.returncode == 0, done.stderr
-    assert "images were done already" in done.stdout
+    assert "resumed       after " in done.stdout
     assert len(FeatureStore.open(out)) == 400
 
 

@@ -68,7 +68,7 @@ def test_a_run_with_nothing_to_do_loads_no_model_and_writes_nothing(
     assert loads == ["mean"]
     assert files(tmp_path / "out") == before
     told = capsys.readouterr().out
-    assert "nothing to do" in told
+    assert "up to date    nothing to do" in told
     assert "11 of 11 images" in told
 
 
