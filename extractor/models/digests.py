@@ -12,16 +12,16 @@ from pathlib import Path
 
 import torch
 
+from extractor.system.hashing import hash_file
+
 __all__ = ["sha256_of_cached_file", "sha256_of_file", "sha256_of_state"]
 
 
 def sha256_of_file(path: Path) -> str:
     """Return the hexadecimal SHA-256 of a file's bytes."""
     with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-        return digest.hexdigest()
+        digest, _ = hash_file(file)
+    return digest.hex()
 
 
 def sha256_of_cached_file(path: Path) -> str:
