@@ -1,4 +1,4 @@
-"""A pretrained network without its classifier, and where it comes from."""
+"""A pretrained network without its classifier, and all that belongs to it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,18 @@ from extractor.version import __version__
 __all__ = ["Backbone"]
 
 CPU = torch.device("cpu")
-FLAT_LEVELS = (-2.0, 0.0, 2.0)  # of normalised pixels: about black, grey and white
+FLAT_LEVELS = (-2.0, 0.0, 2.0)  # normalized pixels: about black, gray and white
 
 _DEFAULT = Options()
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Backbone:
-    """A network that maps images to embeddings, every classifier of which is ``nn.Identity``.
+    """A network that maps images to embeddings, with ``nn.Identity`` for every classifier.
+
+    :meth:`to`, :meth:`bypass` and :meth:`fold` change the network in place and return the backbone
+    itself, as :meth:`torch.nn.Module.to` does. :meth:`at_layers` returns another backbone that
+    shares the network, so call it last.
 
     >>> from extractor import load_backbone
     >>> backbone = load_backbone("torchvision:squeezenet1_0", weights="random", device="cpu")
@@ -42,17 +46,18 @@ class Backbone:
     torch.Size([2, 512])
 
     Attributes:
-        module: the network in eval mode, on ``device`` and in ``precision``.
-        outputs: what it gives for each image; one thing, but for several layers at once.
-        heads: dotted names of the modules that are ``nn.Identity`` now.
-        preprocess: the evaluation transform that belongs to these weights.
-        provenance: where network and weights come from.
-        bypassed: further modules that have an ``nn.Identity`` in their place.
-        taps: takes the outputs from inside the network; None where it returns them itself.
-        precision: that it computes in, see :meth:`to`.
-        least_cosine: to its embeddings in float32, as far as it was measured for this precision.
-        is_compiled: whether ``torch.compile`` made the network faster.
-        folded: normalisations and activations that went into convolutions, see :meth:`fold`.
+        module: The network in eval mode, on ``device`` and in ``precision``.
+        outputs: One output, or several if several layers are embedded at once.
+        heads: Dotted names of the classifiers that were replaced by ``nn.Identity``.
+        preprocess: Evaluation transform that belongs to the weights.
+        provenance: Origin of the network and its weights.
+        bypassed: Dotted names of further modules that were replaced by ``nn.Identity``.
+        taps: Collects outputs inside the network; None if the network returns its only output.
+        device: Device of the network.
+        precision: Precision of the computation, see :meth:`to`.
+        least_cosine: Least cosine similarity to embeddings in float32; None if not measured.
+        is_compiled: Whether ``torch.compile`` compiled the network.
+        folded: Normalizations and activations that became part of convolutions, see :meth:`fold`.
     """
 
     module: nn.Module
@@ -70,9 +75,9 @@ class Backbone:
 
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
-            raise ValueError(f"{len(self.outputs)} outputs of a network without taps")
+            raise ValueError(f"got {len(self.outputs)} outputs without taps, expected one")
         self.module.eval()
-        for parameter in self.module.parameters():  # not of the module: TorchScript has no such
+        for parameter in self.module.parameters():  # TorchScript modules lack requires_grad_
             parameter.requires_grad_(False)
 
     @classmethod
@@ -86,25 +91,25 @@ class Backbone:
         device: str = _DEFAULT.device,
         precision: str = _DEFAULT.precision,
     ) -> Backbone:
-        """A backbone from a network that neither timm nor torchvision knows.
+        """Make a backbone from a network that neither timm nor torchvision knows.
 
         >>> network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 16), nn.Linear(16, 10))
         >>> Backbone.from_module(network, head="2", preprocess=Preprocess.standard(8)).dim
         16
 
         Args:
-            module: maps ``(B, 3, H, W)`` normalised float pixels to scores of classes, or to
-                embeddings already. It is changed in place.
-            head: dotted names of its classifiers, which become ``nn.Identity``; None where it has
-                none.
-            preprocess: the evaluation transform that it was trained for.
-            name: for messages and the manifest; the name of its class where none is given.
-            device, precision: as for :func:`extractor.load_backbone`.
+            module: Network that maps ``(B, 3, H, W)`` normalized float pixels to class scores or
+                embeddings. It is changed in place.
+            head: Dotted names of its classifiers, which become ``nn.Identity``; None for none.
+            preprocess: Evaluation transform that it was trained for.
+            name: Name in messages and the manifest; by default the name of its class.
+            device: Device, as for :func:`extractor.load_backbone`.
+            precision: Precision, as for :func:`extractor.load_backbone`.
 
         Raises:
-            ModelError: no such head, or no vector for each image without it.
-            DeviceError, UsageError: as :func:`extractor.load_backbone`; UsageError too for an
-                argument of another type.
+            ModelError: There is no such head, or the network returns no vector without it.
+            DeviceError: This machine does not have the device.
+            UsageError: An argument has the wrong type or is out of range.
         """
         if not isinstance(module, nn.Module):
             raise UsageError(f"module: got {module!r:.80}, expected a torch.nn.Module")
@@ -116,7 +121,7 @@ class Backbone:
         names = _head_names(head)
         if names and isinstance(module, torch.jit.ScriptModule):
             raise UsageError(
-                "head: TorchScript lets nothing be replaced; give the module that it was made of"
+                "head: TorchScript modules cannot be changed; pass the module it was made from"
             )
         target, numbers = resolve_device(device), resolve_precision(precision)
         model = f"module:{name or type(module).__name__}"
@@ -126,8 +131,8 @@ class Backbone:
         shape = probe(module, preprocess.input_size, name=model)
         if math.prod(shape) != shape[0]:
             raise ModelError(
-                f"{model} gives {shape} for an image, expected a vector (dim,); name its "
-                "classifier with head=, or take a layer of it"
+                f"{model} returns shape {shape} for an image, expected a vector (dim,); name its "
+                "classifier with head=, or embed with one of its layers"
             )
         provenance = Provenance(model, "module", __version__, "given", "", digest)
         return cls(module, (Output((shape[0],)),), names, preprocess, provenance).to(
@@ -136,12 +141,12 @@ class Backbone:
 
     @property
     def dim(self) -> int:
-        """Numbers in one embedding."""
+        """Length of one embedding."""
         return self._only.dim
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the pixels that the network takes; :meth:`embed` sees to it."""
+        """Type of the pixels that the network takes; :meth:`embed` converts them."""
         return input_dtype(self.precision)
 
     @property
@@ -152,34 +157,42 @@ class Backbone:
         return self.outputs[0]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Embed normalised pixels.
+        """Embed a batch of pixels.
 
         Args:
-            pixels: ``(B, 3, H, W)`` floating point, RGB, normalised as ``preprocess`` says.
+            pixels: ``(B, 3, H, W)`` floating point, RGB, normalized as ``preprocess`` says.
 
         Returns:
             ``(B, dim)`` float32 on the backbone's device; ``(B, channels, height, width)`` or
             ``(B, tokens, channels)`` for a layer that is not pooled.
 
         Raises:
-            UsageError: pixels of another shape, or a backbone of several layers.
-            ModelError: the network gave something that is no vector for each image.
+            UsageError: The pixels have another shape, or the backbone has several outputs.
+            ModelError: The network returned something other than a vector per image.
         """
         self._only  # noqa: B018  (raises before anything is computed)
         return self.embed(pixels)[0]
 
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """As calling it, but a tensor for each of :attr:`outputs`, all of one forward pass."""
+        """Embed a batch of pixels in one forward pass; return a tensor for each output.
+
+        Args:
+            pixels: ``(B, 3, H, W)`` floating point, RGB, normalized as ``preprocess`` says.
+
+        Raises:
+            UsageError: The pixels have another shape.
+            ModelError: The network returned other shapes than when it was tried.
+        """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
         pixels = pixels.to(self.device, self.dtype)
         with torch.inference_mode(), overwriting(self._is_usual(pixels)):
             if self.taps is not None:
-                given: tuple[object, ...] = self.taps(self.module, pixels)
+                tensors: tuple[object, ...] = self.taps(self.module, pixels)
             else:
-                given = (_vector(self.module(pixels), self.outputs[0]),)
+                tensors = (_vector(self.module(pixels), self.outputs[0]),)
         embeddings = []
-        for tensor, output in zip(given, self.outputs, strict=True):
+        for tensor, output in zip(tensors, self.outputs, strict=True):
             expected = (len(pixels), *output.shape)
             if not isinstance(tensor, torch.Tensor) or tensor.shape != expected:
                 raise ModelError(
@@ -190,27 +203,27 @@ class Backbone:
         return tuple(embeddings)
 
     def _is_usual(self, pixels: torch.Tensor) -> bool:
-        """Whether they are like those that a network is folded with, but for their number."""
+        """Return whether pixels have the size and layout that the network was folded with."""
         is_size = pixels.shape[2:] == self.preprocess.input_size
         return is_size and pixels.is_contiguous(memory_format=torch.channels_last)
 
     def at_layers(self, layers: Sequence[str], pool: str | Pooling = _DEFAULT.pool) -> Backbone:
-        """The same network, embedding with the outputs of inner layers.
+        """Return a backbone that shares the network and embeds with the outputs of inner layers.
 
-        What lies behind the last of them is not computed any more.
+        Modules after the last of these layers are not computed.
 
         Args:
-            layers: dotted names of modules, globs of them (``*`` stays between two dots, ``**``
-                does not), or negative numbers of blocks, -1 the last.
+            layers: Dotted names of modules, globs of them (``*`` matches no dot, ``**`` does), or
+                negative block numbers, -1 for the last.
             pool: ``avg``, ``max``, ``gem``, ``gem:POWER``, ``cls``, ``avg+max`` or ``none``.
 
         Raises:
-            ModelError: no such layer, one that does not run, or one that gives no tensor.
-            UsageError: a pooling that the layer does not allow.
+            ModelError: There is no such layer, it does not run, or it returns no tensor.
+            UsageError: The layer does not allow this pooling.
         """
         if isinstance(layers, str) or not layers:
             raise UsageError(f"layers: got {layers!r}, expected a list of names of modules")
-        self._check_whole("layers")
+        self._check_not_folded("layers")
         names = [name for wanted in layers for name in find_modules(self.module, wanted)]
         pooling = parse_pooling(pool) if isinstance(pool, str) else pool
         size = self.preprocess.input_size
@@ -220,45 +233,49 @@ class Backbone:
             )
         return replace(self, taps=taps, outputs=taps.outputs)
 
-    def _check_whole(self, what: str) -> None:
+    def _check_not_folded(self, chosen: str) -> None:
         if self.folded:
-            raise UsageError(f"choose {what} before a network is folded: it has others now")
+            raise UsageError(f"choose {chosen} before fold(), which changes the modules")
 
     def bypass(self, modules: Sequence[str]) -> Backbone:
-        """The same network with ``nn.Identity`` in the place of some modules; changes it in place.
+        """Replace modules by ``nn.Identity``, in place, and return the backbone itself.
 
         Args:
-            modules: named as layers are, see :meth:`at_layers`.
+            modules: Names, globs or block numbers, as for :meth:`at_layers`.
 
         Raises:
-            ModelError: no such module, or without it the shapes do not fit; names the two shapes.
+            ModelError: There is no such module, or shapes do not fit without it. The message names
+                both shapes.
+            UsageError: Layers were chosen before, or the network is folded.
         """
         if self.taps is not None:
             raise UsageError("bypass modules before layers are chosen, not after")
-        self._check_whole("bypassed modules")
+        self._check_not_folded("bypassed modules")
         names = [name for wanted in modules for name in find_modules(self.module, wanted)]
         size, model = self.preprocess.input_size, self.provenance.model
         with device_errors(self.device):
             replaced = heads.bypass(self.module, names, size, model)
-        return replace(self, bypassed=(*self.bypassed, *replaced))
+        self.bypassed = (*self.bypassed, *replaced)
+        return self
 
     @property
     def may_fold(self) -> bool:
-        """Whether :meth:`fold` would try something."""
+        """Whether :meth:`fold` would try to change the network."""
         return self.precision == "float32" and may_fuse(self.module, self.device)
 
     def fold(self) -> Backbone:
-        """The same network with batch normalisations folded into its convolutions, in place.
+        """Fold batch normalizations into convolutions, in place, and return the backbone itself.
 
-        On a CPU the convolutions also keep their weights packed, and do the activations and the
-        additions behind them. The embeddings stay what they are, up to the rounding of float32; the
-        network computes faster; one whose way depends on the size of the images is right for that
-        of ``preprocess``. Where it cannot be changed so, or is no longer in float32, nothing
-        happens. Do it last: that weights are changed through their ``data`` in place is not seen
-        afterwards, and what a hook sees that is registered later may be no tensor, or overwritten.
+        The network computes faster. Its embeddings stay the same up to the rounding of float32. On
+        a CPU, convolutions also keep their weights packed and apply the activations behind them. A
+        network whose control flow depends on the image size is right for the size of
+        ``preprocess``. If the network cannot be changed, or is not in float32, nothing happens.
+
+        Call it last. Later changes of a weight's ``data`` have no effect. A hook that is registered
+        later may see something other than a tensor, or a tensor that is overwritten.
 
         Raises:
-            DeviceError: the device is full, busy or broken.
+            DeviceError: The device is full, busy or broken.
         """
         if not self.may_fold:
             return self
@@ -268,48 +285,52 @@ class Backbone:
         with device_errors(self.device):
             pixels = torch.cat([*flat, noise])
             pixels = pixels.to(self.device, memory_format=torch.channels_last)
-            folded = fuse(self.module, self.embed, pixels)
-        return replace(self, folded=folded)
+            self.folded = fuse(self.module, self.embed, pixels)
+        return self
 
     def to(self, device: torch.device, precision: str = "float32") -> Backbone:
-        """The backbone on a device and in a precision; the module itself is moved, not copied.
+        """Move the network to a device and a precision, in place, and return the backbone itself.
 
         Args:
-            precision: ``float32``, ``bfloat16``, ``float16``, or ``mixed``, which is bfloat16 but
-                for the first module, depthwise convolutions and normalisations.
+            device: Device to compute on.
+            precision: ``float32``, ``bfloat16``, ``float16`` or ``mixed``. The last is bfloat16
+                except for the first module, depthwise convolutions and normalizations.
 
         Raises:
-            DeviceError: the device is full, busy or broken.
+            DeviceError: The device is full, busy or broken.
+            UsageError: The precision is ``mixed`` already, and another one is asked for.
         """
         with device_errors(device):
-            module = self.module.to(device)
+            module = self.module.to(device)  # the same module, moved
             if self.precision != "mixed":
                 convert(module, precision)
             elif precision != "mixed":
                 raise UsageError("precision: mixed cannot be changed; load the backbone again")
             for parameter in module.parameters():
-                # Not Module.to(memory_format=...), which stumbles over weights of five axes.
+                # Not Module.to(memory_format=...), which fails for weights with five axes.
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-        return replace(self, module=module, device=device, precision=precision)
+        self.device, self.precision = device, precision
+        return self
 
 
 def _head_names(head: object) -> tuple[str, ...]:
     names = () if head is None else (head,) if isinstance(head, str) else head
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise UsageError(
-            f"head: got {head!r:.80}, expected the dotted name of a module, a list of such, or None"
+            f"head: got {head!r:.80}, expected the dotted name of a module, a list of names, or "
+            "None"
         )
     return tuple(names)
 
 
-def _vector(given: object, output: Output) -> object:
-    """One vector for each image, where a network gives a map or tokens."""
-    if not isinstance(given, torch.Tensor) or given.ndim < 3:
-        return given
-    if given.shape[2:].numel() == 1:
-        return given.flatten(1)  # a map that was pooled to one position
+def _vector(x: object, output: Output) -> object:
+    """Reduce a map or tokens to one vector for each image; return anything else as it is."""
+    if not isinstance(x, torch.Tensor) or x.ndim < 3:
+        return x
+    if x.shape[2:].numel() == 1:
+        return x.flatten(1)  # a map that was pooled to one position
     if output.definition == POOLED_FEATURES:
-        channels = 1 if given.ndim == 4 and given.shape[1] == output.dim else given.ndim - 1
-        return given.float().mean([axis for axis in range(1, given.ndim) if axis != channels])
-    return given
+        channels = 1 if x.ndim == 4 and x.shape[1] == output.dim else x.ndim - 1
+        return x.float().mean([axis for axis in range(1, x.ndim) if axis != channels])
+    return x

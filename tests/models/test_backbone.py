@@ -205,7 +205,7 @@ def test_the_network_is_in_eval_mode_and_frozen() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_half_precision_stays_near_float32(precision: Any, device: str) -> None:
+def test_half_precision_stays_near_float32(precision: str, device: str) -> None:
     pixels = picture((64, 64))
     exact = load_backbone("resnet18", weights="random", device="cpu")(pixels)
     backbone = load_backbone("resnet18", weights="random", device=device, precision=precision)
@@ -246,9 +246,7 @@ def torchvision_cache(home: Path, name: str, tag: str = "DEFAULT", **options: An
 def test_cached_torchvision_weights_compute_what_torchvision_computes(
     name: str, empty_caches: Path
 ) -> None:
-    options: dict[str, Any] = (
-        {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    )
+    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     torchvision_cache(empty_caches, name, **options)
     backbone = load_backbone(f"torchvision:{name}", device="cpu")
     theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
@@ -388,3 +386,29 @@ def test_files_of_every_layout_give_the_same_backbone(
     with torch.inference_mode():
         assert_close(backbone(pixels), network.eval()(pixels))
     assert backbone.provenance.source == path.name
+
+
+# ---------------------------------------------------------------------------------------------
+# Changes in place
+
+
+def test_changes_of_the_network_return_the_backbone_itself() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    assert backbone.bypass(["maxpool"]) is backbone
+    assert backbone.bypassed == ("maxpool",)
+    assert backbone.fold() is backbone
+    assert backbone.folded
+    assert backbone.to(torch.device("cpu"), "bfloat16") is backbone
+    assert backbone.precision == "bfloat16"
+    assert backbone.dtype == next(backbone.module.parameters()).dtype == torch.bfloat16
+
+
+def test_layers_leave_the_backbone_they_were_chosen_on() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    pixels = picture((64, 64))
+    before = backbone(pixels)
+    inner = backbone.at_layers(["layer2"])
+    assert inner is not backbone
+    assert inner.module is backbone.module
+    assert inner.dim != backbone.dim
+    assert torch.equal(backbone(pixels), before)

@@ -52,8 +52,7 @@ class Stubborn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc: nn.Module = nn.Linear(2, 3)
-        self.fc_dist: nn.Module = nn.Linear(2, 3)
+        self.fc, self.fc_dist = nn.Linear(2, 3), nn.Linear(2, 3)
 
     def reset_classifier(self, num_classes: int) -> None:
         self.fc = nn.Identity()
@@ -75,8 +74,7 @@ def test_only_new_identities_are_reported() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.drop_path = nn.Identity()
-            self.fc: nn.Module = nn.Linear(2, 3)
+            self.drop_path, self.fc = nn.Identity(), nn.Linear(2, 3)
 
         def reset_classifier(self, num_classes: int) -> None:
             self.fc = nn.Identity()

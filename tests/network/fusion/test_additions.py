@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -86,7 +85,6 @@ def test_other_activations_stay_behind_the_addition(activation: nn.Module) -> No
 @pytest.mark.parametrize("precision", ["bfloat16", "float64", "mixed"])
 def test_the_sum_is_that_of_the_network_in_other_numbers(precision: str, groups: int) -> None:
     network, whole = Block(), Block()
-    one: Any
     for one in (network, whole):
         one.last = nn.Conv2d(8, 8, 3, padding=1, groups=groups)
         nn.init.constant_(one.last.weight, 0.1)
@@ -285,7 +283,7 @@ class Resized(Block):
         self.position.data = layout
 
     def block(self, shortcut: torch.Tensor) -> torch.Tensor:
-        place: torch.Tensor = self.position
+        place = self.position
         if place.shape[2:] != shortcut.shape[2:]:
             place = nn.functional.interpolate(place, shortcut.shape[2:])
         return self.activation(self.last(shortcut) + place)
@@ -307,8 +305,7 @@ def test_what_may_be_overwritten_at_one_size_is_not_at_others() -> None:
         given = NOISE[:1, :, :size, :size].contiguous(memory_format=torch.channels_last)
         for _ in range(2):
             torch.testing.assert_close(backbone(given), whole(given), atol=1e-5, rtol=1e-5)
-    module: Any = backbone.module
-    assert torch.equal(module.position, whole.position)
+    assert torch.equal(backbone.module.position, whole.position)
     assert summed(Expanded()) == {"last": True}
 
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -130,8 +129,7 @@ class SameWeights(Pair):
     def __init__(self) -> None:
         super().__init__()
         self.other = nn.Conv2d(3, 8, 3)
-        shared: Any = self.convolution.weight
-        self.other.weight = shared
+        self.other.weight = self.convolution.weight
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().forward(pixels) + self.other(pixels).mean((2, 3))
@@ -258,8 +256,7 @@ def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str
     network = NotToBeCopied() if kind == "not to be copied" else Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     if kind == "compiled":
-        compiled: Any = torch.compile(network, backend="eager")
-        backbone = replace(backbone, module=compiled)
+        backbone = replace(backbone, module=torch.compile(network, backend="eager"))
     (run,) = load_specs([backbone], Options())[0].backbones
     assert run.module is backbone.module
     assert isinstance(network.norm, nn.BatchNorm2d)
@@ -326,7 +323,7 @@ class OwnWeight(NeedsItsNorm):
 
     def __init__(self) -> None:
         super().__init__()
-        weight: Any = self.convolution.weight.data
+        weight = self.convolution.weight.data
         del self.convolution.weight
         self.convolution.register_buffer("weight", weight)
 
@@ -339,5 +336,5 @@ def test_weights_that_are_no_parameters_stay() -> None:
 def test_layers_are_chosen_before_folding(choose: str) -> None:
     backbone = load_backbone("timm:test_resnet", weights="random", device="cpu").fold()
     assert "bn1" in backbone.folded
-    with pytest.raises(UsageError, match="before a network is folded"):
+    with pytest.raises(UsageError, match=r"before fold\(\), which changes"):
         getattr(backbone, choose)(["conv1"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ class Net(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.convolution: Any = convolution or nn.Conv2d(3, 8, 3)
+        self.convolution = convolution or nn.Conv2d(3, 8, 3)
         self.activation = activation or nn.ReLU()
         self.eval().requires_grad_(False)
 
@@ -221,7 +220,7 @@ def test_a_copy_has_weights_of_its_own(copied: Callable[[nn.Module], nn.Module])
     network = Net()
     packed(network)
     before = network(NOISE)
-    other: Any = copied(network)
+    other = copied(network)
     assert torch.equal(other(NOISE), before)
     nn.init.zeros_(other.convolution.weight)
     nn.init.zeros_(other.convolution.bias)
