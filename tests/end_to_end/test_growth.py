@@ -128,7 +128,7 @@ def view(out: Path) -> dict[str, Colour] | None:
     zero, one = (np.array(normalized((level,) * 3)) for level in (0, 255))
     levels = (rows - zero) / (one - zero) * 255
     assert abs(levels - levels.round()).max(initial=0) < 0.01
-    colors = [(int(r), int(g), int(b)) for r, g, b in levels.round()]
+    colors = [tuple(map(int, row)) for row in levels.round()]
     return dict(zip(store.paths, colors, strict=True))
 
 
@@ -191,7 +191,7 @@ def in_child(
                 step()
                 fsync(descriptor)
 
-            os.fsync = synced  # type: ignore[assignment]
+            os.fsync = synced
             sys.addaudithook(hook)
             action()
             os._exit(0)
@@ -403,7 +403,7 @@ class Growth(RuleBasedStateMachine):
 def test_a_store_follows_its_folder_whatever_happens(tmp_path: Path) -> None:
     numbers = itertools.count()
     run_state_machine_as_test(
-        lambda: Growth(tmp_path / str(next(numbers))),  # type: ignore[arg-type]
+        lambda: Growth(tmp_path / str(next(numbers))),
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
@@ -638,7 +638,7 @@ def test_a_reader_reads_its_rows_and_paths_while_its_store_grows(
 
 def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path: Path) -> None:
     models = ["mean", "small"]
-    settings: dict[str, Any] = {**SIZES, "shard_images": 2}
+    settings = {**SIZES, "shard_images": 2}
     places = [tmp_path / "out" / model for model in models]
     for change in [lambda: None, lambda: folder.write("c.png"), lambda: folder.delete("a.png")]:
         change()

@@ -249,7 +249,7 @@ def test_a_size_that_a_model_cannot_take_is_an_error_before_any_image_is_read(
     monkeypatch.setattr(
         "extractor.loading.image_decoder.decode_into", lambda *given: read.append(given)
     )
-    options: dict[str, Any] = {} if model == "own" else {"weights": "random"}
+    options = {} if model == "own" else {"weights": "random"}
     with pytest.raises(ModelError, match=match):
         extract(
             folder,

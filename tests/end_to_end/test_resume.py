@@ -9,7 +9,6 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +62,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     files = sorted(path for path in photos.rglob("*") if path.is_file())
     for place in bad:
         files[place].write_text("bad")
-    settings: dict[str, Any] = {"batch_size": 2, "shard_images": shard_images}
+    settings = {"batch_size": 2, "shard_images": shard_images}
     extract(photos, "mean", tmp_path / "undisturbed", **settings)
     expected = content(tmp_path / "undisturbed")
     out = tmp_path / "out"
@@ -83,7 +82,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
 def test_a_shard_whose_features_a_power_cut_took_costs_no_row_behind_it(
     photos: Path, tmp_path: Path, batches: int, is_there: bool
 ) -> None:
-    settings: dict[str, Any] = {"batch_size": 1, "shard_images": 3}
+    settings = {"batch_size": 1, "shard_images": 3}
     extract(photos, "mean", tmp_path / "undisturbed", **settings)
     out = tmp_path / "out"
     with pytest.raises(InterruptedRunError, match=f"stopped after {batches} of 11 images"):
@@ -137,12 +136,12 @@ def test_several_stores_go_on_side_by_side(photos: Path, tmp_path: Path) -> None
 def test_what_was_asked_for_otherwise_is_told_and_never_mixed(
     photos: Path,
     tmp_path: Path,
-    change: Callable[[Path], dict[str, Any] | None],
+    change: Callable[[Path], dict[str, object] | None],
     match: str,
     finished: bool,
 ) -> None:
     out = tmp_path / "out"
-    settings: dict[str, Any] = {"batch_size": 2}
+    settings: dict[str, object] = {"batch_size": 2}
     if finished:
         extract(photos, "mean", out, **settings)
     else:
@@ -172,7 +171,7 @@ def test_images_that_changed_meanwhile_are_computed_and_no_others(
     photos: Path, tmp_path: Path, finished: bool, shard_images: int
 ) -> None:
     out = tmp_path / "out"
-    settings: dict[str, Any] = {"batch_size": 2, "shard_images": shard_images}
+    settings = {"batch_size": 2, "shard_images": shard_images}
     if finished:
         extract(photos, "mean", out, **settings)
     else:

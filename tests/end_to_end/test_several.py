@@ -393,7 +393,7 @@ def test_any_glob_may_be_joined(images: Path, tmp_path: Path, glob: str) -> None
 
 
 def test_weights_for_a_loaded_backbone_are_an_error(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="a backbone brings its own weights"):
+    with pytest.raises(UsageError, match="the backbone already has weights"):
         extract(images, small(MeanPixel()), tmp_path / "out", weights="random")
 
 

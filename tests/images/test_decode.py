@@ -126,8 +126,7 @@ class TestOrientation:
     def turned(image: Image.Image, kind: str, orientation: int) -> bytes:
         exif = Image.Exif()
         exif[0x0112] = orientation
-        by_kind: dict[str, Any] = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}
-        options = by_kind.get(kind, {})
+        options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 95}}.get(kind, {})
         return encoded(image, kind, exif=exif, **options)
 
     @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])

@@ -162,7 +162,7 @@ def test_how_it_was_decoded_is_part_of_what_a_store_is(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r'computation.decode: "scaled" there, "exact" now'):
         extract(tmp_path / "in", mean_pixel(), tmp_path / "scaled", decode="exact")
     with pytest.raises(UsageError, match="decode: got 'fast', expected one of scaled, exact"):
-        extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")  # type: ignore[arg-type]
+        extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")
 
 
 def test_an_image_of_the_callers_stays_as_large_as_it_is() -> None:

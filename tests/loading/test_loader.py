@@ -5,7 +5,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +30,9 @@ def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
         yield [gray(level) for level in levels[i : i + size]]
 
 
-def load(plan: Iterator[list[Any]], size: int, workers: int) -> list[tuple[np.ndarray, list[Any]]]:
+def load(
+    plan: Iterator[list[ImageSource]], size: int, workers: int
+) -> list[tuple[np.ndarray, list[object]]]:
     with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=size, workers=workers)) as loader:
         result = []
         for batch in loader:
@@ -78,7 +79,7 @@ def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.effect_noise((300, 300), 90).save(stream, "JPEG")
     cut = EncodedImage(stream.getvalue()[:-3000])
-    plan: Iterator[Any] = iter([[gray(1), cut, gray(3)], [str(tmp_path / "none.jpg"), gray(5)]])
+    plan = iter([[gray(1), cut, gray(3)], [str(tmp_path / "none.jpg"), gray(5)]])
     (first, first_outcomes), (second, second_outcomes) = load(plan, 3, 2)
     assert [type(o) for o in first_outcomes] == [ImageInfo, Failure, ImageInfo]
     assert [type(o) for o in second_outcomes] == [Failure, ImageInfo]
@@ -93,7 +94,7 @@ def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
 
 def test_a_batch_of_failures_goes_on() -> None:
     bad = EncodedImage(b"no image")
-    plan: Iterator[Any] = iter([[bad, bad], [gray(7)]])
+    plan = iter([[bad, bad], [gray(7)]])
     (_, outcomes), (pixels, _) = load(plan, 2, 2)
     assert all(isinstance(o, Failure) for o in outcomes)
     assert (pixels[0] == 7).all()
@@ -200,7 +201,7 @@ def test_files_that_come_slowly_are_read_ahead(
         return read(path, *rest)
 
     monkeypatch.setattr(module, "read_file", slow)
-    plan: Iterator[Any] = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
+    plan = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
     with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=8, workers=2)) as loader:
         levels: list[int | str] = []
         for batch in loader:
@@ -374,7 +375,7 @@ def test_what_is_read_ahead_is_bounded_in_bytes(
     monkeypatch.setattr(module, "decode_into", decoded)
     monkeypatch.setattr(read_ahead, "MAX_AHEAD_BYTES", 3 * size)
     monkeypatch.setattr(read_ahead, "MAX_READERS", 4)
-    plan: Iterator[Any] = iter([[path] * 50 for _ in range(4)])
+    plan = iter([[path] * 50 for _ in range(4)])
     with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=50, workers=1)) as loader:
         seen = 0
         for batch in loader:
