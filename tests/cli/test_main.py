@@ -21,6 +21,7 @@ from extractor.cli import main as cli
 from extractor.models import embedding
 
 MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
+SMALL = [*MODEL, "--image-size", "64", "--precision", "float32"]
 
 
 @pytest.fixture
@@ -145,7 +146,7 @@ def test_there_is_no_bar_without_a_terminal(
 def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
     (photos / "bad.jpg").write_text("text")
     terminal, side = pty.openpty()
-    words = [*MODEL, "-b", "4", str(photos), "-o", str(tmp_path / "out")]
+    words = [*SMALL, "-b", "4", str(photos), "-o", str(tmp_path / "out")]
     with WarmProcess(["-m", "extractor", *words], stderr=side) as run:
         os.close(side)
         shown = b""
@@ -190,10 +191,10 @@ def test_a_list_comes_from_a_file_or_standard_input(
 )
 def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
-    for i in range(400):
-        Image.new("RGB", (400, 400), (i % 256, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
+    for i in range(300):
+        Image.new("RGB", (100, 100), (i % 256, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
     out = tmp_path / "out"
-    words = [*MODEL, str(tmp_path / "in"), "-o", str(out)]
+    words = [*MODEL, "--precision", "float32", str(tmp_path / "in"), "-o", str(out)]
     with WarmProcess(["-m", "extractor", *words]) as run:
         partial = out / ".extractor-partial/features/00000.npy.partial"
         deadline = time.monotonic() + 60
@@ -211,7 +212,7 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
     done = command(*words)
     assert done.returncode == 0, done.stderr
     assert "resumed       after " in done.stdout
-    assert len(FeatureStore.open(out)) == 400
+    assert len(FeatureStore.open(out)) == 300
 
 
 @pytest.mark.usefixtures("mean_model")
@@ -281,7 +282,7 @@ def test_a_summary_that_nobody_reads_is_no_error(
         streams |= {"stdout": None}
     if reader in ("no stderr", "neither"):
         streams |= {"stderr": None}
-    words = ["-m", "extractor", *MODEL, str(photos), "-o", str(tmp_path / "out")]
+    words = ["-m", "extractor", *SMALL, str(photos), "-o", str(tmp_path / "out")]
     with open("/dev/full", "wb") as full:
         if reader == "full":
             streams = {"stdout": full.fileno()}
