@@ -98,7 +98,7 @@ def test_a_room_imports_only_rooms_below(module: str) -> None:
         assert other == room or LEVEL[other] > LEVEL[room], f"{module} imports {imported}"
 
 
-def test_modules_import_each_other_in_no_circle() -> None:
+def test_imports_form_no_cycle() -> None:
     graph = {
         module: {
             name.removeprefix("extractor.")
@@ -120,7 +120,7 @@ def test_modules_import_each_other_in_no_circle() -> None:
         visit(module, ())
 
 
-def test_no_folder_holds_more_files_than_a_newcomer_can_survey() -> None:
+def test_no_folder_has_more_than_sixteen_files() -> None:
     for folder in {path.parent for path in FILES.values()}:
         files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert len(files) <= MAX_FILES, folder

@@ -68,7 +68,7 @@ class Folder:
         os.utime(path, ns=(10**18, 10**18 + self._count))
 
 
-def test_a_folder_that_changes_while_runs_are_killed_is_in_the_store_at_the_end(
+def test_store_matches_changing_folder_despite_kills(
     tmp_path: Path,
 ) -> None:
     draw = random.Random(4)
@@ -119,9 +119,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True)
 
 
-def test_the_same_command_goes_on_when_a_full_disk_has_room_again(
-    tmp_path: Path, small_disk: Path
-) -> None:
+def test_same_command_resumes_once_disk_has_room(tmp_path: Path, small_disk: Path) -> None:
     folder = Folder(tmp_path / "in", random.Random(5))
     filler = small_disk / "filler"
     filler.write_bytes(bytes(100 * 2**10))

@@ -400,7 +400,7 @@ class Growth(RuleBasedStateMachine):
         return not self.folder.files or (not self.expected(keep) and not begun)
 
 
-def test_a_store_follows_its_folder_whatever_happens(tmp_path: Path) -> None:
+def test_store_follows_any_history_of_its_folder(tmp_path: Path) -> None:
     numbers = itertools.count()
     run_state_machine_as_test(
         lambda: Growth(tmp_path / str(next(numbers))),
@@ -444,7 +444,7 @@ def test_only_new_and_changed_images_are_computed(folder: Folder, tmp_path: Path
     check_files(out)
 
 
-def test_a_run_without_a_change_leaves_every_file_as_it_is(folder: Folder, tmp_path: Path) -> None:
+def test_run_without_changes_writes_no_byte(folder: Folder, tmp_path: Path) -> None:
     folder.write("b.png", corrupt=True)
     run(folder, tmp_path / "out")
 
@@ -458,7 +458,7 @@ def test_a_run_without_a_change_leaves_every_file_as_it_is(folder: Folder, tmp_p
     check_files(tmp_path / "out")
 
 
-def test_with_content_a_touched_image_is_not_computed_again(folder: Folder, tmp_path: Path) -> None:
+def test_content_check_skips_touched_image(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
     for name in folder.files:
@@ -469,9 +469,7 @@ def test_with_content_a_touched_image_is_not_computed_again(folder: Folder, tmp_
     assert run(folder, out).resumed == 0
 
 
-def test_with_content_a_change_of_the_same_size_and_time_is_found(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_content_check_finds_change_of_same_size_and_time(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     path = folder.place / "b.bmp"
     for color in [(1, 2, 3), (4, 5, 6)]:
@@ -487,9 +485,7 @@ def test_with_content_a_change_of_the_same_size_and_time_is_found(
     check_files(out)
 
 
-def test_an_image_that_comes_back_unchanged_has_its_old_row_again(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_returning_image_reuses_its_row(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
     was = folder.files["b.png"]
@@ -505,9 +501,7 @@ def test_an_image_that_comes_back_unchanged_has_its_old_row_again(
 
 
 @pytest.mark.parametrize("retry", [False, True])
-def test_a_failed_image_is_tried_again_when_that_is_asked_for(
-    folder: Folder, tmp_path: Path, retry: bool
-) -> None:
+def test_retry_failed_retries_failed_image(folder: Folder, tmp_path: Path, retry: bool) -> None:
     out = tmp_path / "out"
     folder.write("b.png", corrupt=True)
     folder.write("e.png", corrupt=True)
@@ -531,9 +525,7 @@ def test_a_failed_image_is_tried_again_when_that_is_asked_for(
 
 
 @pytest.mark.parametrize("change", ["touch", "write"])
-def test_a_failed_image_is_tried_again_once_its_file_is_another(
-    folder: Folder, tmp_path: Path, change: str
-) -> None:
+def test_changed_file_retries_failed_image(folder: Folder, tmp_path: Path, change: str) -> None:
     out = tmp_path / "out"
     folder.write("b.png", corrupt=True)
     run(folder, out)
@@ -546,9 +538,7 @@ def test_a_failed_image_is_tried_again_once_its_file_is_another(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_an_unreadable_image_is_tried_again_once_it_can_be_read(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_unreadable_image_is_retried_once_readable(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (folder.place / "b.png").chmod(0)
     run(folder, out)
@@ -561,9 +551,7 @@ def test_an_unreadable_image_is_tried_again_once_it_can_be_read(
     check_files(out)
 
 
-def test_a_link_that_leads_nowhere_is_tried_again_once_it_leads_to_an_image(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_dangling_link_is_retried_once_it_resolves(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (folder.place / "link.png").symlink_to(tmp_path / "later.png")
     run(folder, out)
@@ -575,9 +563,7 @@ def test_a_link_that_leads_nowhere_is_tried_again_once_it_leads_to_an_image(
     assert view(out) == {**folder.colors, "link.png": (9, 8, 7)}
 
 
-def test_rows_of_missing_images_are_kept_until_a_run_that_does_not_keep_them(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_keep_missing_keeps_rows_until_a_run_without_it(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
     before = view(out)
@@ -603,7 +589,7 @@ def test_rows_of_missing_images_are_kept_until_a_run_that_does_not_keep_them(
     check_files(out)
 
 
-def test_rows_of_missing_images_alone_are_a_store(folder: Folder, tmp_path: Path) -> None:
+def test_rows_of_missing_images_alone_form_a_store(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
     before = view(out)
@@ -618,9 +604,7 @@ def test_rows_of_missing_images_alone_are_a_store(folder: Folder, tmp_path: Path
     check_files(out)
 
 
-def test_a_reader_reads_its_rows_and_paths_while_its_store_grows(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_open_reader_keeps_its_rows_while_store_grows(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     folder.write("f.png", corrupt=True)
     run(folder, out)
@@ -636,7 +620,7 @@ def test_a_reader_reads_its_rows_and_paths_while_its_store_grows(
         assert np.allclose(reader[reader.index_of(name)], normalized(color), atol=1e-4), name
 
 
-def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path: Path) -> None:
+def test_each_of_two_stores_gets_its_missing_rows(folder: Folder, tmp_path: Path) -> None:
     models = ["mean", "small"]
     settings = {**SIZES, "shard_images": 2}
     places = [tmp_path / "out" / model for model in models]
@@ -658,7 +642,7 @@ def test_of_two_stores_of_a_run_each_gets_what_it_lacks(folder: Folder, tmp_path
         )
 
 
-def test_two_stores_that_lack_different_images_end_alike(folder: Folder, tmp_path: Path) -> None:
+def test_two_stores_with_different_gaps_end_equal(folder: Folder, tmp_path: Path) -> None:
     models = ["mean", "small"]
     folder.write("b.png", corrupt=True)
     extract(folder.place, models, tmp_path / "out", **SIZES)
@@ -676,7 +660,7 @@ def test_two_stores_that_lack_different_images_end_alike(folder: Folder, tmp_pat
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_a_folder_in_which_nothing_is_an_image_any_more_changes_nothing(
+def test_folder_without_images_leaves_store_unchanged(
     folder: Folder, tmp_path: Path, interrupted: bool
 ) -> None:
     out = tmp_path / "out"
@@ -702,7 +686,7 @@ def test_a_folder_in_which_nothing_is_an_image_any_more_changes_nothing(
     check_files(out)
 
 
-def test_shards_of_which_no_row_counts_vanish(folder: Folder, tmp_path: Path) -> None:
+def test_shards_without_live_rows_are_removed(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
 
@@ -728,9 +712,7 @@ def test_shards_of_which_no_row_counts_vanish(folder: Folder, tmp_path: Path) ->
     check_files(out)
 
 
-def test_what_an_interrupted_run_has_done_is_kept_where_it_is_still_right(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_resumed_run_keeps_rows_that_are_still_valid(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(InterruptedRunError, match="stopped after 5 of 7"):
         run(folder, out, stop=after(3))
@@ -744,9 +726,7 @@ def test_what_an_interrupted_run_has_done_is_kept_where_it_is_still_right(
     check_files(out)
 
 
-def test_an_image_that_an_interrupted_run_found_corrupt_may_be_mended(
-    folder: Folder, tmp_path: Path
-) -> None:
+def test_image_repaired_after_interruption_gets_its_row(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in ("a.png", "b.png"):
         folder.write(name, corrupt=True)
@@ -762,7 +742,7 @@ def test_an_image_that_an_interrupted_run_found_corrupt_may_be_mended(
     check_files(out)
 
 
-def test_a_run_goes_on_where_one_died_at_any_step_of_growing(tmp_path: Path) -> None:
+def test_run_resumes_after_death_at_any_step_of_growing(tmp_path: Path) -> None:
     template = Folder(tmp_path / "in")
     for name in NAMES[:4]:
         template.write(name)

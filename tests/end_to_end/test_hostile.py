@@ -155,7 +155,7 @@ def levels_of(batch: Any) -> list[str | int]:
 @pytest.mark.parametrize("hung", [[1], [4], [1, 2, 3], [3, 10], [9, 10, 11]])
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("size", [1, 4])
-def test_an_image_that_hangs_is_a_timeout_and_no_other_is_touched(
+def test_hanging_image_times_out_alone(
     hanging: Callable[..., Hanging], hung: list[int], workers: int, size: int
 ) -> None:
     hanging(*hung)
@@ -164,7 +164,7 @@ def test_an_image_that_hangs_is_a_timeout_and_no_other_is_touched(
     assert load(levels, size, workers) == expected
 
 
-def test_an_image_that_is_in_time_is_kept_though_its_neighbour_is_given_up_meanwhile(
+def test_image_in_time_survives_timeout_of_its_neighbor(
     hanging: Callable[..., Hanging], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hang = hanging(1)
@@ -179,9 +179,7 @@ def test_an_image_that_is_in_time_is_kept_though_its_neighbour_is_given_up_meanw
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_comes_back_late_touches_no_batch(
-    hanging: Callable[..., Hanging], workers: int
-) -> None:
+def test_late_decoder_touches_no_batch(hanging: Callable[..., Hanging], workers: int) -> None:
     hung = hanging(2, 6)
     levels = list(range(1, 41))
     told = []
@@ -206,7 +204,7 @@ def test_what_comes_back_late_touches_no_batch(
 
 
 @pytest.mark.parametrize("more", [0, 1])
-def test_so_many_that_hang_end_the_run_and_one_less_does_not(
+def test_run_ends_above_the_limit_of_hanging_images(
     hanging: Callable[..., Hanging], more: int
 ) -> None:
     hung = list(range(1, MAX_ABANDONED + more + 1))
@@ -220,14 +218,14 @@ def test_so_many_that_hang_end_the_run_and_one_less_does_not(
         assert told[:MAX_ABANDONED] == ["timeout"] * MAX_ABANDONED
 
 
-def test_a_run_does_not_wait_for_what_hangs(hanging: Callable[..., Hanging]) -> None:
+def test_run_does_not_wait_for_hanging_image(hanging: Callable[..., Hanging]) -> None:
     hanging(3)
     begun = time.monotonic()
     load([1, 2, 3, 4], 2, 2)
     assert time.monotonic() - begun < 2
 
 
-def test_waiting_for_the_budget_is_no_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_pixel_budget_is_no_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(
         source: ImageSource,
         preprocesses: Sequence[Preprocess],
@@ -244,12 +242,12 @@ def test_waiting_for_the_budget_is_no_hanging(monkeypatch: pytest.MonkeyPatch) -
     assert load(levels, 8, 8, timeout=0.4, max_pixels=30) == levels
 
 
-def test_an_image_that_hangs_does_not_starve_the_others(hanging: Callable[..., Hanging]) -> None:
+def test_hanging_image_does_not_starve_others(hanging: Callable[..., Hanging]) -> None:
     hanging(1, holding=True)
     assert load([1, 2, 3, 4], 4, 2, max_pixels=30) == ["timeout", 2, 3, 4]
 
 
-def test_images_wait_for_each_other_and_all_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixel_budget_bounds_images_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     lock, now, most = threading.Lock(), 0, 0
 
     class Counted(Image.Image):  # type: ignore[misc]
@@ -275,7 +273,7 @@ def test_images_wait_for_each_other_and_all_are_decoded(monkeypatch: pytest.Monk
     assert most == 50  # two images of 25 at a time, not three
 
 
-def test_a_store_lists_what_hung_with_its_size(
+def test_store_lists_hanging_images_as_timeouts(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
@@ -339,7 +337,7 @@ def hostile_photo(photos: Path, number: int, deed: str) -> bytes:
         ("exit 9", 9, "exit code 9"),
     ],
 )
-def test_an_image_that_takes_a_run_down_is_a_failure_of_the_next(
+def test_image_that_kills_a_run_fails_in_the_next(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, deed: str, code: int, told: str
 ) -> None:
     hostile_photo(photos, 8, deed)
@@ -363,7 +361,7 @@ def test_an_image_that_takes_a_run_down_is_a_failure_of_the_next(
 
 
 @pytest.mark.usefixtures("pythonpath")
-def test_every_image_that_takes_a_run_down_is_remembered(photos: Path, tmp_path: Path) -> None:
+def test_every_image_that_killed_a_run_is_remembered(photos: Path, tmp_path: Path) -> None:
     for number in (0, 9):
         hostile_photo(photos, number, "exit 9")
     out = tmp_path / "out"
@@ -382,9 +380,7 @@ def test_every_image_that_takes_a_run_down_is_remembered(photos: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("pythonpath")
-def test_images_that_come_meanwhile_do_not_make_a_crash_forgotten(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_new_images_do_not_erase_memory_of_a_crash(photos: Path, tmp_path: Path) -> None:
     hostile_photo(photos, 10, "exit 9")
     out = tmp_path / "out"
     assert run(photos, out).returncode == 9
@@ -406,9 +402,7 @@ def leave_suspects(photos: Path, out: Path, *paths: bytes) -> None:
 
 
 @pytest.mark.usefixtures("pythonpath")
-def test_a_suspect_that_hangs_is_a_timeout_and_one_that_is_good_has_its_row(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_hanging_suspect_times_out_and_good_suspect_has_row(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     bad = hostile_photo(photos, 8, "hang")
     good = os.fsencode(next(photos.rglob("10.*")))
@@ -420,7 +414,7 @@ def test_a_suspect_that_hangs_is_a_timeout_and_one_that_is_good_has_its_row(
 
 
 @pytest.mark.usefixtures("pythonpath")
-def test_suspects_outlive_a_run_that_is_stopped(photos: Path, tmp_path: Path) -> None:
+def test_suspects_survive_a_stopped_run(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     bad = hostile_photo(photos, 10, "exit 9")
     leave_suspects(photos, out, bad)
@@ -431,9 +425,7 @@ def test_suspects_outlive_a_run_that_is_stopped(photos: Path, tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("pythonpath")
-def test_suspects_outlive_a_run_that_is_stopped_before_its_first_batch(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_suspects_survive_interruption_before_the_first_batch(photos: Path, tmp_path: Path) -> None:
     bad = hostile_photo(photos, 0, "exit 9")
     out = tmp_path / "out"
     assert run(photos, out).returncode == 9
@@ -471,7 +463,7 @@ def png_of(number: int, size: tuple[int, int] = (30, 20)) -> bytes:
 
 
 @pytest.mark.parametrize("shard_images", [4, 100])
-def test_any_name_has_its_row(tmp_path: Path, shard_images: int) -> None:
+def test_any_file_name_has_its_row(tmp_path: Path, shard_images: int) -> None:
     folder = os.fsencode(tmp_path / "images")
     os.mkdir(folder)
     names = []
@@ -525,9 +517,7 @@ def hostile_folder(folder: Path) -> dict[str, str]:
     }
 
 
-def test_every_file_that_is_no_image_is_told_exactly_and_shifts_no_row(
-    photos: Path, tmp_path: Path
-) -> None:
+def test_every_bad_file_has_its_reason_and_shifts_no_row(photos: Path, tmp_path: Path) -> None:
     expected = hostile_folder(photos)
     (photos / "11.jpg").write_bytes(png_of(11))  # of the wrong ending
     (photos / "12").write_bytes(png_of(12))  # of none
@@ -538,7 +528,7 @@ def test_every_file_that_is_no_image_is_told_exactly_and_shifts_no_row(
     assert not list(verify(tmp_path / "out"))
 
 
-def test_what_is_named_by_itself_is_told_exactly(
+def test_bad_files_named_directly_have_their_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # names of sockets must be short
@@ -557,14 +547,14 @@ def test_what_is_named_by_itself_is_told_exactly(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_is_unreadable(photos: Path, tmp_path: Path) -> None:
+def test_file_without_permission_is_unreadable(photos: Path, tmp_path: Path) -> None:
     (photos / "01.bmp").chmod(0)
     report = extract(photos, "mean", tmp_path / "out")
     check_rows(report.store, [0, *range(2, 11)])
     assert failures_of(report.store) == {"01.bmp": "unreadable"}
 
 
-def test_what_changes_after_the_listing_is_told_exactly(photos: Path, tmp_path: Path) -> None:
+def test_changes_after_listing_have_their_reason(photos: Path, tmp_path: Path) -> None:
     files = {int(path.stem): path for path in photos.rglob("*.*")}
     images = list_images(photos)
     for number in range(5):
@@ -587,7 +577,7 @@ def test_what_changes_after_the_listing_is_told_exactly(photos: Path, tmp_path: 
     assert not list(verify(tmp_path / "out"))
 
 
-def test_files_that_vanish_one_by_one_while_a_run_reads_cost_their_own_rows(
+def test_vanishing_files_cost_only_their_rows(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = sorted(path for path in photos.rglob("*.*"))
@@ -628,7 +618,7 @@ class Changing(io.FileIO):
 
 @pytest.mark.parametrize("read_whole_bytes", [0, 2**26])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP"])
-def test_a_file_that_shrinks_while_it_is_read_fails(
+def test_file_that_shrinks_during_reading_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, read_whole_bytes: int
 ) -> None:
     (tmp_path / "images").mkdir()
@@ -648,7 +638,7 @@ def test_a_file_that_shrinks_while_it_is_read_fails(
     assert report.rows == 1
 
 
-def test_a_file_that_grows_while_it_is_read_is_computed_again_by_the_next_run(
+def test_file_that_grows_during_reading_is_recomputed_by_the_next_run(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def grow(path: Path) -> None:
@@ -726,7 +716,7 @@ linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /
 
 
 @linux
-def test_what_declares_too_much_costs_no_memory(tmp_path: Path) -> None:
+def test_oversized_image_costs_no_memory(tmp_path: Path) -> None:
     small, bomb, icon = (tmp_path / name for name in ("a.png", "bomb.png", "bomb.ico"))
     small.write_bytes(png_of(1))
     huge = png_file(65_536, 65_536, bytes(10**6))
@@ -738,7 +728,7 @@ def test_what_declares_too_much_costs_no_memory(tmp_path: Path) -> None:
 
 
 @linux
-def test_large_images_wait_for_each_other_and_small_ones_do_not(tmp_path: Path) -> None:
+def test_large_images_share_the_memory_budget(tmp_path: Path) -> None:
     small, large = tmp_path / "a.png", tmp_path / "large.png"
     small.write_bytes(png_of(1))
     side = 5000
@@ -750,7 +740,7 @@ def test_large_images_wait_for_each_other_and_small_ones_do_not(tmp_path: Path) 
 
 
 @linux
-def test_icons_that_hold_large_images_wait_for_each_other_too(tmp_path: Path) -> None:
+def test_icons_holding_large_images_share_the_memory_budget(tmp_path: Path) -> None:
     small, large = tmp_path / "a.png", tmp_path / "large.ico"
     small.write_bytes(png_of(1))
     side = 5000

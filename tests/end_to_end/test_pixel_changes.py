@@ -128,7 +128,7 @@ def photos() -> list[Image.Image]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("case", CHANGES)
-def test_a_changed_transform_is_what_timm_makes_of_the_same_arguments(name: str, case: str) -> None:
+def test_changed_transform_equals_timms(name: str, case: str) -> None:
     preprocess, transform = changed(name, **CHANGES[case]), theirs(name, CHANGES[case])
     mean, std = np.array(preprocess.mean), np.array(preprocess.std)
     for photo in photos():
@@ -142,7 +142,7 @@ def test_a_changed_transform_is_what_timm_makes_of_the_same_arguments(name: str,
 
 
 @pytest.mark.parametrize("case", ["sizes", "levels", "all", "all-pad"])
-def test_the_network_gets_the_changed_pixels(case: str) -> None:
+def test_network_receives_the_changed_pixels(case: str) -> None:
     backbone = own()
     Extractor(backbone, **CHANGES[case])(photos())
     network = backbone.module
@@ -168,7 +168,7 @@ def test_the_network_gets_the_changed_pixels(case: str) -> None:
         ("own", {"image_size": (90, 45)}, (90, 45), "cover", (112, 56)),
     ],
 )
-def test_the_sizes_are_timms_arithmetic(
+def test_sizes_follow_timms_arithmetic(
     name: str,
     changes: dict[str, Any],
     input_size: tuple[int, int],
@@ -180,7 +180,7 @@ def test_the_sizes_are_timms_arithmetic(
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_is_not_changed_stays(name: str) -> None:
+def test_unchanged_options_keep_the_models_values(name: str) -> None:
     before = changed(name)
     after = changed(name, mean=(0.1, 0.2, 0.3))
     assert after.mean == (0.1, 0.2, 0.3)
@@ -191,7 +191,7 @@ def test_what_is_not_changed_stays(name: str) -> None:
     assert PixelChanges(crop_pct=1.0)
 
 
-def test_a_padding_has_the_mean_color_of_the_model() -> None:
+def test_padding_has_the_models_mean_color() -> None:
     padded = changed("resnet18", resize="pad")
     assert padded.fill == (124, 116, 104)  # 255 times ImageNet's mean
     levels = Preprocess.standard(64, fit="pad").changed(PixelChanges(mean=(0.0, 0.5, 1.0)))
@@ -206,7 +206,7 @@ def test_a_padding_has_the_mean_color_of_the_model() -> None:
 # Networks of a fixed size
 
 
-def test_a_vit_of_timm_is_fitted_to_the_image_size() -> None:
+def test_timm_vit_is_built_for_the_image_size() -> None:
     backbone = load_backbone(VIT, weights="random", device="cpu", image_size=160)
     original = load_backbone(VIT, weights="random", device="cpu")
     assert backbone.module.pos_embed.shape == (1, 101, 192)  # 10 x 10 and the class
@@ -237,7 +237,7 @@ def folder(tmp_path: Path) -> Path:
         ("own", 64, r"module:Pixels cannot take images of 64 x 64 pixels \(only 80 x 80 pixels\)"),
     ],
 )
-def test_a_size_that_a_model_cannot_take_is_an_error_before_any_image_is_read(
+def test_unsupported_image_size_fails_before_reading_images(
     model: str,
     size: int | tuple[int, int],
     match: str,
@@ -298,18 +298,18 @@ def test_a_size_that_a_model_cannot_take_is_an_error_before_any_image_is_read(
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_value_out_of_range_is_a_usage_error(options: dict[str, Any], match: str) -> None:
+def test_value_out_of_range_is_a_usage_error(options: dict[str, Any], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         extract("nowhere", "resnet18", **options)
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers() -> None:
+def test_numpy_integers_are_accepted() -> None:
     assert Options(image_size=np.int64(96)).pixel_changes.image_size == (96, 96)  # type: ignore[arg-type]
     given = Options(image_size=(np.int32(96), 64))  # type: ignore[arg-type]
     assert given.pixel_changes.image_size == (96, 64)
 
 
-def test_the_manifest_holds_the_changed_transform(folder: Path, tmp_path: Path) -> None:
+def test_manifest_holds_the_changed_transform(folder: Path, tmp_path: Path) -> None:
     store = extract(
         folder,
         "torchvision:squeezenet1_1",
@@ -354,7 +354,7 @@ def test_the_manifest_holds_the_changed_transform(folder: Path, tmp_path: Path) 
         (["--bypass", "layer1.0", "--bypass", "-2"], "bypass", ["layer1.0", "-2"]),
     ],
 )
-def test_words_become_options(words: list[str], field: str, value: object) -> None:
+def test_arguments_become_options(words: list[str], field: str, value: object) -> None:
     options = parse(["images", *words]).options
     assert getattr(options, field) == value
     others = set(Options.__dataclass_fields__) - {field, "layers"}
@@ -382,7 +382,7 @@ def test_words_become_options(words: list[str], field: str, value: object) -> No
         (["--layer", "layer1", "--pool", "mean"], "pool: got 'mean'"),
     ],
 )
-def test_bad_words_end_with_2(
+def test_bad_arguments_exit_with_2(
     words: list[str], match: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     try:
@@ -393,7 +393,7 @@ def test_bad_words_end_with_2(
     assert match in capsys.readouterr().err
 
 
-def test_the_command_changes_the_pixels(folder: Path, tmp_path: Path) -> None:
+def test_command_changes_the_pixels(folder: Path, tmp_path: Path) -> None:
     words = ["--image-size", "64x96", "--mean", "0.5,0.5,0.5", "--std", "0.25,0.25,0.25"]
     more = ["-m", "resnet18", "--weights", "random", "--device", "cpu", "--quiet"]
     assert cli.main([*more, *words, "--resize", "squash", str(folder), "-o", f"{tmp_path}/a"]) == 0

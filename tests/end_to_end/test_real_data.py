@@ -75,7 +75,7 @@ def levels(backbone: Backbone, normalized: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", [squeezenet, mobilenet])
-def test_embeddings_and_pixels_are_those_of_the_reference(
+def test_embeddings_and_pixels_equal_the_reference(
     model: Callable[[], tuple[str, Path, Embed, Embed]], tmp_path: Path
 ) -> None:
     name, path, embed, transform = model()
@@ -140,7 +140,7 @@ def test_every_orientation_of_a_scene_has_one_embedding(tmp_path: Path) -> None:
         assert (unit @ unit.T).min() >= 0.99
 
 
-def test_odd_files_are_rows_or_failures_and_no_crash(tmp_path: Path) -> None:
+def test_odd_files_become_rows_or_failures(tmp_path: Path) -> None:
     words = ["-m", "torchvision:squeezenet1_0", "--weights", str(weights("squeezenet1_0*.pth"))]
     out = tmp_path / "out"
     assert cli.main([*words, "--device", "cpu", str(DATA / "odd"), "-o", str(out), "--quiet"]) == 3

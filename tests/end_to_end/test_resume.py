@@ -56,7 +56,7 @@ def after(batches: int) -> Callable[[], bool]:
 
 @pytest.mark.parametrize("bad", [[], [0], [4, 5, 6, 7], [10]])
 @pytest.mark.parametrize("shard_images", [3, 4, 100])
-def test_a_stopped_run_ends_as_an_undisturbed_one(
+def test_resumed_store_equals_undisturbed_store(
     photos: Path, tmp_path: Path, bad: list[int], shard_images: int
 ) -> None:
     files = sorted(path for path in photos.rglob("*") if path.is_file())
@@ -79,7 +79,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
 
 @pytest.mark.parametrize("batches", [5, 6])
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_shard_whose_features_a_power_cut_took_costs_no_row_behind_it(
+def test_shard_lost_in_a_power_cut_costs_no_later_row(
     photos: Path, tmp_path: Path, batches: int, is_there: bool
 ) -> None:
     settings = {"batch_size": 1, "shard_images": 3}
@@ -96,7 +96,7 @@ def test_a_shard_whose_features_a_power_cut_took_costs_no_row_behind_it(
     assert content(out) == content(tmp_path / "undisturbed")
 
 
-def test_what_is_done_is_not_computed_again(
+def test_resumed_run_skips_finished_images(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InterruptedRunError, match="stopped after 4 of 11 images"):
@@ -111,7 +111,7 @@ def test_what_is_done_is_not_computed_again(
     assert len(told) == 5  # nothing was computed
 
 
-def test_several_stores_go_on_side_by_side(photos: Path, tmp_path: Path) -> None:
+def test_several_stores_resume_together(photos: Path, tmp_path: Path) -> None:
     models = ["mean", "small"]
     extract(photos, models, tmp_path / "undisturbed", batch_size=2, shard_images=4)
     with pytest.raises(InterruptedRunError, match="stopped after 6"):
@@ -133,7 +133,7 @@ def test_several_stores_go_on_side_by_side(photos: Path, tmp_path: Path) -> None
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
-def test_what_was_asked_for_otherwise_is_told_and_never_mixed(
+def test_changed_options_are_refused_and_never_mixed(
     photos: Path,
     tmp_path: Path,
     change: Callable[[Path], dict[str, object] | None],
@@ -167,7 +167,7 @@ def noise_file(path: Path) -> None:
 
 @pytest.mark.parametrize("shard_images", [3, 100])
 @pytest.mark.parametrize("finished", [False, True])
-def test_images_that_changed_meanwhile_are_computed_and_no_others(
+def test_resumed_run_computes_only_changed_images(
     photos: Path, tmp_path: Path, finished: bool, shard_images: int
 ) -> None:
     out = tmp_path / "out"
@@ -199,9 +199,7 @@ def test_images_that_changed_meanwhile_are_computed_and_no_others(
 
 @pytest.mark.parametrize("cut", [1, 5, 12, 40, 200])
 @pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
-def test_a_torn_tail_costs_its_batch_and_no_more(
-    photos: Path, tmp_path: Path, what: str, cut: int
-) -> None:
+def test_torn_tail_costs_only_its_batch(photos: Path, tmp_path: Path, what: str, cut: int) -> None:
     extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
     with pytest.raises(InterruptedRunError, match="stopped after 8"):
         extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(4))
@@ -213,7 +211,7 @@ def test_a_torn_tail_costs_its_batch_and_no_more(
 
 
 @pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
-def test_a_damaged_batch_is_computed_again(photos: Path, tmp_path: Path, what: str) -> None:
+def test_damaged_batch_is_recomputed(photos: Path, tmp_path: Path, what: str) -> None:
     extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
     draw = random.Random(0)
     for turn in range(20):
@@ -262,7 +260,7 @@ def words(home: Path, out: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
-def test_a_run_that_is_ended_again_and_again_ends_as_an_undisturbed_one(
+def test_repeatedly_killed_run_equals_undisturbed_store(
     many: tuple[Path, Path], number: signal.Signals
 ) -> None:
     home = many[0].parent
@@ -294,7 +292,7 @@ def ended_run(
     return code
 
 
-def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path]) -> None:
+def test_undisturbed_store_has_distinct_rows(many: tuple[Path, Path]) -> None:
     features = np.load(many[1] / "features/00000.npy")
     assert features.shape == (49, 512)
     assert len(np.unique(features, axis=0)) == 49
@@ -309,13 +307,13 @@ def test_features_of_a_killed_run_are_those_of_the_images(many: tuple[Path, Path
         b"{}\n",
     ],
 )
-def test_a_damaged_line_of_a_journal_is_no_more_than_that(line: bytes) -> None:
+def test_damaged_journal_line_is_a_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match="damaged line"):
         BatchEntry.from_line(line)
 
 
 @pytest.mark.parametrize("path", [b"a b.jpg", b'\xff"\\\n.jpg', "\u00e9\U0001f600".encode(), b""])
-def test_a_line_of_a_journal_holds_any_path(path: bytes) -> None:
+def test_journal_line_holds_any_path(path: bytes) -> None:
     record = ImageRecord(path, 1, -2, 3, 4, bytes(range(32)))
     failure = FailureRecord(path, "damaged", 'a "word"\n')
     line = BatchEntry((record, record._replace(sha256=b"")), (failure,), 7).to_line()

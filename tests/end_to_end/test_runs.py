@@ -58,7 +58,7 @@ def files(folder: Path) -> dict[str, bytes]:
 # Nothing to do
 
 
-def test_a_run_with_nothing_to_do_loads_no_model_and_writes_nothing(
+def test_up_to_date_run_loads_no_model_and_writes_nothing(
     photos: Path, tmp_path: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(photos, tmp_path / "out") == 0
@@ -72,7 +72,7 @@ def test_a_run_with_nothing_to_do_loads_no_model_and_writes_nothing(
     assert "11 of 11 images" in told
 
 
-def test_it_imports_no_torch(photos: Path, tmp_path: Path) -> None:
+def test_up_to_date_run_imports_no_torch(photos: Path, tmp_path: Path) -> None:
     assert run(photos, tmp_path / "out") == 0
     code = (
         "import sys; from extractor.cli import main as cli; "
@@ -95,7 +95,7 @@ def test_it_imports_no_torch(photos: Path, tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_another_request_is_never_taken_for_the_same(
+def test_changed_request_is_never_up_to_date(
     photos: Path, tmp_path: Path, loads: list[str], more: list[str]
 ) -> None:
     assert run(photos, tmp_path / "out") == 0
@@ -103,7 +103,7 @@ def test_another_request_is_never_taken_for_the_same(
     assert loads == ["mean", "mean"]
 
 
-def test_how_a_run_goes_about_it_does_not_matter(
+def test_options_without_effect_on_rows_stay_up_to_date(
     photos: Path, tmp_path: Path, loads: list[str]
 ) -> None:
     assert run(photos, tmp_path / "out") == 0
@@ -112,9 +112,7 @@ def test_how_a_run_goes_about_it_does_not_matter(
 
 
 @pytest.mark.parametrize("change", ["new", "changed", "gone", "staged", "run.json", "store.json"])
-def test_whatever_changed_is_seen(
-    photos: Path, tmp_path: Path, loads: list[str], change: str
-) -> None:
+def test_any_change_is_noticed(photos: Path, tmp_path: Path, loads: list[str], change: str) -> None:
     out = tmp_path / "out"
     assert run(photos, out) == 0
     if change == "new":
@@ -136,7 +134,7 @@ def test_whatever_changed_is_seen(
 
 
 @pytest.mark.parametrize("change", ["weights", "config", "commit", "gone"])
-def test_other_weights_under_the_same_name_are_seen(
+def test_other_weights_of_the_same_name_are_noticed(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     hub = tmp_path / "models--timm--mean"
@@ -166,7 +164,7 @@ def test_other_weights_under_the_same_name_are_seen(
 
 
 @pytest.mark.parametrize("again", ["the same", "grown"])
-def test_a_damaged_index_is_told_in_a_sentence(
+def test_damaged_index_is_a_one_sentence_error(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], again: str
 ) -> None:
     out = tmp_path / "out"
@@ -181,7 +179,7 @@ def test_a_damaged_index_is_told_in_a_sentence(
 
 
 @pytest.mark.parametrize("place", [-1, 130])
-def test_a_damaged_store_is_not_made_compact(photos: Path, tmp_path: Path, place: int) -> None:
+def test_damaged_store_is_not_compacted(photos: Path, tmp_path: Path, place: int) -> None:
     out = tmp_path / "out"
     grown(photos, out)
     name = sorted((out / "features").iterdir())[0]
@@ -195,7 +193,7 @@ def test_a_damaged_store_is_not_made_compact(photos: Path, tmp_path: Path, place
 
 
 @pytest.mark.parametrize("name", ["HF_HOME", "TORCH_HOME"])
-def test_another_cache_is_seen(
+def test_another_cache_is_noticed(
     photos: Path, tmp_path: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     assert run(photos, tmp_path / "out") == 0
@@ -204,7 +202,7 @@ def test_another_cache_is_seen(
     assert loads == ["mean", "mean"]
 
 
-def test_code_of_the_user_is_never_taken_for_the_same() -> None:
+def test_users_own_code_is_never_up_to_date() -> None:
     assert request_of(["my.py:tiny"], Options()) is None
     assert request_of(["resnet18+my.py:tiny"], Options()) is None
 
@@ -219,7 +217,9 @@ def test_failed_images_are_reported_again(photos: Path, tmp_path: Path, loads: l
     assert loads == ["mean", "mean"]
 
 
-def test_several_stores_must_all_be_there(photos: Path, tmp_path: Path, loads: list[str]) -> None:
+def test_run_is_up_to_date_only_if_all_its_stores_are(
+    photos: Path, tmp_path: Path, loads: list[str]
+) -> None:
     models = ["mean", "other"]
     options = Options(batch_size=2)
     extract(photos, models, tmp_path / "out", batch_size=2)
@@ -235,7 +235,7 @@ def test_several_stores_must_all_be_there(photos: Path, tmp_path: Path, loads: l
 # run.json and events
 
 
-def test_run_json_says_what_was_asked_for_and_what_came_of_it(photos: Path, tmp_path: Path) -> None:
+def test_run_json_holds_request_and_result(photos: Path, tmp_path: Path) -> None:
     (photos / "00.png").write_text("bad")
     assert run(photos, tmp_path / "out", "--max-failure-rate", "0.1") == 0
     content = json.loads((tmp_path / "out/run.json").read_text("ascii"))
@@ -293,7 +293,7 @@ def test_events_are_one_json_object_a_line(
         (["PHOTOS", "--dtype", "float16", "-b", "2", "-o", "OUT"], 1, "StoreError"),
     ],
 )
-def test_an_error_is_an_event_with_the_exit_code(
+def test_error_event_holds_the_exit_code(
     photos: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -309,7 +309,7 @@ def test_an_error_is_an_event_with_the_exit_code(
     assert (last["event"], last["kind"], last["exit_code"]) == ("error", kind, code)
 
 
-def test_a_fault_of_the_program_is_an_event(
+def test_internal_error_is_an_event(
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -325,7 +325,7 @@ def test_a_fault_of_the_program_is_an_event(
     assert "Traceback" in last["message"]
 
 
-def test_what_libraries_print_is_an_event(photos: Path, tmp_path: Path) -> None:
+def test_library_output_is_an_event(photos: Path, tmp_path: Path) -> None:
     code = f"""
 import os, sys
 sys.path[:0] = {[str(Path(__file__).parents[1])]!r}
@@ -349,7 +349,7 @@ sys.exit(cli.main())
     assert events[-1]["event"] == "end"
 
 
-def test_progress_is_told_every_ten_seconds_and_at_the_end(
+def test_progress_events_come_every_ten_seconds_and_at_the_end(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     times = iter([0.0, 4.0, 9.0, 11.0, 12.0, 22.0, 23.0])
@@ -381,7 +381,7 @@ def grown(photos: Path, out: Path, **options: Any) -> None:
     extract(photos, "mean", out, **settings)
 
 
-def test_a_compact_store_is_the_one_that_a_fresh_run_makes(photos: Path, tmp_path: Path) -> None:
+def test_compacted_store_equals_fresh_store(photos: Path, tmp_path: Path) -> None:
     out, fresh = tmp_path / "out", tmp_path / "fresh"
     grown(photos, out)
     assert FeatureStore.open(out).manifest.retired > 0
@@ -397,7 +397,7 @@ def test_a_compact_store_is_the_one_that_a_fresh_run_makes(photos: Path, tmp_pat
     assert compact(out) == (after, after)
 
 
-def test_the_command_makes_compact_and_the_next_run_has_up_to_date_report(
+def test_run_after_compact_is_up_to_date(
     photos: Path, tmp_path: Path, loads: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
@@ -416,7 +416,7 @@ def test_the_command_makes_compact_and_the_next_run_has_up_to_date_report(
     assert loads == []
 
 
-def test_a_store_with_an_interrupted_run_is_not_rewritten(photos: Path, tmp_path: Path) -> None:
+def test_store_with_interrupted_run_is_not_compacted(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(photos, "mean", out, batch_size=2)
     for place in range(4):
@@ -429,7 +429,7 @@ def test_a_store_with_an_interrupted_run_is_not_rewritten(photos: Path, tmp_path
         compact(tmp_path / "nothing")
 
 
-def test_readers_are_not_disturbed_by_growing_and_compacting(photos: Path, tmp_path: Path) -> None:
+def test_readers_survive_growing_and_compacting(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(photos, "mean", out, batch_size=2, shard_images=3)
     stop = threading.Event()

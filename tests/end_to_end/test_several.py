@@ -97,7 +97,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # Several models
 
 
-def test_each_model_fills_the_store_that_it_would_fill_alone(images: Path, tmp_path: Path) -> None:
+def test_each_model_fills_its_store_as_if_alone(images: Path, tmp_path: Path) -> None:
     report = extract(images, NAMES, tmp_path / "both", shard_images=4, **RANDOM)
     folders = ["resnet18", "torchvision-squeezenet1_1"]
     assert [store.out for store in report.stores] == [tmp_path / "both" / name for name in folders]
@@ -114,7 +114,7 @@ def test_each_model_fills_the_store_that_it_would_fill_alone(images: Path, tmp_p
         assert ours.model == (name if ":" in name else f"timm:{name}")
 
 
-def test_the_command_takes_several_models(
+def test_command_takes_several_models(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [word for name in NAMES for word in ("-m", name)]
@@ -125,7 +125,7 @@ def test_the_command_takes_several_models(
         assert files_of(tmp_path / "command" / store.out.name) == files_of(store.out)
 
 
-def test_the_summary_names_every_store(
+def test_summary_names_every_store(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["-m", "resnet18", "--layer", "layer1", "--layer", "layer2", *WORDS[:-1]]
@@ -174,7 +174,7 @@ def test_each_model_sees_its_own_picture(images: Path, tmp_path: Path) -> None:
             np.testing.assert_allclose(row, expected, atol=0.004)  # a level or less
 
 
-def test_equal_pictures_are_made_once() -> None:
+def test_equal_pictures_are_resized_once() -> None:
     one, same = small(MeanPixel()), small(Stripes())
     other_levels = Backbone.from_module(
         MeanPixel(),
@@ -191,7 +191,7 @@ def test_equal_pictures_are_made_once() -> None:
     assert pictures_of([joined]) == [larger.preprocess, one.preprocess]
 
 
-def test_decoding_into_several_pictures_is_decoding_several_times(images: Path) -> None:
+def test_decoding_for_several_models_equals_decoding_for_each(images: Path) -> None:
     preprocesses = [
         Preprocess.standard(24),
         Preprocess.standard((20, 30), fit="pad", mean=(0.2, 0.4, 0.6)),
@@ -213,7 +213,7 @@ def test_decoding_into_several_pictures_is_decoding_several_times(images: Path) 
 # Failures
 
 
-def test_a_bad_image_costs_its_row_in_every_store(images: Path, tmp_path: Path) -> None:
+def test_bad_image_fails_in_every_store(images: Path, tmp_path: Path) -> None:
     (images / "2.png").write_text("no image")
     report = extract(images, [small(MeanPixel()), small(Stripes(), 5)], tmp_path / "out")
     assert report.failure_rate == pytest.approx(1 / 6)
@@ -233,9 +233,7 @@ def shades(tmp_path: Path) -> Path:
     return folder
 
 
-def test_an_embedding_that_is_not_finite_fails_in_its_own_store_only(
-    shades: Path, tmp_path: Path
-) -> None:
+def test_non_finite_embedding_fails_in_its_store_only(shades: Path, tmp_path: Path) -> None:
     report = extract(shades, [small(MeanPixel()), small(DarkIsNone())], tmp_path / "out")
     whole, gaps = report.stores
     assert (whole.rows, whole.failed, gaps.rows, gaps.failed) == (5, 0, 3, 2)
@@ -251,9 +249,7 @@ def test_an_embedding_that_is_not_finite_fails_in_its_own_store_only(
     np.testing.assert_allclose(rows_of(gaps.store), np.array(expected)[[0, 2, 4]], atol=1e-5)
 
 
-def test_when_no_image_has_a_row_in_one_store_nothing_is_added(
-    shades: Path, tmp_path: Path
-) -> None:
+def test_store_without_any_row_stops_all_stores(shades: Path, tmp_path: Path) -> None:
     for name in ("0.png", "2.png", "4.png"):
         (shades / name).unlink()
     models = [small(MeanPixel()), small(DarkIsNone())]
@@ -262,7 +258,7 @@ def test_when_no_image_has_a_row_in_one_store_nothing_is_added(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_store_that_is_in_the_way_stops_all(images: Path, tmp_path: Path) -> None:
+def test_one_existing_store_stops_all(images: Path, tmp_path: Path) -> None:
     extract(images, small(Stripes()), tmp_path / "out" / "module-Stripes", dtype="float16")
     models = [small(MeanPixel()), small(Stripes())]
     with pytest.raises(
@@ -288,9 +284,7 @@ def test_two_stores_of_one_name_are_a_usage_error(images: Path, tmp_path: Path) 
 
 @pytest.mark.usefixtures("named_models")
 @pytest.mark.parametrize("normalize", [False, True])
-def test_joined_models_are_parts_of_unit_length(
-    images: Path, tmp_path: Path, normalize: bool
-) -> None:
+def test_joined_models_have_unit_length_each(images: Path, tmp_path: Path, normalize: bool) -> None:
     apart = extract(images, ["mean", "stripes"], tmp_path / "apart")
     report = extract(images, "mean+stripes", tmp_path / "joined", normalize=normalize)
     mean, stripes = (rows_of(store.store).astype(np.float64) for store in apart.stores)
@@ -308,7 +302,7 @@ def test_joined_models_are_parts_of_unit_length(
 
 
 @pytest.mark.usefixtures("named_models")
-def test_a_model_that_is_joined_and_alone_computes_once(images: Path, tmp_path: Path) -> None:
+def test_model_both_joined_and_alone_computes_once(images: Path, tmp_path: Path) -> None:
     calls: list[int] = []
     backbone = embedding.load("mean", Options())
     backbone.module.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -375,7 +369,7 @@ def test_joined_layers_are_one_embedding_to_normalize(images: Path, tmp_path: Pa
         ({"bypass": "layer1"}, "bypass: got 'layer1', expected a list"),
     ],
 )
-def test_options_that_do_not_go_together_are_errors(
+def test_conflicting_options_are_errors(
     options: dict[str, Any], match: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -401,7 +395,7 @@ def test_weights_for_a_loaded_backbone_are_an_error(images: Path, tmp_path: Path
 # Backbones, and in memory
 
 
-def test_a_backbone_may_stand_for_its_name(images: Path, tmp_path: Path) -> None:
+def test_backbone_replaces_its_name(images: Path, tmp_path: Path) -> None:
     from extractor import load_backbone
 
     backbone = load_backbone(
@@ -425,7 +419,7 @@ def test_a_backbone_may_stand_for_its_name(images: Path, tmp_path: Path) -> None
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_a_run_leaves_the_backbone_that_it_was_given_as_it_was(
+def test_run_leaves_the_callers_backbone_unchanged(
     images: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
@@ -439,7 +433,9 @@ def test_a_run_leaves_the_backbone_that_it_was_given_as_it_was(
 
 @pytest.mark.usefixtures("named_models")
 @pytest.mark.parametrize("model", ["stripes", "mean+stripes"])
-def test_in_memory_it_is_the_same_embedding(images: Path, tmp_path: Path, model: str) -> None:
+def test_extractor_in_memory_returns_the_same_embedding(
+    images: Path, tmp_path: Path, model: str
+) -> None:
     store = extract(images, model, tmp_path / "out", batch_size=4).store
     embed = Extractor(model, batch_size=4)
     rows = embed([images / path for path in store.paths])
@@ -534,7 +530,7 @@ def test_sharded_rows_are_indexed_as_numpy_indexes_them(index: Any, cuts: tuple[
     [9, -10, [0, 9], (0, 4), (..., 5), (0, 0, 0, 0, 0), (..., ...), 1.0, "a", MASK[:8], [0.5]],
     ids=repr,
 )
-def test_what_numpy_refuses_is_refused(index: Any) -> None:
+def test_index_refused_by_numpy_is_refused(index: Any) -> None:
     array = ShardedArray(np.split(ROWS, (4,)), row_shape=ROWS.shape[1:], dtype=ROWS.dtype)
     with pytest.raises(IndexError, match=r"."):
         ROWS[index]
@@ -542,7 +538,7 @@ def test_what_numpy_refuses_is_refused(index: Any) -> None:
         array[index]
 
 
-def test_sharded_rows_are_an_array_and_an_iterable() -> None:
+def test_sharded_rows_convert_to_an_array_and_iterate() -> None:
     array = ShardedArray(np.split(ROWS, (4,)), row_shape=ROWS.shape[1:], dtype=ROWS.dtype)
     assert (array.shape, array.ndim, len(array), array.size) == (ROWS.shape, 4, 9, ROWS.size)
     assert array.nbytes == ROWS.nbytes
@@ -555,7 +551,7 @@ def test_sharded_rows_are_an_array_and_an_iterable() -> None:
 # Reports and places
 
 
-def test_a_report_of_several_stores_has_no_one_number_of_rows(images: Path, tmp_path: Path) -> None:
+def test_report_of_several_stores_has_no_single_row_count(images: Path, tmp_path: Path) -> None:
     report = extract(images, [small(MeanPixel()), small(Stripes())], tmp_path / "out")
     for name in ("rows", "failed", "out", "dim", "store", "failures", "first_failures"):
         with pytest.raises(UsageError, match=r"filled 2 stores; look at report.stores"):
@@ -575,7 +571,7 @@ def test_a_report_of_several_stores_has_no_one_number_of_rows(images: Path, tmp_
         ("x", [], []),
     ],
 )
-def test_one_store_lies_in_out_and_several_below_it(
+def test_several_stores_are_subfolders_of_out(
     out: str | None, names: list[str], folders: list[str]
 ) -> None:
     assert store_folders(out, names) == folders
@@ -595,14 +591,14 @@ def test_one_store_lies_in_out_and_several_below_it(
         (["a"], {"layers": ["x?"]}, None),
     ],
 )
-def test_the_stores_are_known_before_a_model_is_loaded_but_for_globs(
+def test_stores_are_named_before_loading_except_for_globs(
     models: list[str], options: dict[str, Any], names: list[str] | None
 ) -> None:
     assert planned_stores(models, Options(**options)) == names
 
 
 @pytest.mark.parametrize("layers", [["layer1", "layer2"], ["layer[12]"], ["-4", "-3"]])
-def test_stores_are_named_after_the_layers_that_were_found(
+def test_globs_name_stores_after_matching_layers(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layers: list[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -611,7 +607,7 @@ def test_stores_are_named_after_the_layers_that_were_found(
     assert [str(store.out) for store in report.stores] == folders
 
 
-def test_a_store_in_the_way_is_found_before_a_model_is_loaded(
+def test_existing_store_is_found_before_loading(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out" / "b@x").mkdir(parents=True)

@@ -114,7 +114,7 @@ def job(tmp_path: Path) -> Iterator[Job]:
         (143, 143, True, "goes back into the queue"),
     ],
 )
-def test_the_slurm_job_is_queued_again_exactly_where_extract_was_interrupted(
+def test_slurm_job_requeues_only_interrupted_runs(
     job: Job, code: int, ends_with: int, queued_again: bool, message: str
 ) -> None:
     ended, told = job.end(f"exit {code}\n")
@@ -123,7 +123,7 @@ def test_the_slurm_job_is_queued_again_exactly_where_extract_was_interrupted(
     assert message in told
 
 
-def test_the_slurm_job_asks_for_what_stands_at_its_top(job: Job) -> None:
+def test_slurm_job_passes_its_variables_to_extract(job: Job) -> None:
     job.end("exit 0\n")
     words = job.read("words")
     assert words == ["--log-json", "--model", "resnet18", "--out", "my store", "my images"]
@@ -131,7 +131,7 @@ def test_the_slurm_job_asks_for_what_stands_at_its_top(job: Job) -> None:
     assert (parsed.model, parsed.out, parsed.inputs) == (["resnet18"], "my store", ["my images"])
 
 
-def test_sigusr1_to_the_batch_shell_reaches_extract_at_once_and_queues_again(job: Job) -> None:
+def test_slurm_job_forwards_sigusr1_and_requeues(job: Job) -> None:
     process = job.start(WAITS)
     job.ready()
     sent = time.monotonic()
@@ -145,7 +145,7 @@ def test_sigusr1_to_the_batch_shell_reaches_extract_at_once_and_queues_again(job
     assert "interrupted with exit code 143" in told
 
 
-def test_the_batch_shell_waits_for_the_end_of_the_batch_however_many_signals_come(job: Job) -> None:
+def test_slurm_job_waits_for_the_batch_despite_more_signals(job: Job) -> None:
     process = job.start(ENDS_LATER)
     job.ready()
     for count in (1, 2, 3):
@@ -155,7 +155,7 @@ def test_the_batch_shell_waits_for_the_end_of_the_batch_however_many_signals_com
     assert job.read("scontrol") == ["requeue 42"]
 
 
-def test_a_run_that_is_done_when_the_signal_comes_is_not_queued_again(job: Job) -> None:
+def test_slurm_job_does_not_requeue_finished_run(job: Job) -> None:
     process = job.start(ENDS_LATER.replace("exit 143", "exit 0"))
     job.ready()
     process.send_signal(signal.SIGUSR1)
@@ -163,7 +163,7 @@ def test_a_run_that_is_done_when_the_signal_comes_is_not_queued_again(job: Job) 
     assert job.read("scontrol") == []
 
 
-def test_a_cancelled_slurm_job_ends_extract_and_does_not_come_back(job: Job) -> None:
+def test_canceled_slurm_job_ends_extract_without_requeue(job: Job) -> None:
     process = job.start(WAITS)
     job.ready()
     process.send_signal(signal.SIGTERM)
@@ -174,13 +174,13 @@ def test_a_cancelled_slurm_job_ends_extract_and_does_not_come_back(job: Job) -> 
     assert "ended by SIGTERM" in told
 
 
-def test_a_slurm_job_that_cannot_be_queued_again_says_so_and_is_no_success(job: Job) -> None:
+def test_slurm_job_fails_if_requeue_fails(job: Job) -> None:
     ended, told = job.end("exit 143\n", scontrol=1)
     assert ended == 143
     assert "scontrol requeue failed" in told
 
 
-def test_slurm_is_asked_to_warn_the_shell_in_time_and_to_queue_again() -> None:
+def test_slurm_directives_ask_for_warning_and_requeue() -> None:
     text = (EXAMPLES / "slurm.sbatch").read_text("utf-8")
     asked = re.findall(r"^#SBATCH (--[\w-]+)(?:=(\S+))?$", text, re.MULTILINE)
     assert (
@@ -198,7 +198,7 @@ def test_slurm_is_asked_to_warn_the_shell_in_time_and_to_queue_again() -> None:
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
-def test_the_slurm_script_passes_shellcheck() -> None:
+def test_slurm_script_passes_shellcheck() -> None:
     script = EXAMPLES / "slurm.sbatch"
     command = ["shellcheck", "--shell=bash", str(script)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -223,7 +223,7 @@ def unit(name: str) -> configparser.RawConfigParser:
     return parser
 
 
-def test_the_service_takes_failed_images_for_success_and_repeats_what_may_come_right() -> None:
+def test_service_accepts_failed_images_and_restarts_on_failure() -> None:
     service = unit("extract.service")["Service"]
     assert service["Type"] == "oneshot"
     assert service["SuccessExitStatus"] == "3"
@@ -238,7 +238,7 @@ def test_the_service_takes_failed_images_for_success_and_repeats_what_may_come_r
     assert build_parser().parse_args(words).inputs == ["${IMAGES}"]
 
 
-def test_the_service_may_write_where_its_store_lies() -> None:
+def test_service_may_write_its_store_and_caches() -> None:
     text = (EXAMPLES / "extract.service").read_text("utf-8")
     out = re.search(r"EXTRACTOR_OUT=(\S+)", text)
     assert out is not None
@@ -248,7 +248,7 @@ def test_the_service_may_write_where_its_store_lies() -> None:
         assert Path("/var/cache", service["CacheDirectory"]) in Path(cache).parents
 
 
-def test_the_timer_starts_the_service_every_night() -> None:
+def test_timer_starts_the_service_every_night() -> None:
     timer = unit("extract.timer")
     assert re.fullmatch(r"\*-\*-\* \d\d:\d\d:\d\d", timer["Timer"]["OnCalendar"])
     assert timer["Timer"]["Persistent"] == "yes"
@@ -278,7 +278,7 @@ def kubernetes() -> dict[str, Any]:
     return loaded
 
 
-def test_the_kubernetes_job_fails_at_once_where_repeating_it_does_not_help(
+def test_kubernetes_job_fails_at_once_on_permanent_errors(
     kubernetes: dict[str, Any],
 ) -> None:
     assert (kubernetes["apiVersion"], kubernetes["kind"]) == ("batch/v1", "Job")
@@ -300,7 +300,7 @@ def test_the_kubernetes_job_fails_at_once_where_repeating_it_does_not_help(
     assert pod["terminationGracePeriodSeconds"] > 4  # that a batch may take to end
 
 
-def test_the_kubernetes_job_mounts_what_it_names_and_has_one_gpu(
+def test_kubernetes_job_mounts_its_paths_and_one_gpu(
     kubernetes: dict[str, Any],
 ) -> None:
     pod = kubernetes["spec"]["template"]["spec"]
@@ -323,7 +323,7 @@ def test_the_kubernetes_job_mounts_what_it_names_and_has_one_gpu(
 @pytest.mark.parametrize(
     "path", [GUIDE, *sorted(EXAMPLES.iterdir())], ids=lambda path: str(path.name)
 )
-def test_every_variable_that_is_told_of_is_a_flag(path: Path) -> None:
+def test_every_variable_in_guide_and_examples_is_a_flag(path: Path) -> None:
     flags = {
         option.removeprefix("--").upper().replace("-", "_")
         for action in build_parser()._actions
@@ -340,7 +340,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(pattern, GUIDE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
 
 
-def test_every_command_of_the_guide_is_one_that_extract_takes() -> None:
+def test_every_command_of_the_guide_parses() -> None:
     shown = re.findall(r"^\$ (.*)$", "".join(blocks("")), re.MULTILINE)
     main = 0
     for line in [*"".join(blocks("sh")).splitlines(), *shown]:
@@ -356,7 +356,7 @@ def test_every_command_of_the_guide_is_one_that_extract_takes() -> None:
     assert main >= 5
 
 
-def test_the_guide_has_a_line_of_every_event() -> None:
+def test_guide_shows_every_event() -> None:
     lines = [json.loads(line) for line in "".join(blocks("json")).splitlines() if '"event"' in line]
     assert tuple(line["event"] for line in lines) == EVENTS
     source = (ROOT / "extractor" / "cli" / "json_log.py").read_text("utf-8")
@@ -365,7 +365,7 @@ def test_the_guide_has_a_line_of_every_event() -> None:
     assert written == set(EVENTS)
 
 
-def test_the_guide_names_every_example() -> None:
+def test_guide_names_every_example() -> None:
     text = GUIDE.read_text("utf-8")
     for path in EXAMPLES.iterdir():
         assert f"../scripts/examples/{path.name}" in text
