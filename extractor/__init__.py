@@ -1,8 +1,8 @@
-"""Folders of images to embeddings from pretrained backbones, kept as plain ``.npy`` files.
+"""Embeddings of image folders from pretrained backbones, stored as plain ``.npy`` files.
 
->>> from extractor import FeatureStore
->>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
->>> store.features.shape  # doctest: +SKIP
+>>> from extractor import extract
+>>> report = extract("images/", "resnet50")  # doctest: +SKIP
+>>> report.store.features.shape  # doctest: +SKIP
 (334, 2048)
 """
 
@@ -15,35 +15,73 @@ from extractor.version import __version__
 
 if TYPE_CHECKING:
     from extractor.api import Extractor, extract
-    from extractor.errors import ExtractorError
+    from extractor.errors import (
+        DecodeError,
+        DeviceError,
+        ExtractorError,
+        InterruptedRunError,
+        ModelError,
+        SourceError,
+        StoreError,
+        UsageError,
+        WeightsError,
+    )
+    from extractor.images.listing import ImageList, list_images
     from extractor.models.backbone import Backbone
     from extractor.models.load import load_backbone
+    from extractor.options import Options
     from extractor.preprocess import Preprocess
+    from extractor.report import Progress, Report, StoreReport
     from extractor.store.reader import FeatureStore
 
 __all__ = [
     "Backbone",
+    "DecodeError",
+    "DeviceError",
     "Extractor",
     "ExtractorError",
     "FeatureStore",
+    "ImageList",
+    "InterruptedRunError",
+    "ModelError",
+    "Options",
     "Preprocess",
+    "Progress",
     "Report",
+    "SourceError",
+    "StoreError",
+    "StoreReport",
+    "UsageError",
+    "WeightsError",
     "__version__",
     "extract",
+    "list_images",
     "load_backbone",
 ]
 
-# Resolved when they are first asked for: who only reads a store never waits for torch.
-_HOMES = {
-    "Backbone": "extractor.models.backbone",
-    "Extractor": "extractor.api",
-    "ExtractorError": "extractor.errors",
-    "FeatureStore": "extractor.store.reader",
-    "Preprocess": "extractor.preprocess",
-    "Report": "extractor.report",
-    "extract": "extractor.api",
-    "load_backbone": "extractor.models.load",
+# Imported on first use, so that a program that only reads a store does not wait for torch.
+_MODULES = {
+    "extractor.api": ("Extractor", "extract"),
+    "extractor.errors": (
+        "DecodeError",
+        "DeviceError",
+        "ExtractorError",
+        "InterruptedRunError",
+        "ModelError",
+        "SourceError",
+        "StoreError",
+        "UsageError",
+        "WeightsError",
+    ),
+    "extractor.images.listing": ("ImageList", "list_images"),
+    "extractor.models.backbone": ("Backbone",),
+    "extractor.models.load": ("load_backbone",),
+    "extractor.options": ("Options",),
+    "extractor.preprocess": ("Preprocess",),
+    "extractor.report": ("Progress", "Report", "StoreReport"),
+    "extractor.store.reader": ("FeatureStore",),
 }
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
