@@ -15,9 +15,9 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an exception's message, at most 200 characters.
+    r"""Return the first line of an exception's message, at most 200 characters.
 
-    >>> first_line(ValueError("wrong shape\\nsee above")), first_line(KeyError())
+    >>> first_line(ValueError("wrong shape\nsee above")), first_line(KeyError())
     ('wrong shape', 'KeyError')
     """
     lines = str(error).strip().splitlines() or [type(error).__name__]

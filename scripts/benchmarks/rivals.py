@@ -1,8 +1,8 @@
-"""The sides of ``benchmark.py``: what one process measures, alone on the machine.
+"""Sides of ``throughput.py``: what one process measures, alone on the machine.
 
-Every side takes the same task, whose fields are the options of ``benchmark.py``, and gives a
-dictionary of figures. A library that is compared is imported in its own side only, so that the
-others neither need it nor pay for it.
+Every side takes the same task, whose fields are the options of ``throughput.py``, and returns a
+dictionary of figures. Each library under comparison is imported in its own side only, so the others
+neither need it nor pay for it.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ Task: TypeAlias = argparse.Namespace
 Figures: TypeAlias = "dict[str, Any]"
 
 FIDELITY_IMAGES = 128
-# One pass of a GPU, which would be over too soon with the batches of so few images.
+# Batches in one pass of a GPU, which the batches of so few images would end too soon.
 GPU_BATCHES = 8
 MIN_PASSES, MIN_SECONDS = 3, 3.0
 RECIPE_BATCH, RECIPE_WORKERS = 32, 2
 
 
 class NotHereError(Exception):
-    """A library cannot do what is asked; no fault of it, and nothing to repeat."""
+    """A library does not support the task: not a failure, and no reason to retry."""
 
 
 def measure(task: Task) -> Figures:
-    """The figures of one side, or ``reason``: why there are none, in a few words."""
+    """Return the figures of one side, or ``reason`` if there are none."""
     try:
         figures = SIDES[task.side](task)
     except NotHereError as error:
         return {"reason": str(error)}
-    except Exception as error:  # of whatever library
+    except Exception as error:  # libraries raise all kinds
         return {"reason": f"failed: {_few_words(error)}"}
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -61,14 +61,14 @@ def measure(task: Task) -> Figures:
 
 
 def _few_words(error: Exception) -> str:
-    """What an error says, less lines that only announce the next one."""
+    """Return an error's message in short, without lines that only introduce the next one."""
     lines = (line.strip() for line in str(error).splitlines())
-    told = next((line for line in lines if line and not line.endswith(":")), "")
-    return textwrap.shorten(told or type(error).__name__, 90, placeholder=" ...")
+    message = next((line for line in lines if line and not line.endswith(":")), "")
+    return textwrap.shorten(message or type(error).__name__, 90, placeholder=" ...")
 
 
 def measure_machine(task: Task) -> Figures:
-    """What computes here."""
+    """Return the device, the name of the GPU, and the number of cores."""
     device = resolve_device(task.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return {"device": str(device), "gpu": name, "cores": available_cores()}
@@ -79,13 +79,13 @@ def measure_machine(task: Task) -> Figures:
 
 
 def measure_decode(task: Task) -> Figures:
-    """Decoding alone, with all cores."""
+    """Measure decoding alone, with all cores."""
     from extractor.images.listing import list_images
 
-    torch.set_num_threads(1)  # each decoding thread is to use its own core
+    torch.set_num_threads(1)  # one core per decoding thread
     images, preprocess, device = list_images(task.images), _preprocess(task), _device(task)
     first = range(min(len(images), default_batch_size(device.type)))
-    for batch in _decoded(images, first, preprocess, device):  # loads the decoders
+    for batch in _decoded(images, first, preprocess, device):  # load the decoders
         batch.release()
     started = time.perf_counter()
     for batch in _decoded(images, range(len(images)), preprocess, device):
@@ -100,15 +100,15 @@ def _preprocess(task: Task) -> Preprocess:
 
 
 def _decoded(
-    images: ImageList, which: Sequence[int], preprocess: Preprocess, device: torch.device
+    images: ImageList, indexes: Sequence[int], preprocess: Preprocess, device: torch.device
 ) -> Iterator[Batch]:
-    """Decode some images as a run does."""
+    """Decode the images at ``indexes`` as a run does."""
     from extractor.loading.loader import BatchLoader
 
     size = default_batch_size(device.type)
     batches = (
-        [images.full_path(place) for place in which[start : start + size]]
-        for start in range(0, len(which), size)
+        [images.full_path(index) for index in indexes[start : start + size]]
+        for start in range(0, len(indexes), size)
     )
     with BatchLoader(
         batches,
@@ -119,7 +119,7 @@ def _decoded(
 
 
 def measure_model(task: Task) -> Figures:
-    """The model alone in one configuration, on images that are decoded and normalised already.
+    """Measure the model alone in one configuration, on decoded and normalized images.
 
     Its embeddings are compared with those in the file ``task.reference``, which the first
     configuration writes: those of the network as its library builds it, in float32.
@@ -153,7 +153,7 @@ def measure_model(task: Task) -> Figures:
 
 
 def _inputs(task: Task, backbone: Backbone) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Full batches in the device's memory, and which of their rows are images."""
+    """Return full batches in the device's memory, and which of their rows are images."""
     from extractor.images.listing import list_images
     from extractor.images.types import ImageInfo
 
@@ -163,8 +163,8 @@ def _inputs(task: Task, backbone: Backbone) -> tuple[list[torch.Tensor], torch.T
     std = torch.tensor(preprocess.std).view(1, 3, 1, 1)
     batches: list[torch.Tensor] = []
     is_image: list[bool] = []
-    which = range(min(len(images), FIDELITY_IMAGES))
-    for batch in _decoded(images, which, preprocess, device):
+    indexes = range(min(len(images), FIDELITY_IMAGES))
+    for batch in _decoded(images, indexes, preprocess, device):
         (uint8,) = batch.pictures
         pixels = uint8.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
         batches.append(pixels.to(device, backbone.dtype))
@@ -189,14 +189,14 @@ def _least_cosine(embeddings: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    _synchronise(device)
+    _synchronize(device)
     started = time.perf_counter()
     work()
-    _synchronise(device)
+    _synchronize(device)
     return time.perf_counter() - started
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -216,10 +216,10 @@ def _device(task: Task) -> torch.device:
 
 
 def measure_extract(task: Task) -> Figures:
-    """``extract`` with its defaults."""
+    """Measure ``extract`` with its defaults."""
     from extractor.api import extract
 
-    given = {} if task.compile is None else {"compile": task.compile}
+    settings = {} if task.compile is None else {"compile": task.compile}
     with tempfile.TemporaryDirectory() as folder:
         report = extract(
             task.images,
@@ -228,7 +228,7 @@ def measure_extract(task: Task) -> Figures:
             weights=task.weights,
             device=task.device,
             precision=task.precision,
-            **given,
+            **settings,
         )
     return {
         "images": report.images,
@@ -239,7 +239,7 @@ def measure_extract(task: Task) -> Figures:
 
 
 def measure_recipe(task: Task) -> Figures:
-    """ImageFolder, DataLoader with two worker processes, PIL, ``torch.no_grad``, float32."""
+    """Measure ImageFolder, DataLoader with two workers, PIL, ``torch.no_grad``, float32."""
     from torch.utils.data import DataLoader
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
@@ -247,15 +247,15 @@ def measure_recipe(task: Task) -> Figures:
     from extractor import load_backbone
 
     backbone = load_backbone(task.model, weights=task.weights, device=task.device)
-    given = backbone.preprocess
+    preprocess = backbone.preprocess
     filters = transforms.InterpolationMode
-    size = given.resize_size[0] if given.resize == "shortest" else given.resize_size
+    size = preprocess.resize_size[0] if preprocess.resize == "shortest" else preprocess.resize_size
     transform = transforms.Compose(
         [
-            transforms.Resize(size, interpolation=filters(given.interpolation)),
-            transforms.CenterCrop(given.input_size),
+            transforms.Resize(size, interpolation=filters(preprocess.interpolation)),
+            transforms.CenterCrop(preprocess.input_size),
             transforms.ToTensor(),
-            transforms.Normalize(given.mean, given.std),
+            transforms.Normalize(preprocess.mean, preprocess.std),
         ]
     )
     module = backbone.module.to(memory_format=torch.contiguous_format)
@@ -272,12 +272,12 @@ def measure_recipe(task: Task) -> Figures:
 
 
 def measure_timm(task: Task) -> Figures:
-    """timm's own data set, loader and network, channels last, float32."""
+    """Measure timm's own data set, loader and network, channels last, float32."""
     return _run_timm(task, torch.float32)
 
 
 def measure_timm_tuned(task: Task) -> Figures:
-    """The same with the network and its input in half precision."""
+    """Measure the same with the network and its input in half precision."""
     return _run_timm(task, torch.bfloat16 if _device(task).type == "cpu" else torch.float16)
 
 
@@ -314,7 +314,7 @@ def _run_timm(task: Task, dtype: torch.dtype) -> Figures:
 
 
 def _timm_network(task: Task) -> torch.nn.Module:
-    """The model as timm builds it, with the weights that were asked for."""
+    """Return the model as timm builds it, with the weights of the task."""
     import timm
 
     name, weights = _timm_name(task), task.weights
@@ -336,9 +336,9 @@ def _timm_name(task: Task) -> str:
 
 
 def measure_img2vec(task: Task) -> Figures:
-    """img2vec_pytorch on lists of PIL images.
+    """Measure img2vec_pytorch on lists of PIL images.
 
-    Its weights are random, on which the rate does not depend: it knows no way without a download.
+    Its weights are random, which does not change the rate: it has no way to load them offline.
     """
     from img2vec_pytorch import Img2Vec
     from PIL import Image
@@ -356,7 +356,7 @@ def measure_img2vec(task: Task) -> Figures:
     except (KeyError, ValueError) as error:
         raise NotHereError("does not have this model") from error
     images = list_images(task.images)
-    paths = [os.fsdecode(images.full_path(place)) for place in range(len(images))]
+    paths = [os.fsdecode(images.full_path(index)) for index in range(len(images))]
 
     def embeddings() -> Iterator[torch.Tensor]:
         for start in range(0, len(paths), RECIPE_BATCH):
@@ -367,7 +367,7 @@ def measure_img2vec(task: Task) -> Figures:
 
 
 def measure_transformers(task: Task) -> Figures:
-    """The pipeline of transformers, around the model of timm with random weights."""
+    """Measure the pipeline of transformers, around timm's model with random weights."""
     from transformers import (
         TimmWrapperConfig,
         TimmWrapperImageProcessor,
@@ -385,7 +385,7 @@ def measure_transformers(task: Task) -> Figures:
         device=_device(task),
     )
     images = list_images(task.images)
-    paths = [os.fsdecode(images.full_path(place)) for place in range(len(images))]
+    paths = [os.fsdecode(images.full_path(index)) for index in range(len(images))]
     return _run(
         lambda: embed(
             paths,
@@ -398,7 +398,7 @@ def measure_transformers(task: Task) -> Figures:
 
 
 def _run(embeddings: Callable[[], Iterable[torch.Tensor]]) -> Figures:
-    """The rate from the start of the first batch to a file with all embeddings."""
+    """Return the rate from the start of the first batch to a file with all embeddings."""
     import numpy as np
 
     with tempfile.TemporaryDirectory() as folder:

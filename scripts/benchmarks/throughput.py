@@ -1,27 +1,27 @@
-"""Measures a run beside what bounds it, and beside what people use instead, turn by turn.
+"""Measure a run beside its upper bound, and beside what people use instead, turn by turn.
 
     python scripts/benchmarks/throughput.py images/ --model resnet50 --weights random --repeats 3
 
-Every measurement is a process of its own, all sides take turns, and the medians are compared:
-single figures of a busy machine mean little. Rates are images per second from the first image
-that is opened to the last embedding that is there (for this program: written to the store);
-loading the libraries and the model is left out on all sides.
+Every measurement is a process of its own. All sides take turns and their medians are compared:
+single figures of a busy machine mean little. Rates are images per second from opening the first
+image to the last embedding in memory (for this program: in the store). Loading the libraries and
+the model does not count on any side.
 
-What bounds a run: D images/s of decoding alone with all cores, and M images/s of the model alone
-on images that are decoded already, in the fastest configuration whose embeddings all have a cosine
-of at least 0.999 to those of float32. On a CPU both share the cores, and no run can be faster than
-1 / (1/D + 1/M); a GPU computes beside them, and the limit is the smaller of the two. A run pads its
+The upper bound follows from D images/s of decoding alone with all cores, and M images/s of the
+model alone on decoded images, in its fastest configuration whose embeddings all have a cosine of at
+least 0.999 to those of float32. On a CPU both share the cores, and no run can be faster than
+1 / (1/D + 1/M). A GPU computes beside them, and the limit is the smaller of the two. A run pads its
 last batch, so a small folder keeps it from the limit: take some hundred images, or ``--copies``.
 
 What people use instead:
 
 - common-recipe: what most projects copy: torchvision's ``ImageFolder`` and ``DataLoader`` with two
   worker processes, the model's own evaluation transform on PIL images, ``torch.no_grad``, float32
-- timm: its ``ImageDataset`` and ``create_loader`` with a worker process a core, channels last,
+- timm: its ``ImageDataset`` and ``create_loader`` with one worker process per core, channels last,
   ``torch.inference_mode``, float32
-- timm-tuned: the same in bfloat16 on a CPU, float16 on a GPU
-- img2vec_pytorch: ``get_vec`` on lists of 32 PIL images, where it has the architecture
-- transformers: its pipeline ``image-feature-extraction`` around the model of timm, in batches of 32
+- timm-tuned: the same in bfloat16 on a CPU, in float16 on a GPU
+- img2vec_pytorch: ``get_vec`` on lists of 32 PIL images, if it has the architecture
+- transformers: its pipeline ``image-feature-extraction`` around timm's model, in batches of 32
 """
 
 from __future__ import annotations
@@ -31,26 +31,35 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
+from common import (
+    argument_parser,
+    copies_of,
+    cpu_name,
+    positive,
+    progress,
+    read_once,
+    spread,
+    versions,
+)
 
-# The libraries are imported by the processes that measure, and not by the one that compares: a
-# process begins with the peak of memory of the one that started it.
+from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
+from extractor.text import plural
+
+# Only the processes that measure import the libraries, not the one that compares: a process starts
+# with the peak memory of its parent.
 
 OURS = ("decode", "model", "extract")
-# What they are compared with, and the library that each needs.
+# Each rival, and the library that it needs.
 RIVALS = {
     "common-recipe": "torchvision",
     "timm": "timm",
@@ -58,10 +67,6 @@ RIVALS = {
     "img2vec_pytorch": "img2vec_pytorch",
     "transformers": "transformers",
 }
-COPY = "copy-{:05d}"  # of the folder of images
-FIRST_COPY = COPY.format(0)
-
-VERSIONS = ("torch", "torchvision", "timm", "pillow", "img2vec_pytorch", "transformers")
 
 PRECISIONS = {
     "cpu": ("float32", "bfloat16", "mixed"),
@@ -74,7 +79,7 @@ CONFIGURATION_FIGURES = ("images_per_second", "least_cosine", "compile_seconds",
 
 @dataclass(frozen=True)
 class Configuration:
-    """How the model computes, and what came of it; ``reason`` says why nothing did."""
+    """A precision, compiled or not, with its figures or the reason why there are none."""
 
     precision: str
     compiled: bool
@@ -85,16 +90,24 @@ class Configuration:
 
     @property
     def name(self) -> str:
+        """Name such as ``bfloat16 compiled``."""
         return f"{self.precision} {'compiled' if self.compiled else 'eager'}"
 
 
 @dataclass
 class Results:
-    """All figures of a run of the benchmark.
+    """All figures of the benchmark.
 
     Attributes:
-        sides: of each side the figures of every turn.
-        missing: why a side has none.
+        model: Name of the model.
+        weights: ``default``, ``random``, a tag or a file.
+        repeats: Number of turns.
+        machine: Processor, cores, device and GPU.
+        versions: Versions of Python and the libraries.
+        configurations: Precisions of the model alone, tried in the first turn.
+        best: The fastest of them that is faithful.
+        sides: Figures of each side, one entry per turn.
+        missing: Reason why a side has no figures.
     """
 
     model: str
@@ -109,37 +122,42 @@ class Results:
 
     @property
     def images(self) -> int:
+        """Number of images."""
         return int(self.sides["extract"][0]["images"])
 
     def rates(self, side: str) -> list[float]:
+        """Return the images/s of a side, one entry per turn."""
         return [figures["images_per_second"] for figures in self.sides[side]]
 
     def median(self, side: str) -> float:
+        """Return the median images/s of a side."""
         return statistics.median(self.rates(side))
 
     def limit_of(self, decode: float, model: float) -> float:
-        """What no run can exceed, from the rates of its two parts."""
+        """Return the images/s that no run can exceed, from the rates of its two parts."""
         if self.machine["device"] == "cpu":
             return 1 / (1 / decode + 1 / model)
         return min(decode, model)
 
     @property
     def limit(self) -> float:
+        """Images/s that no run can exceed, from the medians."""
         return self.limit_of(self.median("decode"), self.median("model"))
 
     @property
     def shares(self) -> list[float]:
-        """Of the limit that ``extract`` reaches, turn by turn."""
+        """Share of the limit that ``extract`` reaches in each turn."""
         turns = zip(self.rates("decode"), self.rates("model"), self.rates("extract"), strict=True)
         return [ours / self.limit_of(decode, model) for decode, model, ours in turns]
 
     def ratios(self, rival: str) -> list[float]:
-        """How many times as fast as a rival ``extract`` is, turn by turn."""
+        """Return the rate of ``extract`` divided by that of a rival, for each turn."""
         pairs = zip(self.rates("extract"), self.rates(rival), strict=True)
         return [ours / theirs for ours, theirs in pairs]
 
     @property
     def rivals(self) -> list[str]:
+        """Names of the rivals with figures."""
         return [side for side in self.sides if side in RIVALS]
 
     def as_dict(self) -> dict[str, Any]:
@@ -148,14 +166,10 @@ class Results:
         ``rates`` has the images/s of every side (``decode``, ``model``, ``extract`` and the
         rivals) as ``{"median": ..., "min": ..., "max": ...}``.
         """
-        sides = {side: self.rates(side) for side in self.sides}
         return {
             **asdict(self),
             "images": self.images,
-            "rates": {
-                side: {"median": statistics.median(rates), "min": min(rates), "max": max(rates)}
-                for side, rates in sides.items()
-            },
+            "rates": {side: spread(self.rates(side)) for side in self.sides},
             "decode": self.median("decode"),
             "model_alone": self.median("model"),
             "limit": self.limit,
@@ -171,21 +185,21 @@ class Results:
 
 
 class Runner:
-    """Measures sides in processes of their own."""
+    """Measures each side in a process of its own."""
 
     def __init__(self, options: argparse.Namespace, images: Path, scratch: Path) -> None:
         self._task = {**vars(options), "images": str(images), "reference": str(scratch / "float32")}
-        # Compiled code from before would make compiling look quick.
+        # A fresh cache: compiled code of an earlier run would make compiling look quick.
         self._compiler_cache = str(scratch / "compiled")
 
     def __call__(self, side: str, **changes: Any) -> dict[str, Any]:
-        """The figures of one side, or ``reason``: why there are none."""
+        """Return the figures of one side, or ``reason`` if there are none."""
         task = json.dumps({**self._task, "side": side, **changes})
         environment = dict(os.environ)
         if side == "model":
             environment["TORCHINDUCTOR_CACHE_DIR"] = self._compiler_cache
         started = time.perf_counter()
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, __file__, self._task["images"], "--side", task],
             capture_output=True,
             text=True,
@@ -193,33 +207,33 @@ class Runner:
             env=environment,
         )
         seconds = time.perf_counter() - started
-        figures = _last_line(done)
-        told = figures.get("reason") or f"{figures.get('images_per_second', 0):.1f} images/s"
+        figures = _last_line(process)
+        outcome = figures.get("reason") or f"{figures.get('images_per_second', 0):.1f} images/s"
         if side != "machine":
-            which = f"{side}, {Configuration(**changes).name}" if changes else side
-            print(f"{which}: {told}, {seconds:.0f} s", file=sys.stderr)
+            name = f"{side}, {Configuration(**changes).name}" if changes else side
+            progress(f"{name}: {outcome}, {seconds:.0f} s")
         return figures if "reason" in figures else {**figures, "process_seconds": seconds}
 
     def needed(self, side: str, **changes: Any) -> dict[str, Any]:
-        """The same of a side without which there is nothing to compare."""
+        """Return the figures of a side that the comparison cannot do without."""
         figures = self(side, **changes)
         if "reason" in figures:
             raise SystemExit(f"{side}: {figures['reason']}")
         return figures
 
 
-def _last_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    if done.returncode == 0 and done.stdout.strip():
-        return dict(json.loads(done.stdout.splitlines()[-1]))
-    told = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {"reason": f"failed: exit code {done.returncode}: {told[:100]}"}
+def _last_line(process: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    if process.returncode == 0 and process.stdout.strip():
+        return dict(json.loads(process.stdout.splitlines()[-1]))
+    message = (process.stderr.strip().splitlines() or ["no message"])[-1]
+    return {"reason": f"failed: exit code {process.returncode}: {message[:100]}"}
 
 
 def run_turns(options: argparse.Namespace, runner: Runner) -> Results:
-    """Measure all sides, one after the other, as often as asked for."""
-    machine = runner.needed("machine")
-    machine = {"cpu": _cpu_name(), **{key: machine[key] for key in ("cores", "device", "gpu")}}
-    results = Results(options.model, options.weights, options.repeats, machine, _versions())
+    """Measure all sides one after the other, ``--repeats`` times."""
+    found = runner.needed("machine")
+    machine = {"cpu": cpu_name(), **{key: found[key] for key in ("cores", "device", "gpu")}}
+    results = Results(options.model, options.weights, options.repeats, machine, versions())
     rivals = []
     for rival, library in RIVALS.items():
         if rival in options.without:
@@ -229,7 +243,7 @@ def run_turns(options: argparse.Namespace, runner: Runner) -> Results:
         else:
             rivals.append(rival)
     for turn in range(options.repeats):
-        print(f"turn {turn + 1} of {options.repeats}", file=sys.stderr)
+        progress(f"turn {turn + 1} of {options.repeats}")
         results.sides.setdefault("decode", []).append(runner.needed("decode"))
         model = _model_alone(runner, results, eager=options.eager)
         results.sides.setdefault("model", []).append(model)
@@ -245,63 +259,25 @@ def run_turns(options: argparse.Namespace, runner: Runner) -> Results:
 
 
 def _model_alone(runner: Runner, results: Results, *, eager: bool) -> dict[str, Any]:
-    """Measure the best configuration; in the first turn all, to learn which one it is."""
+    """Measure the best configuration; in the first turn all of them, to find the best."""
     if results.best is not None:
         best = results.best
         return runner.needed("model", precision=best.precision, compiled=best.compiled)
-    every: list[dict[str, Any]] = []
+    tried: list[dict[str, Any]] = []
     for precision in PRECISIONS[results.machine["device"].partition(":")[0]]:
         for compiled in (False,) if eager else (False, True):
-            measure = runner if every else runner.needed  # the first is what others are compared to
+            measure = runner if tried else runner.needed  # the first is the reference of the others
             figures = measure("model", precision=precision, compiled=compiled)
-            told = {key: figures[key] for key in CONFIGURATION_FIGURES if key in figures}
-            results.configurations.append(Configuration(precision, compiled, **told))
-            every.append(figures)
+            known = {key: figures[key] for key in CONFIGURATION_FIGURES if key in figures}
+            results.configurations.append(Configuration(precision, compiled, **known))
+            tried.append(figures)
     faithful = [
-        (place, one)
-        for place, one in enumerate(results.configurations)
-        if not one.reason and one.least_cosine >= LEAST_COSINE
+        (index, configuration)
+        for index, configuration in enumerate(results.configurations)
+        if not configuration.reason and configuration.least_cosine >= LEAST_COSINE
     ]
-    place, results.best = max(faithful, key=lambda pair: pair[1].images_per_second)
-    return every[place]
-
-
-def _cpu_name() -> str:
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
-    for library in VERSIONS:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            versions[library] = importlib.metadata.version(library)
-    return versions
-
-
-@contextmanager
-def copies_of(folder: Path, copies: int) -> Iterator[Path]:
-    """A folder in which every image of ``folder`` is ``copies`` times, as links."""
-    if copies == 1:
-        yield folder
-        return
-    with tempfile.TemporaryDirectory() as repeated:
-        for number in range(copies):
-            os.symlink(os.path.abspath(folder), Path(repeated) / COPY.format(number))
-        yield Path(repeated)
-
-
-def read_once(folder: Path) -> None:
-    """Read all files, so that the first side does not wait for a disk that others need no more."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file, open(os.devnull, "wb") as nowhere:
-                shutil.copyfileobj(file, nowhere)
+    index, results.best = max(faithful, key=lambda pair: pair[1].images_per_second)
+    return tried[index]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -314,18 +290,18 @@ def show(results: Results) -> None:
     """Print the tables."""
     machine = results.machine
     print(
-        f"{results.model}, weights {results.weights}, {results.images} images, "
-        f"{results.repeats} turns"
+        f"{results.model}, weights {results.weights}, {plural(results.images, 'image')}, "
+        f"{plural(results.repeats, 'turn')}"
     )
     device = f"{machine['device']} {machine['gpu']}".strip()
-    print(f"{machine['cpu']}, {machine['cores']} cores, device {device}")
+    print(f"{machine['cpu']}, {plural(machine['cores'], 'core')}, device {device}")
     print(", ".join(f"{library} {version}" for library, version in results.versions.items()))
     print("\n" + _row("model alone", ("images/s", "least cos", "compile s")))
-    for one in results.configurations:
-        print(_configuration_row(one))
+    for configuration in results.configurations:
+        print(_configuration_row(configuration))
     print("\n" + _row("", COLUMNS))
     for part in ("decode", "model"):
-        print(_row(part, _spread(results.rates(part))))
+        print(_row(part, _spread_cells(results.rates(part))))
     print(_row("limit", (f"{results.limit:.1f}",)))
     for side in ("extract", *results.rivals):
         print(_side_row(results, side))
@@ -333,26 +309,30 @@ def show(results: Results) -> None:
         print(f"  {rival:20} {reason}")
     formula = "1 / (1/decode + 1/model)" if machine["device"] == "cpu" else "min(decode, model)"
     if results.best is not None:
-        print(f"\nmodel: {results.best.name}, the fastest with a cosine of {LEAST_COSINE} or more")
+        print(f"\nmodel: {results.best.name}, the fastest with a cosine of at least {LEAST_COSINE}")
     print(f"limit: {formula}")
-    print("ratio: extract to this side, the median of the turns")
-    print("peak MiB: of the main process; worker processes come on top of it")
+    print("ratio: images/s of extract divided by this side, median of the turns")
+    print("peak MiB: main process only, without worker processes")
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
     return f"  {name:20}" + "".join(f" {cell:>9}" for cell in cells)
 
 
-def _spread(rates: Sequence[float]) -> tuple[str, ...]:
+def _spread_cells(rates: Sequence[float]) -> tuple[str, ...]:
     return tuple(f"{rate:.1f}" for rate in (statistics.median(rates), min(rates), max(rates)))
 
 
-def _configuration_row(one: Configuration) -> str:
-    if one.reason:
-        return f"  {one.name:20} {one.reason}"
-    compiling = "-" if one.compile_seconds is None else f"{one.compile_seconds:.1f}"
-    cells = (f"{one.images_per_second:.1f}", f"{one.least_cosine:.6f}", compiling)
-    return _row(one.name, cells)
+def _configuration_row(configuration: Configuration) -> str:
+    name, seconds = configuration.name, configuration.compile_seconds
+    if configuration.reason:
+        return f"  {name:20} {configuration.reason}"
+    cells = (
+        f"{configuration.images_per_second:.1f}",
+        f"{configuration.least_cosine:.6f}",
+        "-" if seconds is None else f"{seconds:.1f}",
+    )
+    return _row(name, cells)
 
 
 def _side_row(results: Results, side: str) -> str:
@@ -361,7 +341,9 @@ def _side_row(results: Results, side: str) -> str:
     seconds = statistics.median(figures["process_seconds"] for figures in turns)
     peak = max(figures["peak_mib"] for figures in turns)
     share = f"{results.median(side) / results.limit:.0%}"
-    row = _row(side, (*_spread(results.rates(side)), share, ratio, f"{seconds:.1f}", f"{peak:.0f}"))
+    row = _row(
+        side, (*_spread_cells(results.rates(side)), share, ratio, f"{seconds:.1f}", f"{peak:.0f}")
+    )
     images = turns[0]["images"]
     return row if images == results.images else f"{row}   ({images} images)"
 
@@ -371,7 +353,7 @@ def plot(results: Results, file: str) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"{file} was not drawn, since matplotlib is not installed", file=sys.stderr)
+        progress(f"{file} not drawn: matplotlib is not installed")
         return
     sides = ["extract", *results.rivals]
     figure = Figure(figsize=(8, 1.5 + 0.5 * len(sides)), layout="constrained")
@@ -398,13 +380,13 @@ def plot(results: Results, file: str) -> None:
 
 
 def main() -> None:
-    """Measure, and show what came of it."""
+    """Measure, and show the figures."""
     options = _parser().parse_args()
     if options.side:
         task = argparse.Namespace(**json.loads(options.side))
-        if task.side in OURS:  # as the command does
+        if task.side in OURS:  # as the extract command does
             keep_freed_memory()
-            spin_briefly()  # before torch is imported, which the next lines do
+            spin_briefly()  # before the next lines import torch
             with freeze_imports():
                 import extractor.api  # noqa: F401
         from rivals import measure
@@ -430,33 +412,23 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("images", type=Path, help="a folder of images")
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--weights", default="default")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", default="auto", help="of extract")
-    parser.add_argument("--compile", help="of extract; by default it is not told")
+    parser.add_argument("--precision", default="auto", help="option of extract")
+    parser.add_argument("--compile", help="option of extract (default: its own)")
     parser.add_argument(
-        "--eager", action="store_true", help="do not try torch.compile on the model alone"
+        "--eager", action="store_true", help="do not compile the model when it is measured alone"
     )
-    parser.add_argument("--copies", type=_positive, default=1, help="take every image so often")
-    parser.add_argument("--repeats", type=_positive, default=3)
+    parser.add_argument("--copies", type=positive, default=1, help="use each image this often")
     parser.add_argument(
-        "--without", nargs="+", action="extend", choices=RIVALS, default=[], help="leave these out"
+        "--without", nargs="+", action="extend", choices=RIVALS, default=[], help="rivals to skip"
     )
-    parser.add_argument("--json", metavar="FILE", help="all figures, for a program; - prints them")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the rates; needs matplotlib")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a positive number")
-    return int(text)
 
 
 if __name__ == "__main__":
