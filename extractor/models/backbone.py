@@ -14,7 +14,6 @@ from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.network import heads
 from extractor.network.fusion.fuse import fuse, may_fuse
-from extractor.network.fusion.onednn import overwriting
 from extractor.network.module_names import find_modules
 from extractor.network.precision import convert, input_dtype, resolve_precision
 from extractor.network.probe import describe_shapes, probe
@@ -186,7 +185,7 @@ class Backbone:
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
         pixels = pixels.to(self.device, self.dtype)
-        with torch.inference_mode(), overwriting(self._is_usual(pixels)):
+        with torch.inference_mode():
             if self.taps is not None:
                 tensors: tuple[object, ...] = self.taps(self.module, pixels)
             else:
@@ -201,11 +200,6 @@ class Backbone:
                 )
             embeddings.append(tensor.float())
         return tuple(embeddings)
-
-    def _is_usual(self, pixels: torch.Tensor) -> bool:
-        """Return whether pixels have the size and layout that the network was folded with."""
-        is_size = pixels.shape[2:] == self.preprocess.input_size
-        return is_size and pixels.is_contiguous(memory_format=torch.channels_last)
 
     def at_layers(self, layers: Sequence[str], pool: str | Pooling = _DEFAULT.pool) -> Backbone:
         """Return a backbone that shares the network and embeds with the outputs of inner layers.
@@ -272,7 +266,7 @@ class Backbone:
         ``preprocess``. If the network cannot be changed, or is not in float32, nothing happens.
 
         Call it last. Later changes of a weight's ``data`` have no effect. A hook that is registered
-        later may see something other than a tensor, or a tensor that is overwritten.
+        later sees the output of the fused modules.
 
         Raises:
             DeviceError: The device is full, busy or broken.

@@ -27,7 +27,7 @@ def is_foldable(module: nn.Module) -> bool:
     return type(module) in CONVOLUTIONS
 
 
-def is_affine(norm: nn.Module, _: bool) -> bool:
+def is_affine(norm: nn.Module) -> bool:
     """Return whether a module only multiplies and adds per channel, with an activation at most."""
     is_norm = type(norm) in NORMS and not norm.training and norm.running_mean is not None
     return is_norm and isinstance(getattr(norm, "drop", None), (nn.Identity, type(None)))

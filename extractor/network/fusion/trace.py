@@ -1,4 +1,4 @@
-"""How a network is wired, as one forward pass shows it: what alone follows its convolutions."""
+"""Trace one forward pass of a network: which modules alone take the output of a convolution."""
 
 from __future__ import annotations
 
@@ -11,36 +11,28 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["Chain", "Embed", "MayFollow", "find_chains"]
+__all__ = ["Chain", "Embed", "find_chains"]
 
 Embed: TypeAlias = Callable[[torch.Tensor], Sequence[torch.Tensor]]
-MayFollow: TypeAlias = Callable[[nn.Module, bool], bool]
-"""Whether a module may be a follower; True for one behind an addition."""
-
-ADD, ADD_IN_PLACE = torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor
+"""Runs a network on ``(B, 3, H, W)`` pixels and returns its embeddings."""
 
 
 class Chain(NamedTuple):
-    """A convolution and what alone takes what it gives: an addition, a module, or both in turn.
+    """A convolution and its follower.
 
     Attributes:
-        follower: the module; None where that is not alone, or none.
-        name: dotted, of the follower.
-        is_sum: a tensor of the same shape and type is added to what the convolution gives.
-        may_overwrite: that tensor was made in the same pass, and nothing takes or keeps it
-            afterwards; for pixels of another size or layout it may be something else.
+        convolution: the convolution.
+        follower: the only module that takes its output.
+        name: dotted name of the follower.
     """
 
     convolution: nn.Conv2d
-    follower: nn.Module | None
+    follower: nn.Module
     name: str
-    is_sum: bool = False
-    may_overwrite: bool = False
 
     def replace_follower(self, network: nn.Module, module: nn.Module) -> Callable[[], None]:
         """Put another module in place of the follower; return a function that undoes it."""
@@ -56,165 +48,128 @@ def find_chains(
     embed: Embed,
     pixels: torch.Tensor,
     may_lead: Callable[[nn.Module], bool],
-    may_follow: MayFollow,
-    *,
-    sums: bool = False,
+    may_follow: Callable[[nn.Module], bool],
 ) -> tuple[Sequence[torch.Tensor], list[Chain]]:
-    """Run a network, and see what follows its convolutions.
+    """Run a network, and find the convolutions whose output only one module takes.
 
-    Left out are modules that share their weights or have hooks, convolutions that run several
-    times, and followers that also follow something else.
+    Modules that share their weights or have hooks take no part. Nor do convolutions that run
+    several times, and followers that also follow something else.
 
     Args:
+        network: the network to trace.
         embed: runs the network.
-        pixels: ``(B, 3, H, W)``.
-        may_lead: whether a module is a convolution that may be the first of a chain.
-        may_follow: whether one may be the follower.
-        sums: look for additions, too; else there is a follower in every chain.
+        pixels: ``(B, 3, H, W)`` float, RGB, normalized.
+        may_lead: whether a module is a convolution that may start a chain.
+        may_follow: whether a module may be a follower.
 
     Returns:
-        What ``embed`` gave, and the chains.
+        The embeddings that ``embed`` returned, and the chains.
     """
     calls: Counter[nn.Module] = Counter()
-    watch = _Watch(sums=sums)
+    counter = _UseCounter()
     outputs: list[_Output] = []
-    # Hooks of others may keep what they see.
-    hooked = any(one._forward_hooks or one._forward_pre_hooks for one in network.modules())
 
-    def convolved(module: nn.Conv2d, given: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def after_convolution(module: nn.Conv2d, _: object, tensor: torch.Tensor) -> None:
         calls[module] += 1
         outputs.append(_Output(module))
-        watch.convolved(given[0], output, outputs[-1])
+        counter.add(tensor, outputs[-1])
 
-    def follows(name: str, module: nn.Module, given: tuple[object, ...]) -> None:
+    def before_follower(name: str, module: nn.Module, args: tuple[object, ...]) -> None:
         calls[module] += 1
-        taken = watch.output_of(given[0]) if given else None
-        if taken is not None and not taken.uses and may_follow(module, bool(taken.terms)):
-            taken.follower, taken.name = module, name
+        output = counter.output_of(args[0]) if args else None
+        if output is not None and not output.uses:
+            output.follower, output.name = module, name
 
-    def followed(_: nn.Module, given: tuple[object, ...], output: object) -> None:
-        # Changed in place: nothing takes any more what the convolution gave.
-        if given and output is given[0]:
-            watch.forget(output)
+    def after_follower(_: nn.Module, args: tuple[object, ...], tensor: object) -> None:
+        # It worked in place: from now on the tensor is no longer the convolution's output.
+        if args and tensor is args[0]:
+            counter.forget(tensor)
 
     with ExitStack() as hooks:
-        for name, module in _lone(network):
+        for name, module in _independent_modules(network):
             if may_lead(module):
-                hooks.callback(module.register_forward_hook(convolved).remove)
-            elif may_follow(module, False):
-                before = functools.partial(follows, name)
+                hooks.callback(module.register_forward_hook(after_convolution).remove)
+            elif may_follow(module):
+                before = functools.partial(before_follower, name)
                 hooks.callback(module.register_forward_pre_hook(before).remove)
-                hooks.callback(module.register_forward_hook(followed).remove)
-        with watch:
+                hooks.callback(module.register_forward_hook(after_follower).remove)
+        with counter:
             embeddings = embed(pixels)
-        watch.taken(embeddings)
-        watch.finish()
-    chains = [one.chain() for one in outputs if calls[one.convolution] == 1]
-    places = Counter(one.follower for one in chains)
-    for place, one in enumerate(chains):
-        if one.follower is not None and places[one.follower] != calls[one.follower]:
-            one = one._replace(follower=None, name="")
-        chains[place] = one._replace(may_overwrite=one.may_overwrite and not hooked)
-    return embeddings, [one for one in chains if one.is_sum or one.follower is not None]
+        counter.count(embeddings)
+    chains = [
+        Chain(output.convolution, output.follower, output.name)
+        for output in outputs
+        if calls[output.convolution] == 1 and output.uses == 1 and output.follower is not None
+    ]
+    follows = Counter(chain.follower for chain in chains)
+    return embeddings, [
+        chain for chain in chains if follows[chain.follower] == calls[chain.follower]
+    ]
 
 
-def _lone(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that nothing else knows of, and whose weights are what they compute with."""
+def _independent_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules that share nothing with others and compute with their weights as they are.
+
+    Modules with hooks are left out: hooks may change or keep what they see.
+    """
     named = list(network.named_modules(remove_duplicate=False))
-    places = Counter(id(module) for _, module in named)
-    owners = Counter(id(one) for module in network.modules() for one in module.parameters(False))
+    names = Counter(id(module) for _, module in named)
+    owners = Counter(
+        id(parameter) for module in network.modules() for parameter in module.parameters(False)
+    )
     for name, module in named:
-        hooked = module._forward_hooks or module._forward_pre_hooks
-        shared = any(owners[id(one)] > 1 for one in module.parameters(False))
-        # Some make their weight anew each time, out of others.
-        made = isinstance(module, nn.Conv2d) and "weight" not in module._parameters
-        if not (hooked or shared or made or places[id(module)] > 1):
+        is_hooked = module._forward_hooks or module._forward_pre_hooks
+        is_shared = any(owners[id(parameter)] > 1 for parameter in module.parameters(False))
+        # Parametrized modules compute their weight from other tensors in every pass.
+        is_derived = isinstance(module, nn.Conv2d) and "weight" not in module._parameters
+        if not (is_hooked or is_shared or is_derived or names[id(module)] > 1):
             yield name, module
 
 
 @dataclass(eq=False)
 class _Output:
-    """Of a convolution, or of an addition to such a one, while it is somewhere.
+    """Output of a convolution.
 
     Attributes:
-        uses: operations that take it.
-        follower: the module of the first of them, with its name.
-        terms: of an addition, the outputs that it takes.
-        sum: of an output, the addition that takes it.
-        given: the convolution, as long as there are no uses.
-        is_given_lost: it was changed in place before there was one.
-        may_overwrite: see :class:`Chain`.
+        convolution: the convolution.
+        uses: number of operations that took the output so far.
+        follower: the module that took it first, with its dotted name.
     """
 
     convolution: nn.Conv2d
     uses: int = 0
     follower: nn.Module | None = None
     name: str = ""
-    terms: tuple[_Output, ...] = ()
-    sum: _Output | None = None
-    given: torch.UntypedStorage | None = None
-    is_given_lost: bool = False
-    may_overwrite: bool = False
-
-    @property
-    def is_alone(self) -> bool:
-        return self.uses == 1 and not self.is_given_lost
-
-    def chain(self) -> Chain:
-        terms = self.sum.terms if self.sum is not None else ()
-        is_sum = next((one for one in terms if one.is_alone), None) is self
-        last = self.sum if self.sum is not None and is_sum else self
-        follower, name = (last.follower, last.name) if last.uses == 1 else (None, "")
-        return Chain(self.convolution, follower, name, is_sum, self.may_overwrite)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the operations that take the output of a convolution, and sees additions."""
+class _UseCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the operations that take the output of a convolution."""
 
-    def __init__(self, *, sums: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sums = sums
-        self._outputs = WeakTensorKeyDictionary()  # keeps none of them in memory
-        # By where tensors lie. What was made in this pass is held weakly, so that nothing else
-        # comes to lie there.
-        self._made: dict[int, StorageWeakRef] = {}
-        self._waiting: dict[int, list[_Output]] = {}  # of convolutions of what lies there
-        self._added: dict[int, _Output] = {}  # what lies there, to these
+        self._outputs = WeakTensorKeyDictionary()  # weak: keeps no tensor in memory
 
-    def convolved(self, given: torch.Tensor, tensor: torch.Tensor, output: _Output) -> None:
-        """Watch what takes the tensor that is a convolution's output."""
+    def add(self, tensor: torch.Tensor, output: _Output) -> None:
+        """Start to count the uses of a tensor."""
         self._outputs[tensor] = output
-        if self._sums:
-            output.given = given.untyped_storage()  # kept: nothing else comes to lie there
-            self._waiting.setdefault(_place(given), []).append(output)
 
     def output_of(self, tensor: object) -> _Output | None:
-        """What a tensor is the output of, where that is watched."""
+        """Return the output that a tensor is; None if its uses are not counted."""
         if isinstance(tensor, torch.Tensor) and tensor in self._outputs:
             output: _Output = self._outputs[tensor]
             return output
         return None
 
     def forget(self, tensor: object) -> None:
-        """What takes a tensor from now on is not to be counted."""
+        """Stop to count the uses of a tensor."""
         self._outputs.pop(tensor, None)  # type: ignore[no-untyped-call]
 
-    def taken(self, tree: object) -> list[torch.Tensor]:
-        """Count a use of all tensors of a tree; these tensors."""
-        tensors = [one for one in tree_leaves(tree) if isinstance(one, torch.Tensor)]
-        for one in tensors:
-            output = self.output_of(one)
+    def count(self, tree: object) -> None:
+        """Count one use of every tensor in nested tuples, lists and dicts."""
+        for leaf in tree_leaves(tree):
+            output = self.output_of(leaf)
             if output is not None:
                 output.uses += 1
-            if self._sums and (term := self._added.get(_place(one))) is not None:
-                term.may_overwrite = False
-        return tensors
-
-    def finish(self) -> None:
-        """See what is still there: somebody keeps it."""
-        for place, term in self._added.items():
-            if not self._made[place].expired():  # type: ignore[no-untyped-call]
-                term.may_overwrite = False
 
     def __torch_dispatch__(
         self,
@@ -224,59 +179,5 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        given = self.taken((args, kwargs))
-        result = func(*args, **kwargs)
-        if self._sums:
-            outputs = [one for one in map(self.output_of, given) if one is not None]
-            if func in (ADD, ADD_IN_PLACE) and len(given) == len(args) == 2 and not kwargs:
-                self._add(given[0], given[1], result, in_place=func is ADD_IN_PLACE)
-            self._follow(given, outputs, result, is_mutable=func._schema.is_mutable)
-        return result
-
-    def _add(
-        self, one: torch.Tensor, other: torch.Tensor, result: torch.Tensor, *, in_place: bool
-    ) -> None:
-        if one.shape != other.shape or one.dtype != other.dtype:
-            return
-        terms = []
-        for mine, added in ((one, other), (other, one))[: 1 if in_place else 2]:
-            term = self.output_of(mine)
-            if term is None or term.terms:
-                continue
-            terms.append(term)
-            place = _place(added)
-            # Whoever waits for what lies there may come to compute only after this.
-            is_whole = added.untyped_storage().nbytes() == added.nbytes
-            if is_whole and place in self._made and not self._waiting.get(place):
-                term.may_overwrite = True
-                self._added[place] = term
-        if terms:
-            self._outputs[result] = addition = _Output(terms[0].convolution, terms=tuple(terms))
-            for term in terms:
-                term.sum = addition
-
-    def _follow(
-        self,
-        given: Sequence[torch.Tensor],
-        outputs: Sequence[_Output],
-        result: object,
-        *,
-        is_mutable: bool,
-    ) -> None:
-        """Keep true what is known of tensors that an operation took, and of those that it gave."""
-        for output in outputs:
-            if output.given is not None:
-                self._waiting[output.given._cdata].remove(output)
-                output.given = None
-        places = {_place(one) for one in given}
-        if is_mutable:
-            for output in (one for place in places for one in self._waiting.get(place, ())):
-                output.is_given_lost = True
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor) and _place(one) not in places:
-                held = StorageWeakRef(one.untyped_storage())  # type: ignore[no-untyped-call]
-                self._made[_place(one)] = held
-
-
-def _place(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
+        self.count((args, kwargs))
+        return func(*args, **kwargs)
