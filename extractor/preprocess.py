@@ -103,6 +103,7 @@ class Preprocess:
     fill: tuple[int, int, int] = (0, 0, 0)
 
     def __post_init__(self) -> None:
+        """Check the values."""
         if self.resize not in RESIZE_MODES:
             raise UsageError(f"resize: got {self.resize!r}, expected one of {RESIZE_MODES}")
         if self.interpolation not in INTERPOLATIONS:

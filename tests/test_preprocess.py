@@ -1,4 +1,4 @@
-"""The picture that a model gets: the same as its own library's transform makes of the image."""
+"""The picture of a model equals the result of its own library's transform."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ SHAPES = [  # (width, height)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The pictures are small: on busy machines, threads that wait for each other cost more."""
+    """Use one thread: for small pictures, threads cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -76,7 +76,7 @@ def one_thread() -> Iterator[None]:
 
 @functools.cache
 def make(case: str) -> tuple[Preprocess, Reference]:
-    """Our numbers for a case, and the library's own transform."""
+    """Return our transform for a case, and the library's."""
     if case in TIMM:
         (height, width), share, mode, interpolation = TIMM[case]
         config: dict[str, Any] = {
@@ -101,7 +101,7 @@ def make(case: str) -> tuple[Preprocess, Reference]:
 
 @functools.cache
 def photo(width: int, height: int) -> Image.Image:
-    """Smooth colors with a little grain, as a photo has, the same for the same size."""
+    """Return smooth colors with a little grain, as a photo has. The size fixes them."""
     random = np.random.default_rng([width, height])
     coarse = random.integers(0, 256, (max(2, height // 12), max(2, width // 12), 3), np.uint8)
     smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -110,7 +110,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 def levels(normalized: torch.Tensor) -> npt.NDArray[np.float32]:
-    """A normalized picture (3, H, W) as the levels 0..255 that it was made of, (H, W, 3)."""
+    """Return the levels 0..255, ``(H, W, 3)``, of a normalized picture ``(3, H, W)``."""
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     return ((normalized * std + mean) * 255).round_().permute(1, 2, 0).numpy()
 
@@ -122,7 +122,7 @@ def picture(preprocess: Preprocess, image: Image.Image) -> Pixels:
 
 
 def by_axes(reference: Reference, image: Image.Image, first: str) -> npt.NDArray[np.float32]:
-    """The library's picture, the image resized along one axis first and then along the other."""
+    """Return the library's picture, with one axis resized before the other."""
     resize = Image.Image.resize
 
     def in_two(image: Image.Image, size: tuple[int, int], resample: int) -> Image.Image:
@@ -135,11 +135,10 @@ def by_axes(reference: Reference, image: Image.Image, first: str) -> npt.NDArray
 
 
 def assert_same_as_library(ours: Pixels, reference: Reference, image: Image.Image) -> None:
-    """Pixel by pixel, but for the order of the axes.
+    """Assert equal pixels, for either order of the axes.
 
-    The filter goes along one axis, rounds to whole levels, and goes along the other. Which comes
-    first is for Pillow (13 and later) to choose by the sizes, and torch begins with the width, so
-    either order is the reference.
+    The filter resizes one axis, rounds to whole levels, and resizes the other. Pillow 13 and later
+    chooses the order by the sizes, and torch starts with the width.
     """
     expected = levels(reference(image))
     assert ours.shape == expected.shape
@@ -153,14 +152,14 @@ def assert_same_as_library(ours: Pixels, reference: Reference, image: Image.Imag
 
 @pytest.mark.parametrize("shape", SHAPES, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("case", CASES)
-def test_picture_equals_the_librarys_own_transform(case: str, shape: tuple[int, int]) -> None:
+def test_picture_equals_the_librarys_transform(case: str, shape: tuple[int, int]) -> None:
     preprocess, reference = make(case)
     image = photo(*shape)
     assert_same_as_library(picture(preprocess, image), reference, image)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_picture_equals_the_librarys_own_transform_at_random_sizes(case: str) -> None:
+def test_picture_equals_the_librarys_transform_at_random_sizes(case: str) -> None:
     preprocess, reference = make(case)
     random = np.random.default_rng(CASES.index(case))
     for _ in range(2):
@@ -170,7 +169,7 @@ def test_picture_equals_the_librarys_own_transform_at_random_sizes(case: str) ->
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_picture_equals_the_librarys_own_transform_at_the_input_size(case: str) -> None:
+def test_picture_equals_the_librarys_transform_at_the_input_size(case: str) -> None:
     preprocess, reference = make(case)
     height, width = preprocess.input_size
     image = photo(width, height)
@@ -180,7 +179,7 @@ def test_picture_equals_the_librarys_own_transform_at_the_input_size(case: str) 
 @pytest.mark.parametrize(
     "case", [case for case, (_, share, *_) in TIMM.items() if share == 1.0 and "whole" not in case]
 )
-def test_an_image_of_the_input_size_comes_through_untouched(case: str) -> None:
+def test_image_of_the_input_size_is_unchanged(case: str) -> None:
     preprocess = make(case)[0]
     height, width = preprocess.input_size
     image = photo(width, height)
@@ -188,14 +187,14 @@ def test_an_image_of_the_input_size_comes_through_untouched(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_mean_and_std_are_those_of_the_library(case: str) -> None:
+def test_mean_and_std_equal_the_librarys(case: str) -> None:
     preprocess = make(case)[0]
     assert preprocess.mean == MEAN
     assert preprocess.std == STD
 
 
 @pytest.mark.parametrize("upright", [False, True])
-def test_a_very_long_image_is_not_resized_whole(
+def test_only_the_crop_of_a_very_long_image_is_resized(
     upright: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preprocess, reference = make("torchvision-224")
@@ -261,7 +260,7 @@ def test_geometry_turns_with_the_image() -> None:
         ((5000, 1), slice(49, 50), slice(0, 100)),  # at least one row is left of a thin image
     ],
 )
-def test_padding_is_the_fill_color_and_nothing_of_the_last_picture(
+def test_padding_overwrites_the_previous_picture_with_the_fill_color(
     shape: tuple[int, int], rows: slice, columns: slice, seed: int
 ) -> None:
     fill = (12, 200, 77)
@@ -274,7 +273,7 @@ def test_padding_is_the_fill_color_and_nothing_of_the_last_picture(
     assert np.array_equal(out, expected)
 
 
-def test_border_is_filled_with_the_mean_of_the_model() -> None:
+def test_border_has_the_mean_color() -> None:
     preprocess = make("border-224")[0]
     assert preprocess.fill == (124, 116, 104)  # round(255 * mean)
     black = picture(preprocess, Image.new("RGB", (400, 100)))
@@ -316,13 +315,13 @@ VALID: dict[str, Any] = {
         ({"std": (0.2, 0.2, -0.2)}, r"std: got .*, expected positive"),
     ],
 )
-def test_values_that_cannot_be_meant_are_refused(wrong: dict[str, Any], message: str) -> None:
+def test_values_out_of_range_are_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Preprocess(**{**VALID, **wrong})
 
 
 @pytest.mark.parametrize("size", [0, -3, "x", None, 2.5, True, (8, 0), (8,), (8, 8, 8), (8, "x")])
-def test_an_image_size_that_is_none_is_refused(size: Any) -> None:
+def test_invalid_image_sizes_are_refused(size: Any) -> None:
     match = f"image_size: got {size!r}, expected a positive number of pixels, or (height, width)"
     with pytest.raises(UsageError, match=f"^{re.escape(match)}$"):
         Preprocess.standard(size)
@@ -340,7 +339,7 @@ def test_an_image_size_that_is_none_is_refused(size: Any) -> None:
         ({"std": "abc"}, r"std: got 'abc', expected three numbers"),
     ],
 )
-def test_a_usual_transform_of_such_values_is_refused(wrong: dict[str, Any], message: str) -> None:
+def test_standard_refuses_values_out_of_range(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Preprocess.standard(224, **wrong)
 

@@ -33,6 +33,7 @@ class LoaderOptions:
     decode_mode: str = _DEFAULT.decode
 
     def __post_init__(self) -> None:
+        """Check the numbers."""
         for name, value in (("batch_size", self.batch_size), ("workers", self.workers)):
             if value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")

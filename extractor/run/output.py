@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from extractor.images.listing import ImageList, show
+from extractor.images.listing import ImageList, display_path
 from extractor.images.types import Failure, ImageInfo
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
@@ -282,7 +282,7 @@ class StoreOutput:
         for failure in failures:
             self.failed += 1
             if len(self._first_failures) < FAILURES_SHOWN:
-                self._first_failures.append((show(failure.path), failure.message))
+                self._first_failures.append((display_path(failure.path), failure.message))
 
 
 def _image_record(path: bytes, info: ImageInfo) -> ImageRecord:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from extractor.images.listing import show
+from extractor.images.listing import display_path
 from extractor.loading.crash_log import CrashLog
 from extractor.store.atomic import store_errors, write_atomically
 from extractor.store.format import IN_FLIGHT, SUSPECTS
@@ -53,6 +53,6 @@ def load_suspects(staging_folders: Iterable[Path]) -> set[bytes]:
         if new:
             log.warning(
                 "the last run died while decoding %s; now decoded in a process of its own",
-                ", ".join(map(show, new)),
+                ", ".join(map(display_path, new)),
             )
     return suspects

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
-from extractor.images.listing import ImageList, show
+from extractor.images.listing import ImageList, display_path
 from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, Report, StoreReport
@@ -102,6 +102,7 @@ def _store_report(
         shape=manifest.description.shape,
         backbone=manifest.description.made_with,
         first_failures=tuple(
-            (show(failure.path), failure.message) for failure in stored.failures[:FAILURES_SHOWN]
+            (display_path(failure.path), failure.message)
+            for failure in stored.failures[:FAILURES_SHOWN]
         ),
     )

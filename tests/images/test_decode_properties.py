@@ -1,4 +1,4 @@
-"""Whatever the bytes are, a decoder gives a picture or one of the documented reasons."""
+"""Any bytes decode to a picture or fail with a documented reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MAX_PIXELS = 500_000  # sizes that a mutation makes up cost no time
 
 FORMAT = Path(__file__).parents[2] / "docs/store-format.md"
 DOCUMENTED = set(re.findall(r"^\| `([a-z-]+)` \|", FORMAT.read_text(), re.M))
-REASONS = {  # but for those that only a run gives: not-finite, timeout, crashed
+REASONS = {  # the others come from a run: not-finite, timeout, crashed
     "unreadable",
     "not-a-file",
     "empty",
@@ -72,7 +72,7 @@ def grain(mode: str = "RGB", size: tuple[int, int] = (19, 13)) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
-    """The bytes of a file; none where this Pillow does not write such."""
+    """Return an encoded image, or no bytes if this Pillow cannot write the format."""
     file = io.BytesIO()
     try:
         image.save(file, kind, **options)
@@ -127,7 +127,7 @@ def _files() -> dict[str, bytes]:
         "xbm": encoded(grain("1"), "XBM"),
     }
     compressions = ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg"]
-    if PIL_MAJOR >= 12:  # older ones come without, and trying to write it may end the process
+    if PIL_MAJOR >= 12:  # older wheels lack it, and writing it may crash the process
         compressions.append("zstd")
     for compression in compressions:
         files[f"tiff-{compression}"] = encoded(image, "TIFF", compression=compression)
@@ -145,7 +145,7 @@ def _files() -> dict[str, bytes]:
 
 FILES = _files()
 assert len(FILES) > 35
-# How files of formats begin that Pillow reads and does not write, too.
+# First bytes of files, also of formats that Pillow reads but does not write.
 SIGNATURES = [
     *sorted({data[:size] for data in FILES.values() for size in (4, 12, 30)}),
     b"8BPS\0\1" + bytes(6),
@@ -166,9 +166,9 @@ SIGNATURES = [
 
 
 def attempt(data: bytes) -> ImageInfo | DecodeError:
-    """Decode bytes twice over different backgrounds; both must come out alike."""
+    """Decode bytes twice over different backgrounds, and check that the results are equal."""
     ends: list[ImageInfo | BaseException] = []
-    drawn = []
+    rendered = []
 
     def decode() -> None:
         for background in (0, 255):
@@ -177,7 +177,7 @@ def attempt(data: bytes) -> ImageInfo | DecodeError:
                 ends.append(
                     decode_into(EncodedImage(data), PREPROCESSES, outs, PixelBudget(MAX_PIXELS))
                 )
-                drawn.append(outs)
+                rendered.append(outs)
             except BaseException as error:
                 ends.append(error)
 
@@ -190,7 +190,7 @@ def attempt(data: bytes) -> ImageInfo | DecodeError:
         assert first == second
         assert first.size == len(data)
         assert first.width * first.height in range(1, MAX_PIXELS + 1)
-        for one, other in zip(*drawn, strict=True):
+        for one, other in zip(*rendered, strict=True):
             assert np.array_equal(one, other), "a part of the picture was not written"
         return first
     if not isinstance(first, DecodeError):
@@ -214,35 +214,35 @@ def picture(data: bytes) -> np.ndarray | None:
 
 @st.composite
 def mutated(draw: st.DrawFn, data: bytes) -> bytes:
-    """A file after a few changes; half of them in its head, where sizes and offsets are."""
+    """Return a file with a few changes, half of them in the header with its sizes and offsets."""
     changed = bytearray(data)
     for _ in range(draw(st.integers(1, 4))):
         reach = draw(st.sampled_from([64, len(changed)]))
-        place = draw(st.integers(0, max(min(reach, len(changed)) - 1, 0)))
+        index = draw(st.integers(0, max(min(reach, len(changed)) - 1, 0)))
         deed = draw(st.sampled_from(["set", "set", "flip", "insert", "delete", "copy", "cut"]))
         if deed == "set":
-            changed[place : place + 1] = bytes([draw(st.sampled_from([0, 1, 127, 128, 254, 255]))])
+            changed[index : index + 1] = bytes([draw(st.sampled_from([0, 1, 127, 128, 254, 255]))])
         elif deed == "flip":
-            changed[place : place + 1] = bytes([draw(st.integers(0, 255))])
+            changed[index : index + 1] = bytes([draw(st.integers(0, 255))])
         elif deed == "insert":
-            changed[place:place] = draw(st.binary(min_size=1, max_size=9))
+            changed[index:index] = draw(st.binary(min_size=1, max_size=9))
         elif deed == "delete":
-            del changed[place : place + draw(st.integers(1, 40))]
+            del changed[index : index + draw(st.integers(1, 40))]
         elif deed == "copy":
             source = draw(st.integers(0, len(changed)))
             block = changed[source : source + 24]
-            changed[place : place + len(block)] = block
+            changed[index : index + len(block)] = block
         elif draw(st.booleans()):  # a file cut short has little left that could go wrong
-            del changed[place:]
+            del changed[index:]
     return bytes(changed)
 
 
-def test_the_reasons_of_a_decoder_are_documented() -> None:
+def test_reasons_are_documented() -> None:
     assert REASONS <= DOCUMENTED
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_the_files_that_are_mutated_are_good(kind: str) -> None:
+def test_unchanged_files_are_decodable(kind: str) -> None:
     assert isinstance(attempt(FILES[kind]), ImageInfo)
 
 
@@ -255,7 +255,7 @@ def test_any_bytes_give_a_picture_or_a_documented_reason(data: bytes) -> None:
 @pytest.mark.parametrize("signature", SIGNATURES, ids=lambda data: repr(data[-12:]))
 @settings(law, max_examples=max(EXAMPLES // 4, 1))
 @given(rest=st.binary(max_size=300))
-def test_any_bytes_behind_a_signature_give_a_picture_or_a_documented_reason(
+def test_any_bytes_after_a_signature_give_a_picture_or_a_documented_reason(
     signature: bytes, rest: bytes
 ) -> None:
     attempt(signature + rest)
@@ -264,22 +264,23 @@ def test_any_bytes_behind_a_signature_give_a_picture_or_a_documented_reason(
 @pytest.mark.parametrize("kind", FILES)
 @law
 @given(choice=st.data())
-def test_any_change_of_a_file_gives_a_picture_or_a_documented_reason(
+def test_any_changed_file_gives_a_picture_or_a_documented_reason(
     kind: str, choice: st.DataObject
 ) -> None:
     attempt(choice.draw(mutated(FILES[kind])))
 
 
-# A file that ends too early must not give a picture whose rest is gray, black or made up. So one
-# that gives a picture at all gives that of the whole file: only what follows its pixels is missing.
+# A cut file must not give a picture whose rest is gray, black or made up. A file that still gives a
+# picture lacks only data after its pixels.
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_cut_anywhere_fails_or_gives_the_picture_of_the_whole(kind: str) -> None:
+def test_cut_files_fail_or_give_the_complete_picture(kind: str) -> None:
     data = FILES[kind]
     expected = picture(data)
     assert expected is not None
     different = [
         length
         for length in range(len(data))
-        if (drawn := picture(data[:length])) is not None and not np.array_equal(drawn, expected)
+        if (rendered := picture(data[:length])) is not None
+        and not np.array_equal(rendered, expected)
     ]
     assert not different, f"of {len(data)} bytes, so many give another picture: {different}"

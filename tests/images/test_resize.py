@@ -1,4 +1,4 @@
-"""The filter reads Pillow's own memory where that is one piece, and gives what a copy gives."""
+"""The filter reads Pillow's own memory if it is contiguous, with the same result as from a copy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def from_file(image: Image.Image) -> Image.Image:
     return opened
 
 
-def made(image: Image.Image) -> np.ndarray:
+def resized(image: Image.Image) -> np.ndarray:
     return resize.resize(image, SIZE, (image.width / 20, image.height / 30), "bicubic")
 
 
@@ -44,33 +44,35 @@ def made(image: Image.Image) -> np.ndarray:
         lambda image: image.crop((0, 0, image.width, max(image.height // 2, 1))),
     ],
 )
-def test_it_is_the_same_from_a_copy(
+def test_pillows_memory_and_a_copy_give_the_same_picture(
     monkeypatch: pytest.MonkeyPatch,
     size: tuple[int, int],
     kind: Callable[[Image.Image], Image.Image],
 ) -> None:
     image = kind(noise(3, *size))
     assert resize._memory_of(image) is not None
-    picture = made(image)
+    picture = resized(image)
     monkeypatch.setattr(resize, "_memory_of", lambda _: None)
-    assert np.array_equal(picture, made(image))
+    assert np.array_equal(picture, resized(image))
 
 
-def test_what_lies_in_several_pieces_is_copied() -> None:
+def test_images_in_several_blocks_are_copied() -> None:
     large = Image.new("RGB", (2500, 2000), (10, 20, 30))
     assert resize._memory_of(large) is None
-    assert (made(large) == (10, 20, 30)).all()
+    assert (resized(large) == (10, 20, 30)).all()
 
 
-def test_what_is_mapped_from_a_file_is_copied() -> None:
+def test_mapped_images_are_copied() -> None:
     image = noise(1, 40, 30)
     image.readonly = 1
     assert resize._memory_of(image) is None
-    assert made(image).shape == (30, 20, 3)
+    assert resized(image).shape == (30, 20, 3)
 
 
 @pytest.mark.parametrize("change", ["length", "offset"])
-def test_memory_of_another_layout_is_copied(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+def test_memory_of_unexpected_layout_is_copied(
+    monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
     image = noise(1, 40, 30)
     real = resize._ArrowArray.from_address
 
@@ -85,10 +87,10 @@ def test_memory_of_another_layout_is_copied(monkeypatch: pytest.MonkeyPatch, cha
     assert resize._memory_of(image) is None
 
 
-def test_the_image_is_not_kept() -> None:
+def test_image_is_not_kept_alive() -> None:
     image = noise(1, 40, 30)
     gone = weakref.ref(image)
-    picture = made(image)
+    picture = resized(image)
     del image
     gc.collect()
     assert gone() is None
@@ -96,7 +98,7 @@ def test_the_image_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize("readonly", [0, 1])
-def test_nothing_is_said_of_memory_that_is_only_read(readonly: int) -> None:
+def test_read_only_memory_gives_no_warning(readonly: int) -> None:
     image = noise(1, 40, 30)
     image.readonly = readonly
     before = torch.is_warn_always_enabled()
@@ -104,20 +106,20 @@ def test_nothing_is_said_of_memory_that_is_only_read(readonly: int) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert made(image).shape == (30, 20, 3)
+            assert resized(image).shape == (30, 20, 3)
     finally:
         torch.set_warn_always(before)
 
 
-def test_a_processor_without_vectors_leaves_it_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpus_without_avx2_resize_with_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     image, preprocess = noise(0, 300, 400), Preprocess.standard(64)
-    drawn = []
+    rendered = []
     for has_avx2 in (True, False):
         monkeypatch.setattr(cpu, "has_avx2", lambda has=has_avx2: has)
         if not has_avx2:
             monkeypatch.setattr(resize, "resize", None)  # calling it would be an error
-        drawn.append(np.empty((64, 64, 3), np.uint8))
-        decode_into(image, [preprocess], [drawn[-1]])
-    apart = np.abs(drawn[0].astype(int) - drawn[1].astype(int))
-    assert apart.max() <= 1
-    assert apart.mean() < 0.1
+        rendered.append(np.empty((64, 64, 3), np.uint8))
+        decode_into(image, [preprocess], [rendered[-1]])
+    difference = np.abs(rendered[0].astype(int) - rendered[1].astype(int))
+    assert difference.max() <= 1
+    assert difference.mean() < 0.1

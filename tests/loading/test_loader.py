@@ -1,3 +1,5 @@
+"""Batches come in order and complete, whatever single images do."""
+
 from __future__ import annotations
 
 import io
@@ -5,13 +7,14 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
-from extractor.loading import gate, read_ahead
+from extractor.loading import gate, image_decoder, read_ahead
 from extractor.loading.buffers import MAX_BUFFERS, MIN_BUFFERS
 from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
@@ -30,9 +33,7 @@ def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
         yield [gray(level) for level in levels[i : i + size]]
 
 
-def load(
-    plan: Iterator[list[ImageSource]], size: int, workers: int
-) -> list[tuple[np.ndarray, list[object]]]:
+def load(plan: Iterator[list[Any]], size: int, workers: int) -> list[tuple[np.ndarray, list[Any]]]:
     with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=size, workers=workers)) as loader:
         result = []
         for batch in loader:
@@ -52,7 +53,7 @@ def test_order_ignores_worker_count_and_batch_size(count: int, size: int, worker
     assert flat == levels
 
 
-def test_every_batch_has_one_shape_and_the_rest_is_black() -> None:
+def test_every_batch_has_the_same_shape_and_unused_rows_are_black() -> None:
     seen = load(batches_of([9] * 13, 5), 5, 2)
     assert [pixels.shape for pixels, _ in seen] == [(5, *SIZE, 3)] * 3
     assert [len(outcomes) for _, outcomes in seen] == [5, 5, 3]
@@ -60,26 +61,24 @@ def test_every_batch_has_one_shape_and_the_rest_is_black() -> None:
     assert (seen[-1][0][:3] == 9).all()
 
 
-def test_a_slow_image_does_not_change_the_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    from extractor.loading import image_decoder as module
-
-    decode = module.decode_into
+def test_order_ignores_slow_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = image_decoder.decode_into
 
     def slow(source: np.ndarray, *rest: object) -> ImageInfo:
         time.sleep(0.15 if source[0, 0] % 10 == 0 else 0)
         return decode(source, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "decode_into", slow)
+    monkeypatch.setattr(image_decoder, "decode_into", slow)
     seen = load(batches_of(range(40), 3), 3, 4)
     flat = [int(row[0, 0, 0]) for pixels, outcomes in seen for row in pixels[: len(outcomes)]]
     assert flat == list(range(40))
 
 
-def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_image_costs_only_its_own_row(tmp_path: Path) -> None:
     stream = io.BytesIO()
     Image.effect_noise((300, 300), 90).save(stream, "JPEG")
     cut = EncodedImage(stream.getvalue()[:-3000])
-    plan = iter([[gray(1), cut, gray(3)], [str(tmp_path / "none.jpg"), gray(5)]])
+    plan: Iterator[Any] = iter([[gray(1), cut, gray(3)], [str(tmp_path / "none.jpg"), gray(5)]])
     (first, first_outcomes), (second, second_outcomes) = load(plan, 3, 2)
     assert [type(o) for o in first_outcomes] == [ImageInfo, Failure, ImageInfo]
     assert [type(o) for o in second_outcomes] == [Failure, ImageInfo]
@@ -92,9 +91,9 @@ def test_a_bad_image_costs_its_own_row_and_nothing_else(tmp_path: Path) -> None:
     assert (second[1] == 5).all()
 
 
-def test_a_batch_of_failures_goes_on() -> None:
+def test_batch_of_failures_does_not_stop_the_loader() -> None:
     bad = EncodedImage(b"no image")
-    plan = iter([[bad, bad], [gray(7)]])
+    plan: Iterator[Any] = iter([[bad, bad], [gray(7)]])
     (_, outcomes), (pixels, _) = load(plan, 2, 2)
     assert all(isinstance(o, Failure) for o in outcomes)
     assert (pixels[0] == 7).all()
@@ -103,7 +102,7 @@ def test_a_batch_of_failures_goes_on() -> None:
 @pytest.mark.parametrize(
     ("memory", "batches"), [(10**9, MAX_BUFFERS), (6 * 2 * (8 * 6 * 3), 6), (1, MIN_BUFFERS)]
 )
-def test_the_look_ahead_is_bounded(
+def test_look_ahead_is_bounded_by_memory(
     monkeypatch: pytest.MonkeyPatch, memory: int, batches: int
 ) -> None:
     monkeypatch.setattr("extractor.loading.buffers.MAX_BUFFERS_BYTES", memory)
@@ -129,11 +128,11 @@ def test_buffers_are_reused() -> None:
     with BatchLoader(
         batches_of([1] * 60, 2), [PREPROCESS], LoaderOptions(batch_size=2, workers=2)
     ) as loader:
-        places = set()
+        addresses = set()
         for batch in loader:
-            places.add(batch.pictures[0].data_ptr())
+            addresses.add(batch.pictures[0].data_ptr())
             batch.release()
-    assert len(places) <= MAX_BUFFERS
+    assert len(addresses) <= MAX_BUFFERS
 
 
 def test_leaving_early_stops_the_threads() -> None:
@@ -145,7 +144,7 @@ def test_leaving_early_stops_the_threads() -> None:
     assert threading.active_count() == before
 
 
-def test_a_fault_in_the_plan_reaches_the_caller() -> None:
+def test_errors_of_the_plan_reach_the_caller() -> None:
     def plan() -> Iterator[list[ImageSource]]:
         yield [gray(1)]
         raise RuntimeError("the plan broke")
@@ -154,7 +153,7 @@ def test_a_fault_in_the_plan_reaches_the_caller() -> None:
         load(plan(), 1, 2)
 
 
-def test_a_fault_of_the_program_reaches_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_thread_reach_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> ImageInfo:
         raise ZeroDivisionError("a bug")
 
@@ -164,7 +163,7 @@ def test_a_fault_of_the_program_reaches_the_caller(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_a_batch_of_the_wrong_size_is_an_error(count: int) -> None:
+def test_batch_of_the_wrong_size_is_an_error(count: int) -> None:
     with pytest.raises(ValueError, match=f"a batch of {count} images, expected 1 to 2"):
         load(iter([[gray(1)] * count]), 2, 1)
 
@@ -177,18 +176,16 @@ def test_pinned_buffers_are_pinned() -> None:
         assert next(iter(loader)).pictures[0].is_pinned()
 
 
-def test_files_that_come_slowly_are_read_ahead(
+def test_slow_files_are_read_ahead_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In order, with one that cannot be read and one that cannot be decoded among them."""
-    from extractor.loading import image_decoder as module
-
+    """One file cannot be read, and one cannot be decoded."""
     paths = [tmp_path / f"{i:03d}.png" for i in range(200)]
     for i, path in enumerate(paths):
         Image.new("L", (5, 5), i).save(path)
     paths[60].unlink()
     paths[150].write_bytes(b"no image")
-    read = module.read_file
+    read = image_decoder.read_file
     at_a_time: set[int] = set()
     most = 0
 
@@ -200,13 +197,13 @@ def test_files_that_come_slowly_are_read_ahead(
         at_a_time.discard(threading.get_ident())
         return read(path, *rest)
 
-    monkeypatch.setattr(module, "read_file", slow)
-    plan = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
+    monkeypatch.setattr(image_decoder, "read_file", slow)
+    plan: Iterator[Any] = iter([[str(path) for path in paths[i : i + 8]] for i in range(0, 200, 8)])
     with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=8, workers=2)) as loader:
         levels: list[int | str] = []
         for batch in loader:
-            for place, outcome in enumerate(batch.outcomes):
-                level = int(batch.pictures[0][place, 0, 0, 0])
+            for index, outcome in enumerate(batch.outcomes):
+                level = int(batch.pictures[0][index, 0, 0, 0])
                 levels.append(outcome.reason if isinstance(outcome, Failure) else level)
             batch.release()
         assert 2 < loader.readers <= read_ahead.MAX_READERS
@@ -229,17 +226,15 @@ def test_fast_disks_get_no_reading_threads(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("last", ["reads", "hangs"])
-def test_a_reader_that_hangs_costs_its_image_alone(
+def test_hanging_reader_costs_only_its_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
 ) -> None:
-    from extractor.loading import image_decoder as module
-
     paths = [str(tmp_path / f"{i:02d}.png") for i in range(80)]
     for i, path in enumerate(paths):
         Image.new("L", (5, 5), i).save(path)
     bad = 79 if last == "hangs" else 50
     go_on = threading.Event()
-    read = module.read_file
+    read = image_decoder.read_file
 
     def slow(path: str, *rest: int) -> object:
         if path == paths[bad]:
@@ -247,8 +242,8 @@ def test_a_reader_that_hangs_costs_its_image_alone(
         time.sleep(0.005)
         return read(path, *rest)
 
-    monkeypatch.setattr(module, "read_file", slow)
-    plan = iter([paths[i : i + 8] for i in range(0, 80, 8)])
+    monkeypatch.setattr(image_decoder, "read_file", slow)
+    plan: Iterator[Any] = iter([paths[i : i + 8] for i in range(0, 80, 8)])
     seen: list[bool] = []
     with BatchLoader(
         plan, [PREPROCESS], LoaderOptions(batch_size=8, workers=2, image_timeout_seconds=0.5)
@@ -258,15 +253,13 @@ def test_a_reader_that_hangs_costs_its_image_alone(
             batch.release()
         assert loader.readers
         go_on.set()
-    assert seen == [place != bad for place in range(80)]
+    assert seen == [index != bad for index in range(80)]
 
 
 @pytest.mark.parametrize("cores", [0, 1, 2, 5])
-def test_decoding_threads_rest_while_a_network_has_their_cores(
+def test_decoding_threads_rest_during_computation(
     monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
-    from extractor.loading import image_decoder as module
-
     lock, busy, most = threading.Lock(), 0, 0
 
     def counted(source: np.ndarray, *rest: object) -> ImageInfo:
@@ -279,8 +272,8 @@ def test_decoding_threads_rest_while_a_network_has_their_cores(
             busy -= 1
         return decode(source, *rest)  # type: ignore[arg-type]
 
-    decode = module.decode_into
-    monkeypatch.setattr(module, "decode_into", counted)
+    decode = image_decoder.decode_into
+    monkeypatch.setattr(image_decoder, "decode_into", counted)
     monkeypatch.setattr(gate, "MAX_WAIT_SECONDS", 5.0)
     seen = 0
     plan = batches_of([1] * 60, 6)
@@ -295,11 +288,9 @@ def test_decoding_threads_rest_while_a_network_has_their_cores(
     assert seen == 60
 
 
-def test_nobody_waits_long_for_the_decoders_to_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    from extractor.loading import image_decoder as module
-
+def test_computation_does_not_wait_long_for_decoders(monkeypatch: pytest.MonkeyPatch) -> None:
     slow, go_on = threading.Event(), threading.Event()
-    decode = module.decode_into
+    decode = image_decoder.decode_into
 
     def hang(source: np.ndarray, *rest: object) -> ImageInfo:
         if source[0, 0] == 3:
@@ -307,30 +298,28 @@ def test_nobody_waits_long_for_the_decoders_to_rest(monkeypatch: pytest.MonkeyPa
             go_on.wait(30)
         return decode(source, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "decode_into", hang)
+    monkeypatch.setattr(image_decoder, "decode_into", hang)
     with BatchLoader(
         batches_of([0, 1, 2, 3], 2), [PREPROCESS], LoaderOptions(batch_size=2, workers=1)
     ) as loader:
         batch = next(iter(loader))
         assert slow.wait(30)
-        begun = time.monotonic()
+        started = time.monotonic()
         with batch.alone_on(1):
-            assert gate.MAX_WAIT_SECONDS <= time.monotonic() - begun < 10
+            assert gate.MAX_WAIT_SECONDS <= time.monotonic() - started < 10
         go_on.set()
 
 
-def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    from extractor.loading import image_decoder as module
-
+def test_hanging_decoder_does_not_occupy_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
-    decode = module.decode_into
+    decode = image_decoder.decode_into
 
     def hang(source: np.ndarray, *rest: object) -> ImageInfo:
         if source[0, 0] == 3:
             go_on.wait(30)
         return decode(source, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "decode_into", hang)
+    monkeypatch.setattr(image_decoder, "decode_into", hang)
     seen = []
     with BatchLoader(
         batches_of(list(range(20)), 2),
@@ -343,39 +332,35 @@ def test_a_decoder_that_hangs_takes_no_core_of_the_others(monkeypatch: pytest.Mo
             seen += [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
             batch.release()
         go_on.set()
-    assert seen == [place != 3 for place in range(20)]
+    assert seen == [index != 3 for index in range(20)]
 
 
-def test_what_is_read_ahead_is_bounded_in_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from extractor.loading import image_decoder as module
-
+def test_bytes_read_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(tmp_path / "a.png")
     Image.effect_noise((100, 80), 90).save(path)
     size = (tmp_path / "a.png").stat().st_size
-    read = module.read_file
+    read = image_decoder.read_file
     ahead, most = 0, 0
 
-    def slow(*given: object) -> object:
+    def slow(*args: object) -> object:
         nonlocal ahead, most
         time.sleep(0.01)
         ahead += 1
         most = max(most, ahead)
-        return read(*given)  # type: ignore[arg-type]
+        return read(*args)  # type: ignore[arg-type]
 
-    def decoded(*given: object) -> ImageInfo:
+    def decoded(*args: object) -> ImageInfo:
         nonlocal ahead
         ahead -= 1
         time.sleep(0.002)
-        return decode(*given)  # type: ignore[arg-type]
+        return decode(*args)  # type: ignore[arg-type]
 
-    decode = module.decode_into
-    monkeypatch.setattr(module, "read_file", slow)
-    monkeypatch.setattr(module, "decode_into", decoded)
+    decode = image_decoder.decode_into
+    monkeypatch.setattr(image_decoder, "read_file", slow)
+    monkeypatch.setattr(image_decoder, "decode_into", decoded)
     monkeypatch.setattr(read_ahead, "MAX_AHEAD_BYTES", 3 * size)
     monkeypatch.setattr(read_ahead, "MAX_READERS", 4)
-    plan = iter([[path] * 50 for _ in range(4)])
+    plan: Iterator[Any] = iter([[path] * 50 for _ in range(4)])
     with BatchLoader(plan, [PREPROCESS], LoaderOptions(batch_size=50, workers=1)) as loader:
         seen = 0
         for batch in loader:
@@ -386,7 +371,7 @@ def test_what_is_read_ahead_is_bounded_in_bytes(
     assert most <= 3 + 4 + 1  # what waits, what each reader has just read, and what is decoded
 
 
-def test_threads_that_begin_others_at_once_are_begun_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_are_started_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("extractor.loading.read_ahead.SLOW_READ_SECONDS", 0.0)
     monkeypatch.setattr("extractor.loading.read_ahead.SLOW_READ_SHARE", 0.0)
     monkeypatch.setattr("extractor.loading.read_ahead.OBSERVED_IMAGES", 1)

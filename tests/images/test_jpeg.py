@@ -1,4 +1,4 @@
-"""JPEGs that are much larger than the model's input are decoded at a part of their size."""
+"""JPEGs much larger than the model's input are decoded at a reduced size."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from extractor.preprocess import Preprocess
 
 
 def scene(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Blurred noise of several sizes, as a photo has detail of several sizes."""
-    draw = np.random.default_rng(seed)
+    """Return blurred noise at several scales, as a photo has detail at several scales."""
+    random = np.random.default_rng(seed)
     picture = np.zeros((height, width, 3))
     for cell in (4, 16, 64, 256):
-        small = draw.integers(0, 256, (height // cell + 2, width // cell + 2, 3), np.uint8)
+        small = random.integers(0, 256, (height // cell + 2, width // cell + 2, 3), np.uint8)
         large = Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
         picture += np.asarray(large) / 4
     image = Image.fromarray(picture.astype(np.uint8)).filter(ImageFilter.GaussianBlur(1))
@@ -40,15 +40,15 @@ def both(
 ) -> tuple[np.ndarray, np.ndarray, ImageInfo, ImageInfo]:
     outs = [np.empty((*preprocess.input_size, 3), np.uint8) for _ in range(2)]
     infos = [
-        decode_into(source, [preprocess], [out], decode_mode=how)
-        for out, how in zip(outs, ("scaled", "exact"), strict=True)
+        decode_into(source, [preprocess], [out], decode_mode=decode_mode)
+        for out, decode_mode in zip(outs, ("scaled", "exact"), strict=True)
     ]
     return outs[0].astype(int), outs[1].astype(int), infos[0], infos[1]
 
 
 @pytest.fixture
 def drafts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """By how much each JPEG was shrunk as it was decoded."""
+    """Factors by which JPEGs were reduced."""
     from PIL.JpegImagePlugin import JpegImageFile
 
     seen: list[int] = []
@@ -70,7 +70,7 @@ STANDARD = Preprocess.standard(64, crop_pct=0.875, interpolation="bicubic")
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("size", [(1201, 803), (803, 1201), (640, 640)])
-def test_the_picture_is_that_of_the_whole_image(
+def test_reduced_picture_equals_exact_picture(
     size: tuple[int, int], orientation: int, drafts: list[int]
 ) -> None:
     image = scene(*size)
@@ -87,7 +87,7 @@ def test_the_picture_is_that_of_the_whole_image(
 
 @pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
-def test_every_kind_of_jpeg_is_the_same_picture(
+def test_every_kind_of_jpeg_gives_the_same_picture(
     mode: str, options: dict[str, Any], drafts: list[int]
 ) -> None:
     scaled, exact, _, _ = both(jpeg(scene(900, 700, mode), **options), STANDARD)
@@ -97,7 +97,7 @@ def test_every_kind_of_jpeg_is_the_same_picture(
 
 @pytest.mark.parametrize("fit", ["crop", "squash", "pad"])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos"])
-def test_every_fit_and_filter_is_the_same_picture(fit: str, interpolation: str) -> None:
+def test_every_fit_and_filter_gives_the_same_picture(fit: str, interpolation: str) -> None:
     preprocess = Preprocess.standard(64, fit=fit, interpolation=interpolation)
     scaled, exact, _, _ = both(jpeg(scene(1500, 700)), preprocess)
     assert abs(scaled - exact).mean() < 1
@@ -106,7 +106,7 @@ def test_every_fit_and_filter_is_the_same_picture(fit: str, interpolation: str) 
 @pytest.mark.parametrize(
     ("edge", "shrunk"), [(145, []), (146, []), (292, [2]), (583, [2]), (584, [4]), (1168, [8])]
 )
-def test_no_fewer_than_twice_the_pixels_are_decoded(
+def test_at_least_twice_the_pixels_are_decoded(
     edge: int, shrunk: list[int], drafts: list[int]
 ) -> None:
     # 73 pixels of the resized edge: 292 is four times as many, half of that twice.
@@ -114,22 +114,22 @@ def test_no_fewer_than_twice_the_pixels_are_decoded(
     assert drafts == shrunk
 
 
-def test_the_largest_picture_of_several_decides(drafts: list[int]) -> None:
+def test_largest_of_several_pictures_decides(drafts: list[int]) -> None:
     large = Preprocess.standard(256, crop_pct=1.0)
-    outs = [np.empty((*one.input_size, 3), np.uint8) for one in (STANDARD, large)]
+    outs = [np.empty((*preprocess.input_size, 3), np.uint8) for preprocess in (STANDARD, large)]
     decode_into(jpeg(scene(1200, 1100)), [STANDARD, large], outs)
     assert drafts == [2]
 
 
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
-def test_other_formats_are_decoded_whole(form: str) -> None:
+def test_other_formats_are_decoded_exactly(form: str) -> None:
     file = io.BytesIO()
     scene(700, 600).save(file, form)
     scaled, exact, _, _ = both(EncodedImage(file.getvalue()), STANDARD)
     assert np.array_equal(scaled, exact)
 
 
-def test_the_nearest_pixel_is_that_of_the_whole_image(drafts: list[int]) -> None:
+def test_nearest_filter_decodes_exactly(drafts: list[int]) -> None:
     nearest = Preprocess.standard(64, interpolation="nearest")
     scaled, exact, _, _ = both(jpeg(scene(1200, 1100)), nearest)
     assert np.array_equal(scaled, exact)
@@ -137,7 +137,7 @@ def test_the_nearest_pixel_is_that_of_the_whole_image(drafts: list[int]) -> None
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
-def test_a_cut_jpeg_fails_all_the_same(cut: float, tmp_path: Path) -> None:
+def test_cut_jpeg_fails(cut: float, tmp_path: Path) -> None:
     from extractor.errors import DecodeError
 
     data = jpeg(scene(1200, 900)).data
@@ -145,16 +145,16 @@ def test_a_cut_jpeg_fails_all_the_same(cut: float, tmp_path: Path) -> None:
         both(EncodedImage(data[: int(cut * len(data))]), STANDARD)
 
 
-def test_how_it_was_decoded_is_part_of_what_a_store_is(tmp_path: Path) -> None:
+def test_store_refuses_another_decode_mode(tmp_path: Path) -> None:
     from support.networks import mean_pixel
 
     (tmp_path / "in").mkdir()
-    for place in range(2):
-        content = jpeg(scene(900, 700, seed=place)).data
-        (tmp_path / "in" / f"{place}.jpg").write_bytes(content)
+    for index in range(2):
+        content = jpeg(scene(900, 700, seed=index)).data
+        (tmp_path / "in" / f"{index}.jpg").write_bytes(content)
     scaled = extract(tmp_path / "in", mean_pixel(), tmp_path / "scaled").store
     exact = extract(tmp_path / "in", mean_pixel(), tmp_path / "exact", decode="exact").store
-    assert [one.manifest.description.computation["decode"] for one in (scaled, exact)] == [
+    assert [store.manifest.description.computation["decode"] for store in (scaled, exact)] == [
         "scaled",
         "exact",
     ]
@@ -165,7 +165,7 @@ def test_how_it_was_decoded_is_part_of_what_a_store_is(tmp_path: Path) -> None:
         extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")
 
 
-def test_an_image_of_the_callers_stays_as_large_as_it_is() -> None:
+def test_callers_image_keeps_its_size() -> None:
     buffer = io.BytesIO()
     scene(800, 600).save(buffer, "JPEG")
     image = Image.open(buffer)
