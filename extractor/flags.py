@@ -31,17 +31,17 @@ class Flag:
 
     Attributes:
         names: flags, such as ``-b/--batch-size``; without dashes the name of a positional argument.
-        help: one phrase for the help page, without the default.
-        group: heading in the help page.
-        metavar: stands for the value in the help page.
-        advanced: shown by ``--help-all`` only.
-        minimum: smallest number allowed.
-        maximum: largest number allowed.
-        above: the number must be larger than this one.
-        parse: reads the value from text; raises ValueError for text that it cannot read.
-        unset: what None stands for, in words.
-        scope: the first of :data:`SCOPES` that takes the option; all later ones take it, too.
-        takes_path: a caller may give an ``os.PathLike`` instead of a string.
+        help: One phrase for the help page, without the default.
+        group: Heading in the help page.
+        metavar: Stands for the value in the help page.
+        advanced: Shown by ``--help-all`` only.
+        minimum: Smallest number allowed.
+        maximum: Largest number allowed.
+        above: The number must be larger than this one.
+        parse: Reads the value from text; raises ValueError for text that it cannot read.
+        unset: What None stands for, in words.
+        scope: The first of :data:`SCOPES` that takes the option; all later ones take it, too.
+        takes_path: A caller may give an ``os.PathLike`` instead of a string.
     """
 
     names: str
@@ -69,11 +69,11 @@ class Option:
     """One option with its name, type and default.
 
     Attributes:
-        name: name of the field, which is also that of the keyword argument.
-        annotation: type of the value as it is written in the dataclass.
-        type: that type without None.
-        default: value where the option is not given.
-        flag: the rest of the declaration.
+        name: Name of the field, which is also that of the keyword argument.
+        annotation: Type of the value as it is written in the dataclass.
+        type: That type without None.
+        default: Value where the option is not given.
+        flag: The rest of the declaration.
     """
 
     name: str
@@ -133,7 +133,7 @@ class Option:
         """Return the value that a text stands for.
 
         Raises:
-            ValueError: the text does not stand for a value of this type.
+            ValueError: The text does not stand for a value of this type.
         """
         if self.flag.parse is not None:
             return self.flag.parse(text)
@@ -151,7 +151,7 @@ class Option:
         """Check a value against the choices and bounds; a type with neither is left alone.
 
         Raises:
-            UsageError: the value is out of range.
+            UsageError: The value is out of range.
         """
         if value is None:
             return

@@ -68,8 +68,8 @@ class Pooling:
     """A way to turn the positions of a feature map, or its tokens, into one vector.
 
     Attributes:
-        kind: one of :data:`POOLS`.
-        power: exponent of the generalized mean; ignored by the other kinds.
+        kind: One of :data:`POOLS`.
+        power: Exponent of the generalized mean; ignored by the other kinds.
     """
 
     kind: str
@@ -83,7 +83,7 @@ def parse_pooling(text: str) -> Pooling:
     """Return the pooling written as ``avg``, ``max``, ``gem``, ``gem:POWER``, ``cls`` and so on.
 
     Raises:
-        UsageError: the text names no pooling.
+        UsageError: The text names no pooling.
     """
     kind, colon, power = text.partition(":")
     try:
@@ -102,7 +102,7 @@ def parse_image_size(text: str) -> int | tuple[int, int]:
     """Return the image size written as ``N`` or ``HEIGHTxWIDTH``.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: The text has another form.
     """
     if not re.fullmatch(r"\d+(x\d+)?", text):
         raise ValueError(f"got {text!r}, expected N or HEIGHTxWIDTH, in pixels")
@@ -114,7 +114,7 @@ def parse_rgb(text: str) -> tuple[float, float, float]:
     """Return the three numbers written as ``R,G,B``.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: The text has another form.
     """
     try:
         red, green, blue = (float(number) for number in text.split(","))
@@ -132,7 +132,7 @@ class Options:
     ``docs/cli.md`` lists the options with their flags, environment variables and defaults.
 
     Raises:
-        UsageError: a value is out of range, or two options contradict each other.
+        UsageError: A value is out of range, or two options contradict each other.
     """
 
     weights: str = option(
@@ -530,13 +530,13 @@ class Options:
         """Return the options given as keyword arguments of :func:`extractor.extract`.
 
         Args:
-            arguments: option names and values, as in
+            arguments: Option names and values, as in
                 :class:`extractor.option_arguments.OptionArguments`.
-            scope: the function that takes them; rejects options that it has no use for.
+            scope: The function that takes them; rejects options that it has no use for.
 
         Raises:
-            TypeError: no option has such a name; suggests one that does.
-            UsageError: as :class:`Options`.
+            TypeError: No option has such a name; suggests one that does.
+            UsageError: As :class:`Options`.
         """
         known = [name for name, each in options_in(cls).items() if each.is_in(scope)]
         for name in arguments:
@@ -627,8 +627,8 @@ def signature_with_options(
     """Return a function's signature with its ``**options`` spelled out, for ``help()``.
 
     Args:
-        function: takes the options as ``**options``.
-        scope: the function's, which leaves out options that it has no use for.
+        function: Takes the options as ``**options``.
+        scope: The function's, which leaves out options that it has no use for.
     """
     signature = inspect.signature(function)
     own = [each for each in signature.parameters.values() if each.kind != each.VAR_KEYWORD]

@@ -1,4 +1,4 @@
-"""What a run tells: how far it is, and what it did. Needs no torch."""
+"""Progress and results of a run. Needs no torch."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from extractor.system.timing import Spent
 
 __all__ = ["FAILURES_SHOWN", "Progress", "Report", "StoreReport"]
 
-SOME_IMAGES_FAILED = 3  # the exit code
+SOME_IMAGES_FAILED = 3  # exit code
 
-# Failed images whose reasons stand in an error message or a report; the store lists them all.
+# Number of failed images shown in a message or a report; the store lists all of them.
 FAILURES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is, in images; ``failed`` of the ``done`` ones have no row."""
+    """Progress of a run, in images.
+
+    Attributes:
+        done: Number of images that are done, failed ones included.
+        total: Number of images of the run.
+        failed: Number of images without a row.
+    """
 
     done: int
     total: int
@@ -30,17 +36,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class StoreReport:
-    """What one run put into one store.
+    """Result of one run in one store.
 
     Attributes:
-        out: folder of the store.
-        rows, failed: images with a row and those without.
-        added: of the rows, how many are new.
-        changed, gone: rows that were retired, since their images are others now, or are no longer
-            asked for.
-        shape: of one embedding: ``(dim,)``, or the axes of a map or of tokens.
-        backbone: the model and its weights in a few words.
-        first_failures: path and reason of the first few failed images.
+        out: Folder of the store.
+        rows: Number of images with a row.
+        failed: Number of images without a row.
+        added: Number of rows that are new.
+        changed: Number of rows retired because their images changed.
+        gone: Number of rows retired because their images are no longer among the inputs.
+        shape: Shape of one embedding: ``(dim,)``, or the axes of a map or of tokens.
+        backbone: Model and weights in a few words.
+        first_failures: Paths and reasons of the first few failed images.
     """
 
     out: Path
@@ -55,28 +62,31 @@ class StoreReport:
 
     @property
     def store(self) -> FeatureStore:
-        """The store, opened."""
+        """Open the store."""
         return FeatureStore.open(self.out)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one run did.
+    """Result of one run.
+
+    ``out``, ``rows``, ``failed``, ``dim``, ``store``, ``failures`` and ``first_failures`` belong to
+    the only store of the run. With several stores, see :attr:`stores`.
 
     Attributes:
-        stores: that it filled, in the order of models and layers.
-        images: that were asked for.
-        resumed: of those, how many an earlier run had done already.
-        passed_over: files in the folders that are no images.
-        device, precision: that computed.
-        least_cosine: of the embeddings to those in float32, of the images that this precision was
-            tried with; None where it was not.
-        is_compiled: whether a network was compiled.
-        spent: what the time of the computation went to, all zero where nothing was computed; None
-            where it was seen without a model that there is nothing to do.
-        seconds: of the whole run.
-        load_seconds: of those, until the models were ready; listing, loading and tuning.
-        accepted_failure_rate: share of images without a row that is no reason to complain.
+        stores: Stores of the run, in the order of models and layers.
+        images: Number of images of the run.
+        resumed: Number of images that were done before.
+        passed_over: Number of files in the folders that are not images.
+        device: Device that computed, such as ``cuda:0``.
+        precision: Precision of the model.
+        seconds: Duration of the run.
+        load_seconds: Time until the models were ready: listing, loading and tuning.
+        accepted_failure_rate: Fraction of images that may fail without an exit code.
+        least_cosine: Smallest cosine to a float32 embedding, over a sample of the images; None if
+            nothing was compared.
+        is_compiled: Whether a network was compiled.
+        spent: Time by kind of work; None if no model was loaded because there was nothing to do.
     """
 
     stores: tuple[StoreReport, ...]
@@ -94,56 +104,56 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """What the command ends with: 0, or 3 where more images failed than is accepted."""
+        """Exit code of the command: 0, or 3 if more images failed than accepted."""
         return 0 if self.failure_rate <= self.accepted_failure_rate else SOME_IMAGES_FAILED
 
     @property
     def images_per_second(self) -> float:
-        """Images, failed ones included, a second since the models were ready."""
+        """Images per second, failed ones included, from the time the models were ready."""
         return (self.images - self.resumed) / max(self.seconds - self.load_seconds, 1e-9)
 
     @property
     def failure_rate(self) -> float:
-        """Share of the images that have no row, from 0 to 1; of several stores in the worst."""
+        """Fraction of images without a row, from 0 to 1; the largest one of several stores."""
         return max(store.failed for store in self.stores) / self.images
 
     @property
     def _only(self) -> StoreReport:
         if len(self.stores) != 1:
-            raise UsageError(f"this run filled {len(self.stores)} stores; look at report.stores")
+            raise UsageError(f"got {len(self.stores)} stores, expected one; see report.stores")
         return self.stores[0]
 
     @property
     def out(self) -> Path:
-        """Folder of the one store."""
+        """Folder of the store."""
         return self._only.out
 
     @property
     def rows(self) -> int:
-        """Images that have a row in the one store."""
+        """Number of images with a row."""
         return self._only.rows
 
     @property
     def failed(self) -> int:
-        """Images without a row in the one store."""
+        """Number of images without a row."""
         return self._only.failed
 
     @property
     def dim(self) -> int:
-        """Numbers in one embedding of the one store."""
+        """Number of values in one embedding."""
         return math.prod(self._only.shape)
 
     @property
     def first_failures(self) -> tuple[tuple[str, str], ...]:
-        """Path and reason of the first few failed images of the one store."""
+        """Paths and reasons of the first few failed images."""
         return self._only.first_failures
 
     @property
     def store(self) -> FeatureStore:
-        """The one store, opened."""
+        """Open the store."""
         return self._only.store
 
     @property
     def failures(self) -> list[dict[str, Any]]:
-        """Every image that failed in the one store with its reason, read from it."""
+        """Read every failed image with its reason from the store."""
         return self.store.failures

@@ -118,9 +118,9 @@ class Command:
     """One parsed command line.
 
     Attributes:
-        own: options that only the command has.
-        options: options of the library call.
-        warnings: one sentence for each environment variable that is no option.
+        own: Options that only the command has.
+        options: Options of the library call.
+        warnings: One sentence for each environment variable that is no option.
     """
 
     own: CommandOptions
@@ -138,7 +138,7 @@ def build_parser(*, show_all: bool = False) -> argparse.ArgumentParser:
     """Return the parser; its namespace holds only what was typed, without defaults.
 
     Args:
-        show_all: let the help page show the advanced options.
+        show_all: Let the help page show the advanced options.
     """
     parser = argparse.ArgumentParser(
         prog="extract",
@@ -230,7 +230,7 @@ def parse(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> Co
     """Parse a command line; an option that is not typed may come from the environment.
 
     Raises:
-        UsageError: a value is out of range, or the option cannot take a variable's value.
+        UsageError: A value is out of range, or the option cannot take a variable's value.
     """
     declared = command_options()
     typed = vars(build_parser().parse_args(words))

@@ -554,7 +554,7 @@ def test_sharded_rows_convert_to_an_array_and_iterate() -> None:
 def test_report_of_several_stores_has_no_single_row_count(images: Path, tmp_path: Path) -> None:
     report = extract(images, [small(MeanPixel()), small(Stripes())], tmp_path / "out")
     for name in ("rows", "failed", "out", "dim", "store", "failures", "first_failures"):
-        with pytest.raises(UsageError, match=r"filled 2 stores; look at report.stores"):
+        with pytest.raises(UsageError, match=r"got 2 stores, expected one; see report.stores"):
             getattr(report, name)
     assert report.images_per_second > 0
     assert [store.rows for store in report.stores] == [6, 6]
