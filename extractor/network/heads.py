@@ -53,8 +53,8 @@ def replace_with_identity(network: nn.Module, names: Iterable[str]) -> tuple[str
     (('1',), Identity())
 
     Args:
-        network: the network to change.
-        names: dotted names of the modules.
+        network: The network to change.
+        names: Dotted names of the modules.
 
     Raises:
         ModelError: There is no such module, or the name is empty.
@@ -89,10 +89,10 @@ def bypass(
     """Replace modules that keep the shape of their input by ``nn.Identity``, in place.
 
     Args:
-        network: the network to change.
-        names: dotted names of the modules. A module inside another of them needs no replacement.
+        network: The network to change.
+        names: Dotted names of the modules. A module inside another of them needs no replacement.
         size: (height, width) of the blank images that test the network.
-        model: name of the network for error messages.
+        model: Name of the network for error messages.
 
     Returns:
         The names of the replaced modules.

@@ -26,8 +26,8 @@ class Layout:
     Attributes:
         kind: ``vector`` for ``(B, channels)``, ``map`` for ``(B, channels, height, width)``,
             ``tokens`` for ``(B, tokens, channels)``.
-        channels_last: whether the channels are the last axis.
-        prefix_tokens: number of tokens that precede those of the image.
+        channels_last: Whether the channels are the last axis.
+        prefix_tokens: Number of tokens that precede those of the image.
     """
 
     kind: str
@@ -56,9 +56,9 @@ def find_layout(
     layer decides, then what the network declares.
 
     Args:
-        network: the network that holds the layer.
-        layer: the module whose output it is.
-        shape: shape of the output, without the batch axis.
+        network: The network that holds the layer.
+        layer: The module whose output it is.
+        shape: Shape of the output, without the batch axis.
         size: (height, width) of the image.
     """
     if len(shape) == 1:
@@ -134,9 +134,9 @@ def pool(x: torch.Tensor, layout: Layout, pooling: Pooling) -> torch.Tensor:
     """Pool a layer's output to one vector per image; ``none`` keeps a map or tokens.
 
     Args:
-        x: output of the layer, ``(B, ...)``.
-        layout: meaning of its axes.
-        pooling: how positions become one vector.
+        x: Output of the layer, ``(B, ...)``.
+        layout: Meaning of its axes.
+        pooling: How positions become one vector.
 
     Returns:
         A new tensor, ``(B, dim)``, or ``x`` in the order in which a store keeps it.

@@ -22,8 +22,8 @@ def find_modules(network: nn.Module, pattern: str) -> tuple[str, ...]:
     ('0', '1')
 
     Args:
-        network: the network to search.
-        pattern: a dotted name; a glob, in which ``*`` and ``?`` stay between two dots and ``**``
+        network: The network to search.
+        pattern: A dotted name; a glob, in which ``*`` and ``?`` stay between two dots and ``**``
             does not; or the negative number of a block, -1 being the last.
 
     Raises:

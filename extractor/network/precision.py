@@ -73,7 +73,7 @@ def convert(network: nn.Module, precision: str) -> None:
     float32: they suffer most from rounding and are a small part of the computation.
 
     Args:
-        network: a network in float32.
+        network: A network in float32.
         precision: ``float32``, ``bfloat16``, ``float16`` or ``mixed``.
     """
     if precision != "mixed":

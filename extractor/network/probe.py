@@ -20,10 +20,10 @@ def probe(
     """Return the shape of a network's output for one image, without the batch axis.
 
     Args:
-        network: maps ``(B, 3, H, W)`` float pixels to a tensor with one row per image.
+        network: Maps ``(B, 3, H, W)`` float pixels to a tensor with one row per image.
         size: (height, width) of the blank images.
-        name: the network's name for error messages.
-        advice: what to try, at the end of the error message.
+        name: The network's name for error messages.
+        advice: What to try, at the end of the error message.
 
     Raises:
         ModelError: The network rejects this size or returns no tensor with one row per image.

@@ -30,13 +30,13 @@ class Output:
     """One embedding that a backbone computes per image.
 
     Attributes:
-        shape: shape of one embedding: ``(dim,)``; without pooling ``(channels, height, width)`` or
+        shape: Shape of one embedding: ``(dim,)``; without pooling ``(channels, height, width)`` or
             ``(tokens, channels)``.
         definition: ``pre-logits``, ``pooled-features`` or ``layer``.
-        layer: dotted name of the module whose output it is; empty for the whole network.
-        pool: pooling over the positions of that output; empty if it has no positions.
-        layout: layout of the layer's output: ``vector``, ``map`` or ``tokens``.
-        prefix_tokens: number of tokens that precede those of the image. Only the pooling ``cls``
+        layer: Dotted name of the module whose output it is; empty for the whole network.
+        pool: Pooling over the positions of that output; empty if it has no positions.
+        layout: Layout of the layer's output: ``vector``, ``map`` or ``tokens``.
+        prefix_tokens: Number of tokens that precede those of the image. Only the pooling ``cls``
             uses one of them, the first.
     """
 
@@ -96,14 +96,14 @@ class Taps:
     The hooks stay on the network. They do nothing in a forward pass that did not start here.
 
     Attributes:
-        outputs: descriptions of the embeddings, in the order of the names.
+        outputs: Descriptions of the embeddings, in the order of the names.
 
     Args:
-        network: the network; changed by adding hooks.
-        names: dotted names of modules; the empty name is the whole network.
-        pooling: how positions become one vector.
+        network: The network; changed by adding hooks.
+        names: Dotted names of modules; the empty name is the whole network.
+        pooling: How positions become one vector.
         size: (height, width) of the network's images.
-        model: name of the network for error messages.
+        model: Name of the network for error messages.
 
     Raises:
         ModelError: A module does not run in a forward pass, or returns no tensor with one row per
@@ -156,7 +156,7 @@ class Taps:
         """Run the network up to its last tapped layer.
 
         Args:
-            network: the network, or a compiled form of it.
+            network: The network, or a compiled form of it.
             pixels: ``(B, 3, H, W)`` float, RGB, normalized.
 
         Returns:

@@ -36,6 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     images, delay = list_images(args.images), args.milliseconds / 1000
     readers = read_ahead.MAX_READERS
+    rate(images, BATCH, readers, 0.0)  # load the decoders
     rates = in_turns(
         {
             "no delay": lambda: rate(images, args.count, readers, 0.0),

@@ -37,8 +37,8 @@ def fold_chain(network: nn.Module, chain: Chain) -> Callable[[], None]:
     """Fold the normalization of a chain into its convolution; return a function that undoes it.
 
     Args:
-        network: the network of the chain; changed in place.
-        chain: a convolution and its only follower, a normalization.
+        network: The network of the chain; changed in place.
+        chain: A convolution and its only follower, a normalization.
     """
     convolution, norm = chain.convolution, chain.follower
     assert isinstance(norm, nn.BatchNorm2d)

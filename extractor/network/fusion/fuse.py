@@ -38,8 +38,8 @@ def fuse(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
     shares its weights, or has hooks. The whole network stays if its embeddings would change.
 
     Args:
-        network: a network in float32 and eval mode.
-        embed: runs the network on ``(B, 3, H, W)`` pixels.
+        network: A network in float32 and eval mode.
+        embed: Runs the network on ``(B, 3, H, W)`` pixels.
         pixels: ``(B, 3, H, W)`` float, RGB, normalized: images of several kinds, since a network
             may take another path for each.
 
@@ -86,7 +86,7 @@ def is_worthwhile(choice: str, device: torch.device) -> bool:
 
     Args:
         choice: ``auto`` or ``off``, see :class:`extractor.options.Options`.
-        device: the device that computes.
+        device: The device that computes.
 
     ``auto`` fuses on a CPU, where it is measured (docs/performance.md), and on no other device.
     """

@@ -78,10 +78,10 @@ def pack_convolutions(
     """Pack the weights of convolutions, and fuse the activations behind them; in place.
 
     Args:
-        network: the network to change.
-        embed: runs the network.
+        network: The network to change.
+        embed: Runs the network.
         pixels: ``(B, 3, H, W)`` float input of ``embed``.
-        is_same: whether the network still computes the same embeddings.
+        is_same: Whether the network still computes the same embeddings.
 
     Returns:
         Dotted names of the fused activations; None if nothing was packed.

@@ -25,9 +25,9 @@ class Chain(NamedTuple):
     """A convolution and its follower.
 
     Attributes:
-        convolution: the convolution.
-        follower: the only module that takes its output.
-        name: dotted name of the follower.
+        convolution: The convolution.
+        follower: The only module that takes its output.
+        name: Dotted name of the follower.
     """
 
     convolution: nn.Conv2d
@@ -56,11 +56,11 @@ def find_chains(
     several times, and followers that also follow something else.
 
     Args:
-        network: the network to trace.
-        embed: runs the network.
+        network: The network to trace.
+        embed: Runs the network.
         pixels: ``(B, 3, H, W)`` float, RGB, normalized.
-        may_lead: whether a module is a convolution that may start a chain.
-        may_follow: whether a module may be a follower.
+        may_lead: Whether a module is a convolution that may start a chain.
+        may_follow: Whether a module may be a follower.
 
     Returns:
         The embeddings that ``embed`` returned, and the chains.
@@ -96,15 +96,18 @@ def find_chains(
         with counter:
             embeddings = embed(pixels)
         counter.count(embeddings)
+    return embeddings, _unambiguous_chains(outputs, calls)
+
+
+def _unambiguous_chains(outputs: Sequence[_Output], calls: Counter[nn.Module]) -> list[Chain]:
+    """Return the outputs with one use, whose follower runs only as a follower."""
     chains = [
         Chain(output.convolution, output.follower, output.name)
         for output in outputs
         if calls[output.convolution] == 1 and output.uses == 1 and output.follower is not None
     ]
     follows = Counter(chain.follower for chain in chains)
-    return embeddings, [
-        chain for chain in chains if follows[chain.follower] == calls[chain.follower]
-    ]
+    return [chain for chain in chains if follows[chain.follower] == calls[chain.follower]]
 
 
 def _independent_modules(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -131,9 +134,9 @@ class _Output:
     """Output of a convolution.
 
     Attributes:
-        convolution: the convolution.
-        uses: number of operations that took the output so far.
-        follower: the module that took it first, with its dotted name.
+        convolution: The convolution.
+        uses: Number of operations that took the output so far.
+        follower: The module that took it first, with its dotted name.
     """
 
     convolution: nn.Conv2d
