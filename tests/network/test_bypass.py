@@ -1,4 +1,4 @@
-"""Bypassed modules against networks in which an identity was put by hand."""
+"""Bypassed modules, compared with networks in which an identity was put by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SIDE = 64
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The networks are small: threads that wait for each other would cost more than they bring."""
+    """Use one thread: these networks are too small for more to pay off."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -52,13 +52,13 @@ def loaded(name: str) -> Backbone:
 
 
 def fresh(name: str = RESNET) -> Backbone:
-    """A backbone that may be changed."""
+    """Return a backbone that the test may change."""
     return replace(loaded(name), module=copy.deepcopy(loaded(name).module))
 
 
 @functools.cache
 def library_network(name: str) -> nn.Module:
-    """The library's own, with the same random weights."""
+    """Return the library's own network with the same random weights."""
     if name == VIT:
         network: nn.Module = timm.create_model(name, img_size=SIDE, num_classes=0)
     else:
@@ -69,7 +69,7 @@ def library_network(name: str) -> nn.Module:
 
 
 class First(nn.Identity):
-    """An identity that is called with a mask, too."""
+    """An identity that also accepts a mask."""
 
     def forward(self, input: torch.Tensor, **_: object) -> torch.Tensor:
         return input
@@ -101,7 +101,7 @@ def output(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
         (VIT, ["-1", "blocks.0.attn"], ["blocks.11", "blocks.0.attn"]),
     ],
 )
-def test_a_bypassed_module_is_an_identity(
+def test_bypass_equals_identity_put_by_hand(
     name: str, wanted: list[str], replaced: list[str]
 ) -> None:
     backbone, pixels = fresh(name).bypass(wanted), picture()
@@ -114,7 +114,7 @@ def test_a_bypassed_module_is_an_identity(
         assert isinstance(backbone.module.get_submodule(module), nn.Identity)
 
 
-def test_bypassing_is_also_a_method_and_adds_up() -> None:
+def test_bypass_method_adds_to_earlier_bypasses() -> None:
     first = fresh().bypass(["layer1.0"])
     second = first.bypass(["layer2.1"])
     assert second.bypassed == ("layer1.0", "layer2.1")
@@ -123,7 +123,7 @@ def test_bypassing_is_also_a_method_and_adds_up() -> None:
     assert_close(second(pixels), output(by_hand(RESNET, "layer1.0", "layer2.1"), pixels))
 
 
-def test_layers_are_taken_of_the_network_without_the_module() -> None:
+def test_layers_see_the_bypassed_network() -> None:
     backbone = load_backbone(
         RESNET,
         weights="random",
@@ -159,7 +159,7 @@ class Block(nn.Module):
 
 
 class Caller(nn.Module):
-    """Calls its blocks in all ways that there are."""
+    """Calls its blocks with positional and keyword arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +172,7 @@ class Caller(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["plain", "masked", "named"])
-def test_the_first_of_several_arguments_goes_through(name: str) -> None:
+def test_bypass_returns_the_first_of_several_arguments(name: str) -> None:
     torch.manual_seed(0)
     network = Caller().eval()
     blocks = [copy.deepcopy(module) for module in (network.plain, network.masked, network.named)]
@@ -206,7 +206,7 @@ def modules_of(backbone: Backbone) -> dict[str, int]:
         ("layer?.0", r"bypass layer2.0: .*\(3, 64, 16, 16\) into \(3, 128, 8, 8\)"),
     ],
 )
-def test_a_refused_bypass_leaves_the_network_as_it_was(wanted: str, match: str) -> None:
+def test_rejected_bypass_leaves_the_network_unchanged(wanted: str, match: str) -> None:
     backbone, pixels = fresh(), picture()
     modules, before = modules_of(backbone), backbone(pixels)
     with pytest.raises(ModelError, match=match):
@@ -216,7 +216,7 @@ def test_a_refused_bypass_leaves_the_network_as_it_was(wanted: str, match: str) 
 
 
 @pytest.mark.parametrize("second", ["layer4.0", "nowhere"])
-def test_when_one_of_several_is_refused_none_is_bypassed(second: str) -> None:
+def test_one_rejected_bypass_rolls_back_the_others(second: str) -> None:
     backbone, pixels = fresh(), picture()
     modules, before = modules_of(backbone), backbone(pixels)
     with pytest.raises(ModelError, match=second):
@@ -235,7 +235,7 @@ class Idle(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["blocks", "unused"])
-def test_a_module_that_does_not_run_cannot_be_bypassed(name: str) -> None:
+def test_bypass_rejects_a_module_that_does_not_run(name: str) -> None:
     network = Idle()
     backbone = Backbone.from_module(
         network, head=None, preprocess=Preprocess.standard(8), device="cpu"
@@ -246,7 +246,7 @@ def test_a_module_that_does_not_run_cannot_be_bypassed(name: str) -> None:
     assert getattr(network, name) is before
 
 
-def test_a_module_that_gives_more_than_a_tensor_is_not_bypassed() -> None:
+def test_bypass_rejects_a_module_that_returns_a_tuple() -> None:
     # `values, _ = attention(...)` would take a batch of two images apart, and only that.
     torch.manual_seed(0)
     backbone = Backbone.from_module(
@@ -262,17 +262,17 @@ def test_a_module_that_gives_more_than_a_tensor_is_not_bypassed() -> None:
     assert torch.equal(backbone(pixels), before)
 
 
-def test_a_module_inside_a_bypassed_one_needs_no_bypass_of_its_own() -> None:
+def test_bypass_skips_modules_inside_a_bypassed_one() -> None:
     backbone, pixels = fresh().bypass(["layer1.1**"]), picture()
     assert backbone.bypassed == ("layer1.1",)
     assert_close(backbone(pixels), output(by_hand(RESNET, "layer1.1"), pixels))
 
 
-def test_the_same_module_twice_is_bypassed_once() -> None:
+def test_bypass_takes_a_repeated_name_once() -> None:
     assert fresh().bypass(["layer1.0", "layer1.0"]).bypassed == ("layer1.0",)
 
 
-def test_the_store_says_what_was_bypassed(tmp_path: Path) -> None:
+def test_manifest_lists_bypassed_modules(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(2):
         noise(i, 70, 80).save(tmp_path / "in" / f"{i}.png")

@@ -19,12 +19,12 @@ class Nested(nn.Module):
         self.auxiliary = nn.Sequential(nn.Conv2d(8, num_classes, 1, bias=False))
 
 
-def test_classifiers_are_found_by_the_number_of_classes() -> None:
+def test_classifiers_are_found_by_number_of_classes() -> None:
     assert heads.modules_with_outputs(Nested(13), 13) == ("head.fc", "auxiliary.0")
     assert heads.modules_with_outputs(Nested(13), 14) == ()
 
 
-def test_replaced_modules_are_identities_at_any_depth() -> None:
+def test_replacement_works_at_any_depth() -> None:
     model = Nested()
     assert heads.replace_with_identity(model, ["head.fc", "auxiliary.0"]) == (
         "head.fc",
@@ -35,12 +35,12 @@ def test_replaced_modules_are_identities_at_any_depth() -> None:
 
 
 @pytest.mark.parametrize("name", ["nowhere", "head.nowhere", "nowhere.fc", "stem.weight"])
-def test_an_unknown_module_is_an_error(name: str) -> None:
+def test_replacement_rejects_an_unknown_module(name: str) -> None:
     with pytest.raises(ModelError, match="no module"):
         heads.replace_with_identity(Nested(), [name])
 
 
-def test_a_model_is_not_its_own_head() -> None:
+def test_replacement_rejects_the_whole_model() -> None:
     with pytest.raises(ModelError, match="its own head"):
         heads.replace_with_identity(Nested(), [""])
 
@@ -58,17 +58,17 @@ class Stubborn(nn.Module):
         self.fc = nn.Identity()
 
 
-def test_a_classifier_that_timm_leaves_is_an_error() -> None:
+def test_reset_rejects_a_model_that_keeps_a_classifier() -> None:
     with pytest.raises(ModelError, match="left fc_dist a Linear"):
         heads.reset_timm_classifier(Stubborn())
 
 
-def test_a_module_without_reset_classifier_is_an_error() -> None:
+def test_reset_rejects_a_model_without_reset_classifier() -> None:
     with pytest.raises(ModelError, match="no reset_classifier"):
         heads.reset_timm_classifier(nn.Linear(1, 1))
 
 
-def test_only_new_identities_are_reported() -> None:
+def test_reset_returns_only_new_identities() -> None:
     class Model(nn.Module):
         pretrained_cfg: ClassVar = {"classifier": "fc"}
 

@@ -1,4 +1,4 @@
-"""The numbers that networks compute in."""
+"""Precision of networks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from extractor.network import precision
         ("fpu avx512_bf16x", ()),
     ],
 )
-def test_half_precision_is_for_processors_that_have_it(
+def test_bfloat16_needs_a_processor_flag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, expected: tuple[str, ...]
 ) -> None:
     file = tmp_path / "cpuinfo"
@@ -31,7 +31,7 @@ def test_half_precision_is_for_processors_that_have_it(
     assert precision.faster_precisions(torch.device("cpu")) == expected
 
 
-def test_a_machine_that_tells_no_flags_has_none(
+def test_missing_cpuinfo_means_no_half_precision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "CPU_FLAGS", tmp_path / "none")
@@ -42,14 +42,14 @@ def test_a_machine_that_tells_no_flags_has_none(
     ("capability", "expected"),
     [((6, 1), ()), ((7, 5), ("float16",)), ((9, 0), ("float16", "bfloat16"))],
 )
-def test_gpus_are_told_by_their_capability(
+def test_gpu_precisions_follow_compute_capability(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     assert precision.faster_precisions(torch.device("cuda", 0)) == expected
 
 
-def test_mixed_keeps_what_is_sensitive_in_float32() -> None:
+def test_mixed_keeps_sensitive_modules_in_float32() -> None:
     module = nn.Sequential(
         nn.Conv2d(3, 8, 3),
         nn.BatchNorm2d(8),
@@ -69,8 +69,8 @@ def test_mixed_keeps_what_is_sensitive_in_float32() -> None:
 @pytest.mark.parametrize(
     "name", ["vit_tiny_patch16_224", "crossvit_9_240", "dm_nfnet_f0", "torchvision:swin_v2_t"]
 )
-def test_networks_of_many_kinds_compute_in_mixed_precision(name: str) -> None:
-    """One with a class token, one with two first layers, one with weights of its own making."""
+def test_mixed_works_in_networks_of_several_kinds(name: str) -> None:
+    """One with a class token, one with two stems, one that computes its weights."""
     exact = load_backbone(name, weights="random", device="cpu")
     height, width = exact.preprocess.input_size
     pixels = torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(1))
@@ -81,7 +81,7 @@ def test_networks_of_many_kinds_compute_in_mixed_precision(name: str) -> None:
     assert torch.nn.functional.cosine_similarity(rows, exact(pixels)).min() > 0.99
 
 
-def test_mixed_cannot_be_changed() -> None:
+def test_mixed_precision_cannot_be_changed() -> None:
     backbone = load_backbone("resnet10t", weights="random", device="cpu", precision="mixed")
     assert backbone.to(torch.device("cpu"), "mixed").precision == "mixed"
     with pytest.raises(UsageError, match=r"mixed cannot be changed; load the backbone again"):

@@ -1,4 +1,4 @@
-"""Inner layers against plain forward hooks on networks that were never touched."""
+"""Inner layers, compared with plain forward hooks on untouched networks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ POOLS = ["avg", "max", "gem", "gem:4.5", "avg+max"]
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """The networks are small: threads that wait for each other would cost more than they bring."""
+    """Use one thread: these networks are too small for more to pay off."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -46,7 +46,7 @@ def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def pooled(positions: torch.Tensor, pool: str) -> torch.Tensor:
-    """(B, positions, channels), pooled by the book."""
+    """Pool ``(B, positions, channels)`` by definition."""
     if pool == "avg":
         return positions.sum(1) / positions.shape[1]
     if pool == "max":
@@ -58,7 +58,7 @@ def pooled(positions: torch.Tensor, pool: str) -> torch.Tensor:
 
 
 def hooked(network: nn.Module, layer: str, pixels: torch.Tensor) -> torch.Tensor:
-    """What a layer gave the last time that it ran, before anything could write into it."""
+    """Return a copy of a layer's last output, before anything writes into it."""
     seen: list[torch.Tensor] = []
     module = network.get_submodule(layer)
     handle = module.register_forward_hook(lambda _, __, output: seen.append(output.clone()))
@@ -92,7 +92,7 @@ def untouched(name: str) -> nn.Module:
 def wrapped(
     network: nn.Module, size: int | tuple[int, int], head: str | None = "head"
 ) -> tuple[Backbone, nn.Module]:
-    """A backbone, and the network as it was."""
+    """Return a backbone and an untouched copy of its network."""
     backbone = Backbone.from_module(
         copy.deepcopy(network), head=head, preprocess=Preprocess.standard(size), device="cpu"
     )
@@ -115,7 +115,7 @@ def small_vit(size: tuple[int, int], patch: int = 16, **options: Any) -> nn.Modu
 
 @pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("name", ["resnet18", "torchvision:resnet18"])
-def test_a_pooled_map_is_a_hooks_map_pooled_by_hand(name: str, pool: str) -> None:
+def test_pooled_map_equals_hooked_map_pooled_by_hand(name: str, pool: str) -> None:
     backbone, pixels = loaded(name).at_layers(["layer3"], pool), picture(SIDE, SIDE)
     expected = pooled(hooked(untouched(name), "layer3", pixels).flatten(2).mT, pool)
     assert_close(backbone(pixels), expected)
@@ -125,7 +125,7 @@ def test_a_pooled_map_is_a_hooks_map_pooled_by_hand(name: str, pool: str) -> Non
     assert output.pool == ("gem:3" if pool == "gem" else pool)
 
 
-def test_load_backbone_takes_layers_and_pool() -> None:
+def test_load_backbone_accepts_layers_and_pool() -> None:
     backbone = load_backbone(
         "resnet18", weights="random", device="cpu", layers=["layer2", "layer1"], pool="max"
     )
@@ -134,7 +134,7 @@ def test_load_backbone_takes_layers_and_pool() -> None:
         assert_close(got, hooked(untouched("resnet18"), layer, pixels).amax((2, 3)))
 
 
-def test_an_unpooled_map_is_channels_first_and_contiguous() -> None:
+def test_unpooled_map_is_channels_first_and_contiguous() -> None:
     backbone, pixels = loaded("resnet18").at_layers(["layer4"], "none"), picture(SIDE, SIDE)
     got = backbone(pixels)
     assert_close(got, hooked(untouched("resnet18"), "layer4", pixels))
@@ -145,7 +145,7 @@ def test_an_unpooled_map_is_channels_first_and_contiguous() -> None:
 
 
 @pytest.mark.parametrize("pool", ["avg", "none"])
-def test_layers_of_images_that_are_not_square(pool: str) -> None:
+def test_layers_work_with_rectangular_images(pool: str) -> None:
     backbone = load_backbone(
         "resnet18",
         weights="random",
@@ -160,7 +160,7 @@ def test_layers_of_images_that_are_not_square(pool: str) -> None:
     assert_close(backbone(pixels), expected if pool == "none" else expected.mean((2, 3)))
 
 
-def test_the_last_layer_of_all_is_the_embedding_itself() -> None:
+def test_last_layer_equals_the_embedding() -> None:
     backbone, pixels = loaded("resnet18"), picture(SIDE, SIDE)
     head = backbone.at_layers(["fc"])
     assert torch.equal(head(pixels), backbone(pixels))
@@ -186,7 +186,7 @@ def small_torchvision_swin(embed_dim: int) -> nn.Module:
     ("make", "head", "layer"),
     [(small_swin, "head.fc", "layers.0"), (small_torchvision_swin, "head", "features.1")],
 )
-def test_channels_last_maps_are_pooled_over_their_positions(
+def test_channels_last_maps_are_pooled_over_positions(
     make: Callable[[int], nn.Module], head: str, layer: str, embed_dim: int
 ) -> None:
     backbone, network = wrapped(make(embed_dim), 64, head)
@@ -200,14 +200,14 @@ def test_channels_last_maps_are_pooled_over_their_positions(
     assert kept.is_contiguous()
 
 
-def test_a_channels_first_layer_of_a_channels_last_network_stays_one() -> None:
+def test_channels_first_layer_of_channels_last_network_is_recognized() -> None:
     backbone, network = wrapped(small_swin(16), 64, "head.fc")
     pixels = picture(SIDE, SIDE)
     expected = hooked(network, "patch_embed.proj", pixels)  # a convolution, (B, 16, 16, 16)
     assert_close(backbone.at_layers(["patch_embed.proj"])(pixels), expected.mean((2, 3)))
 
 
-def test_a_stage_of_torchvisions_swin_is_channels_last() -> None:
+def test_torchvision_swin_stage_is_channels_last() -> None:
     name, pixels = "torchvision:swin_t", picture(SIDE, SIDE)
     expected = hooked(untouched(name), "features.3", pixels)
     assert expected.shape == (2, 8, 8, 192)
@@ -220,7 +220,7 @@ def test_a_stage_of_torchvisions_swin_is_channels_last() -> None:
 
 
 @pytest.mark.parametrize("pool", [*POOLS, "cls", "none"])
-def test_tokens_are_pooled_without_the_class_token(pool: str) -> None:
+def test_pooling_ignores_the_class_token(pool: str) -> None:
     name, layer = VIT, "blocks.5"
     backbone, pixels = loaded(name).at_layers([layer], pool), picture(SIDE, SIDE)
     tokens = hooked(untouched(name), layer, pixels)
@@ -243,7 +243,7 @@ def test_tokens_are_pooled_without_the_class_token(pool: str) -> None:
 # At 80 x 96, 5 prefix tokens and 5 x 6 positions are 35, which is 5 x 7, too.
 @pytest.mark.parametrize("size", [(64, 64), (64, 96), (80, 96), (96, 80), (112, 112)])
 @pytest.mark.parametrize("pool", ["avg", "max", "cls"])
-def test_register_tokens_are_left_out(size: tuple[int, int], pool: str) -> None:
+def test_pooling_ignores_register_tokens(size: tuple[int, int], pool: str) -> None:
     backbone, network = wrapped(small_vit(size, reg_tokens=4), size)
     pixels, count = picture(*size), size[0] * size[1] // 256
     tokens = hooked(network, "blocks.1", pixels)
@@ -252,7 +252,7 @@ def test_register_tokens_are_left_out(size: tuple[int, int], pool: str) -> None:
     assert_close(backbone.at_layers(["blocks.1"], pool)(pixels), expected)
 
 
-def test_registers_of_a_network_without_class_token_are_left_out() -> None:
+def test_pooling_ignores_registers_without_a_class_token() -> None:
     network = small_vit((64, 64), class_token=False, reg_tokens=4, global_pool="avg")
     backbone, network = wrapped(network, 64)
     pixels = picture(SIDE, SIDE)
@@ -265,9 +265,7 @@ def test_registers_of_a_network_without_class_token_are_left_out() -> None:
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 96), (96, 64)])
 @pytest.mark.parametrize("registers", [0, 4])
-def test_what_comes_before_the_prefix_tokens_has_none(
-    size: tuple[int, int], registers: int
-) -> None:
+def test_patch_embedding_has_no_prefix_tokens(size: tuple[int, int], registers: int) -> None:
     backbone, network = wrapped(small_vit(size, reg_tokens=registers), size)
     pixels = picture(*size)
     tokens = hooked(network, "patch_embed", pixels)
@@ -279,7 +277,7 @@ def test_what_comes_before_the_prefix_tokens_has_none(
         backbone.at_layers(["patch_embed"], "cls")
 
 
-def test_tokens_of_images_that_are_not_square() -> None:
+def test_tokens_of_rectangular_images_are_recognized() -> None:
     backbone = load_backbone(
         VIT,
         weights="random",
@@ -303,7 +301,7 @@ def torchvision_vit() -> tuple[Backbone, nn.Module]:
     return wrapped(network, 32, "heads.head")
 
 
-def test_torchvisions_class_token_is_left_out_and_its_blocks_are_counted(
+def test_torchvision_vit_has_class_token_and_blocks(
     torchvision_vit: tuple[Backbone, nn.Module],
 ) -> None:
     backbone, network = torchvision_vit
@@ -315,7 +313,7 @@ def test_torchvisions_class_token_is_left_out_and_its_blocks_are_counted(
         assert_close(backbone.at_layers([str(wanted)], "cls")(pixels), tokens[:, 0])
 
 
-def test_a_tensor_that_comes_with_nothing_else_is_taken(
+def test_only_tensor_of_a_tuple_is_the_output(
     torchvision_vit: tuple[Backbone, nn.Module],
 ) -> None:
     backbone, network = torchvision_vit
@@ -329,7 +327,7 @@ def test_a_tensor_that_comes_with_nothing_else_is_taken(
 
 
 @pytest.mark.parametrize("layer", ["layer4", "fc"])
-def test_there_is_no_class_token_in_a_convolutional_network(layer: str) -> None:
+def test_cls_rejects_a_convolutional_network(layer: str) -> None:
     with pytest.raises(UsageError, match=f"pool cls: '{layer}' of .*resnet18 returns a (map|vec)"):
         loaded("resnet18").at_layers([layer], "cls")
 
@@ -339,7 +337,7 @@ def test_there_is_no_class_token_in_a_convolutional_network(layer: str) -> None:
 
 
 class InPlace(nn.Module):
-    """Writes into what its layers gave."""
+    """Writes into the outputs of its layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -357,7 +355,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("pool", ["none", "avg"])
 @pytest.mark.parametrize("layer", ["conv", "norm", "narrow"])
-def test_what_is_written_into_a_layers_output_later_does_not_count(layer: str, pool: str) -> None:
+def test_later_in_place_writes_do_not_change_the_output(layer: str, pool: str) -> None:
     backbone, network = wrapped(InPlace(), 8, None)
     pixels = picture(8, 8)
     expected = hooked(network, layer, pixels)
@@ -368,7 +366,7 @@ def test_what_is_written_into_a_layers_output_later_does_not_count(layer: str, p
     assert_close(got, expected)
 
 
-def test_an_activation_in_place_leaves_the_norm_before_it_alone() -> None:
+def test_in_place_activation_does_not_change_the_norm_before_it() -> None:
     pixels = picture(SIDE, SIDE)
     expected = hooked(untouched("resnet18"), "bn1", pixels)
     assert expected.min() < 0
@@ -376,7 +374,7 @@ def test_an_activation_in_place_leaves_the_norm_before_it_alone() -> None:
     assert_close(got, expected)
 
 
-def test_a_module_that_runs_several_times_gives_its_last_call() -> None:
+def test_last_call_of_a_module_counts() -> None:
     name, pixels = "torchvision:resnet18", picture(SIDE, SIDE)
     backbone = loaded(name).at_layers(["layer1.0.relu"], "none")
     # Its second call is the last step of the block.
@@ -390,7 +388,7 @@ def calls_of(network: nn.Module, name: str) -> list[str]:
     return calls
 
 
-def test_one_pass_gives_all_layers_and_ends_behind_the_last() -> None:
+def test_one_pass_returns_all_layers_and_ends_after_the_last() -> None:
     backbone = load_backbone("resnet18", weights="random", device="cpu", image_size=SIDE)
     tapped = backbone.at_layers(["layer3", "layer2"])
     network = backbone.module
@@ -406,7 +404,7 @@ def test_one_pass_gives_all_layers_and_ends_behind_the_last() -> None:
     assert fourth.count("") == 1  # the counter counts
 
 
-def test_the_backbone_without_layers_goes_on_as_before() -> None:
+def test_layers_do_not_change_the_original_backbone() -> None:
     backbone = load_backbone("resnet18", weights="random", device="cpu", image_size=SIDE)
     pixels = picture(SIDE, SIDE)
     before = backbone(pixels)
@@ -418,7 +416,7 @@ def test_the_backbone_without_layers_goes_on_as_before() -> None:
 
 
 class Meeting(nn.Module):
-    """Two layers, between which two threads wait for each other."""
+    """Two layers; two threads wait for each other after each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -434,7 +432,7 @@ class Meeting(nn.Module):
         return values.mean((2, 3))
 
 
-def test_two_threads_get_their_own_layers() -> None:
+def test_threads_do_not_mix_their_outputs() -> None:
     network = Meeting()
     tapped = Backbone.from_module(
         network, head=None, preprocess=Preprocess.standard(4), device="cpu"
@@ -455,7 +453,7 @@ def test_two_threads_get_their_own_layers() -> None:
         assert [values.tolist() for values in given[level]] == [[[level] * 3], [[2 * level] * 3]]
 
 
-def test_several_outputs_have_no_one_dim_and_no_one_embedding() -> None:
+def test_several_outputs_reject_dim_and_call() -> None:
     backbone = loaded("resnet18").at_layers(["layer1", "layer2"])
     for ask in (lambda: backbone.dim, lambda: backbone(picture(SIDE, SIDE))):
         with pytest.raises(UsageError, match=r"2 outputs \(layer1, layer2\); use embed"):
@@ -492,7 +490,7 @@ def test_negative_numbers_count_blocks_from_the_end(name: str, wanted: str, laye
         ("resnet18", "-0", "-0"),
     ],
 )
-def test_a_block_that_is_not_there_is_an_error(name: str, wanted: str, match: str) -> None:
+def test_missing_block_number_is_rejected(name: str, wanted: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         loaded(name).at_layers([wanted])
 
@@ -513,9 +511,7 @@ def test_a_block_that_is_not_there_is_an_error(name: str, wanted: str, match: st
         (["conv1", "*conv1"], ["conv1"]),
     ],
 )
-def test_globs_stay_between_two_dots_unless_they_have_two_stars(
-    wanted: list[str], layers: list[str]
-) -> None:
+def test_single_star_stays_between_two_dots(wanted: list[str], layers: list[str]) -> None:
     assert layers_of("resnet18", *wanted) == layers
 
 
@@ -532,31 +528,31 @@ def test_globs_stay_between_two_dots_unless_they_have_two_stars(
         ("fc.weight", "no module 'fc.weight'"),
     ],
 )
-def test_an_unknown_layer_shows_the_nearest(wanted: str, match: str) -> None:
+def test_unknown_layer_error_lists_the_nearest_names(wanted: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         loaded("resnet18").at_layers([wanted])
 
 
-def test_no_layers_at_all_are_a_usage_error() -> None:
+def test_empty_list_of_layers_is_rejected() -> None:
     with pytest.raises(UsageError, match="layer"):
         loaded("resnet18").at_layers([])
 
 
-def test_an_unknown_pooling_is_a_usage_error() -> None:
+def test_unknown_pooling_is_rejected() -> None:
     for pool in ("mean", "gem:0", "gem:-1", "gem:nan", "gem:x", "avg:3", "", "gem:inf"):
         with pytest.raises(UsageError, match=r"pool: got .*, expected one of avg, max, gem"):
             loaded("resnet18").at_layers(["layer1"], pool)
 
 
 class Halves(nn.Module):
-    """Gives two tensors."""
+    """Returns two tensors."""
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return pixels[:, :, :4], pixels[:, :, 4:]
 
 
 class Odd(nn.Module):
-    """Layers that are no layers."""
+    """Modules that cannot be layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -585,20 +581,20 @@ class Odd(nn.Module):
         ("rows", r"'rows' returned \(9, 8, 8\) for 3 images"),
     ],
 )
-def test_what_is_no_layer_is_an_error(layer: str, match: str) -> None:
+def test_layer_without_one_tensor_per_image_is_rejected(layer: str, match: str) -> None:
     backbone, _ = wrapped(Odd(), 8, None)
     with pytest.raises(ModelError, match=match):
         backbone.at_layers([layer])
 
 
-def test_a_module_whose_weights_alone_are_used_does_not_run(
+def test_module_used_only_for_its_weights_is_rejected(
     torchvision_vit: tuple[Backbone, nn.Module],
 ) -> None:
     with pytest.raises(ModelError, match="out_proj' does not run as a whole"):
         torchvision_vit[0].at_layers(["encoder.layers.encoder_layer_0.self_attention.out_proj"])
 
 
-def test_the_heads_of_an_attention_are_no_map() -> None:
+def test_attention_heads_are_not_taken_for_a_map() -> None:
     # (B, heads, tokens, channels of a head) is neither a map nor tokens.
     with pytest.raises(ModelError, match=r"q_norm' returned \(3, 3, 17, 64\)"):
         loaded(VIT).at_layers(["blocks.0.attn.q_norm"])

@@ -1,4 +1,4 @@
-"""The benchmark measures all that it names, and what it works out follows from that."""
+"""The throughput benchmark: its figures, and the values derived from them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def task(images: Path, **changes: Any) -> Namespace:
 
 
 @pytest.mark.slow
-def test_limit_and_share_follow_from_the_rates(jpegs: Path, tmp_path: Path) -> None:
+def test_limit_and_share_follow_from_rates(jpegs: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(jpegs), "--model", MODEL, "--weights", "random"]
     command += ["--device", "cpu", "--repeats", "1", "--copies", "2", "--eager"]
     command += ["--json", str(tmp_path / "figures.json"), "--without", *OTHERS]
@@ -62,7 +62,7 @@ def test_limit_and_share_follow_from_the_rates(jpegs: Path, tmp_path: Path) -> N
     assert "common-recipe" in done.stdout
 
 
-def test_a_gpu_is_bounded_by_the_slower_part() -> None:
+def test_gpu_limit_is_the_slower_part() -> None:
     rates = {"decode": (300.0, 500.0), "model": (1000.0, 400.0), "extract": (150.0, 300.0)}
     sides = {
         side: [{"images_per_second": rate, "images": 9} for rate in both]
@@ -73,7 +73,7 @@ def test_a_gpu_is_bounded_by_the_slower_part() -> None:
     assert results.shares == [0.5, 0.75]
 
 
-def test_what_cannot_be_measured_has_a_reason(jpegs: Path) -> None:
+def test_unmeasurable_side_has_a_reason(jpegs: Path) -> None:
     assert measure(task(jpegs, side="timm")) == {"reason": "not a model of timm"}
     failed = measure(task(jpegs / "nowhere", side="extract"))
     assert failed["reason"].startswith("failed: cannot read ")

@@ -1,4 +1,4 @@
-"""Normalisations go into convolutions where that changes nothing, and stay where it would."""
+"""Batch normalizations fold into convolutions where that changes no embedding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NOISE = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 
 def trained(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
-    """A normalisation that does something."""
+    """Return a normalization with statistics and weights other than the initial ones."""
     generator = torch.Generator().manual_seed(norm.num_features)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -38,7 +38,7 @@ def trained(norm: nn.BatchNorm2d) -> nn.BatchNorm2d:
 
 
 class Pair(nn.Module):
-    """A convolution, a normalisation, and the mean of each channel."""
+    """A convolution, a normalization, and the mean of each channel."""
 
     def __init__(self, convolution: nn.Module | None = None, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Pair(nn.Module):
 
 
 def folded(network: nn.Module) -> tuple[str, ...]:
-    """What :func:`fold` folds; the embeddings stay the same."""
+    """Fuse a network, check that its embeddings stay the same, and return the fused names."""
     with torch.inference_mode():
         before = network(NOISE)
         names = fuse(network, lambda pixels: [network(pixels)], NOISE)
@@ -72,13 +72,13 @@ def folded(network: nn.Module) -> tuple[str, ...]:
         Pair(norm=trained(BatchNormAct2d(8, apply_act=False))),
     ],
 )
-def test_a_convolution_takes_in_the_normalisation_behind_it(network: Pair) -> None:
+def test_normalization_folds_into_the_convolution_before_it(network: Pair) -> None:
     assert folded(network) == ("norm",)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in network.modules())
 
 
 class Both(Pair):
-    """One normalisation behind two convolutions."""
+    """One normalization behind two convolutions."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__(norm=norm)
@@ -89,7 +89,7 @@ class Both(Pair):
 
 
 @pytest.mark.parametrize("kind", [nn.BatchNorm2d, BatchNormAct2d])
-def test_a_normalisation_behind_several_convolutions_goes_into_all(
+def test_shared_normalization_folds_into_all_convolutions(
     kind: type[nn.BatchNorm2d],
 ) -> None:
     network = Both(trained(kind(8)))
@@ -103,7 +103,7 @@ class Twice(Pair):
 
 
 class Elsewhere(Pair):
-    """What the convolution gives goes to two places."""
+    """The output of the convolution has two uses."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         given = self.convolution(pixels)
@@ -114,7 +114,7 @@ class Elsewhere(Pair):
 
 
 class ElsewhereUnseen(Elsewhere):
-    """The other place does not show in these embeddings."""
+    """The second use does not affect these embeddings."""
 
     def further(self, given: torch.Tensor) -> torch.Tensor:
         return 0 * given.amax((2, 3))
@@ -165,7 +165,7 @@ def with_hook(name: str) -> Pair:
     ],
     ids=lambda network: type(network).__name__,
 )
-def test_what_is_not_alone_or_not_as_simple_stays(network: Pair) -> None:
+def test_normalization_stays_if_folding_is_not_exact(network: Pair) -> None:
     state = copy.deepcopy(network.state_dict())
     assert folded(network) == ()
     for name, value in network.state_dict().items():
@@ -173,7 +173,7 @@ def test_what_is_not_alone_or_not_as_simple_stays(network: Pair) -> None:
 
 
 class LooksAtItself(Pair):
-    """It computes something else once its modules are others."""
+    """Computes something else if its modules were replaced."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         is_whole = isinstance(self.norm, nn.BatchNorm2d)
@@ -187,7 +187,7 @@ class NeedsItsNorm(Pair):
 
 
 @pytest.mark.parametrize("kind", [LooksAtItself, NeedsItsNorm])
-def test_a_network_that_would_change_is_put_back(kind: Callable[[], Pair]) -> None:
+def test_network_whose_embeddings_change_is_restored(kind: Callable[[], Pair]) -> None:
     network = kind()
     state = copy.deepcopy(network.state_dict())
     assert folded(network) == ()
@@ -199,7 +199,7 @@ def test_a_network_that_would_change_is_put_back(kind: Callable[[], Pair]) -> No
 @pytest.mark.parametrize(
     "model", ["timm:test_resnet", "timm:mobilenetv3_small_050", "torchvision:mobilenet_v2"]
 )
-def test_a_run_folds_and_what_is_loaded_to_be_looked_into_is_whole(model: str) -> None:
+def test_runs_fold_and_load_backbone_does_not(model: str) -> None:
     whole = load_backbone(model, weights="random", device="cpu")
     (run,) = Extractor(model, weights="random", device="cpu").backbones
     pixels = torch.randn(2, 3, *whole.preprocess.input_size)
@@ -212,7 +212,7 @@ def test_a_run_folds_and_what_is_loaded_to_be_looked_into_is_whole(model: str) -
     assert norms[1] == 0
 
 
-def test_layers_keep_their_values(
+def test_folding_keeps_the_values_of_layers(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layers = ["conv1", "bn1", "layer2.0.bn2", "layer3"]
@@ -237,7 +237,7 @@ def test_layers_keep_their_values(
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_a_backbone_of_the_users_stays_as_it_is_and_its_copy_is_folded() -> None:
+def test_run_folds_a_copy_of_the_users_backbone() -> None:
     network = Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     (run,) = load_specs([backbone], Options())[0].backbones
@@ -252,7 +252,7 @@ class NotToBeCopied(Pair):
 
 
 @pytest.mark.parametrize("kind", ["not to be copied", "compiled"])
-def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str) -> None:
+def test_uncopyable_or_compiled_module_runs_unfused(kind: str) -> None:
     network = NotToBeCopied() if kind == "not to be copied" else Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     if kind == "compiled":
@@ -262,7 +262,7 @@ def test_a_module_that_cannot_be_copied_or_is_compiled_is_run_as_it_is(kind: str
     assert isinstance(network.norm, nn.BatchNorm2d)
 
 
-def test_half_precision_is_of_the_folded_network() -> None:
+def test_half_precision_applies_to_the_folded_network() -> None:
     half = load_backbone("timm:test_resnet", weights="random", device="cpu", precision="bfloat16")
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in half.module.modules())
     half.fold()
@@ -274,7 +274,7 @@ def test_half_precision_is_of_the_folded_network() -> None:
     assert not any(isinstance(module, nn.BatchNorm2d) for module in run.module.modules())
 
 
-def test_an_extractor_follows_the_users_module() -> None:
+def test_extractor_uses_the_users_module_itself() -> None:
     network = Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     extractor = Extractor(backbone)
@@ -286,7 +286,7 @@ def test_an_extractor_follows_the_users_module() -> None:
 
 
 class Night(Pair):
-    """Dark images go another way, through a normalisation of their own."""
+    """Dark images take another path, through a normalization of their own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Night(Pair):
 
 
 class ByNumber(Pair):
-    """One image alone goes another way."""
+    """A single image takes another path."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         given = self.convolution(pixels)
@@ -311,7 +311,7 @@ class ByNumber(Pair):
 
 
 @pytest.mark.parametrize("kind", [Night, ByNumber])
-def test_a_network_that_takes_several_ways_stays(kind: Callable[[], Pair]) -> None:
+def test_network_with_several_paths_is_restored(kind: Callable[[], Pair]) -> None:
     network = kind()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     assert backbone.fold().folded == ()
@@ -319,7 +319,7 @@ def test_a_network_that_takes_several_ways_stays(kind: Callable[[], Pair]) -> No
 
 
 class OwnWeight(NeedsItsNorm):
-    """The weight is no parameter, and the network has to be put back."""
+    """The weight is a buffer, and the network has to be restored."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -328,12 +328,12 @@ class OwnWeight(NeedsItsNorm):
         self.convolution.register_buffer("weight", weight)
 
 
-def test_weights_that_are_no_parameters_stay() -> None:
+def test_convolution_with_buffer_weights_is_not_folded() -> None:
     assert folded(OwnWeight()) == ()
 
 
 @pytest.mark.parametrize("choose", ["at_layers", "bypass"])
-def test_layers_are_chosen_before_folding(choose: str) -> None:
+def test_folded_backbone_rejects_layers_and_bypasses(choose: str) -> None:
     backbone = load_backbone("timm:test_resnet", weights="random", device="cpu").fold()
     assert "bn1" in backbone.folded
     with pytest.raises(UsageError, match=r"before fold\(\), which changes"):

@@ -1,4 +1,4 @@
-"""Which runs fuse their networks."""
+"""Fusion follows the option and the device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def backbone() -> Backbone:
 
 
 def copied(backbone: Backbone, device: str) -> Backbone:
-    """A copy that claims to be on a device."""
+    """Return a copy that claims to be on a device."""
     return replace(backbone, module=copy.deepcopy(backbone.module), device=torch.device(device))
 
 

@@ -1,4 +1,4 @@
-"""Convolutions keep their weights packed and do their activations, and give what they gave."""
+"""Packed convolutions with fused activations compute the same as the original network."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def is_packed(convolution: nn.Module) -> bool:
 
 
 def packed(network: nn.Module) -> tuple[str, ...]:
-    """What is gone; the embeddings are the same, also of other shapes than the first."""
+    """Fuse a network, compare its embeddings for several shapes, and return the fused names."""
     whole = copy.deepcopy(network)
     with torch.inference_mode():
         names = fuse(network, lambda pixels: [network(pixels)], NOISE)
@@ -70,7 +70,9 @@ def packed(network: nn.Module) -> tuple[str, ...]:
     ],
     ids=str,
 )
-def test_a_convolution_does_the_activation_behind_it(activation: nn.Module, precision: str) -> None:
+def test_convolution_computes_the_activation_behind_it(
+    activation: nn.Module, precision: str
+) -> None:
     network = Net(activation)
     whole = copy.deepcopy(network)
     assert packed(network) == ("activation",)
@@ -94,7 +96,7 @@ def test_a_convolution_does_the_activation_behind_it(activation: nn.Module, prec
     ],
     ids=str,
 )
-def test_convolutions_of_any_form_are_packed(convolution: nn.Module) -> None:
+def test_convolutions_of_all_shapes_are_packed(convolution: nn.Module) -> None:
     network = Net(convolution=convolution)
     assert packed(network) == ("activation",)
     assert is_packed(network.convolution)
@@ -109,7 +111,7 @@ def test_convolutions_of_any_form_are_packed(convolution: nn.Module) -> None:
     ],
     ids=["same", "reflect", "parametrised"],
 )
-def test_others_stay_as_they_are(convolution: nn.Module) -> None:
+def test_convolutions_without_zero_padding_stay_plain(convolution: nn.Module) -> None:
     network = Net(convolution=nn.Sequential(nn.Conv2d(3, 3, 1), convolution))
     assert packed(network) == ()
     assert is_packed(network.convolution[0])
@@ -143,23 +145,23 @@ class Twice(Net):
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("kind", [AfterASum, OfAPart, Twice])
-def test_an_activation_of_something_else_stays(kind: type[Net], inplace: bool) -> None:
+def test_activation_of_something_else_stays(kind: type[Net], inplace: bool) -> None:
     network = kind(nn.ReLU(inplace=inplace))
     assert packed(network) == ()
     assert isinstance(network.activation, nn.ReLU)
     assert is_packed(network.convolution)
 
 
-def test_an_activation_stays_where_its_input_goes_elsewhere_too() -> None:
+def test_activation_stays_if_its_input_has_another_use() -> None:
     assert packed(AlsoElsewhere()) == ()
 
 
-def test_what_was_changed_in_place_is_what_goes_elsewhere() -> None:
+def test_in_place_activation_is_fused_if_its_output_has_another_use() -> None:
     assert packed(AlsoElsewhere(nn.ReLU(inplace=True))) == ("activation",)
 
 
 @pytest.mark.parametrize("assign", [False, True])
-def test_new_weights_are_seen(assign: bool) -> None:
+def test_new_weights_are_packed_again(assign: bool) -> None:
     network = Net()
     packed(network)
     for value in (0.1, 0.2, 0.3):
@@ -170,7 +172,7 @@ def test_new_weights_are_seen(assign: bool) -> None:
         torch.testing.assert_close(network(NOISE), other(NOISE), atol=1e-5, rtol=1e-5)
 
 
-def test_weights_where_others_lay_are_not_taken_for_them() -> None:
+def test_new_weights_at_a_reused_address_are_packed_again() -> None:
     network, other = Net(), Net()
     packed(network)
     with torch.inference_mode():
@@ -182,7 +184,7 @@ def test_weights_where_others_lay_are_not_taken_for_them() -> None:
             del weights
 
 
-def test_a_view_of_the_weights_is_not_taken_for_them() -> None:
+def test_view_of_the_weights_is_packed_again() -> None:
     network = Net(convolution=nn.Conv2d(3, 3, 3))
     other = copy.deepcopy(network)
     packed(network)
@@ -193,7 +195,7 @@ def test_a_view_of_the_weights_is_not_taken_for_them() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_gradients_are_those_of_the_whole_network() -> None:
+def test_gradients_of_packed_network_equal_those_of_original() -> None:
     network, whole = Net(nn.SiLU()), Net(nn.SiLU())
     packed(network)
     assert_same_gradients(network, whole, NOISE)
@@ -206,7 +208,7 @@ def test_gradients_are_those_of_the_whole_network() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torchscript_gets_all_of_it_or_nothing() -> None:
+def test_torchscript_traces_packed_network_and_rejects_scripting() -> None:
     network = Net(nn.SiLU())
     before = network(NOISE)
     packed(network)
@@ -216,7 +218,7 @@ def test_torchscript_gets_all_of_it_or_nothing() -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
-def test_a_copy_has_weights_of_its_own(copied: Callable[[nn.Module], nn.Module]) -> None:
+def test_copy_has_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> None:
     network = Net()
     packed(network)
     before = network(NOISE)
@@ -228,14 +230,14 @@ def test_a_copy_has_weights_of_its_own(copied: Callable[[nn.Module], nn.Module])
     assert torch.equal(network(NOISE), before)
 
 
-def test_numbers_that_it_cannot_compute_with_are_left_to_torch() -> None:
+def test_unsupported_dtype_is_computed_by_torch() -> None:
     network, whole = Net(nn.SiLU()), Net(nn.SiLU())
     packed(network)
     expected = whole.double()(NOISE.double())
     assert torch.equal(network.double()(NOISE.double()), expected)
 
 
-def test_weights_that_are_too_large_to_be_there_twice_are_not(
+def test_weights_above_the_size_limit_are_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(packing, "MAX_PACKED_BYTES", 100)
@@ -244,7 +246,7 @@ def test_weights_that_are_too_large_to_be_there_twice_are_not(
     assert not is_packed(network.convolution)
 
 
-def test_a_network_that_would_give_something_else_is_put_together_again() -> None:
+def test_network_whose_embeddings_change_is_unpacked() -> None:
     class Careful(Net):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             changed = isinstance(self.activation, nn.Identity)
@@ -265,7 +267,7 @@ def refusing(*_: object) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("failing", [wrong, refusing])
-def test_normalisations_stay_folded_where_packing_fails(
+def test_normalizations_stay_folded_if_packing_fails(
     failing: Callable[..., torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).eval()
@@ -278,7 +280,7 @@ def test_normalisations_stay_folded_where_packing_fails(
 
 
 @pytest.mark.parametrize("wrap", [lambda network: network, copy.deepcopy])
-def test_a_packed_network_compiles(wrap: Callable[[nn.Module], nn.Module]) -> None:
+def test_packed_network_compiles_to_one_graph(wrap: Callable[[nn.Module], nn.Module]) -> None:
     network = Net(nn.Hardswish())
     packed(network)
     before = network(NOISE)
@@ -294,7 +296,7 @@ def test_a_packed_network_compiles(wrap: Callable[[nn.Module], nn.Module]) -> No
     assert len(graphs) == 1
 
 
-def test_the_output_of_a_convolution_can_still_be_a_layer() -> None:
+def test_convolution_output_can_still_be_a_layer() -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU())
     network.append(nn.Flatten())
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
