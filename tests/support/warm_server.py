@@ -6,7 +6,9 @@ module or a program text just as a new interpreter would, without paying for the
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -14,6 +16,8 @@ import runpy
 import signal
 import socket
 import sys
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +87,45 @@ def _become(request: dict[str, Any], streams: list[int]) -> None:
         importlib.reload(constants)
 
 
+def _run(request: dict[str, Any]) -> int:
+    """Run what is asked for; return the exit code, as an interpreter would."""
+    sys.argv = ["-c", *request["arguments"]]
+    try:
+        if request["module"]:
+            runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+        else:
+            exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        print(stop.code, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        traceback.print_exc()
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def _exit(code: int) -> None:
+    """End the process without freeing every object of torch, which would take a second."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            code = 120
+    os._exit(code)
+
+
 if __name__ == "__main__":
     for library in LIBRARIES:
         importlib.import_module(library)
-    request = next_request(socket.socket(fileno=int(sys.argv[1])))
-    sys.argv = ["-c", *request["arguments"]]
-    if request["module"]:
-        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
-    else:
-        exec(compile(request["code"], "<string>", "exec"), {"__name__": "__main__"})
+    gc.collect()
+    gc.freeze()  # a garbage collection of a child copies no page of these objects
+    _exit(_run(next_request(socket.socket(fileno=int(sys.argv[1])))))
