@@ -355,6 +355,6 @@ def test_every_accepted_mode_and_filter_gives_a_picture(resize: str, interpolati
 def test_as_dict_survives_json() -> None:
     preprocess = Preprocess(**VALID)
     again = json.loads(json.dumps(preprocess.as_dict()))
-    rebuilt = {k: tuple(v) if isinstance(v, list) else v for k, v in again.items()}
+    rebuilt: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in again.items()}
     assert again["resize_size"] == [256, 256]
     assert Preprocess(**rebuilt) == preprocess

@@ -56,7 +56,7 @@ def main() -> None:
     }
 
     def rate(decode: Decode) -> float:
-        return len(paths) / seconds(lambda: [decode(path) for path in paths])
+        return len(paths) / seconds(lambda: [decode(path) for path in paths])  # type: ignore[func-returns-value]
 
     rates = in_turns(
         {name: lambda decode=decode: rate(decode) for name, decode in ways.items()},  # type: ignore[misc]

@@ -285,7 +285,7 @@ def _run_timm(task: Task, dtype: torch.dtype) -> Figures:
     from timm.data import ImageDataset, create_loader, resolve_model_data_config
 
     device = _device(task)
-    network = _timm_network(task).eval().to(device, dtype, memory_format=torch.channels_last)
+    network = _timm_network(task).eval().to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     config = resolve_model_data_config(network)
     loader = create_loader(
         ImageDataset(task.images),

@@ -12,6 +12,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 from common import argument_parser, report, seconds, spread
 
@@ -50,7 +51,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             extract(images, backbones, folder, batch_size=BATCH)
 
-    lines, turns = [], []
+    lines: list[str] = []
+    turns: list[dict[str, Any]] = []
     for _ in range(args.repeats):
         parts = [seconds(lambda spec=spec: compute(images, spec)) for spec in specs]  # type: ignore[misc]
         parts.append(seconds(lambda: decode(images, specs)))

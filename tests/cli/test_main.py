@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,7 +276,7 @@ def pipe_without_reader() -> Iterator[int]:
 def test_a_summary_that_nobody_reads_is_no_error(
     reader: str, photos: Path, tmp_path: Path, pipe_without_reader: int
 ) -> None:
-    streams: dict[str, int | None] = {}
+    streams: dict[str, Any] = {}
     if reader == "pipe":
         streams = {"stdout": pipe_without_reader}
     if reader in ("no stdout", "neither"):
@@ -306,7 +307,10 @@ def test_a_home_that_cannot_be_written_is_no_matter(
 ) -> None:
     """What is compiled goes where there is room for it, and nothing else depends on it."""
     home = str(tmp_path / "home") if caches == "here" else "/proc/none"
-    environment = {"HOME": home, "XDG_CACHE_HOME": "" if caches == "here" else caches}
+    environment: dict[str, Any] = {
+        "HOME": home,
+        "XDG_CACHE_HOME": "" if caches == "here" else caches,
+    }
     words = [*MODEL, "--image-size", "64", str(photos), "-o", str(tmp_path / "out")]
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     done = command(*words, **environment)

@@ -190,7 +190,9 @@ def test_show_lists_heads_and_layers_with_their_shapes(
 def test_show_takes_models_by_place_with_their_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_for_hf(timm.create_model("test_resnet", num_classes=7), tmp_path, safe_serialization=True)
+    save_for_hf(
+        timm.create_model("test_resnet", num_classes=7), str(tmp_path), safe_serialization=True
+    )
     found = json.loads(run(capsys, "models", "show", f"local-dir:{tmp_path}", "--json"))
     assert (found["dim"], found["heads"], found["weights"]) == (96, ["fc"], [])
     layers = {one["layer"]: one["shape"] for one in found["layers"]}

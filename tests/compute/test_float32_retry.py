@@ -6,6 +6,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ class Far(nn.Module):
 
 
 @pytest.fixture
-def far_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def far_model(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """A model that overflows in half precision; returns the precisions that it is loaded in."""
     loaded = []
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -291,7 +292,12 @@ def test_a_network_that_was_really_compiled_gives_the_same_rows(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    settings = {"weights": "random", "device": "cpu", "precision": "float32", "batch_size": 4}
+    settings: dict[str, Any] = {
+        "weights": "random",
+        "device": "cpu",
+        "precision": "float32",
+        "batch_size": 4,
+    }
     eager = extract(photos, "resnet10t", tmp_path / "a", compile="off", **settings)  # type: ignore[arg-type]
     fast = extract(photos, "resnet10t", tmp_path / "b", compile="on", **settings)  # type: ignore[arg-type]
     assert fast.is_compiled
@@ -332,14 +338,14 @@ def test_layers_are_not_compiled(
 @pytest.mark.cuda
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_on_a_gpu_what_is_chosen_keeps_the_embeddings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: Any
 ) -> None:
     monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
     for seed in range(24):
         path = tmp_path / "images" / f"{seed:02d}.png"
         path.parent.mkdir(exist_ok=True)
         noise(seed, 240, 320).save(path)
-    settings = {"weights": "random", "batch_size": 8}
+    settings: dict[str, Any] = {"weights": "random", "batch_size": 8}
     exact = extract(
         tmp_path / "images",
         "resnet18",

@@ -128,7 +128,7 @@ def view(out: Path) -> dict[str, Colour] | None:
     zero, one = (np.array(normalized((level,) * 3)) for level in (0, 255))
     levels = (rows - zero) / (one - zero) * 255
     assert abs(levels - levels.round()).max(initial=0) < 0.01
-    colors = [tuple(map(int, row)) for row in levels.round()]
+    colors = [(int(r), int(g), int(b)) for r, g, b in levels.round()]
     return dict(zip(store.paths, colors, strict=True))
 
 
@@ -191,7 +191,7 @@ def in_child(
                 step()
                 fsync(descriptor)
 
-            os.fsync = synced
+            os.fsync = synced  # type: ignore[assignment]
             sys.addaudithook(hook)
             action()
             os._exit(0)
@@ -403,7 +403,7 @@ class Growth(RuleBasedStateMachine):
 def test_store_follows_any_history_of_its_folder(tmp_path: Path) -> None:
     numbers = itertools.count()
     run_state_machine_as_test(
-        lambda: Growth(tmp_path / str(next(numbers))),
+        lambda: Growth(tmp_path / str(next(numbers))),  # type: ignore[arg-type]
         settings=settings(
             max_examples=EXAMPLES,
             stateful_step_count=STEPS,
@@ -622,7 +622,7 @@ def test_open_reader_keeps_its_rows_while_store_grows(folder: Folder, tmp_path: 
 
 def test_each_of_two_stores_gets_its_missing_rows(folder: Folder, tmp_path: Path) -> None:
     models = ["mean", "small"]
-    settings = {**SIZES, "shard_images": 2}
+    settings: dict[str, Any] = {**SIZES, "shard_images": 2}
     places = [tmp_path / "out" / model for model in models]
     for change in [lambda: None, lambda: folder.write("c.png"), lambda: folder.delete("a.png")]:
         change()

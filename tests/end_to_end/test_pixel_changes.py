@@ -249,7 +249,7 @@ def test_unsupported_image_size_fails_before_reading_images(
     monkeypatch.setattr(
         "extractor.loading.image_decoder.decode_into", lambda *given: read.append(given)
     )
-    options = {} if model == "own" else {"weights": "random"}
+    options: dict[str, Any] = {} if model == "own" else {"weights": "random"}
     with pytest.raises(ModelError, match=match):
         extract(
             folder,

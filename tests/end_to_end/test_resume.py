@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_resumed_store_equals_undisturbed_store(
     files = sorted(path for path in photos.rglob("*") if path.is_file())
     for place in bad:
         files[place].write_text("bad")
-    settings = {"batch_size": 2, "shard_images": shard_images}
+    settings: dict[str, Any] = {"batch_size": 2, "shard_images": shard_images}
     extract(photos, "mean", tmp_path / "undisturbed", **settings)
     expected = content(tmp_path / "undisturbed")
     out = tmp_path / "out"
@@ -82,7 +83,7 @@ def test_resumed_store_equals_undisturbed_store(
 def test_shard_lost_in_a_power_cut_costs_no_later_row(
     photos: Path, tmp_path: Path, batches: int, is_there: bool
 ) -> None:
-    settings = {"batch_size": 1, "shard_images": 3}
+    settings: dict[str, Any] = {"batch_size": 1, "shard_images": 3}
     extract(photos, "mean", tmp_path / "undisturbed", **settings)
     out = tmp_path / "out"
     with pytest.raises(InterruptedRunError, match=f"stopped after {batches} of 11 images"):
@@ -136,12 +137,12 @@ def test_several_stores_resume_together(photos: Path, tmp_path: Path) -> None:
 def test_changed_options_are_refused_and_never_mixed(
     photos: Path,
     tmp_path: Path,
-    change: Callable[[Path], dict[str, object] | None],
+    change: Callable[[Path], dict[str, Any] | None],
     match: str,
     finished: bool,
 ) -> None:
     out = tmp_path / "out"
-    settings: dict[str, object] = {"batch_size": 2}
+    settings: dict[str, Any] = {"batch_size": 2}
     if finished:
         extract(photos, "mean", out, **settings)
     else:
@@ -171,7 +172,7 @@ def test_resumed_run_computes_only_changed_images(
     photos: Path, tmp_path: Path, finished: bool, shard_images: int
 ) -> None:
     out = tmp_path / "out"
-    settings = {"batch_size": 2, "shard_images": shard_images}
+    settings: dict[str, Any] = {"batch_size": 2, "shard_images": shard_images}
     if finished:
         extract(photos, "mean", out, **settings)
     else:

@@ -162,7 +162,7 @@ def test_store_refuses_another_decode_mode(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r'computation.decode: "scaled" there, "exact" now'):
         extract(tmp_path / "in", mean_pixel(), tmp_path / "scaled", decode="exact")
     with pytest.raises(UsageError, match="decode: got 'fast', expected one of scaled, exact"):
-        extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")
+        extract(tmp_path / "in", mean_pixel(), tmp_path / "fast", decode="fast")  # type: ignore[arg-type]
 
 
 def test_callers_image_keeps_its_size() -> None:

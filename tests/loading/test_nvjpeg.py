@@ -177,7 +177,7 @@ class Run:
         self.calls.append(len(encoded))
         return self.decode(encoded)
 
-    def __call__(self, decode: str = "gpu", **options: Any) -> Report:
+    def __call__(self, decode: Any = "gpu", **options: Any) -> Report:
         options = {"batch_size": 4, "workers": 2, **options}
         return extract(self.folder, "mean", self.out / decode, decode=decode, **options)
 

@@ -205,7 +205,7 @@ def test_the_network_is_in_eval_mode_and_frozen() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_half_precision_stays_near_float32(precision: str, device: str) -> None:
+def test_half_precision_stays_near_float32(precision: Any, device: str) -> None:
     pixels = picture((64, 64))
     exact = load_backbone("resnet18", weights="random", device="cpu")(pixels)
     backbone = load_backbone("resnet18", weights="random", device=device, precision=precision)
@@ -246,7 +246,9 @@ def torchvision_cache(home: Path, name: str, tag: str = "DEFAULT", **options: An
 def test_cached_torchvision_weights_compute_what_torchvision_computes(
     name: str, empty_caches: Path
 ) -> None:
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    options: dict[str, Any] = (
+        {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    )
     torchvision_cache(empty_caches, name, **options)
     backbone = load_backbone(f"torchvision:{name}", device="cpu")
     theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()

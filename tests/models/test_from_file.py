@@ -198,7 +198,7 @@ def test_a_module_is_frozen_and_no_longer_trained() -> None:
 
 @pytest.mark.parametrize("options", [{"weights": "random"}, {"weights_key": "model_ema"}])
 def test_a_backbone_in_hand_takes_no_other_weights(
-    options: dict[str, str], photos: Path, tmp_path: Path
+    options: dict[str, Any], photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="the backbone already has weights"):
         extract(photos, backbone(classifier(), "3"), tmp_path / "out", **options)
@@ -462,7 +462,7 @@ def test_other_code_is_another_network(file: Path, photos: Path, tmp_path: Path)
     (file.parent / "beside_it.py").write_text("FACTOR = 1\n")
     text = file.read_text()
     file.write_text(f"from beside_it import FACTOR\n{text}")
-    settings = {"image_size": 8, "device": "cpu", "batch_size": 4}
+    settings: dict[str, Any] = {"image_size": 8, "device": "cpu", "batch_size": 4}
     out = tmp_path / "out"
     made = extract(photos, f"{file}:bare", out, **settings)
     assert extract(photos, f"{file}:bare", out, **settings).resumed == made.rows

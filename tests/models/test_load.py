@@ -73,11 +73,11 @@ def sha256(path: Path) -> str:
 
 @pytest.mark.parametrize("safe", [True, False, "both"])
 def test_a_repository_is_a_model_with_its_own_weights_and_pixels(
-    safe: bool | str, empty_caches: Path
+    safe: Any, empty_caches: Path
 ) -> None:
     published = network()
     folder = snapshot(empty_caches, "me/net")
-    save_for_hf(published, folder, safe_serialization=safe)
+    save_for_hf(published, str(folder), safe_serialization=safe)
     backbone = load_backbone("hf-hub:me/net", device="cpu")
     assert_close(backbone(pixels()), pre_logits(published))
     assert backbone.preprocess.mean == MEAN
@@ -94,7 +94,7 @@ def revisions(empty_caches: Path) -> dict[str, nn.Module]:
     networks = {A: network(seed=5), B: network(seed=6)}
     for (commit, published), ref in zip(networks.items(), ("main", "v2"), strict=True):
         save_for_hf(
-            published, snapshot(empty_caches, "me/net", commit, ref), safe_serialization=True
+            published, str(snapshot(empty_caches, "me/net", commit, ref)), safe_serialization=True
         )
     return networks
 
@@ -122,7 +122,7 @@ def test_weights_of_a_repository_fit_models_of_torchvision(empty_caches: Path) -
 
 def test_arguments_of_the_architecture_are_those_of_the_config(empty_caches: Path) -> None:
     published = network("test_vit3", img_size=96, depth=2)
-    save_for_hf(published, snapshot(empty_caches, "me/net"), safe_serialization=True)
+    save_for_hf(published, str(snapshot(empty_caches, "me/net")), safe_serialization=True)
     backbone = load_backbone("hf-hub:me/net", device="cpu")
     assert backbone.preprocess.input_size == (96, 96)
     assert_close(backbone(pixels(96)), pre_logits(published, 96))
@@ -152,7 +152,7 @@ def test_what_is_no_repository_is_said_to_be_none(name: str, as_weights: bool) -
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    save_for_hf(network(), tmp_path / "net", safe_serialization=True)
+    save_for_hf(network(), str(tmp_path / "net"), safe_serialization=True)
     return tmp_path / "net"
 
 
@@ -234,7 +234,9 @@ def test_a_config_with_nonsense_is_no_fault_of_the_program(
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_of_grey_pictures_is_no_fault_of_the_program(tmp_path: Path) -> None:
-    save_for_hf(timm.create_model("test_resnet", in_chans=1), tmp_path, safe_serialization=True)
+    save_for_hf(
+        timm.create_model("test_resnet", in_chans=1), str(tmp_path), safe_serialization=True
+    )
     with pytest.raises(ExtractorError, match=r"local-dir:"):
         load_folder(tmp_path)
 
@@ -302,7 +304,7 @@ def test_a_tag_of_timm_stands_in_the_name_or_in_the_weights(
     for seed, one in enumerate(TAGS):
         torch.manual_seed(seed)
         networks[one] = timm.create_model(architecture).eval()
-        repository = timm.get_pretrained_cfg(f"{architecture}.{one}").hf_hub_id
+        repository: Any = timm.get_pretrained_cfg(f"{architecture}.{one}").hf_hub_id
         where = snapshot(empty_caches, repository)
         save_file(networks[one].state_dict(), where / "model.safetensors")
     backbone = load_backbone(name.format(architecture), weights=weights, device="cpu")

@@ -52,7 +52,8 @@ class Stubborn(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc, self.fc_dist = nn.Linear(2, 3), nn.Linear(2, 3)
+        self.fc: nn.Module = nn.Linear(2, 3)
+        self.fc_dist: nn.Module = nn.Linear(2, 3)
 
     def reset_classifier(self, num_classes: int) -> None:
         self.fc = nn.Identity()
@@ -74,7 +75,8 @@ def test_reset_returns_only_new_identities() -> None:
 
         def __init__(self) -> None:
             super().__init__()
-            self.drop_path, self.fc = nn.Identity(), nn.Linear(2, 3)
+            self.drop_path = nn.Identity()
+            self.fc: nn.Module = nn.Linear(2, 3)
 
         def reset_classifier(self, num_classes: int) -> None:
             self.fc = nn.Identity()

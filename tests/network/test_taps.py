@@ -84,7 +84,8 @@ def untouched(name: str) -> nn.Module:
     if library == "torchvision":
         network = torchvision.models.get_model(short, weights=None)
     else:
-        network = timm.create_model(short, **({"img_size": SIDE} if name == VIT else {}))
+        options: dict[str, Any] = {"img_size": SIDE} if name == VIT else {}
+        network = timm.create_model(short, **options)
     network.load_state_dict(loaded(name).module.state_dict(), strict=False)
     return network.eval()
 
@@ -420,7 +421,8 @@ class Meeting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second, self.barrier = nn.ReLU(), nn.ReLU(), None
+        self.first, self.second = nn.ReLU(), nn.ReLU()
+        self.barrier: threading.Barrier | None = None
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         values = self.first(pixels)

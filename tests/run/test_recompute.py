@@ -55,7 +55,7 @@ def test_recompute_confirms_unchanged_rows(
 def test_recompute_uses_precision_of_store(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    computed = []
+    computed: list[Any] = []
 
     def spy(specs: Sequence[EmbeddingSpec], *rest: Any, **options: Any) -> Any:
         computed.extend(backbone.precision for backbone in specs[0].backbones)

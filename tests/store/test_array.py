@@ -33,7 +33,7 @@ def build(lengths: list[int]) -> tuple[ShardedArray, np.ndarray]:
     return ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(np.float32)), whole
 
 
-@pytest.fixture(params=LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.fixture(params=[*LAYOUTS.values()], ids=[*LAYOUTS])
 def both(request: pytest.FixtureRequest) -> tuple[ShardedArray, np.ndarray]:
     return build(request.param)
 
@@ -339,6 +339,7 @@ def test_results_are_plain_arrays_even_over_memory_maps(tmp_path: Any) -> None:
 def test_slice_inside_one_part_is_a_view() -> None:
     parts = [np.zeros((3, DIM)), np.ones((4, DIM))]
     array = ShardedArray(parts, row_shape=(DIM,), dtype=np.dtype(float))
+    index: Any
     for index in (slice(0, 3), slice(1, 2), slice(0, 3, 2), slice(2, None, -1), 1, -6, (1,)):
         assert np.shares_memory(array[index], parts[0]), index
     for index in (slice(3, 7), slice(-2, None), slice(6, 3, -1), 3, (slice(4, 6), 1)):

@@ -22,7 +22,7 @@ from extractor.store.reader import FeatureStore
 from extractor.store.writer import StoreRun, rewrite
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
-Checked = Callable[[Path], "np.ndarray | None"]
+Checked = Callable[[Path], Any]  # rows of a store, or None
 Fill = Callable[..., StoreRun]
 WriteStore = Callable[..., Path]
 

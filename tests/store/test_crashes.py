@@ -27,7 +27,7 @@ from extractor.store.reader import FeatureStore
 from extractor.store.writer import InterruptedRun, StoreRun, take_up
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
-Checked = Callable[[Path], "np.ndarray | None"]
+Checked = Callable[[Path], Any]  # rows of a store, or None
 Fill = Callable[..., StoreRun]
 WriteStore = Callable[..., Path]
 MakeRecords = Callable[..., list[ImageRecord]]
@@ -58,7 +58,7 @@ def in_child(action: Callable[[], object], at_step: Callable[[int], None]) -> bo
                 at_step(next(steps))
                 fsync(descriptor)
 
-            os.fsync = synced
+            os.fsync = synced  # type: ignore[assignment]
             sys.addaudithook(hook)
             action()
             os._exit(0)
@@ -102,7 +102,7 @@ OLD = {
 }
 
 
-@pytest.fixture(params=OLD.values(), ids=OLD.keys())
+@pytest.fixture(params=[*OLD.values()], ids=[*OLD])
 def old(request: pytest.FixtureRequest) -> list[np.ndarray]:
     """Shards of the old store; no number of theirs is in the new one."""
     return [np.full((rows, 3), -1 - rows, np.float32) for rows in request.param]

@@ -96,7 +96,7 @@ def test_indexing_a_store_returns_rows(out: Path, whole: np.ndarray) -> None:
 def test_rows_are_memory_mapped(out: Path) -> None:
     store = FeatureStore.open(out)
     for index in (0, slice(0, 4), slice(4, 7)):
-        base = store[index]
+        base: Any = store[index]
         while isinstance(base, np.ndarray) and not isinstance(base, np.memmap):
             base = base.base
         assert isinstance(base, np.memmap)
@@ -365,7 +365,7 @@ def test_store_replaced_during_opening_is_never_mixed(
     shard: int,
 ) -> None:
     plain_open = builtins.open
-    moments = []
+    moments: list[Any] = []
 
     def late(file: Any, *args: Any, **options: Any) -> Any:
         if str(file).endswith(f"{shard:05d}.npy") and not moments:

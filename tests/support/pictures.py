@@ -17,5 +17,7 @@ def noise(seed: int, height: int, width: int) -> Image.Image:
     picture = np.zeros((height, width, 3))
     for scale in (4, 16, 64):
         coarse = random.integers(0, 256, (height // scale + 2, width // scale + 2, 3), np.uint8)
-        picture += np.asarray(Image.fromarray(coarse).resize((width, height), Image.BICUBIC))
+        picture += np.asarray(
+            Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+        )
     return Image.fromarray((picture / 3).astype(np.uint8))

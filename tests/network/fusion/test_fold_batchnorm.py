@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,7 +130,8 @@ class SameWeights(Pair):
     def __init__(self) -> None:
         super().__init__()
         self.other = nn.Conv2d(3, 8, 3)
-        self.other.weight = self.convolution.weight
+        shared: Any = self.convolution.weight
+        self.other.weight = shared
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return super().forward(pixels) + self.other(pixels).mean((2, 3))
@@ -256,7 +258,8 @@ def test_uncopyable_or_compiled_module_runs_unfused(kind: str) -> None:
     network = NotToBeCopied() if kind == "not to be copied" else Pair()
     backbone = Backbone.from_module(network, head=None, preprocess=Preprocess.standard(16))
     if kind == "compiled":
-        backbone = replace(backbone, module=torch.compile(network, backend="eager"))
+        compiled: Any = torch.compile(network, backend="eager")
+        backbone = replace(backbone, module=compiled)
     (run,) = load_specs([backbone], Options())[0].backbones
     assert run.module is backbone.module
     assert isinstance(network.norm, nn.BatchNorm2d)
@@ -323,7 +326,7 @@ class OwnWeight(NeedsItsNorm):
 
     def __init__(self) -> None:
         super().__init__()
-        weight = self.convolution.weight.data
+        weight: Any = self.convolution.weight.data
         del self.convolution.weight
         self.convolution.register_buffer("weight", weight)
 

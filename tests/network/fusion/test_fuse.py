@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -49,8 +50,8 @@ def test_fusion_that_is_off_or_unmeasured_changes_no_module(
 
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
-def test_run_and_extractor_fuse_as_the_option_says(backbone: Backbone, choice: str) -> None:
-    settings = {"weights": "random", "device": "cpu", "fuse": choice}
+def test_run_and_extractor_fuse_as_the_option_says(backbone: Backbone, choice: Any) -> None:
+    settings: dict[str, Any] = {"weights": "random", "device": "cpu", "fuse": choice}
     (by_name,) = load_specs(["timm:test_resnet"], Options(**settings))[0].backbones
     (of_user,) = load_specs([copied(backbone, "cpu")], Options(fuse=choice))[0].backbones
     (in_memory,) = Extractor("timm:test_resnet", **settings).backbones

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ class Net(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.convolution = convolution or nn.Conv2d(3, 8, 3)
+        self.convolution: Any = convolution or nn.Conv2d(3, 8, 3)
         self.activation = activation or nn.ReLU()
         self.eval().requires_grad_(False)
 
@@ -222,7 +223,7 @@ def test_copy_has_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> N
     network = Net()
     packed(network)
     before = network(NOISE)
-    other = copied(network)
+    other: Any = copied(network)
     assert torch.equal(other(NOISE), before)
     nn.init.zeros_(other.convolution.weight)
     nn.init.zeros_(other.convolution.bias)
