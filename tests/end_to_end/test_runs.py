@@ -423,7 +423,7 @@ def test_store_with_interrupted_run_is_not_compacted(photos: Path, tmp_path: Pat
         noise(place, 9, 9).save(photos / f"new{place}.png")
     with pytest.raises(InterruptedRunError, match="stopped after 13"):
         extract(photos, "mean", out, batch_size=2, stop=lambda: True)
-    with pytest.raises(StoreError, match="holds an interrupted run; let it come to its end first"):
+    with pytest.raises(StoreError, match="holds an interrupted run; resume it first"):
         compact(out)
     with pytest.raises(StoreError, match="is no store"):
         compact(tmp_path / "nothing")
