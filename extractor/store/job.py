@@ -39,7 +39,7 @@ class Job:
             existing = f" after {plural(self.first, 'existing shard')}" if self.first else ""
             raise StoreError(
                 f"{plural(self.images, 'image')} in shards of {self.description.shard_images}"
-                f"{existing} need more than {MAX_SHARDS} shards; try a larger --shard-images, or "
+                f"{existing} need more than {MAX_SHARDS:,} shards; try a larger --shard-images, or "
                 "extract compact"
             )
 
