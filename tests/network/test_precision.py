@@ -61,9 +61,9 @@ def test_mixed_keeps_sensitive_modules_in_float32() -> None:
     precision.convert(module, "mixed")
     kinds = [next(part.parameters()).dtype for part in module]
     assert kinds == [torch.float32, torch.float32, torch.float32, torch.bfloat16]
-    given = module(pixels)
-    assert given.dtype == torch.bfloat16
-    torch.testing.assert_close(given.float(), expected, rtol=0.02, atol=0.02)
+    output = module(pixels)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize(

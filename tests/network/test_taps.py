@@ -102,8 +102,8 @@ def wrapped(
 
 def small_vit(size: tuple[int, int], patch: int = 16, **options: Any) -> nn.Module:
     torch.manual_seed(3)
-    given = {"embed_dim": 20, "depth": 3, "num_heads": 2, "num_classes": 5, **options}
-    network = VisionTransformer(img_size=size, patch_size=patch, **given)
+    settings = {"embed_dim": 20, "depth": 3, "num_heads": 2, "num_classes": 5, **options}
+    network = VisionTransformer(img_size=size, patch_size=patch, **settings)
     for name, parameter in network.named_parameters():
         if name in ("cls_token", "reg_token"):  # tokens that no mean could miss
             nn.init.constant_(parameter, 9.0)
@@ -395,11 +395,11 @@ def test_one_pass_returns_all_layers_and_ends_after_the_last() -> None:
     network = backbone.module
     stem, third, fourth = (calls_of(network, name) for name in ("conv1", "layer3.1", "layer4"))
     pixels = picture(SIDE, SIDE)
-    given = tapped.embed(pixels)
+    rows = tapped.embed(pixels)
     assert len(stem) == 1
     assert third.count("") == 1
     assert fourth == []
-    for got, layer in zip(given, ["layer3", "layer2"], strict=True):
+    for got, layer in zip(rows, ["layer3", "layer2"], strict=True):
         assert_close(got, hooked(untouched("resnet18"), layer, pixels).mean((2, 3)))
     backbone(pixels)
     assert fourth.count("") == 1  # the counter counts
@@ -440,10 +440,10 @@ def test_threads_do_not_mix_their_outputs() -> None:
         network, head=None, preprocess=Preprocess.standard(4), device="cpu"
     ).at_layers(["first", "second"])
     network.barrier = threading.Barrier(2)
-    given: dict[int, tuple[torch.Tensor, ...]] = {}
+    rows: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def work(level: int) -> None:
-        given[level] = tapped.embed(torch.full((1, 3, 4, 4), float(level)))
+        rows[level] = tapped.embed(torch.full((1, 3, 4, 4), float(level)))
 
     # The second layer is the last: the barrier behind it is not reached.
     threads = [threading.Thread(target=work, args=(level,)) for level in (3, 8)]
@@ -452,7 +452,7 @@ def test_threads_do_not_mix_their_outputs() -> None:
     for thread in threads:
         thread.join(30)
     for level in (3, 8):
-        assert [values.tolist() for values in given[level]] == [[[level] * 3], [[2 * level] * 3]]
+        assert [values.tolist() for values in rows[level]] == [[[level] * 3], [[2 * level] * 3]]
 
 
 def test_several_outputs_reject_dim_and_call() -> None:
@@ -460,79 +460,6 @@ def test_several_outputs_reject_dim_and_call() -> None:
     for ask in (lambda: backbone.dim, lambda: backbone(picture(SIDE, SIDE))):
         with pytest.raises(UsageError, match=r"2 outputs \(layer1, layer2\); use embed"):
             ask()
-
-
-# ---------------------------------------------------------------------------------------------
-# Names
-
-
-def layers_of(name: str, *wanted: str) -> list[str]:
-    return [output.layer for output in loaded(name).at_layers(wanted).outputs]
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted", "layer"),
-    [
-        (VIT, "-1", "blocks.11"),
-        (VIT, "-12", "blocks.0"),
-        ("resnet18", "-1", "layer4"),
-        ("resnet18", "-4", "layer1"),
-    ],
-)
-def test_negative_numbers_count_blocks_from_the_end(name: str, wanted: str, layer: str) -> None:
-    assert layers_of(name, wanted) == [layer]
-
-
-@pytest.mark.parametrize(
-    ("name", "wanted", "match"),
-    [
-        (VIT, "-13", "no block -13: .* has 12 blocks"),
-        ("torchvision:resnet18", "-1", "no block -1: this ResNet has no list of blocks"),
-        ("torchvision:resnet18", "-0", "-0"),
-        ("resnet18", "-0", "-0"),
-    ],
-)
-def test_missing_block_number_is_rejected(name: str, wanted: str, match: str) -> None:
-    with pytest.raises(ModelError, match=match):
-        loaded(name).at_layers([wanted])
-
-
-@pytest.mark.parametrize(
-    ("wanted", "layers"),
-    [
-        (["layer*"], ["layer1", "layer2", "layer3", "layer4"]),
-        (["layer[23]"], ["layer2", "layer3"]),
-        (["layer[2-4]"], ["layer2", "layer3", "layer4"]),
-        (["layer?"], ["layer1", "layer2", "layer3", "layer4"]),
-        (["layer4.*"], ["layer4.0", "layer4.1"]),
-        (["*.1"], ["layer1.1", "layer2.1", "layer3.1", "layer4.1"]),
-        (["layer1.*.conv?"], [f"layer1.{i}.conv{j}" for i in (0, 1) for j in (1, 2)]),
-        (["layer1**conv2"], ["layer1.0.conv2", "layer1.1.conv2"]),
-        (["**.downsample.0"], [f"layer{i}.0.downsample.0" for i in (2, 3, 4)]),
-        (["layer3", "layer[34]", "layer1"], ["layer3", "layer4", "layer1"]),
-        (["conv1", "*conv1"], ["conv1"]),
-    ],
-)
-def test_single_star_stays_between_two_dots(wanted: list[str], layers: list[str]) -> None:
-    assert layers_of("resnet18", *wanted) == layers
-
-
-@pytest.mark.parametrize(
-    ("wanted", "match"),
-    [
-        ("layer5", r"no module 'layer5' in this ResNet; did you mean .*layer4"),
-        ("layer4.7.conv1", r"did you mean .*layer4.1.conv1"),
-        ("xyzzy", "it begins with conv1, bn1, act1, maxpool, layer1"),
-        ("block*", r"no module 'block\*'"),
-        ("layer1.conv1*", r"no module 'layer1.conv1\*'"),
-        ("layer[z-a]", "layer.z-a."),
-        ("layer[2", "no module"),
-        ("fc.weight", "no module 'fc.weight'"),
-    ],
-)
-def test_unknown_layer_error_lists_the_nearest_names(wanted: str, match: str) -> None:
-    with pytest.raises(ModelError, match=match):
-        loaded("resnet18").at_layers([wanted])
 
 
 def test_empty_list_of_layers_is_rejected() -> None:

@@ -29,8 +29,8 @@ def jpegs(tmp_path: Path) -> Path:
 
 
 def task(images: Path, **changes: Any) -> Namespace:
-    given = {"images": str(images), "model": MODEL, "weights": "random", "device": "cpu"}
-    return Namespace(**{**given, "precision": "auto", "compile": None, **changes})
+    fields = {"images": str(images), "model": MODEL, "weights": "random", "device": "cpu"}
+    return Namespace(**{**fields, "precision": "auto", "compile": None, **changes})
 
 
 @pytest.mark.slow

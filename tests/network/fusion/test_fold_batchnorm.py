@@ -107,18 +107,18 @@ class Elsewhere(Pair):
     """The output of the convolution has two uses."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        given = self.convolution(pixels)
-        return self.norm(given).mean((2, 3)) + self.further(given)
+        features = self.convolution(pixels)
+        return self.norm(features).mean((2, 3)) + self.further(features)
 
-    def further(self, given: torch.Tensor) -> torch.Tensor:
-        return given.amax((2, 3))
+    def further(self, features: torch.Tensor) -> torch.Tensor:
+        return features.amax((2, 3))
 
 
 class ElsewhereUnseen(Elsewhere):
     """The second use does not affect these embeddings."""
 
-    def further(self, given: torch.Tensor) -> torch.Tensor:
-        return 0 * given.amax((2, 3))
+    def further(self, features: torch.Tensor) -> torch.Tensor:
+        return 0 * features.amax((2, 3))
 
 
 class Between(Pair):
@@ -297,11 +297,11 @@ class Night(Pair):
         self.eval()
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        given = self.convolution(pixels)
-        seen = self.norm(given)
+        features = self.convolution(pixels)
+        seen = self.norm(features)
         dark = pixels.mean((1, 2, 3)) < -1
         if dark.any():
-            seen = torch.where(dark[:, None, None, None], self.night(given), seen)
+            seen = torch.where(dark[:, None, None, None], self.night(features), seen)
         return seen.mean((2, 3))
 
 
@@ -309,8 +309,8 @@ class ByNumber(Pair):
     """A single image takes another path."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        given = self.convolution(pixels)
-        return (given if len(pixels) == 1 else self.norm(given)).mean((2, 3))
+        features = self.convolution(pixels)
+        return (features if len(pixels) == 1 else self.norm(features)).mean((2, 3))
 
 
 @pytest.mark.parametrize("kind", [Night, ByNumber])

@@ -13,13 +13,13 @@ from support.networks import assert_same_gradients
 from torch import nn
 
 from extractor import Backbone, Preprocess
-from extractor.network.fusion import onednn as packing
+from extractor.network.fusion import onednn
 from extractor.network.fusion.fuse import fuse
 
 NOISE = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
 pytestmark = pytest.mark.skipif(
-    not packing.can_pack(torch.device("cpu")), reason="no processor that gains by it"
+    not onednn.can_pack(torch.device("cpu")), reason="no processor that gains by it"
 )
 
 
@@ -40,18 +40,18 @@ class Net(nn.Module):
 
 
 def is_packed(convolution: nn.Module) -> bool:
-    return isinstance(convolution, packing.PackedConv2d)
+    return isinstance(convolution, onednn.PackedConv2d)
 
 
 def packed(network: nn.Module) -> tuple[str, ...]:
     """Fuse a network, compare its embeddings for several shapes, and return the fused names."""
-    whole = copy.deepcopy(network)
+    original = copy.deepcopy(network)
     with torch.inference_mode():
         names = fuse(network, lambda pixels: [network(pixels)], NOISE)
         for pixels in (NOISE, NOISE[:1], NOISE[:, :, :9, :12], NOISE.repeat(3, 1, 2, 2)):
-            torch.testing.assert_close(network(pixels), whole(pixels), rtol=1e-5, atol=1e-5)
-            channels_last = pixels.to(memory_format=torch.channels_last)
-            torch.testing.assert_close(network(channels_last), whole(pixels), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(network(pixels), original(pixels), rtol=1e-5, atol=1e-5)
+            last = pixels.to(memory_format=torch.channels_last)
+            torch.testing.assert_close(network(last), original(pixels), rtol=1e-5, atol=1e-5)
     return names
 
 
@@ -75,16 +75,16 @@ def test_convolution_computes_the_activation_behind_it(
     activation: nn.Module, precision: str
 ) -> None:
     network = Net(activation)
-    whole = copy.deepcopy(network)
+    original = copy.deepcopy(network)
     assert packed(network) == ("activation",)
     assert is_packed(network.convolution)
     assert isinstance(network.activation, nn.Identity)
     assert not list(network.convolution.children())
-    assert list(network.state_dict()) == list(whole.state_dict())
+    assert list(network.state_dict()) == list(original.state_dict())
     dtype = getattr(torch, precision)
     with torch.inference_mode():
-        given = network.to(dtype)(NOISE.to(dtype)).float()
-    torch.testing.assert_close(given, whole(NOISE), atol=2e-2, rtol=2e-2)
+        output = network.to(dtype)(NOISE.to(dtype)).float()
+    torch.testing.assert_close(output, original(NOISE), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -179,9 +179,9 @@ def test_new_weights_at_a_reused_address_are_packed_again() -> None:
     with torch.inference_mode():
         for _ in range(20):
             weights = {name: torch.randn(one.shape) for name, one in network.state_dict().items()}
-            given = torch.func.functional_call(network, weights, (NOISE,))
+            output = torch.func.functional_call(network, weights, (NOISE,))
             expected = torch.func.functional_call(other, weights, (NOISE,))
-            torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(output, expected, atol=1e-4, rtol=1e-4)
             del weights
 
 
@@ -197,9 +197,9 @@ def test_view_of_the_weights_is_packed_again() -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_gradients_of_packed_network_equal_those_of_original() -> None:
-    network, whole = Net(nn.SiLU()), Net(nn.SiLU())
+    network, original = Net(nn.SiLU()), Net(nn.SiLU())
     packed(network)
-    assert_same_gradients(network, whole, NOISE)
+    assert_same_gradients(network, original, NOISE)
     pixels = NOISE.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(network(pixels).sum(), pixels)
     assert gradient.any()
@@ -232,16 +232,16 @@ def test_copy_has_its_own_weights(copied: Callable[[nn.Module], nn.Module]) -> N
 
 
 def test_unsupported_dtype_is_computed_by_torch() -> None:
-    network, whole = Net(nn.SiLU()), Net(nn.SiLU())
+    network, original = Net(nn.SiLU()), Net(nn.SiLU())
     packed(network)
-    expected = whole.double()(NOISE.double())
+    expected = original.double()(NOISE.double())
     assert torch.equal(network.double()(NOISE.double()), expected)
 
 
 def test_weights_above_the_size_limit_are_not_packed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(packing, "MAX_PACKED_BYTES", 100)
+    monkeypatch.setattr(onednn, "MAX_PACKED_BYTES", 100)
     network = Net()
     assert packed(network) == ()
     assert not is_packed(network.convolution)
@@ -259,8 +259,8 @@ def test_network_whose_embeddings_change_is_unpacked() -> None:
     assert not is_packed(network.convolution)
 
 
-def wrong(given: torch.Tensor, *_: object) -> torch.Tensor:
-    return given + 1
+def wrong(output: torch.Tensor, *_: object) -> torch.Tensor:
+    return output + 1
 
 
 def refusing(*_: object) -> torch.Tensor:
@@ -273,7 +273,7 @@ def test_normalizations_stay_folded_if_packing_fails(
 ) -> None:
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).eval()
     nn.init.uniform_(network[1].weight, 1, 2)  # type: ignore[arg-type]
-    monkeypatch.setattr(packing.PackedConv2d, "forward", lambda _, given: failing(given))
+    monkeypatch.setattr(onednn.PackedConv2d, "forward", lambda _, output: failing(output))
     before = network(NOISE)
     assert fuse(network, lambda pixels: [network(pixels)], NOISE) == ("1",)
     assert not is_packed(network[0])
@@ -372,8 +372,8 @@ def test_copy_without_packing_has_the_original_modules(
 ) -> None:
     network, original = Net(), Net()
     packed(network)
-    plain = packing.without_packing(copied(network))
-    assert packing.without_packing(plain) is plain
+    plain = onednn.without_packing(copied(network))
+    assert onednn.without_packing(plain) is plain
     assert type(plain.convolution) is nn.Conv2d
     assert type(plain.activation) is nn.ReLU
     assert vars(plain.convolution).keys() == vars(original.convolution).keys()
