@@ -1,20 +1,22 @@
 #!/usr/bin/env python3
-"""Proves the embedding of every model of timm and torchvision, and writes the tables of them.
+"""Check the embedding of every timm and torchvision model, and write the tables of models.
 
-    scripts/check_backbones.py                     # all of them; takes hours on a small machine
-    scripts/check_backbones.py 'timm:resnet*'      # some
+    scripts/check_backbones.py                     # all models; takes hours on a small machine
+    scripts/check_backbones.py 'timm:resnet*'      # some models
     scripts/check_backbones.py --families          # the smallest of each family, in minutes
 
-Each model is built untouched and, separately, as the program builds it. Shapes are compared on
-torch's meta device; values, where they fit in memory, on the CPU in float32, with the same weights
-and the smallest images that the model takes. The reference shares no code with the program: of
-timm it is ``forward_head(forward_features(x), pre_logits=True)``, of torchvision what a hook sees
-go into the last layer with weights, of an encoder without classifier the mean over the positions of
-what it returns.
+Each model is built twice: as its library builds it, and as the program builds it. Shapes are
+compared on torch's meta device. Values are compared on the CPU in float32, if they fit in memory,
+with the same weights and the smallest images that the model takes. The reference shares no code
+with the program:
 
-With --results FILE what is done is kept there, a JSON object a line, and not done again. With
---write the tables docs/backbones.md and extractor/models/catalog.tsv are written from it; with
---add, too, what they hold already of other models stays in them.
+- timm: ``forward_head(forward_features(x), pre_logits=True)``;
+- torchvision: the input of the last layer with weights, as a hook sees it;
+- encoders without classifier: the mean of the output over all positions.
+
+--results FILE keeps finished results, one JSON object per line, and skips them next time. --write
+writes docs/backbones.md and extractor/models/catalog.tsv. --add keeps the models that these tables
+already have.
 """
 
 from __future__ import annotations
@@ -64,15 +66,17 @@ POOLED = "mean over positions"
 
 @dataclass(frozen=True)
 class Result:
-    """What was found of one model.
+    """Result of checking one model.
 
     Attributes:
-        entry: its line of the catalogue, empty where it cannot be built.
-        rule: the reference that it was compared with.
-        family: the library's module that it comes from.
-        size: (height, width) of the images that the values were compared with; None if only shapes.
-        error: the largest difference, as a share of the largest number.
-        problem: why it is wrong; empty where it is right.
+        model: Full name of the model.
+        entry: Its line of the catalog; empty if it cannot be built.
+        rule: Reference that it was compared with.
+        family: Module of the library that defines it.
+        size: (height, width) of the images for comparing values; None if only shapes were compared.
+        error: Largest difference, relative to the largest value.
+        problem: Why the model is wrong; empty if it is correct.
+        seconds: Duration of the check.
     """
 
     model: str
@@ -85,12 +89,12 @@ class Result:
     seconds: float
 
     def to_line(self) -> str:
-        """One JSON object."""
+        """Return the result as a JSON object."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_line(cls, line: str) -> Result:
-        """What :meth:`to_line` wrote."""
+        """Read what :meth:`to_line` wrote."""
         content = json.loads(line)
         size = content["size"]
         return cls(**{**content, "size": None if size is None else (size[0], size[1])})
@@ -101,14 +105,14 @@ class Result:
 
 
 def every_model() -> list[str]:
-    """Full names of all models of both libraries."""
+    """Return the full names of all models of both libraries."""
     return [f"timm:{name}" for name in from_timm.names()] + [
         f"torchvision:{name}" for name in from_torchvision.names()
     ]
 
 
 def family(model: str) -> str:
-    """The module of the library that defines a model."""
+    """Return the module of the library that defines a model."""
     library, _, name = model.partition(":")
     if library == "timm":
         return str(timm.models.model_entrypoint(name).__module__)
@@ -116,7 +120,7 @@ def family(model: str) -> str:
 
 
 def smallest_of_each_family() -> list[str]:
-    """The model with the fewest parameters of each family, after the catalogue."""
+    """Return the model with the fewest parameters of each family, according to the catalog."""
     catalog = Catalog.read()
     # Of whichever version of the libraries the table is: building all models takes half a minute.
     lines = CATALOG.read_text("ascii").splitlines()[1:]
@@ -134,7 +138,7 @@ def smallest_of_each_family() -> list[str]:
 
 
 def untouched(model: str) -> nn.Module:
-    """The model as its library builds it, with its classifiers."""
+    """Build a model as its library does, with its classifiers."""
     library, _, name = model.partition(":")
     if library == "timm":
         return timm.create_model(name).eval()
@@ -148,7 +152,7 @@ def untouched(model: str) -> nn.Module:
 
 
 def reference(network: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, str]:
-    """(embeddings, the rule that they come from)."""
+    """Return (embeddings, name of the rule that they follow)."""
     if not type(network).__module__.startswith("timm."):
         return _input_of_last_layer(network, pixels), HOOK
     if not hasattr(network, "reset_classifier"):
@@ -179,7 +183,7 @@ def _input_of_last_layer(network: nn.Module, pixels: torch.Tensor) -> torch.Tens
 
 
 def check(model: str, *, values: bool = True, max_parameters: float = math.inf) -> Result:
-    """Build a model twice and compare."""
+    """Build a model twice and compare the embeddings."""
     started = time.perf_counter()
     entry, rule, size, error, problem = "", "", None, None, ""
     try:
@@ -289,18 +293,18 @@ def quickly_initialised(gain: float) -> Iterator[None]:
             return tensor.copy_(flat.view(tensor.shape))
 
     names = ("kaiming_normal_", "kaiming_uniform_", "normal_", "orthogonal_", "trunc_normal_")
-    places: list[tuple[Any, str]] = [
+    patched: list[tuple[Any, str]] = [
         (nn.init, name) for name in (*names, "uniform_", "xavier_normal_", "xavier_uniform_")
     ]
-    places.append((timm.layers.weight_init, "_trunc_normal_"))
-    before: list[Callable[..., torch.Tensor]] = [getattr(*place) for place in places]
+    patched.append((timm.layers.weight_init, "_trunc_normal_"))
+    before: list[Callable[..., torch.Tensor]] = [getattr(module, name) for module, name in patched]
     try:
-        for where, name in places:
-            setattr(where, name, draw)
+        for module, name in patched:
+            setattr(module, name, draw)
         yield
     finally:
-        for (where, name), function in zip(places, before, strict=True):
-            setattr(where, name, function)
+        for (module, name), function in zip(patched, before, strict=True):
+            setattr(module, name, function)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -308,7 +312,7 @@ def quickly_initialised(gain: float) -> Iterator[None]:
 
 
 def write_tables(results: list[Result]) -> None:
-    """The catalogue that the program reads, and the table that people do."""
+    """Write the catalog for the program and the table for people."""
     entries = [Entry.from_line(result.entry) for result in results if result.entry]
     CATALOG.write_text(Catalog(entries).to_text(), "ascii")
     TABLE.write_text(_table(results), "utf-8")
@@ -323,14 +327,14 @@ def _table(results: list[Result]) -> str:
     lines = [
         "# Backbones",
         "",
-        "Every architecture of timm and every classification model of torchvision, as",
-        "`scripts/check_backbones.py` found it. It builds each model twice, untouched and as this",
-        "program builds it, and compares their embeddings; see the script for how.",
+        "This page lists every architecture of timm and every classification model of",
+        "torchvision. `scripts/check_backbones.py` writes it. The script builds each model twice,",
+        "as its library does and as this program does, and compares the embeddings.",
         "",
-        f"With {versions}, torch {torch.__version__}: {len(right)} of {len(results)} are right, "
-        f"{len(by_value)} of them by value",
-        f"(largest relative error {max((r.error or 0 for r in by_value), default=0):.1e})."
-        + (f" Of {by_shape} large ones only shapes were compared." if by_shape else ""),
+        f"Versions: {versions}, torch {torch.__version__}. Of {len(results)} models,",
+        f"{len(right)} are correct, {len(by_value)} of them by value. The largest relative error is "
+        f"{max((r.error or 0 for r in by_value), default=0):.1e}."
+        + (f" Only the shapes of {by_shape} large models were compared." if by_shape else ""),
         "",
         "| reference | models |",
         "|---|---|",
@@ -343,9 +347,8 @@ def _table(results: list[Result]) -> str:
         lines += [f"| `{result.model}` | {result.problem} |" for result in wrong]
         lines.append("")
     lines += [
-        "Parameters are those of the backbone, classifiers left out. The last column is the size",
-        "of the images that values were compared with, and the largest difference as a share of",
-        "the largest number.",
+        "Parameters do not include classifiers. The last column shows the image size at which",
+        "values were compared, and the largest difference relative to the largest value.",
         "",
         "| model | dim | input | parameters | heads replaced | verified |",
         "|---|---|---|---|---|---|",
@@ -355,21 +358,21 @@ def _table(results: list[Result]) -> str:
 
 
 def results_of_tables() -> dict[str, Result]:
-    """What the tables say of each model, as far as they say it."""
+    """Read the results that the tables hold."""
     catalog = Catalog.read()
     results = {}
     for line in TABLE.read_text("utf-8").splitlines():
         if not line.startswith("| `"):
             continue
-        model, *_, how = (cell.strip(" `") for cell in line.strip("|").split("|"))
-        how, _, pooled = how.partition("; ")
+        model, *_, verified = (cell.strip(" `") for cell in line.strip("|").split("|"))
+        verified, _, pooled = verified.partition("; ")
         rule = pooled or (HOOK if model.startswith("torchvision:") else PRE_LOGITS)
         size, error = None, None
-        if how.startswith("value, "):
-            _, edges, told = how.split(", ")
+        if verified.startswith("value, "):
+            _, edges, relative = verified.split(", ")
             height, width = edges.split(" x ")
-            size, error = (int(height), int(width)), float(told)
-        problem = "wrong in the table" if how == "WRONG" else ""
+            size, error = (int(height), int(width)), float(relative)
+        problem = "wrong in the table" if verified == "WRONG" else ""
         line = catalog.entry(model).to_line()
         results[model] = Result(model, line, rule, family(model), size, error, problem, 0.0)
     return results
@@ -379,22 +382,23 @@ def _row(result: Result) -> str:
     entry = Entry.from_line(result.entry)
     height, width = entry.input_size
     names = ", ".join(f"`{name}`" for name in entry.heads) or "none left"
-    how = "shape"
+    verified = "shape"
     if result.problem:
-        how = "WRONG"
+        verified = "WRONG"
     elif result.size is not None and result.error is not None:
-        how = f"value, {result.size[0]} x {result.size[1]}, {result.error:.0e}"
+        verified = f"value, {result.size[0]} x {result.size[1]}, {result.error:.0e}"
     if result.rule == POOLED:
-        names, how = "no classifier", f"{how}; {POOLED}"
+        names, verified = "no classifier", f"{verified}; {POOLED}"
     millions = f"{entry.parameters / 1e6:.1f} M"
-    return f"| `{entry.model}` | {entry.dim} | {height} x {width} | {millions} | {names} | {how} |"
+    cells = (f"`{entry.model}`", entry.dim, f"{height} x {width}", millions, names, verified)
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 # ---------------------------------------------------------------------------------------------
 
 
 def main() -> int:
-    """Check, print what is wrong, and write the tables where that is asked for."""
+    """Check models, print problems, and write the tables on request."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", help="globs of full names (default: all)")
     parser.add_argument("--families", action="store_true", help="the smallest of each family")
@@ -410,7 +414,7 @@ def main() -> int:
 
     wanted = smallest_of_each_family() if options.families else every_model()
     globs = options.models or ["*"]
-    wanted = [one for one in wanted if any(fnmatch.fnmatchcase(one, glob) for glob in globs)]
+    wanted = [name for name in wanted if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
     known: dict[str, Result] = {}
     if options.results and options.results.exists():
         lines = options.results.read_text("utf-8").splitlines()

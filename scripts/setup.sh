@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Make .venv with the program installed in it, or reuse it, and print its path.
 #
-#   scripts/setup.sh [EXTRA]     EXTRA: test or dev, as in pyproject.toml
+#   scripts/setup.sh [EXTRA]     EXTRA: lite, test or dev, as in pyproject.toml
 #
 # PYTHON names the interpreter for a new .venv (default: python3).
 set -euo pipefail

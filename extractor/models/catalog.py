@@ -1,7 +1,7 @@
-"""What is known of every model before it is built: a table that comes with the program.
+"""Table of all models, which describes them before they are built.
 
-``scripts/check_backbones.py`` makes it, by building each of them on torch's meta device, where
-parameters have shapes but no values and cost neither time nor memory.
+``scripts/check_backbones.py`` writes it. It builds each model on torch's meta device, where
+parameters have shapes but no values, and so cost neither time nor memory.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ COLUMNS = ("model", "version", "dim", "input", "parameters", "heads", "fingerpri
 
 @dataclass(frozen=True)
 class Entry:
-    """One model, in short.
+    """One model in the table.
 
     Attributes:
-        model: full name, such as ``timm:resnet50``.
-        version: of the library that the rest was read from.
-        dim: numbers in one embedding.
+        model: Full name, such as ``timm:resnet50``.
+        version: Version of the library that the other fields were read from.
+        dim: Length of one embedding.
         input_size: (height, width) of its images, in pixels.
-        parameters: of the backbone, its classifiers left out.
-        heads: dotted names of the modules that become ``nn.Identity``.
-        fingerprint: of the names and shapes of its tensors, see :func:`fingerprint`.
+        parameters: Number of parameters without the classifiers.
+        heads: Dotted names of the modules that become ``nn.Identity``.
+        fingerprint: Digest of the names and shapes of its tensors, see :func:`fingerprint`.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Entry:
     fingerprint: str
 
     def to_line(self) -> str:
-        """One line of the table."""
+        """Return the line of the table for this model."""
         height, width = self.input_size
         heads = ",".join(self.heads)
         fields = (self.model, self.version, self.dim, f"{height}x{width}", self.parameters, heads)
@@ -56,7 +56,7 @@ class Entry:
 
     @classmethod
     def from_line(cls, line: str) -> Entry:
-        """The entry that :meth:`to_line` wrote."""
+        """Read the entry that :meth:`to_line` wrote."""
         model, version, dim, size, parameters, heads, mark = line.split("\t")
         height, width = size.split("x")
         named = tuple(filter(None, heads.split(",")))
@@ -66,7 +66,7 @@ class Entry:
 
 
 class Catalog:
-    """The table, by full name."""
+    """Table of models by full name."""
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self._entries = {entry.model: entry for entry in entries}
@@ -74,25 +74,25 @@ class Catalog:
     @classmethod
     @functools.cache
     def read(cls) -> Catalog:
-        """The table that comes with the program."""
+        """Read the table that is part of the package."""
         text = resources.files("extractor.models").joinpath(FILE).read_text("ascii")
         return cls.from_text(text)
 
     @classmethod
     def from_text(cls, text: str) -> Catalog:
-        """The table that :meth:`to_text` wrote."""
+        """Read the table that :meth:`to_text` wrote."""
         return cls(Entry.from_line(line) for line in text.splitlines()[1:])
 
     def to_text(self) -> str:
-        """A line for each entry, below one with the names of the columns."""
+        """Return the table as text: the names of the columns, then a line for each entry."""
         lines = [entry.to_line() for entry in self._entries.values()]
         return "\n".join(["\t".join(COLUMNS), *lines]) + "\n"
 
     def entry(self, model: str) -> Entry:
-        """What is known of ``timm:NAME`` or ``torchvision:NAME``.
+        """Return the entry of ``timm:NAME`` or ``torchvision:NAME``.
 
-        A model that the table does not have in the installed version of its library is built, on
-        the meta device, to see.
+        If the table lacks the model in the installed version of its library, the model is built on
+        the meta device.
         """
         library, _, name = model.partition(":")
         known = self._entries.get(model)
@@ -102,9 +102,9 @@ class Catalog:
         return survey(library, name)
 
     def models_with(self, state: Mapping[str, torch.Tensor]) -> list[str]:
-        """Full names of the models whose tensors have the names and shapes of a state dict.
+        """Return the full names of the models whose tensors have the names and shapes of ``state``.
 
-        Whatever classifier it holds, and whatever its trainer put before the names.
+        Classifiers and prefixes that trainers add are ignored.
         """
         marks = self._marks
         heads = {entry.heads for entry in self._entries.values()}
@@ -131,7 +131,7 @@ class Catalog:
 
 
 def survey(library: str, name: str) -> Entry:
-    """Build one model to see what the table says of it; no weights are read."""
+    """Build one model without weights and return its entry."""
     backbone = outline(library, name)
     state = backbone.module.state_dict()
     return Entry(
@@ -146,18 +146,18 @@ def survey(library: str, name: str) -> Entry:
 
 
 def outline(library: str, name: str) -> Backbone:
-    """A model without values, on the meta device where it can be built there; computes nothing."""
+    """Build a model without values, on the meta device if possible; it cannot run."""
     return from_timm.outline(name) if library == "timm" else from_torchvision.outline(name)
 
 
 def fingerprint(shapes: Mapping[str, tuple[int, ...]], heads: Iterable[str]) -> str:
-    """A short digest of the names and shapes of a network's tensors, its heads left out.
+    """Return a short digest of the names and shapes of a network's tensors, without its heads.
 
     >>> fingerprint({"a": (2, 3), "fc.weight": (10, 3)}, ["fc"]) == fingerprint({"a": (2, 3)}, [])
     True
     """
     left_out = tuple(f"{head}." for head in heads)
-    # Old checkpoints do not have the counter of batch normalisation.
+    # Old checkpoints lack the counter of batch normalization.
     lines = sorted(
         f"{key} {tuple(shape)}"
         for key, shape in shapes.items()

@@ -34,24 +34,25 @@ Model: TypeAlias = "str | Backbone"
 
 @dataclass(frozen=True)
 class EmbeddingPart:
-    """One output of a backbone, by its place among them."""
+    """One output of a backbone, by its index."""
 
     backbone: Backbone
     index: int = 0
 
     @property
     def output(self) -> Output:
-        """What it is."""
+        """Description of this output."""
         return self.backbone.outputs[self.index]
 
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """The embeddings of one store: one part, or several one after the other in one vector.
+    """Embeddings of one store: one output, or several joined in one vector.
 
     Attributes:
-        name: of the store, such as ``resnet50@layer3``.
-        unit_parts: each part is scaled to unit length before they are joined.
+        name: Name of the store, such as ``resnet50@layer3``.
+        parts: Outputs in the order in which they are joined.
+        unit_parts: Whether each part is scaled to unit length before they are joined.
     """
 
     name: str
@@ -68,18 +69,18 @@ class EmbeddingSpec:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of one embedding."""
+        """Shape of one embedding."""
         shapes = self._shapes
         return shapes[0] if len(shapes) == 1 else (sum(shape[0] for shape in shapes),)
 
     @property
     def dim(self) -> int:
-        """Numbers in one embedding."""
+        """Number of values in one embedding."""
         return sum(part.output.dim for part in self.parts)
 
     @property
     def backbones(self) -> tuple[Backbone, ...]:
-        """Those of its parts, each once."""
+        """Backbones of the parts, without repetition."""
         return tuple({id(part.backbone): part.backbone for part in self.parts}.values())
 
     def __str__(self) -> str:
@@ -93,16 +94,19 @@ def load_specs(
     recorded_sha256: Mapping[str, str] | None = None,
     fold_given: bool = True,
 ) -> list[EmbeddingSpec]:
-    """Load what models a run asks for, each once, and say what its stores will hold.
+    """Load the models of a run, each once, and return the embeddings of its stores.
 
     Args:
-        models: names, of which ``A+B`` joins the embeddings of A and B, or loaded backbones.
-        recorded_sha256: SHA-256 of the weights in existing stores, see :func:`load`.
-        fold_given: fold copies of the latter; else they are used themselves, as they change.
+        models: Names or loaded backbones. The name ``A+B`` joins the embeddings of A and B.
+        options: Options of the run.
+        recorded_sha256: SHA-256 of the weights in existing stores, see
+            :func:`extractor.models.load.load`.
+        fold_given: Whether loaded backbones are copied and folded. If not, they are used as they
+            are, and later changes of them have an effect.
 
     Raises:
-        UsageError: options that do not go together.
-        ExtractorError: as :func:`extractor.load_backbone`.
+        UsageError: The options contradict each other.
+        ExtractorError: A model cannot be loaded, see :func:`extractor.load_backbone`.
     """
     check_models(models, options)
     loaded: dict[str, Backbone] = {}
@@ -111,21 +115,23 @@ def load_specs(
         if isinstance(model, Backbone):
             backbone = with_changes(model, options)
             backbone = _fused_copy(backbone, options.fuse) if fold_given else backbone
-            specs += _of_one(backbone.provenance.model, backbone, options)
+            specs += _specs_of(backbone.provenance.model, backbone, options)
             continue
         names = split_model(model)
         for name in names:
             if name not in loaded:
                 loaded[name] = _load(name, options, recorded_sha256)
         if len(names) == 1:
-            specs += _of_one(model, loaded[model], options)
+            specs += _specs_of(model, loaded[model], options)
         else:
             parts = tuple(EmbeddingPart(loaded[name]) for name in names)
             specs.append(EmbeddingSpec(store_name(model), parts, unit_parts=True))
     stores = [spec.name for spec in specs]
     if len(set(stores)) < len(stores):
         twice = sorted({name for name in stores if stores.count(name) > 1})
-        raise UsageError(f"several stores would have the name {', '.join(twice)}; name them apart")
+        raise UsageError(
+            f"several stores would be named {', '.join(twice)}; give the models different names"
+        )
     return specs
 
 
@@ -149,12 +155,12 @@ def _fused_copy(backbone: Backbone, choice: str) -> Backbone:
         return replace(backbone, module=copy.deepcopy(backbone.module)).fold()
     except DeviceError:
         raise
-    except Exception as error:  # not everything that a module holds can be copied
+    except Exception as error:  # a module may hold objects that cannot be copied
         log.info("%s is not fused: %s", backbone.provenance.model, first_line(error))
         return backbone
 
 
-def _of_one(model: str, backbone: Backbone, options: Options) -> list[EmbeddingSpec]:
+def _specs_of(model: str, backbone: Backbone, options: Options) -> list[EmbeddingSpec]:
     parts = [EmbeddingPart(backbone, index) for index in range(len(backbone.outputs))]
     if options.concat:
         layer = join_names([output.layer for output in backbone.outputs])
@@ -163,23 +169,23 @@ def _of_one(model: str, backbone: Backbone, options: Options) -> list[EmbeddingS
 
 
 def check_models(models: Sequence[Model], options: Options) -> None:
-    """See whether models and options go together, before anything is loaded.
+    """Check that models and options fit together, before anything is loaded.
 
     Raises:
-        UsageError: they do not.
+        UsageError: They do not.
     """
     names = [model for model in models if isinstance(model, str)]
     if not models or not all(names):
-        raise UsageError("got no model, or an empty name; expected one such as resnet50")
+        raise UsageError("got no model, or an empty name; expected a name such as resnet50")
     if len(set(names)) < len(names):
-        raise UsageError(f"model: got {', '.join(names)}, expected each but once")
+        raise UsageError(f"model: got {', '.join(names)}, expected each only once")
     several = len(models) > 1 or any(len(split_model(name)) > 1 for name in names)
     if several and options.weights not in ("default", "random"):
         raise UsageError(
-            "weights: one file or tag cannot be that of several models; write timm's tags into the "
-            "names, such as resnet50.a1_in1k"
+            "weights: one file or tag cannot fit several models; add timm's tags to the names, "
+            "such as resnet50.a1_in1k"
         )
     if several and options.bypass:
-        raise UsageError("bypass: names modules of one model; give one --model")
+        raise UsageError("bypass: works with one model only; give one --model")
     if options.layers and any(len(split_model(name)) > 1 for name in names):
         raise UsageError("layers: A+B joins embeddings of whole models; leave --layer out")

@@ -1,4 +1,4 @@
-"""Networks that a function of the user's own builds."""
+"""Runs a function of the user's that builds a network."""
 
 from __future__ import annotations
 
@@ -19,33 +19,36 @@ from extractor.errors import ExtractorError, ModelError, UsageError
 from extractor.models import libraries
 from extractor.models.backbone import Backbone
 from extractor.models.checkpoint import load_into, read_checkpoint
+from extractor.models.provenance import Provenance
+from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
-__all__ = ["build", "is_place"]
+__all__ = ["build", "is_function_name"]
 
 log = logging.getLogger(__name__)
 
-_FOLDERS: set[str] = set()  # that model files were loaded from
+_FOLDERS: set[str] = set()  # folders from which files of models were loaded
 
-# The usual size of a picture where a function returns a bare module and nothing else is said.
+# Image size for a function that returns a module without a transform.
 IMAGE_SIZE = 224
 
 
-def is_place(model: str) -> bool:
-    """Whether the name of a model is ``FILE.py:FUNCTION``."""
+def is_function_name(model: str) -> bool:
+    """Return whether the name of a model is ``FILE.py:FUNCTION``."""
     return re.fullmatch(r".*\.py:\w+", model, re.DOTALL) is not None
 
 
 def build(model: str, options: Options) -> Backbone:
-    """The backbone that ``FILE.py:FUNCTION`` returns, on the CPU in float32; runs that code.
+    """Run ``FILE.py:FUNCTION`` and return its backbone on the CPU in float32.
 
-    The function takes no arguments and returns a :class:`Backbone`, or a module without
-    classifier, which gets the usual ImageNet transform.
+    The function takes no arguments. It returns a :class:`Backbone`, or a module without classifier,
+    which gets the usual ImageNet transform.
 
     Raises:
-        ModelError: no such file or function, or it failed, or returned something else.
-        WeightsError: weights that cannot be read or do not fit.
+        ModelError: The file or function is missing, fails, or returns something else.
+        WeightsError: The weights cannot be read or do not fit.
+        UsageError: Weights other than a file were asked for.
     """
     file, _, name = model.rpartition(":")
     path = Path(file)
@@ -55,7 +58,7 @@ def build(model: str, options: Options) -> Backbone:
     if chosen is None and options.weights != "default":
         raise UsageError(
             f"{model} makes its own weights: got {options.weights!r}, expected a file with a state "
-            "dict, or nothing"
+            "dict, or no option"
         )
     if not path.is_file():
         raise ModelError(f"model {model}: there is no file {path}")
@@ -73,7 +76,7 @@ def build(model: str, options: Options) -> Backbone:
         )
     else:
         raise ModelError(f"{model} returned {made!r:.80}, expected a Backbone or a torch.nn.Module")
-    # The seed that the code ran with, whatever it asked for by itself: with it, it runs again.
+    # The seed that the code ran with, even if it set one itself: running it again needs the seed.
     provenance = replace(
         backbone.provenance,
         model=label,
@@ -82,22 +85,29 @@ def build(model: str, options: Options) -> Backbone:
         code=_digest_of_code(path.resolve()),
     )
     if chosen is not None:
-        load_into(
-            backbone.module,
-            read_checkpoint(chosen.path, options.weights_key),
-            discarded=backbone.heads,
-            label=f"{chosen.path} into {model}",
-        )
-        provenance = replace(
-            provenance,
-            weights=chosen.kind,
-            sha256=chosen.sha256(),
-            source=chosen.source,
-            revision=chosen.revision,
-            key=options.weights_key or "",
-        )
+        provenance = _load_weights(backbone, chosen, options, model, provenance)
     preprocess = backbone.preprocess.changed(options.pixel_changes)
     return replace(backbone, preprocess=preprocess, provenance=provenance)
+
+
+def _load_weights(
+    backbone: Backbone, file: WeightsFile, options: Options, model: str, provenance: Provenance
+) -> Provenance:
+    """Load a file into a backbone in place, and return the provenance that names the file."""
+    load_into(
+        backbone.module,
+        read_checkpoint(file.path, options.weights_key),
+        discarded=backbone.heads,
+        label=f"{file.path} into {model}",
+    )
+    return replace(
+        provenance,
+        weights=file.kind,
+        sha256=file.sha256(),
+        source=file.source,
+        revision=file.revision,
+        key=options.weights_key or "",
+    )
 
 
 def _function(path: Path, name: str) -> Callable[[], object]:

@@ -1,4 +1,4 @@
-"""Networks and weights of timm."""
+"""Builds networks of timm and loads their weights."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ __all__ = [
     "version",
 ]
 
-# Names of models that are places and not architectures: a repository of the hub, a folder.
+# Prefixes of models that are not architectures: a repository of the hub, a folder.
 SCHEMES = (libraries.HUB, "local-dir:")
 
 
 def has(name: str) -> bool:
-    """Whether timm has the architecture of a name, its weights tag aside."""
+    """Return whether timm has the architecture ``name``, ignoring a weights tag."""
     return bool(_timm().is_model(name.partition(".")[0]))
 
 
 def names() -> list[str]:
-    """Every architecture of timm."""
+    """Return the names of all architectures of timm."""
     return list(_timm().list_models())
 
 
@@ -57,15 +57,15 @@ def _timm() -> Any:
 
 @dataclass(frozen=True)
 class _Source:
-    """What to build, and with which weights.
+    """Architecture to build, and the weights for it.
 
     Attributes:
-        name: of the model in messages and the manifest.
+        name: Name of the model in messages and the manifest.
         full_name: ``architecture[.tag]``.
-        found: the file of the weights, None for random ones.
-        own: whether they are the model's own, in whose layouts timm knows its way.
-        config: timm's ``pretrained_cfg``, where it is not timm's own.
-        arguments: of the architecture.
+        found: Weights file; None for random weights.
+        own: Whether the weights were published for this model, so that timm knows their layout.
+        config: A ``pretrained_cfg`` other than timm's own.
+        arguments: Arguments of the architecture.
     """
 
     name: str
@@ -86,7 +86,8 @@ def build(name: str, options: Options, recorded_sha256: str = "") -> Backbone:
             sources have weights, the one with this file is taken.
 
     Raises:
-        WeightsError, ModelError: as :func:`extractor.load_backbone`.
+        WeightsError: The weights are missing, cannot be read, or do not fit.
+        ModelError: The configuration describes no model that timm can build.
     """
     try:
         return _build(_source(name, options.weights, recorded_sha256), options)
@@ -96,7 +97,7 @@ def build(name: str, options: Options, recorded_sha256: str = "") -> Backbone:
         if not name.startswith(SCHEMES):
             raise
         raise ModelError(
-            f"{name}: its config.json describes no model of RGB images that timm can build "
+            f"{name}: config.json describes no model of RGB images that timm can build "
             f"({first_line(error)})"
         ) from error
 
@@ -130,7 +131,7 @@ def _build(source: _Source, options: Options) -> Backbone:
 
 
 def outline(name: str) -> Backbone:
-    """An architecture on the meta device: shapes without values, to be looked at and not to run."""
+    """Build an architecture on the meta device, which has shapes but no values and cannot run."""
     timm = _timm()
     with torch.device("meta"):
         module = timm.create_model(name)
@@ -141,14 +142,14 @@ def outline(name: str) -> Backbone:
 
 
 def version() -> str:
-    """Of the installed timm."""
+    """Return the version of the installed timm."""
     return libraries.public_version(_timm())
 
 
 def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
-    """The network with the weights that were published for it.
+    """Build the network with the weights that were published for it.
 
-    Given the tensors, timm applies what it knows of the layout of its own checkpoints.
+    Given the tensors, timm handles the layouts of its own checkpoints.
     """
     assert source.found is not None
     state = read_checkpoint(source.found.path, key)
@@ -165,12 +166,12 @@ def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
             **source.arguments,
         )
     except RuntimeError as error:
-        told, signs = str(error), ("Missing key", "Unexpected key", "size mismatch")
+        message, signs = str(error), ("Missing key", "Unexpected key", "size mismatch")
         raise MisfitError(
             f"{source.found.path} into {source.name}: the weights do not fit: "
-            f"{' '.join(told.split())[:400].rstrip('. ')}",
+            f"{' '.join(message.split())[:400].rstrip('. ')}",
             state,
-            foreign=any(sign in told for sign in signs),
+            foreign=any(sign in message for sign in signs),
         ) from error
     config: Any = module.pretrained_cfg
     config.pop("state_dict", None)
@@ -184,14 +185,14 @@ def _remove_heads(module: nn.Module) -> tuple[str, ...]:
 
 
 def _has_no_classifier(module: nn.Module) -> bool:
-    """Whether it is an encoder that never had one; timm's others can all reset theirs."""
+    """Return whether a network is an encoder without classifier; all others can reset theirs."""
     return not hasattr(module, "reset_classifier") and getattr(module, "num_classes", None) == 0
 
 
 def _output(module: nn.Module) -> Output:
     dim = getattr(module, "head_hidden_size", None) or module.num_features
     if not isinstance(dim, int):
-        raise ModelError(f"{type(module).__name__} does not say how wide its embeddings are")
+        raise ModelError(f"{type(module).__name__} does not declare the length of its embeddings")
     if _has_no_classifier(module):
         return Output((dim,), POOLED_FEATURES, pool="avg")
     return Output((dim,))
@@ -203,7 +204,7 @@ def _output(module: nn.Module) -> Output:
 
 def _source(name: str, wanted: str, recorded_sha256: str = "") -> _Source:
     if name.startswith(SCHEMES):
-        return _placed(name, wanted)
+        return _described_source(name, wanted)
     own_name = full_name(name, wanted)
     chosen = libraries.chosen_file(wanted)
     found = chosen
@@ -212,44 +213,44 @@ def _source(name: str, wanted: str, recorded_sha256: str = "") -> _Source:
     return _Source(f"timm:{_architecture(own_name)}", own_name, found, own=chosen is None)
 
 
-def _placed(name: str, wanted: str) -> _Source:
-    """The model that a folder or a repository of the hub describes in its ``config.json``."""
-    scheme, _, place = name.partition(":")
-    if not place:
+def _described_source(name: str, wanted: str) -> _Source:
+    """Return the model that a folder or a repository of the hub describes in ``config.json``."""
+    scheme, _, location = name.partition(":")
+    if not location:
         raise ModelError(f"model {name!r}: expected hf-hub:ORG/NAME or local-dir:PATH")
     if scheme == "local-dir":
-        described = Path(place) / "config.json"
+        described = Path(location) / "config.json"
         if not described.is_file():
             raise ModelError(f"{name}: there is no {described}, which names the architecture")
     else:
-        described = weight_files.find_hub_file(place, ["config.json"], tag="", label=name).path
+        described = weight_files.find_hub_file(location, ["config.json"], tag="", label=name).path
     architecture, config, arguments = _read_config(described, name)
     chosen = libraries.chosen_file(wanted)
     found = chosen
     if chosen is None and wanted == "default":
         filenames = weight_files.hub_filenames(config.get("hf_hub_filename"))
         if scheme == "local-dir":
-            found = _first_file(Path(place), filenames, name)
+            found = _first_file(Path(location), filenames, name)
         else:
-            found = weight_files.find_hub_file(place, filenames, tag="", label=name)
+            found = weight_files.find_hub_file(location, filenames, tag="", label=name)
     elif chosen is None and wanted != "random":
         raise WeightsError(libraries.unknown_weights(name, wanted, []))
-    known = {one.name for one in dataclasses.fields(_timm().models.PretrainedCfg)}
+    known = {field.name for field in dataclasses.fields(_timm().models.PretrainedCfg)}
     own_config = {key: value for key, value in config.items() if key in known}
     return _Source(name, architecture, found, chosen is None, own_config, arguments)
 
 
 def _read_config(path: Path, name: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """(architecture, pretrained_cfg, arguments) of a ``config.json`` as timm writes it."""
+    """Read (architecture, pretrained_cfg, arguments) from a ``config.json`` as timm writes it."""
     try:
         content = json.loads(path.read_bytes())
         architecture = content["architecture"]
-        # Before 2023 the configuration stood beside the architecture and not below it.
+        # Before 2023 the configuration was next to the architecture, not below it.
         config = dict(content.get("pretrained_cfg", content))
         arguments = dict(content.get("model_args") or {})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
-            f"{name}: {path} is no config.json of timm ({first_line(error)})"
+            f"{name}: {path} is not a config.json of timm ({first_line(error)})"
         ) from error
     if not isinstance(architecture, str) or not has(architecture):
         raise ModelError(f"{name}: timm has no architecture {architecture!r}; try a newer timm")
@@ -275,14 +276,14 @@ def _tags(architecture: str) -> list[str]:
 
 
 def full_name(name: str, wanted: str = "default") -> str:
-    """``architecture[.tag]``, the tag from the name or, before it, from the weights asked for.
+    """Return ``architecture[.tag]``; a tag in ``wanted`` wins over one in the name.
 
     Raises:
         WeightsError: timm has no such tag.
     """
     architecture, _, tag = name.partition(".")
-    given = wanted in ("default", "random") or wanted.startswith(libraries.HUB)
-    if not given and libraries.chosen_file(wanted) is None:
+    no_tag = wanted in ("default", "random") or wanted.startswith(libraries.HUB)
+    if not no_tag and libraries.chosen_file(wanted) is None:
         tag = wanted
     tags = _tags(architecture)
     if tag and tag not in tags:
@@ -327,10 +328,12 @@ def _fetch_published(full_name: str) -> WeightsFile:
 
 
 def fetch(name: str, tag: str = "default") -> WeightsFile:
-    """The published weights of ``architecture[.tag]`` or ``hf-hub:ORG/NAME``, cached or fetched.
+    """Return the published weights of ``architecture[.tag]`` or ``hf-hub:ORG/NAME``.
+
+    They come from the cache, from an installed package or from the network.
 
     Raises:
-        WeightsError: unknown, or neither in the cache nor within reach.
+        WeightsError: The weights are unknown or out of reach.
     """
     found = _source(name, tag).found
     assert found is not None
@@ -368,10 +371,10 @@ def _cached(config: Any) -> WeightsFile | None:
 
 
 def _set_input_size(module: nn.Module, size: tuple[int, int], model: str) -> None:
-    """Make a network of a fixed size take another, where it can resample what depends on it."""
+    """Make a network of a fixed image size take another one, if it can resample its weights."""
     resize = getattr(module, "set_input_size", None)
     if resize is None:
-        return  # it takes any size, or says that it does not when it is tried
+        return  # it takes any size, or fails when it is tried
     try:
         resize(img_size=size)
     except Exception as error:  # assertions and whatever else
@@ -381,7 +384,7 @@ def _set_input_size(module: nn.Module, size: tuple[int, int], model: str) -> Non
 
 
 def _preprocess(config: Mapping[str, Any]) -> Preprocess:
-    """timm's evaluation transform (``timm.data.create_transform``) as numbers."""
+    """Return the evaluation transform of timm (``timm.data.create_transform``) as numbers."""
     _, height, width = config["input_size"]
     fits = {"squash": "squash", "border": "pad"}
     try:
@@ -393,5 +396,5 @@ def _preprocess(config: Mapping[str, Any]) -> Preprocess:
             mean=tuple(config["mean"]),
             std=tuple(config["std"]),
         )
-    except UsageError as error:  # it is the configuration that is wrong, and not the call
+    except UsageError as error:  # the configuration is wrong, not the call
         raise ValueError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Networks and weights of torchvision."""
+"""Builds networks of torchvision and loads their weights."""
 
 from __future__ import annotations
 
@@ -21,25 +21,24 @@ from extractor.preprocess import Preprocess
 
 __all__ = ["AUXILIARY", "build", "fetch", "known_weights", "names", "outline", "version"]
 
-# Arguments that torchvision adds by itself when it loads its own weights, and that change what
-# these networks compute.
+# Arguments that torchvision adds when it loads its own weights. They change the computation.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
     "googlenet": {"transform_input": True, "aux_logits": False, "init_weights": False},
     "inception_v3": {"transform_input": True, "aux_logits": False, "init_weights": False},
 }
-# Heads that only training runs, and that the checkpoints of those networks hold.
+# Heads that run only in training but are part of the checkpoints.
 AUXILIARY = ("aux1", "aux2", "AuxLogits")
 
-# The published DenseNet files are older than the names of its layers: norm.1 is norm1 now.
+# The published DenseNet files use old names of layers: norm.1 is norm1 now.
 _DENSENET_KEY = re.compile(r"(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\..*)")
 
-# Classes that a network is built for, to find its classifier by them: a prime, so that it is the
-# width of no other layer.
+# Number of classes a network is built for, to find its classifier. A prime, so that no other layer
+# has this width.
 _CLASSES = 1009
 
 
 def names() -> list[str]:
-    """Every classification model of torchvision."""
+    """Return the names of all classification models of torchvision."""
     models = _models()
     return list(models.list_models(module=models))
 
@@ -49,10 +48,11 @@ def _models() -> Any:
 
 
 def build(name: str, options: Options) -> Backbone:
-    """The backbone ``name`` on the CPU in float32.
+    """Build the backbone ``name`` on the CPU in float32.
 
     Raises:
-        WeightsError, ModelError: as :func:`extractor.load_backbone`.
+        WeightsError: The weights are missing, cannot be read, or do not fit.
+        ModelError: The network does not have exactly one classifier.
     """
     library = libraries.import_library("torchvision")
     wanted = options.weights
@@ -85,12 +85,12 @@ def build(name: str, options: Options) -> Backbone:
 
 
 def outline(name: str) -> Backbone:
-    """A model to be looked at and not to run: on the meta device where it can be built there."""
+    """Build a model that cannot run, on the meta device if possible."""
     library, entry = libraries.import_library("torchvision"), _entry(name, "default", None)
     try:
         with torch.device("meta"):
             module = _network(name, entry)
-    except RuntimeError:  # RegNet computes its widths with tensors
+    except RuntimeError:  # RegNet computes its widths with tensors, which need values
         module = _network(name, entry)
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
@@ -101,21 +101,21 @@ def outline(name: str) -> Backbone:
 
 
 def version() -> str:
-    """Of the installed torchvision."""
+    """Return the version of the installed torchvision."""
     return libraries.public_version(libraries.import_library("torchvision"))
 
 
 def fetch(name: str, tag: str = "default") -> WeightsFile:
-    """The published weights of a model, cached or fetched.
+    """Return the published weights of a model, from the cache or the network.
 
     Raises:
-        WeightsError: unknown, or neither in the cache nor within reach.
+        WeightsError: The weights are unknown or out of reach.
     """
     return _fetch(name, _entry(name, tag, None))
 
 
 def known_weights(name: str) -> list[tuple[str, WeightsFile | None]]:
-    """Every tag of a model's published weights, the default first, and its cached file."""
+    """List the tags of a model's published weights, the default first, with their cached files."""
     entries = _models().get_model_weights(name)
     default = entries.DEFAULT
     return [
@@ -125,10 +125,10 @@ def known_weights(name: str) -> list[tuple[str, WeightsFile | None]]:
 
 
 def _entry(name: str, wanted: str, chosen: WeightsFile | None) -> Any:
-    """The member of the model's ``WeightsEnum`` whose transform belongs to the weights."""
+    """Return the member of the model's ``WeightsEnum`` whose transform belongs to the weights."""
     entries = _models().get_model_weights(name)
     if chosen is not None:
-        # A file under the library's own name is that entry, with its own transform.
+        # A file with the library's own name is that entry and brings its transform.
         own_name = chosen.path.name
         named = [entry for entry in entries if entry.url.rpartition("/")[2] == own_name]
         return named[0] if named else entries.DEFAULT
@@ -147,7 +147,7 @@ def _fetch(name: str, entry: Any) -> WeightsFile:
 
 
 def _network(name: str, entry: Any) -> nn.Module:
-    """An untrained network, built as torchvision builds it for its own weights."""
+    """Build an untrained network as torchvision does for its own weights."""
     arguments = dict(_ARGUMENTS.get(name, {}))
     if name.startswith("vit_"):
         arguments["image_size"] = entry.meta["min_size"][0]
@@ -158,20 +158,20 @@ def _network(name: str, entry: Any) -> nn.Module:
 
 
 def _input_width(module: nn.Module, names: Sequence[str], model: str) -> int:
-    """How many numbers a model's one classifier takes."""
+    """Return the input width of a model's only classifier."""
     if len(names) != 1:
         raise ModelError(f"torchvision:{model} has classifiers {list(names)}, expected one")
     head = module.get_submodule(names[0])
     width = getattr(head, "in_features", None) or getattr(head, "in_channels", None)
     if not isinstance(width, int):
         raise ModelError(
-            f"torchvision:{model}: {names[0]} is a {type(head).__name__}, no classifier"
+            f"torchvision:{model}: {names[0]} is a {type(head).__name__}, expected a classifier"
         )
     return width
 
 
 def _preprocess(preset: Any) -> Preprocess:
-    """torchvision's ``ImageClassification`` preset as numbers."""
+    """Return the ``ImageClassification`` preset of torchvision as numbers."""
     height, width = (preset.crop_size * 2)[:2]
     (edge,) = preset.resize_size
     return Preprocess(

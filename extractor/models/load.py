@@ -162,7 +162,7 @@ def resolve_name(model: str) -> tuple[str, str]:
     Raises:
         ModelError: The model is unknown. The message shows the nearest names.
     """
-    if from_file.is_place(model):
+    if from_file.is_function_name(model):
         return "file", model
     if model.startswith(from_timm.SCHEMES):
         return "timm", model

@@ -350,15 +350,15 @@ def test_joined_layers_are_one_embedding_to_normalize(images: Path, tmp_path: Pa
     [
         (
             {"model": NAMES, "weights": "w.pth"},
-            "weights: one file or tag cannot be that of several",
+            "weights: one file or tag cannot fit several models",
         ),
         ({"model": "resnet18+resnet34", "weights": "a1_in1k"}, "weights: one file or tag cannot"),
         ({"model": "resnet18+resnet34", "layers": ["layer1"]}, r"layers: A\+B joins embeddings"),
         ({"model": ["a", "b+c"], "layers": ["layer1"]}, r"layers: A\+B joins embeddings"),
-        ({"model": ["resnet18", "resnet18"]}, "expected each but once"),
+        ({"model": ["resnet18", "resnet18"]}, "expected each only once"),
         ({"model": []}, "got no model"),
         ({"model": ["resnet18", ""]}, "got no model, or an empty name"),
-        ({"model": NAMES, "bypass": ["layer1.0"]}, "bypass: names modules of one model"),
+        ({"model": NAMES, "bypass": ["layer1.0"]}, "bypass: works with one model only"),
         ({"layers": ["a", "b"], "pool": "none", "concat": True}, "pool: none keeps maps or tokens"),
         ({"layers": ["a"], "pool": "none", "normalize": True}, "pool: none keeps maps or tokens"),
         ({"pool": "max"}, "pool: max pools a layer; name one"),

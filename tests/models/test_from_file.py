@@ -159,14 +159,16 @@ def test_of_torchscript_nothing_can_be_replaced() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.Linear(4, 2)).eval()
     pixels = torch.rand(2, 3, 8, 8)
     for script in (torch.jit.script(network), torch.jit.trace(network, pixels)):
-        with pytest.raises(UsageError, match="give the module that it was made of"):
+        with pytest.raises(UsageError, match="pass the module it was made from"):
             Backbone.from_module(script, head="2", preprocess=PREPROCESS)
         backbone = Backbone.from_module(script, head=None, preprocess=PREPROCESS)
         torch.testing.assert_close(backbone(pixels), network(pixels))
 
 
 def test_a_map_is_no_embedding() -> None:
-    with pytest.raises(ModelError, match=r"module:Conv2d gives \(4, 6, 6\) for an image, expected"):
+    with pytest.raises(
+        ModelError, match=r"module:Conv2d returns shape \(4, 6, 6\) for an image, expected"
+    ):
         backbone(nn.Conv2d(3, 4, 3), None)
 
 
@@ -293,7 +295,7 @@ def test_the_command_takes_a_function(
     [
         ("a_number", "returned 3, expected a Backbone or a torch.nn.Module"),
         ("raises", r"net\.py:raises failed: KeyError: 'nothing' \(.*net\.py, line \d+\)"),
-        ("a_map", r"gives \(4, 222, 222\) for an image, expected a vector"),
+        ("a_map", r"returns shape \(4, 222, 222\) for an image, expected a vector"),
         ("nowhere", "has no function 'nowhere'; it has Net, a_map, a_number, bare, drawn, ends"),
         ("not_a_function", "has no function 'not_a_function'; it has Net, "),
     ],

@@ -208,7 +208,7 @@ def test_a_config_of_before_2023_has_everything_on_one_level(folder: Path) -> No
 )
 def test_a_file_that_is_no_config_of_timm_is_said_to_be_none(content: str, folder: Path) -> None:
     (folder / "config.json").write_text(content)
-    with pytest.raises(ModelError, match=r"config\.json is no config\.json of timm"):
+    with pytest.raises(ModelError, match=r"config\.json is not a config\.json of timm"):
         load_folder(folder)
 
 
