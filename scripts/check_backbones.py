@@ -332,7 +332,8 @@ def _table(results: list[Result]) -> str:
         "as its library does and as this program does, and compares the embeddings.",
         "",
         f"Versions: {versions}, torch {torch.__version__}. Of {len(results)} models,",
-        f"{len(right)} are correct, {len(by_value)} of them by value. The largest relative error is "
+        f"{len(right)} are correct, {len(by_value)} of them by value. "
+        "The largest relative error is "
         f"{max((r.error or 0 for r in by_value), default=0):.1e}."
         + (f" Only the shapes of {by_shape} large models were compared." if by_shape else ""),
         "",

@@ -461,7 +461,7 @@ def test_in_memory_layers_keep_their_shape(images: Path, tmp_path: Path) -> None
 def test_several_layers_in_memory_must_be_joined() -> None:
     options = {**RANDOM, "layers": ["layer1", "layer2"]}
     with pytest.raises(
-        UsageError, match=r"2 embeddings of an image \(resnet18@layer1, resnet18@layer2\)"
+        UsageError, match=r"2 embeddings per image \(resnet18@layer1, resnet18@layer2\)"
     ):
         Extractor("resnet18", **options)
     assert Extractor("resnet18", concat=True, **options).dim == 64 + 128

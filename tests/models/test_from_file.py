@@ -475,5 +475,5 @@ def test_other_code_is_another_network(file: Path, photos: Path, tmp_path: Path)
     (file.parent / "beside_it.py").write_text("FACTOR = 2\n")
     with pytest.raises(StoreError, match=r"backbone.code: .* there, .* now"):
         extract(photos, name, out, **settings)
-    with pytest.raises(StoreError, match=r"code of .* is not what it was"):
+    with pytest.raises(StoreError, match=r"code of .* changed since the store was made"):
         list(recompute(made.store, 3, weights=name, device="cpu"))
