@@ -64,13 +64,13 @@ class ImageDecoder:
         path = task.source
         if not isinstance(path, (str, bytes, os.PathLike)) or path in self._suspects:
             return None
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             task.source = read_file(path, max_bytes)
         except DecodeError as error:
             return Failure.from_error(error)
         finally:
-            self._timer.add("read", begun, time.perf_counter() - begun)
+            self._timer.add("read", started, time.perf_counter() - started)
         return None
 
     def decode(self, task: Task, slot: int) -> ImageInfo | Failure:
@@ -82,7 +82,7 @@ class ImageDecoder:
         """
         if (failure := self.read(task)) is not None:
             return failure
-        begun, used = time.perf_counter(), time.thread_time()
+        started, used = time.perf_counter(), time.thread_time()
         try:
             if (info := self._leave_encoded(task)) is not None:
                 return info
@@ -104,8 +104,8 @@ class ImageDecoder:
             return Failure.from_error(error)
         finally:
             task.source = b""  # free the content
-            lasted, used = time.perf_counter() - begun, time.thread_time() - used
-            self._timer.add("decode", begun, lasted, counted=used)
+            lasted, used = time.perf_counter() - started, time.thread_time() - used
+            self._timer.add("decode", started, lasted, counted=used)
 
     def _decode_suspect(self, task: Task, path: bytes) -> ImageInfo:
         """Decode an image in a child process, one at a time. The child has its own time limit."""

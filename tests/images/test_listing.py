@@ -265,8 +265,8 @@ class TestInputs:
     def test_doubled_leading_slash_is_one_slash(self, tmp_path: Path) -> None:
         # POSIX keeps "//" apart from "/", and so does os.path.abspath.
         add(tmp_path, "a.jpg")
-        for given in (f"/{tmp_path}", f"/{tmp_path}/a.jpg"):
-            images = list_images(given)
+        for path in (f"/{tmp_path}", f"/{tmp_path}/a.jpg"):
+            images = list_images(path)
             assert list(images.paths) == [b"a.jpg"]
             assert os.path.samefile(images.full_path(0), tmp_path / "a.jpg")
 

@@ -57,7 +57,7 @@ def test_computation_waits_for_the_last_images(gate: Gate, monkeypatch: pytest.M
 
 def test_computation_does_not_wait_long_for_a_slow_image(gate: Gate) -> None:
     gate.enter()
-    begun = time.monotonic()
+    started = time.monotonic()
     with gate.resting(3):
         assert not gate.is_quiet
-        assert module.MAX_WAIT_SECONDS <= time.monotonic() - begun < 10
+        assert module.MAX_WAIT_SECONDS <= time.monotonic() - started < 10

@@ -33,15 +33,15 @@ PREPROCESSES = [
 def hostile_decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Give children a faulty decoder. Returns the file in which they report."""
     monkeypatch.setenv("PYTHONPATH", hostile_python(tmp_path / "hostile"))
-    monkeypatch.setenv("HOSTILE_LOG", str(tmp_path / "told"))
-    return tmp_path / "told"
+    monkeypatch.setenv("HOSTILE_LOG", str(tmp_path / "log"))
+    return tmp_path / "log"
 
 
 def blank() -> list[np.ndarray]:
     return [np.full((*preprocess.input_size, 3), 201, np.uint8) for preprocess in PREPROCESSES]
 
 
-def apart(path: bytes, timeout: float = 30, max_pixels: int = 10**6) -> Any:
+def decode_in_child(path: bytes, timeout: float = 30, max_pixels: int = 10**6) -> Any:
     outs = blank()
     info = decode_apart(path, PREPROCESSES, outs, max_pixels=max_pixels, timeout_seconds=timeout)
     return info, outs
@@ -60,7 +60,7 @@ def test_pictures_and_info_equal_those_of_decoding_here(tmp_path: Path) -> None:
         noise(3, 40, 30).save(file, "PNG")
     here = blank()
     expected = decode_into(path, PREPROCESSES, here)
-    info, outs = apart(path)
+    info, outs = decode_in_child(path)
     assert info == expected
     assert info.sha256
     assert all(np.array_equal(one, other) for one, other in zip(outs, here, strict=True))
@@ -73,7 +73,7 @@ def test_failures_keep_reason_size_and_time(tmp_path: Path, max_pixels: int) -> 
     if max_pixels == 10**6:
         os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(DecodeError, match=r"are 1200 pixels|exceeds limit|truncated") as caught:
-        apart(os.fsencode(path), max_pixels=max_pixels)
+        decode_in_child(os.fsencode(path), max_pixels=max_pixels)
     status = path.stat()
     assert caught.value.reason == ("too-large" if max_pixels == 1199 else "truncated")
     assert (caught.value.size, caught.value.mtime_ns) == (status.st_size, status.st_mtime_ns)
@@ -81,7 +81,7 @@ def test_failures_keep_reason_size_and_time(tmp_path: Path, max_pixels: int) -> 
 
 def test_a_missing_file_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(DecodeError, match="No such file") as caught:
-        apart(os.fsencode(tmp_path / "gone.png"))
+        decode_in_child(os.fsencode(tmp_path / "gone.png"))
     assert (caught.value.reason, caught.value.size) == ("unreadable", -1)
 
 
@@ -100,7 +100,7 @@ def test_a_decoder_that_kills_its_process_has_crashed(
 ) -> None:
     path = write_hostile(tmp_path / "a.png", deed)
     with pytest.raises(DecodeError, match=exit_description) as caught:
-        apart(path)
+        decode_in_child(path)
     status = os.stat(path)
     assert caught.value.reason == "crashed"
     assert (caught.value.size, caught.value.mtime_ns) == (status.st_size, status.st_mtime_ns)
@@ -112,10 +112,10 @@ def test_a_hanging_decoder_is_killed_after_the_timeout(
 ) -> None:
     path = write_hostile(tmp_path / "a.png", "hang")
     monkeypatch.setattr(subprocess_decode, "START_SECONDS", 0.5)
-    begun = time.monotonic()
+    started = time.monotonic()
     with pytest.raises(DecodeError, match=r"not decoded within 1\.5 s") as caught:
-        apart(path, timeout=1.5)
-    assert time.monotonic() - begun < 10
+        decode_in_child(path, timeout=1.5)
+    assert time.monotonic() - started < 10
     assert caught.value.reason == "timeout"
     assert caught.value.size == os.stat(path).st_size
     child = int(hostile_decoder.read_text().split()[0])
@@ -128,7 +128,7 @@ def test_output_of_a_library_does_not_disturb_the_answer(tmp_path: Path) -> None
     here = blank()
     path = write_hostile(tmp_path / "a.png", "print")
     expected = decode_into(path, PREPROCESSES, here)
-    info, outs = apart(path)
+    info, outs = decode_in_child(path)
     assert info == expected
     assert all(np.array_equal(one, other) for one, other in zip(outs, here, strict=True))
 
@@ -139,7 +139,7 @@ def test_modules_in_the_current_folder_are_not_imported(
     (tmp_path / "numpy.py").write_text("open('run', 'w').close()\n")
     noise(3, 40, 30).save(tmp_path / "a.png")
     monkeypatch.chdir(tmp_path)
-    info, _ = apart(os.fsencode(tmp_path / "a.png"))
+    info, _ = decode_in_child(os.fsencode(tmp_path / "a.png"))
     assert isinstance(info, ImageInfo)
     assert not (tmp_path / "run").exists()
 
@@ -151,10 +151,11 @@ from extractor.loading.subprocess_decode import decode_apart
 from extractor.preprocess import Preprocess
 
 signal.signal(signal.SIGINT, lambda *_: print("Ctrl-C", flush=True))
-one = Preprocess((8, 6), "squash", (8, 6), "bilinear", (0, 0, 0), (1, 1, 1))
+preprocess = Preprocess((8, 6), "squash", (8, 6), "bilinear", (0, 0, 0), (1, 1, 1))
 out = np.zeros((8, 6, 3), np.uint8)
-told = decode_apart(os.fsencode(sys.argv[1]), [one], [out], max_pixels=10**6, timeout_seconds=30)
-print(told.width, told.height, flush=True)
+path = os.fsencode(sys.argv[1])
+info = decode_apart(path, [preprocess], [out], max_pixels=10**6, timeout_seconds=30)
+print(info.width, info.height, flush=True)
 """
 
 
@@ -167,8 +168,8 @@ def test_ctrl_c_does_not_reach_the_child(tmp_path: Path, hostile_decoder: Path) 
     with parent(write_hostile(tmp_path / "a.png", "slow")) as run:
         wait_until(lambda: hostile_decoder.exists() and "slow" in hostile_decoder.read_text())
         os.killpg(run.pid, signal.SIGINT)
-        told, _ = run.communicate(timeout=30)
-    assert told.split("\n") == ["Ctrl-C", "30 20", ""]
+        printed, _ = run.communicate(timeout=30)
+    assert printed.split("\n") == ["Ctrl-C", "30 20", ""]
     assert run.returncode == 0
 
 

@@ -20,7 +20,7 @@ opened = Image.open
 deeds = {
     "hang": lambda: time.sleep(60),
     "slow": lambda: time.sleep(0.5),
-    "print": lambda: os.write(1, b"a library that talks\\n"),
+    "print": lambda: os.write(1, b"a library that prints\\n"),
     "deaf": lambda: os.close(1),
 }
 
