@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import shutil
@@ -174,6 +175,7 @@ def in_child(
     """
     child = os.fork()
     if child == 0:
+        gc.disable()  # a collection would copy the memory of all libraries
         try:
             steps = itertools.count(1)
             fsync = os.fsync

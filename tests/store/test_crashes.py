@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import itertools
 import os
 import shutil
@@ -45,6 +46,7 @@ def in_child(action: Callable[[], object], at_step: Callable[[int], None]) -> bo
     """
     child = os.fork()
     if child == 0:
+        gc.disable()  # a collection would copy the memory of all libraries
         try:
             steps = itertools.count(1)
             fsync = os.fsync
