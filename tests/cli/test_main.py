@@ -34,7 +34,7 @@ def command(*words: str, cwd: Path | None = None, **env: str) -> subprocess.Comp
     return run_extract(*words, cwd=cwd, env={**os.environ, **env})
 
 
-def test_the_command_as_a_user_runs_it(photos: Path, tmp_path: Path) -> None:
+def test_command_fills_a_store_and_prints_a_summary(photos: Path, tmp_path: Path) -> None:
     (photos / "bad.jpg").write_text("text")
     (photos / "notes.txt").write_text("text")
     words = [sys.executable, "-m", "extractor", *MODEL, str(photos)]
@@ -88,7 +88,7 @@ def test_help_version_and_usage_do_not_load_torch() -> None:
         (["a", "-m", ""], 2, "model: got an empty name"),
     ],
 )
-def test_errors_are_a_sentence_and_an_exit_code(
+def test_error_is_one_sentence_and_an_exit_code(
     words: list[str],
     code: int,
     match: str,
@@ -108,7 +108,7 @@ def test_errors_are_a_sentence_and_an_exit_code(
 
 
 @pytest.mark.parametrize("words", [["--precision", "int4", "a"], ["--nonsense"], ["-b", "x", "a"]])
-def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
+def test_unparsable_words_exit_with_a_usage_error(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
 
@@ -117,7 +117,7 @@ def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
 @pytest.mark.parametrize(
     ("rate", "code"), [(None, 3), ("0", 3), ("0.08", 3), ("0.0834", 0), ("1", 0)]
 )
-def test_a_share_of_failures_can_be_accepted(
+def test_max_failure_rate_decides_the_exit_code(
     photos: Path, tmp_path: Path, rate: str | None, code: int
 ) -> None:
     (photos / "bad.jpg").write_text("text")  # one of twelve
@@ -135,7 +135,7 @@ def test_quiet_prints_nothing(
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_there_is_no_bar_without_a_terminal(
+def test_bar_needs_a_terminal(
     photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 0
@@ -144,7 +144,7 @@ def test_there_is_no_bar_without_a_terminal(
     assert "11 of 11 images" in printed.out
 
 
-def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
+def test_bar_counts_images_and_failures(photos: Path, tmp_path: Path) -> None:
     (photos / "bad.jpg").write_text("text")
     terminal, side = pty.openpty()
     words = [*SMALL, "-b", "4", str(photos), "-o", str(tmp_path / "out")]
@@ -167,7 +167,7 @@ def test_a_terminal_shows_a_bar(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_a_list_comes_from_a_file_or_standard_input(
+def test_list_is_read_from_a_file_or_standard_input(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(photos)
@@ -190,7 +190,7 @@ def test_a_list_comes_from_a_file_or_standard_input(
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["int", "term"]
 )
-def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -> None:
+def test_signal_saves_the_run_and_a_repeat_resumes(number: int, code: int, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(300):
         Image.new("RGB", (100, 100), (i % 256, 0, 0)).save(tmp_path / "in" / f"{i}.bmp")
@@ -205,9 +205,9 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
             time.sleep(0.05)
         run.send_signal(number)
         assert run.wait(30) == code
-    told = run.errors()
-    assert "Traceback" not in told
-    assert "images saved. Run the same command to resume." in told
+    errors = run.errors()
+    assert "Traceback" not in errors
+    assert "images saved. Run the same command to resume." in errors
     assert not (out / "store.json").exists()
 
     done = command(*words)
@@ -217,7 +217,7 @@ def test_a_signal_ends_the_run_cleanly(number: int, code: int, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_names_that_no_terminal_can_print_are_escaped(
+def test_unprintable_names_are_escaped(
     photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (photos / os.fsdecode(b"bad\xff\n\x1b[31m.jpg")).write_text("text")
@@ -230,7 +230,7 @@ def test_names_that_no_terminal_can_print_are_escaped(
     assert os.fsencode(failure["path"]) == b"bad\xff\n\x1b[31m.jpg"
 
 
-def test_a_fault_of_the_program_shows_where(
+def test_bug_prints_its_traceback(
     photos: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -245,7 +245,7 @@ def test_a_fault_of_the_program_shows_where(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_torchvision_that_does_not_fit_is_said_in_one_sentence(
+def test_mismatched_torchvision_is_one_sentence(
     monkeypatch: pytest.MonkeyPatch,
     photos: Path,
     tmp_path: Path,
@@ -259,9 +259,9 @@ def test_a_torchvision_that_does_not_fit_is_said_in_one_sentence(
 
     monkeypatch.setattr(libraries.importlib, "import_module", broken)
     assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
-    told = capsys.readouterr().err
-    assert "were not built for each other; install a matching pair" in told
-    assert "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert "were not built for each other; install a matching pair" in errors
+    assert "Traceback" not in errors
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def pipe_without_reader() -> Iterator[int]:
 
 
 @pytest.mark.parametrize("reader", ["pipe", "no stdout", "no stderr", "neither", "full"])
-def test_a_summary_that_nobody_reads_is_no_error(
+def test_closed_or_full_output_is_no_error(
     reader: str, photos: Path, tmp_path: Path, pipe_without_reader: int
 ) -> None:
     streams: dict[str, Any] = {}
@@ -294,7 +294,7 @@ def test_a_summary_that_nobody_reads_is_no_error(
     assert len(FeatureStore.open(tmp_path / "out")) == 11
 
 
-def test_a_list_from_a_closed_standard_input_is_an_error(tmp_path: Path) -> None:
+def test_list_from_closed_standard_input_is_an_error(tmp_path: Path) -> None:
     line = f"{sys.executable} -m extractor --list - -o {tmp_path}/out <&-"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
     assert done.returncode == 2
@@ -302,7 +302,7 @@ def test_a_list_from_a_closed_standard_input_is_an_error(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("caches", ["/proc/none", "", "here"])
-def test_a_home_that_cannot_be_written_is_no_matter(
+def test_unwritable_home_is_no_error(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caches: str
 ) -> None:
     """What is compiled goes where there is room for it, and nothing else depends on it."""

@@ -1,4 +1,4 @@
-"""``extract models`` and ``extract download``: against what the libraries say of themselves."""
+"""``extract models`` and ``extract download``, compared with the libraries."""
 
 from __future__ import annotations
 
@@ -58,9 +58,7 @@ def torchvision_cache(home: Path) -> Path:
 
 
 @pytest.mark.parametrize("glob", ["test_vit*", "timm:test_vit*"])
-def test_a_glob_lists_timms_models_with_timms_numbers(
-    glob: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_list_agrees_with_timm(glob: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(run(capsys, "models", glob, "--json"))
     assert [row["name"] for row in rows] == timm.list_models("test_vit*")
     for row in rows:
@@ -75,7 +73,7 @@ def test_a_glob_lists_timms_models_with_timms_numbers(
         assert {weight["cached"] for weight in row["weights"]} <= {None}
 
 
-def test_a_bare_glob_lists_both_libraries(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bare_glob_lists_both_libraries(capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(run(capsys, "models", "resnet18", "--json"))
     assert [row["model"] for row in rows] == ["timm:resnet18", "torchvision:resnet18"]
     ours, theirs = ([weight["tag"] for weight in row["weights"]] for row in rows)
@@ -83,12 +81,12 @@ def test_a_bare_glob_lists_both_libraries(capsys: pytest.CaptureFixture[str]) ->
     assert theirs == ["IMAGENET1K_V1"]
 
 
-def test_the_default_weights_of_torchvision_stand_first(capsys: pytest.CaptureFixture[str]) -> None:
+def test_default_weights_of_torchvision_come_first(capsys: pytest.CaptureFixture[str]) -> None:
     (row,) = json.loads(run(capsys, "models", "torchvision:mobilenet_v2", "--json"))
     assert [weight["tag"] for weight in row["weights"]] == ["IMAGENET1K_V2", "IMAGENET1K_V1"]
 
 
-def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_has_aligned_columns(capsys: pytest.CaptureFixture[str]) -> None:
     head, *lines = run(capsys, "models", "test_vit*").splitlines()
     assert head.split()[:4] == ["model", "dim", "parameters", "input"]
     assert len(lines) == len(timm.list_models("test_vit*"))
@@ -100,9 +98,7 @@ def test_the_table_is_for_people(capsys: pytest.CaptureFixture[str]) -> None:
     assert without.split()[-1] == "none"
 
 
-def test_a_star_stands_at_weights_that_are_here(
-    empty_caches: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_star_marks_cached_weights(empty_caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
     here = timm_cache(empty_caches, "resnet18.a2_in1k")
     also = torchvision_cache(empty_caches)
     table = run(capsys, "models", "timm:resnet18").splitlines()[1].split()
@@ -121,7 +117,7 @@ def test_a_star_stands_at_weights_that_are_here(
 
 
 @pytest.mark.parametrize("glob", ["no_such_model", "timm:squeezenet1_1", "RESNET18"])
-def test_a_glob_without_match_is_an_error(glob: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_glob_without_match_is_an_error(glob: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"no model matches {glob!r}" in run(capsys, "models", glob, code=1)
 
 
@@ -129,7 +125,7 @@ def test_a_glob_without_match_is_an_error(glob: str, capsys: pytest.CaptureFixtu
     "words",
     [["models", "a", "b"], ["models", "--nonsense"], ["models", "show"], ["download"]],
 )
-def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
+def test_unparsable_words_exit_with_a_usage_error(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)
 
@@ -139,7 +135,7 @@ def test_wrong_words_are_wrong_usage(words: list[str]) -> None:
 
 
 def seen_shapes(network: nn.Module, edge: int) -> dict[str, list[int]]:
-    """What each module gives for one image, down to the second level."""
+    """Return the output shape of each module for one image, down to the second level."""
     seen: dict[str, list[int]] = {}
     for name, module in network.named_modules():
         if name and name.count(".") < 2:
@@ -175,9 +171,9 @@ def test_show_lists_heads_and_layers_with_their_shapes(
     found = json.loads(run(capsys, "models", "show", name, "--json"))
     assert (found["model"], found["heads"], found["parameters"]) == (full, [head], parameters)
     assert found["preprocess"]["input_size"] == [edge, edge]
-    assert {one["layer"]: one["shape"] for one in found["layers"]} == expected
+    assert {layer["layer"]: layer["shape"] for layer in found["layers"]} == expected
     kinds = {name: type(module).__name__ for name, module in network.named_modules()}
-    assert all(one["kind"] == kinds[one["layer"]] for one in found["layers"])
+    assert all(layer["kind"] == kinds[layer["layer"]] for layer in found["layers"])
 
     page = run(capsys, "models", "show", name).splitlines()
     assert f"heads        {head}" in page
@@ -187,15 +183,13 @@ def test_show_lists_heads_and_layers_with_their_shapes(
         ]
 
 
-def test_show_takes_models_by_place_with_their_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_show_accepts_a_local_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_for_hf(
         timm.create_model("test_resnet", num_classes=7), str(tmp_path), safe_serialization=True
     )
     found = json.loads(run(capsys, "models", "show", f"local-dir:{tmp_path}", "--json"))
     assert (found["dim"], found["heads"], found["weights"]) == (96, ["fc"], [])
-    layers = {one["layer"]: one["shape"] for one in found["layers"]}
+    layers = {layer["layer"]: layer["shape"] for layer in found["layers"]}
     assert layers["layer4"] == [96, 5, 5]
 
 
@@ -210,19 +204,19 @@ def test_show_takes_models_by_place_with_their_weights(
         ("timm:resnet18.nosuch", "timm:resnet18: unknown weights 'nosuch'; expected default, "),
     ],
 )
-def test_show_of_an_unknown_model_is_an_error(
+def test_show_of_unknown_model_is_an_error(
     name: str, match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert match in run(capsys, "models", "show", name, code=1)
 
 
-def test_show_of_an_unknown_tag_says_what_loading_it_says(
+def test_show_and_load_report_an_unknown_tag_alike(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(WeightsError, match="unknown weights 'nosuch'") as raised:
         load_backbone("resnet18.nosuch", device="cpu")
-    told = run(capsys, "models", "show", "resnet18.nosuch", code=1)
-    assert str(raised.value) in told
+    errors = run(capsys, "models", "show", "resnet18.nosuch", code=1)
+    assert str(raised.value) in errors
 
 
 # ---------------------------------------------------------------------------------------------
@@ -233,7 +227,7 @@ def line(name: str, path: Path) -> str:
     return f"{name}: {path} (sha256 {hashlib.sha256(path.read_bytes()).hexdigest()})\n"
 
 
-def test_download_of_what_is_here_prints_where_and_which(
+def test_download_of_cached_weights_prints_path_and_digest(
     empty_caches: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = timm_cache(empty_caches, "test_resnet")
@@ -242,17 +236,17 @@ def test_download_of_what_is_here_prints_where_and_which(
     assert run(capsys, "download", *names) == line(names[0], one) + line(names[1], two)
 
 
-def test_download_takes_a_tag(empty_caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_download_accepts_a_tag(empty_caches: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = timm_cache(empty_caches, "resnet18.a2_in1k")
     assert run(capsys, "download", "resnet18", "--weights", "a2_in1k") == line("resnet18", path)
     assert run(capsys, "download", "resnet18.a2_in1k") == line("resnet18.a2_in1k", path)
-    told = run(capsys, "download", "resnet18", "--weights", "NOPE", code=1)
-    assert "unknown weights 'NOPE'" in told
-    assert "a2_in1k" in told
+    errors = run(capsys, "download", "resnet18", "--weights", "NOPE", code=1)
+    assert "unknown weights 'NOPE'" in errors
+    assert "a2_in1k" in errors
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "torchvision:squeezenet1_1"])
-def test_download_without_network_says_where_it_looked(
+def test_download_without_network_names_the_cache(
     name: str,
     empty_caches: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -262,22 +256,22 @@ def test_download_without_network_says_where_it_looked(
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(weights, "_reachable", lambda url: False)
-    told = run(capsys, "download", name, code=1)
-    assert f"Looked in {empty_caches}" in told
-    assert "cannot be reached" in told
+    errors = run(capsys, "download", name, code=1)
+    assert f"Looked in {empty_caches}" in errors
+    assert "cannot be reached" in errors
     assert not list(empty_caches.rglob("*.*"))
 
 
-def test_download_of_several_goes_on_after_one_that_fails(
+def test_download_continues_after_a_failure(
     empty_caches: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one, two = timm_cache(empty_caches, "test_resnet"), timm_cache(empty_caches, "test_vit")
+    first, second = timm_cache(empty_caches, "test_resnet"), timm_cache(empty_caches, "test_vit")
     assert cli.main(["download", "test_resnet", "resnet5", "test_vit2", "test_vit"]) == 1
     printed = capsys.readouterr()
-    assert printed.out == line("test_resnet", one) + line("test_vit", two)
-    first, second = printed.err.splitlines()
-    assert "unknown model 'resnet5'" in first
-    assert "test_vit2: the weights are not on this machine" in second
+    assert printed.out == line("test_resnet", first) + line("test_vit", second)
+    unknown, absent = printed.err.splitlines()
+    assert "unknown model 'resnet5'" in unknown
+    assert "test_vit2: the weights are not on this machine" in absent
 
 
 @pytest.mark.parametrize(
@@ -289,7 +283,7 @@ def test_download_of_several_goes_on_after_one_that_fails(
         (["test_vit", "--weights", "random"], 2, "random weights cannot be fetched"),
     ],
 )
-def test_download_of_what_is_nowhere_is_an_error(
+def test_download_of_models_without_published_weights_is_an_error(
     words: list[str], code: int, match: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert match in run(capsys, "download", *words, code=code)
@@ -300,7 +294,7 @@ def test_download_of_what_is_nowhere_is_an_error(
 
 
 @pytest.mark.parametrize("name", ["models", "download"])
-def test_a_folder_of_such_a_name_is_reached_by_its_path(
+def test_folder_named_like_a_verb_is_reached_by_its_path(
     name: str,
     photos: Path,
     tmp_path: Path,
@@ -315,9 +309,7 @@ def test_a_folder_of_such_a_name_is_reached_by_its_path(
     assert len(FeatureStore.open("again")) == 11
 
 
-def test_a_table_that_is_not_read_to_its_end_is_no_error(
-    monkeypatch: pytest.MonkeyPatch, empty_caches: Path
-) -> None:
+def test_truncated_output_is_no_error(monkeypatch: pytest.MonkeyPatch, empty_caches: Path) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(empty_caches))
     command = f"set -o pipefail; {sys.executable} -m extractor models 'timm:*' --json | head -1"
     done = subprocess.run(
@@ -326,7 +318,7 @@ def test_a_table_that_is_not_read_to_its_end_is_no_error(
     assert (done.returncode, done.stdout, done.stderr) == (0, "[\n", "")
 
 
-def test_help_of_the_commands_does_not_load_torch() -> None:
+def test_help_of_verbs_does_not_load_torch() -> None:
     code = (
         "import sys; from extractor.cli import main as cli\n"
         "try: cli.main(sys.argv[1:])\n"
@@ -342,7 +334,7 @@ def test_help_of_the_commands_does_not_load_torch() -> None:
         assert "usage: extract " + " ".join(words[:-1]) in done.stdout
 
 
-def test_every_row_is_json_of_plain_values(capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_rows_hold_plain_values(capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[dict[str, Any]] = json.loads(run(capsys, "models", "*squeezenet*", "--json"))
     assert [row["model"] for row in rows] == [
         "torchvision:squeezenet1_0",
