@@ -12,7 +12,7 @@ from extractor.errors import DeviceError, UsageError
 from extractor.models.backbone import Backbone
 from extractor.models.load import load, with_changes
 from extractor.models.naming import join_names, split_model, store_name
-from extractor.network.fusion.fuse import is_worthwhile
+from extractor.network.fusion.fuse import should_fuse
 from extractor.network.precision import resolve_precision
 from extractor.network.taps import Output
 from extractor.options import Options
@@ -144,12 +144,12 @@ def _load(model: str, options: Options, recorded_sha256: Mapping[str, str] | Non
 
 def fuse_as_chosen(backbone: Backbone, choice: str) -> Backbone:
     """Fuse a backbone in place if ``choice`` is ``auto`` and its device is a CPU."""
-    return backbone.fold() if is_worthwhile(choice, backbone.device) else backbone
+    return backbone.fold() if should_fuse(choice, backbone.device) else backbone
 
 
 def _fused_copy(backbone: Backbone, choice: str) -> Backbone:
     """Return a fused copy of the user's backbone; itself if it is not fused or cannot be copied."""
-    if not (backbone.may_fold and is_worthwhile(choice, backbone.device)):
+    if not (backbone.may_fold and should_fuse(choice, backbone.device)):
         return backbone
     try:
         return replace(backbone, module=copy.deepcopy(backbone.module)).fold()

@@ -23,7 +23,7 @@ from extractor.network.fusion.onednn import (
 from extractor.network.fusion.trace import Embed, find_chains
 from extractor.text import first_line
 
-__all__ = ["fuse", "is_worthwhile", "may_fuse", "without_packing"]
+__all__ = ["fuse", "may_fuse", "should_fuse", "without_packing"]
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def may_fuse(network: nn.Module, device: torch.device) -> bool:
     return mostly or any(type(module) in NORMS for module in modules)
 
 
-def is_worthwhile(choice: str, device: torch.device) -> bool:
+def should_fuse(choice: str, device: torch.device) -> bool:
     """Return whether a run fuses its networks.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 
 from extractor import Backbone, Extractor, load_backbone
 from extractor.models.embedding import fuse_as_chosen, load_specs
-from extractor.network.fusion.fuse import is_worthwhile
+from extractor.network.fusion.fuse import should_fuse
 from extractor.options import Options
 
 
@@ -46,7 +46,7 @@ def test_fusion_that_is_off_or_unmeasured_changes_no_module(
     assert fuse_as_chosen(network, choice) is network
     assert list(network.module.modules()) == modules
     assert types_of(network) == types_of(backbone)
-    assert not is_worthwhile(choice, torch.device(device))
+    assert not should_fuse(choice, torch.device(device))
 
 
 @pytest.mark.parametrize("choice", ["auto", "off"])
