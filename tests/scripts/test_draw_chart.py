@@ -63,3 +63,12 @@ def test_committed_chart_is_drawn_from_committed_figures() -> None:
     figures = json.loads((IMAGES / "throughput.json").read_text("utf-8"))
     assert draw_chart.draw(figures) == (IMAGES / "throughput.svg").read_text("utf-8")
     assert set(draw_chart.SIDES) <= set(figures["rates"])
+
+
+def test_readme_describes_the_committed_chart() -> None:
+    figures = json.loads((IMAGES / "throughput.json").read_text("utf-8"))
+    readme = (IMAGES.parents[1] / "README.md").read_text("utf-8")
+    described = readme.partition("![")[2].partition("](docs/img/throughput.svg)")[0]
+    assert figures["model"] in described
+    for side in draw_chart.SIDES:
+        assert f"{figures['rates'][side]['median']:.1f}" in described
