@@ -145,7 +145,7 @@ def test_auxiliary_heads_are_off(name: str) -> None:
     assert not [key for key in backbone.module.state_dict() if key.lower().startswith("aux")]
 
 
-def test_a_bare_name_is_timms_where_timm_has_it() -> None:
+def test_bare_name_prefers_timm() -> None:
     def provenance(name: str) -> str:
         return load_backbone(name, weights="random", device="cpu").provenance.model
 
@@ -165,12 +165,12 @@ def test_a_bare_name_is_timms_where_timm_has_it() -> None:
         ("torchvision:fcn_resnet50", "unknown model"),
     ],
 )
-def test_an_unknown_model_is_an_error(name: str, match: str) -> None:
+def test_unknown_model_is_an_error(name: str, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         load_backbone(name, weights="random", device="cpu")
 
 
-def test_random_weights_follow_the_seed_and_nothing_else() -> None:
+def test_random_weights_depend_on_the_seed_only() -> None:
     def digest(seed: int) -> str:
         torch.rand(3)  # the caller's own generator has no say
         backbone = load_backbone("resnet18", weights="random", seed=seed, device="cpu")
@@ -179,7 +179,7 @@ def test_random_weights_follow_the_seed_and_nothing_else() -> None:
     assert digest(0) == digest(0) != digest(1)
 
 
-def test_random_weights_leave_the_callers_generator_alone() -> None:
+def test_random_weights_keep_the_callers_generator() -> None:
     torch.manual_seed(5)
     expected = torch.rand(4)
     torch.manual_seed(5)
@@ -187,18 +187,18 @@ def test_random_weights_leave_the_callers_generator_alone() -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_random_weights_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+def test_random_weights_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     load_backbone("resnet18", weights="random", seed=3, device="cpu")
     assert "RANDOM weights (seed 3)" in caplog.text
 
 
-def test_pixels_of_another_shape_are_an_error() -> None:
+def test_pixels_must_have_four_axes() -> None:
     backbone = load_backbone("resnet18", weights="random", device="cpu")
     with pytest.raises(UsageError, match=r"got shape \(3, 32, 32\), expected \(B, 3, H, W\)"):
         backbone(torch.zeros(3, 32, 32))
 
 
-def test_the_network_is_in_eval_mode_and_frozen() -> None:
+def test_network_is_in_eval_mode_and_frozen() -> None:
     module = load_backbone("torchvision:alexnet", weights="random", device="cpu").module
     assert not any(child.training for child in module.modules())
     assert not any(parameter.requires_grad for parameter in module.parameters())
@@ -216,7 +216,7 @@ def test_half_precision_stays_near_float32(precision: Any, device: str) -> None:
     assert cosine.min() > 0.999
 
 
-def test_absent_devices_are_errors() -> None:
+def test_absent_device_is_an_error() -> None:
     with pytest.raises(UsageError, match="device: got 'tpu', expected auto, cpu"):
         load_backbone("resnet18", weights="random", device="tpu")
     if not torch.cuda.is_available():
@@ -243,9 +243,7 @@ def torchvision_cache(home: Path, name: str, tag: str = "DEFAULT", **options: An
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "densenet121", "mnasnet0_5"])
-def test_cached_torchvision_weights_compute_what_torchvision_computes(
-    name: str, empty_caches: Path
-) -> None:
+def test_cached_torchvision_weights_match_torchvision(name: str, empty_caches: Path) -> None:
     options: dict[str, Any] = (
         {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     )
@@ -263,7 +261,7 @@ def test_cached_torchvision_weights_compute_what_torchvision_computes(
     assert backbone.provenance.tag == torchvision.models.get_model_weights(name).DEFAULT.name
 
 
-def test_old_densenet_key_names_are_understood(tmp_path: Path) -> None:
+def test_old_densenet_keys_are_renamed(tmp_path: Path) -> None:
     model = torchvision.models.densenet121(weights=None)
     old = {
         key.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.")
@@ -278,14 +276,14 @@ def test_old_densenet_key_names_are_understood(tmp_path: Path) -> None:
     assert_close(backbone(pixels), features)
 
 
-def test_a_tag_chooses_weights_and_transform(empty_caches: Path) -> None:
+def test_torchvision_tag_selects_the_transform(empty_caches: Path) -> None:
     torchvision_cache(empty_caches, "resnet50", "IMAGENET1K_V1")
     backbone = load_backbone("torchvision:resnet50", weights="IMAGENET1K_V1", device="cpu")
     assert backbone.provenance.tag == "IMAGENET1K_V1"
     assert backbone.preprocess.resize_size == (256, 256)  # V2, the default, has 232
 
 
-def test_a_file_under_the_librarys_own_name_brings_that_entrys_transform(tmp_path: Path) -> None:
+def test_library_file_name_selects_its_transform(tmp_path: Path) -> None:
     path = tmp_path / "resnet50-0676ba61.pth"
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
     backbone = load_backbone("torchvision:resnet50", weights=path, device="cpu")
@@ -293,7 +291,7 @@ def test_a_file_under_the_librarys_own_name_brings_that_entrys_transform(tmp_pat
     assert backbone.provenance.weights == "file"
 
 
-def test_a_vit_is_built_for_the_image_size_of_its_weights() -> None:
+def test_vit_has_the_image_size_of_its_weights() -> None:
     entries = torchvision.models.ViT_B_16_Weights
     entry = entries.IMAGENET1K_SWAG_E2E_V1
     with torch.device("meta"):
@@ -317,7 +315,7 @@ def timm_cache(home: Path, name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "tf_efficientnet_lite0"])
-def test_cached_timm_weights_are_the_ones_that_are_used(name: str, empty_caches: Path) -> None:
+def test_cached_timm_weights_are_used(name: str, empty_caches: Path) -> None:
     model = timm_cache(empty_caches, name).eval()
     backbone = load_backbone(name, device="cpu")
     pixels = picture(backbone.preprocess.input_size)
@@ -330,7 +328,7 @@ def test_cached_timm_weights_are_the_ones_that_are_used(name: str, empty_caches:
     assert "state_dict" not in backbone.module.pretrained_cfg
 
 
-def test_a_timm_tag_may_be_in_the_name_or_in_the_weights(empty_caches: Path) -> None:
+def test_timm_tag_works_in_name_and_in_weights(empty_caches: Path) -> None:
     timm_cache(empty_caches, "resnet18.a1_in1k")
     by_name = load_backbone("resnet18.a1_in1k", device="cpu").provenance
     by_weights = load_backbone("resnet18", weights="a1_in1k", device="cpu").provenance
@@ -339,13 +337,13 @@ def test_a_timm_tag_may_be_in_the_name_or_in_the_weights(empty_caches: Path) -> 
 
 
 @pytest.mark.parametrize("model", ["resnet18", "torchvision:resnet18"])
-def test_an_unknown_tag_names_the_known_ones(model: str) -> None:
+def test_unknown_tag_lists_the_known_ones(model: str) -> None:
     with pytest.raises(WeightsError, match=r"unknown weights 'NOPE'; .*(a1_in1k|IMAGENET1K_V1)"):
         load_backbone(model, weights="NOPE", device="cpu")
 
 
 @pytest.mark.parametrize("model", ["resnet18", "torchvision:resnet18"])
-def test_weights_that_are_nowhere_say_where_was_looked_and_what_to_do(
+def test_missing_weights_error_says_where_and_what_to_try(
     model: str, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("extractor.models.weight_files._reachable", lambda url: False)
@@ -361,9 +359,7 @@ def headless(state: dict[str, torch.Tensor], head: str) -> dict[str, torch.Tenso
 
 @pytest.mark.parametrize("model", ["timm:resnet18", "torchvision:resnet18"])
 @pytest.mark.parametrize("layout", ["plain", "state_dict", "model", "ddp", "safetensors", "head"])
-def test_files_of_every_layout_give_the_same_backbone(
-    model: str, layout: str, tmp_path: Path
-) -> None:
+def test_file_layout_does_not_change_the_backbone(model: str, layout: str, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
@@ -405,7 +401,7 @@ def test_changes_of_the_network_return_the_backbone_itself() -> None:
     assert backbone.dtype == next(backbone.module.parameters()).dtype == torch.bfloat16
 
 
-def test_layers_leave_the_backbone_they_were_chosen_on() -> None:
+def test_at_layers_leaves_the_original_backbone_alone() -> None:
     backbone = load_backbone("test_resnet", weights="random", device="cpu")
     pixels = picture((64, 64))
     before = backbone(pixels)

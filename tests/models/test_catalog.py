@@ -54,18 +54,18 @@ def needs(*libraries: str) -> pytest.MarkDecorator:
 # Lines
 
 
-def test_a_line_is_the_fields_with_tabs_between() -> None:
+def test_line_separates_fields_by_tabs() -> None:
     entry = Entry("timm:net", "1.2", 64, (160, 96), 1234, ("head", "head_dist"), "00ff")
     assert entry.to_line() == "timm:net\t1.2\t64\t160x96\t1234\thead,head_dist\t00ff"
     assert Entry.from_line(entry.to_line()) == entry
 
 
-def test_a_model_without_heads_comes_back_as_it_was() -> None:
+def test_entry_without_heads_survives_a_round_trip() -> None:
     entry = Entry("timm:net", "1.2", 64, (160, 96), 1234, (), "00ff")
     assert Entry.from_line(entry.to_line()) == entry
 
 
-def test_the_table_comes_back_as_it_was_written() -> None:
+def test_table_survives_a_round_trip() -> None:
     text = Path(catalog.__file__).with_name(catalog.FILE).read_text("ascii")
     assert text.count("\n") > 1000
     assert Catalog.from_text(text).to_text() == text
@@ -77,7 +77,7 @@ def test_the_table_comes_back_as_it_was_written() -> None:
 
 @needs("timm", "torchvision")
 @pytest.mark.parametrize("model", SMALL)
-def test_the_table_says_what_a_look_at_the_model_finds(model: str) -> None:
+def test_table_agrees_with_the_built_model(model: str) -> None:
     (entry,) = [entry for entry in table() if entry.model == model]
     assert survey(*model.split(":", 1)) == entry
     assert Catalog.read().entry(model) == entry
@@ -85,7 +85,7 @@ def test_the_table_says_what_a_look_at_the_model_finds(model: str) -> None:
 
 @needs("timm")
 @pytest.mark.parametrize("name", ["test_vit", "test_resnet", "deit_tiny_distilled_patch16_224"])
-def test_numbers_of_timms_models_are_timms(name: str) -> None:
+def test_table_agrees_with_timm(name: str) -> None:
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0)
     entry = Catalog.read().entry(f"timm:{name}")
@@ -95,7 +95,7 @@ def test_numbers_of_timms_models_are_timms(name: str) -> None:
 
 
 @needs("timm", "torchvision")
-def test_every_model_of_both_libraries_stands_there_once() -> None:
+def test_table_lists_every_model_once() -> None:
     theirs = torchvision.models.list_models(module=torchvision.models)
     expected = [f"timm:{name}" for name in timm.list_models()]
     expected += [f"torchvision:{name}" for name in theirs]
@@ -104,7 +104,7 @@ def test_every_model_of_both_libraries_stands_there_once() -> None:
     assert set(counted.values()) == {1}
 
 
-def test_a_model_that_is_not_in_the_table_is_looked_at() -> None:
+def test_model_missing_in_the_table_is_built() -> None:
     for empty in (
         Catalog([]),
         Catalog([Entry("timm:test_vit", "0.0.1", 1, (1, 1), 1, (), "")]),  # of another version
@@ -113,7 +113,7 @@ def test_a_model_that_is_not_in_the_table_is_looked_at() -> None:
         assert (entry.version, entry.dim, entry.heads) == (timm.__version__, 64, ("head",))
 
 
-def test_a_model_in_the_table_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_in_the_table_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object) -> Entry:
         raise AssertionError("built")
 
@@ -124,7 +124,7 @@ def test_a_model_in_the_table_is_not_built(monkeypatch: pytest.MonkeyPatch) -> N
         Catalog([entry]).entry("timm:test_vit2")
 
 
-def test_another_build_of_the_same_torchvision_is_in_the_table(
+def test_table_ignores_the_build_of_torchvision(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def never(*_: object) -> Entry:
@@ -146,7 +146,7 @@ def shapes(of: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in of.state_dict().items()}
 
 
-def test_a_fingerprint_ignores_the_heads_and_the_counters_of_batch_norm() -> None:
+def test_fingerprint_ignores_heads_and_batch_norm_counters() -> None:
     whole = shapes(timm.create_model("test_resnet"))
     other = shapes(timm.create_model("test_resnet", num_classes=7))
     bare = shapes(timm.create_model("test_resnet", num_classes=0))
@@ -157,7 +157,7 @@ def test_a_fingerprint_ignores_the_heads_and_the_counters_of_batch_norm() -> Non
     assert fingerprint(whole, []) != fingerprint(other, [])
 
 
-def test_a_fingerprint_tells_names_and_shapes_apart_but_no_order() -> None:
+def test_fingerprint_depends_on_names_and_shapes_not_order() -> None:
     base = {"a": (2, 3), "b": (4,)}
     assert fingerprint({"b": (4,), "a": (2, 3)}, []) == fingerprint(base, [])
     for other in ({"a": (3, 2), "b": (4,)}, {"a": (2, 3), "c": (4,)}, {"a": (2, 3)}):
@@ -167,7 +167,7 @@ def test_a_fingerprint_tells_names_and_shapes_apart_but_no_order() -> None:
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.backbone."])
 @pytest.mark.parametrize("model", ["timm:test_vit", "torchvision:squeezenet1_1"])
-def test_a_model_is_known_by_its_weights(model: str, prefix: str) -> None:
+def test_model_is_recognized_by_its_weights(model: str, prefix: str) -> None:
     library, _, name = model.partition(":")
     build = timm.create_model if library == "timm" else torchvision.models.get_model
     state = {prefix + key: value for key, value in build(name, num_classes=7).state_dict().items()}
@@ -177,7 +177,7 @@ def test_a_model_is_known_by_its_weights(model: str, prefix: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3"])
-def test_a_model_is_known_by_its_published_weights_with_auxiliary_heads(name: str) -> None:
+def test_published_weights_with_auxiliary_heads_are_recognized(name: str) -> None:
     with torch.device("meta"):
         state = torchvision.models.get_model(name, init_weights=False).state_dict()
     assert any(key.lower().startswith("aux") for key in state)
@@ -203,7 +203,7 @@ def script() -> ModuleType:
 @pytest.mark.parametrize(
     "model", ["timm:test_resnet", "timm:test_vit", "torchvision:squeezenet1_1"]
 )
-def test_a_right_model_passes_by_value(model: str, script: ModuleType) -> None:
+def test_check_passes_a_correct_model_by_value(model: str, script: ModuleType) -> None:
     result = script.check(model)
     assert result.problem == ""
     assert result.error is not None
@@ -212,31 +212,27 @@ def test_a_right_model_passes_by_value(model: str, script: ModuleType) -> None:
     assert script.Result.from_line(result.to_line()) == result
 
 
-def test_values_are_left_out_where_they_are_not_asked_for(script: ModuleType) -> None:
+def test_check_can_skip_values(script: ModuleType) -> None:
     for options in ({"values": False}, {"max_parameters": 1000}):
         result = script.check("timm:test_resnet", **options)
         assert (result.problem, result.error, result.size) == ("", None, None)
 
 
-def test_a_head_that_stays_is_found(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_finds_a_head_that_stays(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heads, "reset_timm_classifier", lambda module: ("fc",))
     assert script.check("timm:test_resnet").problem == "fc is no nn.Identity"
     monkeypatch.setattr(heads, "reset_timm_classifier", lambda module: ())
     assert "(2, 1000)" in script.check("timm:test_resnet").problem
 
 
-def test_a_wrong_layer_that_is_taken_for_the_head_is_found(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_finds_a_wrong_head(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     # classifier.0 of MobileNetV3-Small takes 576 numbers, the true head classifier.3 1024.
     monkeypatch.setattr(heads, "modules_with_outputs", lambda *_: ("classifier.0",))
     result = script.check("torchvision:mobilenet_v3_small", values=False)
     assert result.problem == "reference (2, 1024), expected (2, 576)"
 
 
-def test_embeddings_of_the_right_shape_and_other_values_are_found(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_check_finds_wrong_values(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     def one_block_too_many(module: Any) -> tuple[str, ...]:
         module.reset_classifier(0)
         module.norm = nn.Identity()
@@ -248,7 +244,7 @@ def test_embeddings_of_the_right_shape_and_other_values_are_found(
     assert result.error > script.TOLERANCE
 
 
-def test_a_model_that_cannot_be_built_is_a_problem_and_no_crash(
+def test_check_reports_a_model_that_cannot_be_built(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object) -> Entry:
@@ -259,7 +255,7 @@ def test_a_model_that_cannot_be_built_is_a_problem_and_no_crash(
     assert (result.problem, result.entry) == ("ZeroDivisionError: no such layer", "")
 
 
-def test_a_constant_reference_proves_nothing(script: ModuleType) -> None:
+def test_constant_reference_is_reported(script: ModuleType) -> None:
     class Two:
         dim = 2
 
@@ -269,7 +265,7 @@ def test_a_constant_reference_proves_nothing(script: ModuleType) -> None:
         assert (error, problem) == (math.inf, "the reference itself is constant or not finite")
 
 
-def test_the_family_of_a_model_is_the_module_that_defines_it(script: ModuleType) -> None:
+def test_family_is_the_defining_module(script: ModuleType) -> None:
     assert script.family("timm:resnet10t") == "timm.models.resnet"
     assert script.family("timm:test_resnet") == "timm.models.resnet"
     assert script.family("timm:deit_tiny_distilled_patch16_224") == "timm.models.deit"
@@ -277,7 +273,7 @@ def test_the_family_of_a_model_is_the_module_that_defines_it(script: ModuleType)
 
 
 @needs("timm", "torchvision")
-def test_the_smallest_of_each_family_is_there_exactly_once(script: ModuleType) -> None:
+def test_each_family_has_one_smallest_model(script: ModuleType) -> None:
     chosen = script.smallest_of_each_family()
     families = [script.family(model) for model in chosen]
     assert len(families) == len(set(families))

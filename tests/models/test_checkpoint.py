@@ -144,7 +144,7 @@ IN_BOTH = ("Lightning", "module.backbone", "another number of classes", "no clas
     ("model", "layout"),
     [(TIMM, layout) for layout in CONTENTS] + [(TORCHVISION, layout) for layout in IN_BOTH],
 )
-def test_every_layout_of_a_trainer_gives_the_embeddings_of_its_model(
+def test_every_trainer_layout_yields_its_embeddings(
     model: str, layout: str, tmp_path: Path
 ) -> None:
     trained = network(model)
@@ -154,9 +154,7 @@ def test_every_layout_of_a_trainer_gives_the_embeddings_of_its_model(
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".pth.tar", ".ckpt"])
-def test_every_name_of_a_saved_state_dict_is_read(
-    suffix: str, zipped: bool, tmp_path: Path
-) -> None:
+def test_every_state_dict_key_is_unwrapped(suffix: str, zipped: bool, tmp_path: Path) -> None:
     trained = network(TIMM)
     path = tmp_path / f"w{suffix}"
     torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
@@ -165,7 +163,7 @@ def test_every_name_of_a_saved_state_dict_is_read(
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".pth", ".weights"])
-def test_safetensors_are_known_by_their_content(suffix: str, tmp_path: Path) -> None:
+def test_safetensors_are_recognized_by_content(suffix: str, tmp_path: Path) -> None:
     trained = network(TIMM)
     path = tmp_path / f"w{suffix}"
     save_file(under("module.", trained.state_dict()), path)
@@ -173,13 +171,13 @@ def test_safetensors_are_known_by_their_content(suffix: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-def test_a_checkpoint_of_torch_is_known_by_its_content(zipped: bool, tmp_path: Path) -> None:
+def test_torch_format_is_recognized_by_content(zipped: bool, tmp_path: Path) -> None:
     trained, path = network(TIMM), tmp_path / "w.safetensors"
     torch.save(trained.state_dict(), path, _use_new_zipfile_serialization=zipped)
     assert_close(loaded(TIMM, path), embeddings(trained))
 
 
-def test_code_in_what_is_named_safetensors_does_not_run(tmp_path: Path) -> None:
+def test_code_in_a_file_named_safetensors_does_not_run(tmp_path: Path) -> None:
     torch.save({"a": noise(2), "hook": Bomb(tmp_path / "ran")}, tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match="refused: it holds more than tensors"):
         loaded(TIMM, tmp_path / "w.safetensors")
@@ -187,7 +185,7 @@ def test_code_in_what_is_named_safetensors_does_not_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tag", ["mps", "cuda:0"])
-def test_tensors_that_were_saved_on_another_device_are_read_on_the_cpu(
+def test_tensors_are_read_on_the_cpu(
     tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, path = network(TIMM), tmp_path / "w.pth"
@@ -199,7 +197,7 @@ def test_tensors_that_were_saved_on_another_device_are_read_on_the_cpu(
     assert_close(loaded(TIMM, path), embeddings(trained))
 
 
-def test_a_projector_beside_the_backbone_is_left_out_and_that_is_said(
+def test_projector_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trained = network(TIMM)
@@ -211,7 +209,7 @@ def test_a_projector_beside_the_backbone_is_left_out_and_that_is_said(
     assert "without projector.0.weight, predictor.bias" in told
 
 
-def test_nothing_is_said_where_nothing_is_left_out(
+def test_complete_weights_cause_no_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(under("module.", network(TIMM).state_dict()), tmp_path / "w.pth")
@@ -220,7 +218,7 @@ def test_nothing_is_said_where_nothing_is_left_out(
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "encoder.", "module.encoder."])
-def test_a_networks_own_encoder_is_no_prefix(prefix: str) -> None:
+def test_encoder_module_of_the_network_is_not_a_prefix(prefix: str) -> None:
     def vit(seed: int) -> VisionTransformer:
         torch.manual_seed(seed)
         made = VisionTransformer(32, 16, 2, 2, 16, 32)
@@ -254,7 +252,7 @@ def averaged(tmp_path: Path) -> tuple[Path, nn.Module, nn.Module]:
     return tmp_path / "w.pth", plain, ema
 
 
-def test_averaged_weights_that_were_not_asked_for_are_told(
+def test_unused_averaged_weights_are_announced(
     averaged: tuple[Path, nn.Module, nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
     path, plain, _ = averaged
@@ -264,7 +262,7 @@ def test_averaged_weights_that_were_not_asked_for_are_told(
 
 
 @pytest.mark.parametrize("key", ["model_ema", "nested.teacher", "nested.teacher.state_dict", "a.b"])
-def test_a_key_chooses_a_state_dict(
+def test_weights_key_selects_a_state_dict(
     key: str, averaged: tuple[Path, nn.Module, nn.Module], caplog: pytest.LogCaptureFixture
 ) -> None:
     path, _, ema = averaged
@@ -275,7 +273,7 @@ def test_a_key_chooses_a_state_dict(
 
 
 @pytest.mark.parametrize("key", ["nope", "nested.nope", "nested.epoch", "model.fc.weight"])
-def test_a_key_that_is_not_there_lists_those_that_are(
+def test_unknown_weights_key_lists_the_known_ones(
     key: str, averaged: tuple[Path, nn.Module, nn.Module]
 ) -> None:
     match = (
@@ -307,7 +305,7 @@ DEEP: dict[str, Callable[[Tensors, Tensors], tuple[str, object]]] = {
 
 
 @pytest.mark.parametrize("layout", DEEP)
-def test_the_key_that_is_told_for_averaged_weights_takes_them(
+def test_announced_key_selects_averaged_weights(
     layout: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, ema = network(TIMM), network(TIMM, seed=4)
@@ -320,7 +318,7 @@ def test_the_key_that_is_told_for_averaged_weights_takes_them(
     assert_close(loaded(TIMM, tmp_path / "w.pth", key), embeddings(ema))
 
 
-def test_averages_of_something_else_than_weights_are_not_told(
+def test_averaged_metrics_are_not_announced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     content = {"model": network(TIMM).state_dict(), "ema": {"decay": torch.tensor(0.99)}}
@@ -330,7 +328,7 @@ def test_averages_of_something_else_than_weights_are_not_told(
 
 
 @pytest.mark.parametrize("key", ["ema", "run.ema", None])
-def test_a_key_above_state_dicts_names_them_from_the_top(key: str | None, tmp_path: Path) -> None:
+def test_error_lists_full_names_of_state_dicts(key: str | None, tmp_path: Path) -> None:
     state = network(TIMM).state_dict()
     inner = {"ema": {"module": state, "other": {"b": state}, "epoch": 3}}
     torch.save({"run": inner} if key == "run.ema" else inner, tmp_path / "w.pth")
@@ -343,13 +341,13 @@ def test_a_key_above_state_dicts_names_them_from_the_top(key: str | None, tmp_pa
         assert loaded(TIMM, tmp_path / "w.pth", name).shape == (2, 96)
 
 
-def test_a_key_of_many_dots_is_looked_up_at_once(tmp_path: Path) -> None:
+def test_weights_key_with_many_dots_is_fast(tmp_path: Path) -> None:
     torch.save({"a": {"b": {"c": noise(2)}}}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"under 'a\.a.*; choose one of a\.b with"):
         read_checkpoint(tmp_path / "w.pth", ".".join("a" * 200))
 
 
-def test_a_checkpoint_of_two_networks_says_which_there_are(tmp_path: Path) -> None:
+def test_error_lists_networks_of_checkpoint(tmp_path: Path) -> None:
     state = network(TIMM).state_dict()
     torch.save({"student": state, "teacher": state, "epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="choose one of student, teacher with --weights-key"):
@@ -357,7 +355,7 @@ def test_a_checkpoint_of_two_networks_says_which_there_are(tmp_path: Path) -> No
     assert loaded(TIMM, tmp_path / "w.pth", "teacher").shape == (2, 96)
 
 
-def test_a_key_of_weights_that_no_file_holds_is_refused() -> None:
+def test_random_weights_reject_a_weights_key() -> None:
     with pytest.raises(ExtractorError, match=r"weights.key"):
         load_backbone(TIMM, weights="random", weights_key="model_ema", device="cpu")
 
@@ -378,7 +376,7 @@ class Bomb:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("where", ["beside", "whole", "args", "in the state dict"])
-def test_code_in_a_checkpoint_does_not_run_and_is_named(
+def test_code_in_a_checkpoint_is_named_and_does_not_run(
     where: str, zipped: bool, tmp_path: Path
 ) -> None:
     ran = tmp_path / "ran"
@@ -408,7 +406,7 @@ def test_code_in_a_plain_pickle_does_not_run(protocol: int, tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_pickled_module_is_refused_by_the_name_of_its_class(tmp_path: Path) -> None:
+def test_pickled_module_is_refused_with_its_class(tmp_path: Path) -> None:
     torch.save(network(TIMM), tmp_path / "w.pth")
     with pytest.raises(
         WeightsError, match=r"refused.*timm\.models\.resnet\.ResNet.*torch\.save\(model\.state_dict"
@@ -417,7 +415,7 @@ def test_a_pickled_module_is_refused_by_the_name_of_its_class(tmp_path: Path) ->
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_torchscript_archive_is_refused_as_one(tmp_path: Path) -> None:
+def test_torchscript_archive_is_refused(tmp_path: Path) -> None:
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pt"))
     with pytest.raises(WeightsError, match=r"refused: it is a TorchScript archive.*holds code"):
         loaded(TIMM, tmp_path / "w.pt")
@@ -439,9 +437,7 @@ def half_of_safetensors(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [zip_of_text, half_a_checkpoint, half_of_safetensors, Path.touch])
-def test_what_is_no_whole_checkpoint_is_said_to_be_none(
-    write: Callable[[Path], None], tmp_path: Path
-) -> None:
+def test_incomplete_checkpoint_is_refused(write: Callable[[Path], None], tmp_path: Path) -> None:
     write(tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"is not a checkpoint that can be read.*expected a"):
         loaded(TIMM, tmp_path / "w.pth")
@@ -461,7 +457,7 @@ def shapes(name: str) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "module.model."])
-def test_misfits_are_listed_and_the_right_model_is_named(prefix: str, tmp_path: Path) -> None:
+def test_misfit_error_names_the_right_model(prefix: str, tmp_path: Path) -> None:
     torch.save(under(prefix, timm.create_model("resnet10t").state_dict()), tmp_path / "w.pth")
     with pytest.raises(MisfitError, match="the weights do not fit") as raised:
         loaded("resnet18", tmp_path / "w.pth")
@@ -478,25 +474,25 @@ def test_misfits_are_listed_and_the_right_model_is_named(prefix: str, tmp_path: 
 
 
 @pytest.mark.parametrize(("model", "right"), [(TIMM, TORCHVISION), (TORCHVISION, TIMM)])
-def test_weights_of_the_other_library_are_known(model: str, right: str, tmp_path: Path) -> None:
+def test_misfit_error_recognizes_the_other_library(model: str, right: str, tmp_path: Path) -> None:
     torch.save({"state_dict": network(right).state_dict()}, tmp_path / "w.pth")
     with pytest.raises(MisfitError, match=rf"They are those of {right}: use --model"):
         loaded(model, tmp_path / "w.pth")
 
 
-def test_a_fine_tuned_model_is_known_by_its_backbone(tmp_path: Path) -> None:
+def test_misfit_error_recognizes_fine_tuned_model(tmp_path: Path) -> None:
     torch.save(other_classes(network(TIMM).state_dict()), tmp_path / "w.pth")
     with pytest.raises(MisfitError, match=rf"They are those of {TIMM}: use --model"):
         loaded(TORCHVISION, tmp_path / "w.pth")
 
 
-def test_weights_of_no_known_model_say_to_check(tmp_path: Path) -> None:
+def test_unknown_weights_cause_advice_to_check(tmp_path: Path) -> None:
     torch.save(nn.Linear(3, 4).state_dict(), tmp_path / "w.pth")
     with pytest.raises(MisfitError, match=r"2 unexpected: bias, weight\. Check that they were"):
         loaded(TIMM, tmp_path / "w.pth")
 
 
-def test_broken_weights_of_the_right_model_do_not_advise_the_same_model(tmp_path: Path) -> None:
+def test_broken_values_do_not_suggest_the_same_model(tmp_path: Path) -> None:
     state = network(TIMM).state_dict()
     state["conv1.0.weight"] = state["conv1.0.weight"] * torch.nan
     torch.save(state, tmp_path / "w.pth")
@@ -532,7 +528,7 @@ def empty(value: torch.Tensor) -> torch.Tensor:
         (torch.Tensor.to_sparse, r"1 sparse: conv1\.weight torch\.sparse_coo"),
     ],
 )
-def test_wrong_values_do_not_advise_a_model_with_the_same_names(
+def test_wrong_values_suggest_no_other_model(
     spoil: Callable[[torch.Tensor], torch.Tensor], match: str, tmp_path: Path
 ) -> None:
     state = torchvision.models.resnet18().state_dict()  # timm's has the same names and shapes
@@ -548,7 +544,7 @@ def test_wrong_values_do_not_advise_a_model_with_the_same_names(
 # Reading and fitting, without a model
 
 
-def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path: Path) -> None:
+def test_checkpoint_with_code_is_refused_without_running_it(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     torch.save({"state_dict": {"a": torch.zeros(1)}, "hook": Bomb(ran)}, tmp_path / "w.pth")
     with pytest.raises(
@@ -558,7 +554,7 @@ def test_a_checkpoint_with_code_is_refused_and_the_code_does_not_run(tmp_path: P
     assert not ran.exists()
 
 
-def test_a_plain_pickle_is_refused_and_its_code_does_not_run(tmp_path: Path) -> None:
+def test_plain_pickle_is_refused_without_running_it(tmp_path: Path) -> None:
     ran = tmp_path / "ran"
     (tmp_path / "w.pth").write_bytes(pickle.dumps(Bomb(ran)))
     with pytest.raises(WeightsError, match=r"w\.pth"):
@@ -568,16 +564,14 @@ def test_a_plain_pickle_is_refused_and_its_code_does_not_run(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 half a zip"])
-def test_files_that_are_no_checkpoints_are_errors(
-    suffix: str, content: bytes, tmp_path: Path
-) -> None:
+def test_other_files_are_refused(suffix: str, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / f"w{suffix}"
     path.write_bytes(content)
     with pytest.raises(WeightsError, match=r"is not a checkpoint(: it is text| that can be read)"):
         read_checkpoint(path)
 
 
-def test_a_cut_checkpoint_is_an_error(tmp_path: Path) -> None:
+def test_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "w.pth"
     torch.save(nn.Linear(30, 40).state_dict(), path)
     path.write_bytes(path.read_bytes()[:-900])
@@ -586,18 +580,18 @@ def test_a_cut_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, torch.zeros(2)])
-def test_a_checkpoint_without_named_tensors_is_an_error(content: object, tmp_path: Path) -> None:
+def test_checkpoint_without_named_tensors_is_refused(content: object, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="holds no tensors by name"):
         read_checkpoint(tmp_path / "w.pth")
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="cannot read weights"):
         read_checkpoint(tmp_path)
 
 
-def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_it(tmp_path: Path) -> None:
+def test_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "w.pth")
     for path in (tmp_path / "w.pth", Path(os.devnull)):
         with pytest.raises(WeightsError, match=f"cannot read weights {path}: not a regular file"):
@@ -627,7 +621,7 @@ def test_a_pipe_is_no_checkpoint_and_nobody_waits_for_it(tmp_path: Path) -> None
         ((255 * "x ").encode() + "x\u00e4".encode() * 9, "it is text that begins with 'x x"),
     ],
 )
-def test_what_text_a_file_holds_instead_of_weights_is_said(
+def test_text_instead_of_weights_is_described(
     content: bytes, match: str, suffix: str, tmp_path: Path
 ) -> None:
     path = tmp_path / f"w{suffix}"
@@ -649,9 +643,7 @@ def test_what_text_a_file_holds_instead_of_weights_is_said(
         b"ctarfile\nopen\n(tR.",
     ],
 )
-def test_no_error_advises_to_read_a_file_in_a_way_that_runs_its_code(
-    content: bytes, tmp_path: Path
-) -> None:
+def test_errors_never_advise_running_code(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"w\.pth is (refused|not a checkpoint)") as raised:
         read_checkpoint(tmp_path / "w.pth")
@@ -659,7 +651,7 @@ def test_no_error_advises_to_read_a_file_in_a_way_that_runs_its_code(
         assert advice not in str(raised.value)
 
 
-def test_torchs_own_words_are_kept_but_for_that_advice(tmp_path: Path) -> None:
+def test_error_keeps_the_reason_that_torch_gives(tmp_path: Path) -> None:
     (tmp_path / "w.pth").write_bytes(b"\x1f\x8b\x08 gzip")
     with pytest.raises(
         WeightsError, match=r"code \(UnpicklingError: Unsupported operand 31\); exp"
@@ -670,7 +662,7 @@ def test_torchs_own_words_are_kept_but_for_that_advice(tmp_path: Path) -> None:
     )
 
 
-def test_misfits_are_listed_by_name_and_shape() -> None:
+def test_misfit_error_lists_names_and_shapes() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     state = module.state_dict()
     state["0.weight"] = torch.zeros(5, 2)
@@ -684,13 +676,13 @@ def test_misfits_are_listed_by_name_and_shape() -> None:
     )
 
 
-def test_only_the_first_misfits_are_shown_and_all_are_counted() -> None:
+def test_misfit_error_counts_all_and_shows_the_first() -> None:
     state = {f"key{i}": torch.zeros(1) for i in range(9)}
     with pytest.raises(WeightsError, match=r"9 unexpected: key0, key1, key2, key3, key4, and 4 m"):
         load_into(nn.Identity(), state, discarded=[], label="a into b")
 
 
-def test_keys_of_the_removed_head_and_counters_of_training_do_not_matter() -> None:
+def test_head_keys_and_training_counters_are_optional() -> None:
     module = nn.BatchNorm1d(2)
     wanted = {"weight": torch.tensor([1.0, 2.0]), "bias": torch.ones(2)}
     wanted |= {"running_mean": torch.zeros(2), "running_var": torch.ones(2)}
@@ -705,7 +697,7 @@ def test_keys_of_the_removed_head_and_counters_of_training_do_not_matter() -> No
         )
 
 
-def test_quantised_and_broken_weights_are_refused() -> None:
+def test_quantized_and_broken_weights_are_refused() -> None:
     state = {"weight": torch.ones(2, 2, dtype=torch.int8), "bias": torch.tensor([0.0, torch.nan])}
     with pytest.raises(
         WeightsError,
@@ -714,7 +706,7 @@ def test_quantised_and_broken_weights_are_refused() -> None:
         load_into(nn.Linear(2, 2), state, discarded=[], label="a into b")
 
 
-def test_misfits_of_names_and_shapes_are_told_from_those_of_values() -> None:
+def test_misfit_error_separates_names_from_values() -> None:
     right = nn.Linear(2, 2).state_dict()
     for state, foreign in (
         ({**right, "bias": torch.full((2,), torch.nan)}, False),
@@ -730,7 +722,7 @@ def test_misfits_of_names_and_shapes_are_told_from_those_of_values() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:Validating sparse tensor")
-def test_weights_without_values_and_sparse_ones_are_refused(tmp_path: Path) -> None:
+def test_meta_and_sparse_weights_are_refused(tmp_path: Path) -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4), nn.BatchNorm1d(4))
     state = module.state_dict()
     state["0.weight"] = state["0.weight"].to_sparse()
@@ -747,7 +739,7 @@ def test_weights_without_values_and_sparse_ones_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize", "ignore:TypedStorage")
-def test_tensors_of_torchs_quantisation_are_refused(tmp_path: Path) -> None:
+def test_torch_quantized_tensors_are_refused(tmp_path: Path) -> None:
     weight = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
     torch.save({"weight": weight, "bias": torch.zeros(2)}, tmp_path / "w.pth")
     state = read_checkpoint(tmp_path / "w.pth")

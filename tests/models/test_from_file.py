@@ -72,7 +72,7 @@ def assert_rows_by_hand(store: FeatureStore) -> None:
     np.testing.assert_allclose(store.features[:], list(expected.values()), atol=1e-5)
 
 
-def test_a_modules_embeddings_are_those_worked_out_by_hand(photos: Path, tmp_path: Path) -> None:
+def test_module_embeddings_match_arithmetic(photos: Path, tmp_path: Path) -> None:
     module = classifier()
     state = dict(module.state_dict())
     made = Backbone.from_module(module, head="3", preprocess=PREPROCESS, name="mine", device="cpu")
@@ -94,7 +94,7 @@ def test_a_modules_embeddings_are_those_worked_out_by_hand(photos: Path, tmp_pat
     assert backbone(again, "3").provenance.sha256 == said["sha256"]
 
 
-def test_a_module_without_classifier_has_no_heads() -> None:
+def test_module_without_classifier_has_no_heads() -> None:
     made = backbone(classifier()[:3], None)
     assert (made.heads, made.dim) == ((), 2)
     pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 8, 8)
@@ -128,19 +128,19 @@ def test_several_heads_are_all_replaced() -> None:
         ("", "the whole model cannot be its own head"),
     ],
 )
-def test_a_head_that_is_none_is_an_error(head: object, match: str) -> None:
+def test_unknown_head_is_an_error(head: object, match: str) -> None:
     with pytest.raises(ModelError, match=match):
         backbone(classifier(), head)
 
 
 @pytest.mark.parametrize("head", [5, ["3", 4], b"3", {"3"}, object()])
-def test_a_head_that_is_no_name_is_wrong_usage(head: object) -> None:
+def test_head_must_be_a_name(head: object) -> None:
     with pytest.raises(UsageError, match=r"head: got .*, expected the dotted name of a module"):
         backbone(classifier(), head)
 
 
 @pytest.mark.parametrize("preprocess", [None, 224, nn.Identity()])
-def test_a_transform_that_is_none_of_ours_is_wrong_usage(preprocess: Any) -> None:
+def test_preprocess_must_be_a_preprocess(preprocess: Any) -> None:
     match = r"preprocess: got .*, expected a Preprocess; try Preprocess\.standard\(224\)"
     module = classifier()
     with pytest.raises(UsageError, match=match):
@@ -149,13 +149,13 @@ def test_a_transform_that_is_none_of_ours_is_wrong_usage(preprocess: Any) -> Non
 
 
 @pytest.mark.parametrize("module", [5, None, nn.Linear, "resnet50", torch.zeros(3)])
-def test_what_is_no_module_is_wrong_usage(module: Any) -> None:
+def test_module_must_be_a_module(module: Any) -> None:
     with pytest.raises(UsageError, match=r"module: got .*, expected a torch\.nn\.Module"):
         backbone(module, None)
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_of_torchscript_nothing_can_be_replaced() -> None:
+def test_torchscript_head_cannot_be_replaced() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4), nn.Linear(4, 2)).eval()
     pixels = torch.rand(2, 3, 8, 8)
     for script in (torch.jit.script(network), torch.jit.trace(network, pixels)):
@@ -165,32 +165,32 @@ def test_of_torchscript_nothing_can_be_replaced() -> None:
         torch.testing.assert_close(backbone(pixels), network(pixels))
 
 
-def test_a_map_is_no_embedding() -> None:
+def test_module_that_returns_a_map_is_refused() -> None:
     with pytest.raises(
         ModelError, match=r"module:Conv2d returns shape \(4, 6, 6\) for an image, expected"
     ):
         backbone(nn.Conv2d(3, 4, 3), None)
 
 
-def test_a_map_of_one_position_is_an_embedding() -> None:
+def test_map_with_one_position_is_an_embedding() -> None:
     made = backbone(nn.AdaptiveAvgPool2d(1), None)
     assert made.dim == 3
     assert made(torch.ones(2, 3, 8, 8)).tolist() == [[1, 1, 1]] * 2
 
 
-def test_a_module_that_gives_no_row_for_each_image_is_an_error() -> None:
+def test_module_must_return_a_row_per_image() -> None:
     with pytest.raises(ModelError, match=r"returned .* for 3 images, expected one row per image"):
         backbone(nn.Flatten(0), None)
 
 
-def test_a_module_is_tried_with_the_size_of_its_transform() -> None:
+def test_module_is_tried_at_the_size_of_its_transform() -> None:
     module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 4))
     assert backbone(module, None).dim == 4
     with pytest.raises(ModelError, match="module:Sequential"):
         backbone(module, None, Preprocess.standard(16))
 
 
-def test_a_module_is_frozen_and_no_longer_trained() -> None:
+def test_module_is_frozen_and_in_eval_mode() -> None:
     module = nn.Sequential(nn.BatchNorm2d(3), *classifier()).train()
     made = backbone(module, "4")
     assert not any(part.training for part in made.module.modules())
@@ -199,7 +199,7 @@ def test_a_module_is_frozen_and_no_longer_trained() -> None:
 
 
 @pytest.mark.parametrize("options", [{"weights": "random"}, {"weights_key": "model_ema"}])
-def test_a_backbone_in_hand_takes_no_other_weights(
+def test_loaded_backbone_rejects_other_weights(
     options: dict[str, Any], photos: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match="the backbone already has weights"):
@@ -260,7 +260,7 @@ def load(file: Path, name: str, **options: Any) -> Backbone:
     return load_backbone(f"{file}:{name}", device="cpu", **options)
 
 
-def test_a_function_may_return_a_bare_module(file: Path) -> None:
+def test_function_may_return_a_module(file: Path) -> None:
     made = load(file, "bare")
     assert made.preprocess == Preprocess.standard(224)
     pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 224, 224)
@@ -270,13 +270,13 @@ def test_a_function_may_return_a_bare_module(file: Path) -> None:
     assert provenance.weights == "given"
 
 
-def test_that_code_is_run_is_said(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_running_code_causes_a_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(file, "bare")
     (told,) = [record.getMessage() for record in caplog.records]
     assert told == f"{file}: running the code in this file"
 
 
-def test_the_command_takes_a_function(
+def test_command_accepts_a_function(
     file: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["-m", f"{file}:whole", str(photos), "-o", str(tmp_path / "out"), "--device", "cpu"]
@@ -300,7 +300,7 @@ def test_the_command_takes_a_function(
         ("not_a_function", "has no function 'not_a_function'; it has Net, "),
     ],
 )
-def test_a_function_that_gives_no_network_is_an_error(
+def test_function_must_return_a_network(
     name: str, match: str, file: Path, capsys: pytest.CaptureFixture[str], photos: Path
 ) -> None:
     with pytest.raises(ModelError, match=match):
@@ -309,9 +309,7 @@ def test_a_function_that_gives_no_network_is_an_error(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_function_that_ends_the_program_is_no_success(
-    file: Path, photos: Path, tmp_path: Path
-) -> None:
+def test_function_that_exits_is_an_error(file: Path, photos: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="SystemExit"):
         load(file, "ends")
 
@@ -325,15 +323,13 @@ def test_a_function_that_ends_the_program_is_no_success(
         ("", r"broken\.py has no function 'f'; it has no functions"),
     ],
 )
-def test_a_file_that_does_not_run_is_an_error(content: str, match: str, tmp_path: Path) -> None:
+def test_failing_file_is_reported(content: str, match: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(content)
     with pytest.raises(ModelError, match=match):
         load(tmp_path / "broken.py", "f")
 
 
-def test_a_file_that_is_not_there_is_an_error_and_nothing_is_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_missing_file_runs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(ModelError, match=r"there is no file .*nowhere\.py"):
         load(tmp_path / "nowhere.py", "f")
     assert caplog.records == []
@@ -350,18 +346,18 @@ def beside(folder: Path, width: int) -> Path:
     return folder / "net.py"
 
 
-def test_a_file_imports_what_lies_beside_it(tmp_path: Path, monkeypatch: Any) -> None:
+def test_file_imports_from_its_own_folder(tmp_path: Path, monkeypatch: Any) -> None:
     assert load(beside(tmp_path / "a", 5), "f").dim == 5
     monkeypatch.chdir(tmp_path / "a")
     assert load(Path("net.py"), "f").dim == 5
 
 
-def test_two_files_import_each_what_lies_beside_it(tmp_path: Path) -> None:
+def test_two_files_import_from_their_own_folders(tmp_path: Path) -> None:
     first, second = beside(tmp_path / "a", 5), beside(tmp_path / "b", 6)
     assert (load(first, "f").dim, load(second, "f").dim) == (5, 6)
 
 
-def test_two_stores_of_one_name_are_wrong_usage(tmp_path: Path, photos: Path) -> None:
+def test_two_stores_must_not_share_a_name(tmp_path: Path, photos: Path) -> None:
     models = []
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
@@ -371,7 +367,7 @@ def test_two_stores_of_one_name_are_wrong_usage(tmp_path: Path, photos: Path) ->
         extract(photos, models, tmp_path / "out", device="cpu")
 
 
-def test_a_plus_in_the_name_of_a_folder_joins_nothing(tmp_path: Path, photos: Path) -> None:
+def test_plus_sign_in_a_folder_joins_no_models(tmp_path: Path, photos: Path) -> None:
     (tmp_path / "c++").mkdir()
     (tmp_path / "c++" / "net.py").write_text(CODE)
     model = f"{tmp_path}/c++/net.py:whole"
@@ -379,7 +375,7 @@ def test_a_plus_in_the_name_of_a_folder_joins_nothing(tmp_path: Path, photos: Pa
 
 
 @pytest.mark.parametrize("name", ["bare", "whole"])
-def test_weights_from_a_file_are_loaded_into_it(name: str, file: Path, tmp_path: Path) -> None:
+def test_function_accepts_a_weights_file(name: str, file: Path, tmp_path: Path) -> None:
     state = {
         "module.2.weight": torch.tensor([[1.0, 0, 0], [0, 0, 2]]),
         "module.2.bias": torch.ones(2),
@@ -395,7 +391,7 @@ def test_weights_from_a_file_are_loaded_into_it(name: str, file: Path, tmp_path:
     assert said.sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
 
 
-def test_weights_that_do_not_fit_a_function_are_an_error(file: Path, tmp_path: Path) -> None:
+def test_weights_must_fit_the_function(file: Path, tmp_path: Path) -> None:
     torch.save({"2.weight": torch.zeros(4, 3), "2.bias": torch.zeros(2)}, tmp_path / "w.pth")
     with pytest.raises(
         MisfitError, match=r"into .*net\.py:bare: .*1 of another shape: 2\.weight \(4, 3\) instead"
@@ -406,7 +402,7 @@ def test_weights_that_do_not_fit_a_function_are_an_error(file: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", ["w.pth", "pipe"])
-def test_a_pipe_is_refused_as_weights_and_nobody_waits_for_it(
+def test_pipe_as_weights_is_refused_without_waiting(
     name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -417,7 +413,7 @@ def test_a_pipe_is_refused_as_weights_and_nobody_waits_for_it(
                 load_backbone(model, weights=path, device="cpu")
 
 
-def test_a_folder_with_the_name_of_a_tag_hides_no_tag(
+def test_folder_named_like_a_tag_does_not_hide_the_tag(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -427,24 +423,26 @@ def test_a_folder_with_the_name_of_a_tag_hides_no_tag(
 
 
 @pytest.mark.parametrize("weights", ["random", "a1_in1k"])
-def test_a_function_makes_its_own_weights(weights: str, file: Path) -> None:
+def test_function_rejects_random_weights_and_tags(weights: str, file: Path) -> None:
     with pytest.raises(UsageError, match="makes its own weights"):
         load(file, "bare", weights=weights)
 
 
-def test_a_key_of_no_file_is_refused(file: Path) -> None:
+def test_weights_key_needs_a_file(file: Path) -> None:
     with pytest.raises(ExtractorError, match=r"weights.key"):
         load(file, "bare", weights_key="model_ema")
 
 
-def test_what_a_function_draws_follows_the_seed(file: Path) -> None:
+def test_function_follows_the_seed(file: Path) -> None:
     def digest(seed: int) -> str:
         return load(file, "drawn", seed=seed).provenance.sha256
 
     assert digest(0) == digest(0) != digest(1)
 
 
-def test_the_seed_of_a_function_is_kept(file: Path, photos: Path, tmp_path: Path) -> None:
+def test_provenance_records_the_seed_of_a_function(
+    file: Path, photos: Path, tmp_path: Path
+) -> None:
     assert load(file, "drawn").provenance.seed == 0
     assert load(file, "drawn", seed=7).provenance.seed == 7
     store = extract(
@@ -454,13 +452,13 @@ def test_the_seed_of_a_function_is_kept(file: Path, photos: Path, tmp_path: Path
     assert backbone(classifier(), "3").provenance.seed is None  # nothing was seeded here
 
 
-def test_pixels_of_a_function_can_be_changed(file: Path) -> None:
+def test_function_accepts_pixel_options(file: Path) -> None:
     made = load(file, "bare", image_size=(32, 64), mean=(0.0, 0.0, 0.0))
     assert made.preprocess.input_size == (32, 64)
     assert made.preprocess.mean == (0, 0, 0)
 
 
-def test_other_code_is_another_network(file: Path, photos: Path, tmp_path: Path) -> None:
+def test_changed_code_counts_as_another_network(file: Path, photos: Path, tmp_path: Path) -> None:
     (file.parent / "beside_it.py").write_text("FACTOR = 1\n")
     text = file.read_text()
     file.write_text(f"from beside_it import FACTOR\n{text}")

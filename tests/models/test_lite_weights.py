@@ -127,7 +127,7 @@ def test_package_weights_compute_what_timm_computes(
 
 
 @pytest.mark.parametrize("tensor", ["_fc.weight", "_blocks.7._bn2.running_var"])
-def test_a_package_without_a_tensor_is_refused(
+def test_package_weights_must_be_complete(
     tensor: str, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     state = torch.load(package, weights_only=True)
@@ -138,7 +138,7 @@ def test_a_package_without_a_tensor_is_refused(
         load_backbone(MODEL, device="cpu")
 
 
-def test_a_package_with_another_file_is_refused(package: Path) -> None:
+def test_package_file_must_match_the_pinned_digest(package: Path) -> None:
     package.write_bytes(package.read_bytes() + b" ")
     with pytest.raises(
         WeightsError,
@@ -147,9 +147,7 @@ def test_a_package_with_another_file_is_refused(package: Path) -> None:
         load_backbone(MODEL, device="cpu")
 
 
-def test_the_cache_of_the_hub_comes_before_the_package(
-    package: Path, hub: Callable[[], Path]
-) -> None:
+def test_hub_cache_comes_before_package(package: Path, hub: Callable[[], Path]) -> None:
     cached = hub()
     assert from_timm.fetch(MODEL).path == cached
     assert from_timm.known_weights(MODEL)[0][1] == from_timm.fetch(MODEL)
@@ -157,9 +155,7 @@ def test_the_cache_of_the_hub_comes_before_the_package(
     assert (made.weights, made.sha256) == ("hub", sha256(cached))
 
 
-def test_the_package_comes_before_the_network(
-    package: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_package_comes_before_network(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(url: str) -> bool:
         raise AssertionError(url)
 
@@ -170,9 +166,7 @@ def test_the_package_comes_before_the_network(
     assert from_timm.known_weights(MODEL) == [("in1k", from_timm.fetch(MODEL))]
 
 
-def test_the_recorded_digest_decides_between_cache_and_package(
-    package: Path, hub: Callable[[], Path]
-) -> None:
+def test_recorded_digest_selects_cache_or_package(package: Path, hub: Callable[[], Path]) -> None:
     cached = hub()
     for path in (package, cached):
         recorded = {f"timm:{MODEL}": sha256(path)}
@@ -180,7 +174,7 @@ def test_the_recorded_digest_decides_between_cache_and_package(
         assert backbone.provenance.file == str(path)
 
 
-def test_a_store_goes_on_with_the_weights_it_was_made_with(
+def test_store_is_extended_with_its_recorded_weights(
     package: Path, hub: Callable[[], Path], photos: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "store"
@@ -216,7 +210,7 @@ def test_missing_weights_name_the_package(model: str, advice: str) -> None:
 
 
 @pytest.mark.parametrize("name", PACKAGES)
-def test_the_published_packages_load_strictly(name: str) -> None:
+def test_published_packages_load_strictly(name: str) -> None:
     path = PACKAGES[name].locate()
     if path is None:
         pytest.skip(f"{PACKAGES[name].distribution} is not installed")

@@ -72,9 +72,7 @@ def sha256(path: Path) -> str:
 
 
 @pytest.mark.parametrize("safe", [True, False, "both"])
-def test_a_repository_is_a_model_with_its_own_weights_and_pixels(
-    safe: Any, empty_caches: Path
-) -> None:
+def test_repository_uses_its_weights_and_transform(safe: Any, empty_caches: Path) -> None:
     published = network()
     folder = snapshot(empty_caches, "me/net")
     save_for_hf(published, str(folder), safe_serialization=safe)
@@ -101,7 +99,7 @@ def revisions(empty_caches: Path) -> dict[str, nn.Module]:
 
 @pytest.mark.parametrize("as_weights", [False, True], ids=["model", "weights"])
 @pytest.mark.parametrize(("at", "commit"), [("", A), ("@main", A), ("@v2", B), (f"@{B}", B)])
-def test_a_revision_of_a_repository_is_taken(
+def test_repository_revision_is_used(
     at: str, commit: str, as_weights: bool, revisions: dict[str, nn.Module]
 ) -> None:
     place = f"hf-hub:me/net{at}"
@@ -111,7 +109,7 @@ def test_a_revision_of_a_repository_is_taken(
     assert backbone.provenance.revision == commit
 
 
-def test_weights_of_a_repository_fit_models_of_torchvision(empty_caches: Path) -> None:
+def test_repository_weights_fit_torchvision_models(empty_caches: Path) -> None:
     torch.manual_seed(5)
     published = torchvision.models.squeezenet1_1().eval()
     save_file(published.state_dict(), snapshot(empty_caches, "me/net") / "model.safetensors")
@@ -120,7 +118,7 @@ def test_weights_of_a_repository_fit_models_of_torchvision(empty_caches: Path) -
         assert_close(backbone(pixels()), published.features(pixels()).mean((2, 3)))
 
 
-def test_arguments_of_the_architecture_are_those_of_the_config(empty_caches: Path) -> None:
+def test_config_supplies_model_arguments(empty_caches: Path) -> None:
     published = network("test_vit3", img_size=96, depth=2)
     save_for_hf(published, str(snapshot(empty_caches, "me/net")), safe_serialization=True)
     backbone = load_backbone("hf-hub:me/net", device="cpu")
@@ -130,7 +128,7 @@ def test_arguments_of_the_architecture_are_those_of_the_config(empty_caches: Pat
 
 @pytest.mark.parametrize("revision", ["v3", "c" * 40])
 @pytest.mark.usefixtures("revisions")
-def test_a_revision_that_is_not_cached_is_an_error(revision: str) -> None:
+def test_uncached_revision_is_an_error(revision: str) -> None:
     with pytest.raises(
         WeightsError, match=r"weights are not on this machine\. Looked in .*me--net"
     ):
@@ -139,7 +137,7 @@ def test_a_revision_that_is_not_cached_is_an_error(revision: str) -> None:
 
 @pytest.mark.parametrize("name", ["a/b/c", "a//b", "../x", "a b"])
 @pytest.mark.parametrize("as_weights", [False, True], ids=["model", "weights"])
-def test_what_is_no_repository_is_said_to_be_none(name: str, as_weights: bool) -> None:
+def test_malformed_repository_is_refused(name: str, as_weights: bool) -> None:
     place = f"hf-hub:{name}"
     model, weights = ("test_resnet", place) if as_weights else (place, "default")
     with pytest.raises(WeightsError, match="is not a repository of the hub, expected ORG/NAME"):
@@ -170,7 +168,7 @@ def load_folder(folder: Path, **options: Any) -> Any:
     return load_backbone(f"local-dir:{folder}", device="cpu", **options)
 
 
-def test_a_folder_is_a_model_with_its_own_weights_and_pixels(folder: Path) -> None:
+def test_local_dir_uses_its_weights_and_transform(folder: Path) -> None:
     backbone = load_folder(folder)
     assert_close(backbone(pixels()), pre_logits(network()))
     assert backbone.preprocess.mean == MEAN
@@ -179,7 +177,7 @@ def test_a_folder_is_a_model_with_its_own_weights_and_pixels(folder: Path) -> No
     assert made.sha256 == sha256(folder / "model.safetensors")
 
 
-def test_a_folder_takes_other_weights_of_its_architecture(folder: Path, tmp_path: Path) -> None:
+def test_local_dir_accepts_other_weights(folder: Path, tmp_path: Path) -> None:
     other = network(seed=6)
     torch.save({"state_dict": other.state_dict()}, tmp_path / "w.pth")
     backbone = load_folder(folder, weights=tmp_path / "w.pth")
@@ -187,7 +185,7 @@ def test_a_folder_takes_other_weights_of_its_architecture(folder: Path, tmp_path
     assert backbone.preprocess.mean == MEAN
 
 
-def test_a_config_of_before_2023_has_everything_on_one_level(folder: Path) -> None:
+def test_config_from_before_2023_is_read(folder: Path) -> None:
     old = {
         **{"architecture": "test_resnet", "num_classes": 7, "num_features": 96},
         **{"input_size": [3, 96, 96], "interpolation": "bicubic", "crop_pct": 0.75},
@@ -206,7 +204,7 @@ def test_a_config_of_before_2023_has_everything_on_one_level(folder: Path) -> No
 @pytest.mark.parametrize(
     "content", ["", "{", "[1]", "null", "3", "{}", '{"architecture": "a", "pretrained_cfg": null}']
 )
-def test_a_file_that_is_no_config_of_timm_is_said_to_be_none(content: str, folder: Path) -> None:
+def test_malformed_config_is_refused(content: str, folder: Path) -> None:
     (folder / "config.json").write_text(content)
     with pytest.raises(ModelError, match=r"config\.json is not a config\.json of timm"):
         load_folder(folder)
@@ -223,7 +221,7 @@ def test_a_file_that_is_no_config_of_timm_is_said_to_be_none(content: str, folde
     ],
     ids=["argument", "classes", "size", "mean", "interpolation"],
 )
-def test_a_config_with_nonsense_is_no_fault_of_the_program(
+def test_invalid_config_names_the_folder(
     changes: dict[str, Any], pretrained: dict[str, Any], folder: Path
 ) -> None:
     edit_pretrained(folder, **pretrained)
@@ -233,7 +231,7 @@ def test_a_config_with_nonsense_is_no_fault_of_the_program(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_of_grey_pictures_is_no_fault_of_the_program(tmp_path: Path) -> None:
+def test_grayscale_model_names_the_folder(tmp_path: Path) -> None:
     save_for_hf(
         timm.create_model("test_resnet", in_chans=1), str(tmp_path), safe_serialization=True
     )
@@ -242,15 +240,13 @@ def test_a_model_of_grey_pictures_is_no_fault_of_the_program(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("architecture", ["resnet5", "", None, 3, ["resnet18"]])
-def test_an_architecture_that_timm_does_not_have_is_an_error(
-    architecture: object, folder: Path
-) -> None:
+def test_config_with_unknown_architecture_is_refused(architecture: object, folder: Path) -> None:
     edit(folder, architecture=architecture)
     with pytest.raises(ModelError, match="timm has no architecture"):
         load_folder(folder)
 
 
-def test_what_a_place_lacks_is_said(folder: Path, empty_caches: Path) -> None:
+def test_error_names_the_missing_file(folder: Path, empty_caches: Path) -> None:
     shutil.copy(folder / "config.json", snapshot(empty_caches, "me/net"))
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"has none of .*model\.safetensors.*; use --weights"):
@@ -263,17 +259,17 @@ def test_what_a_place_lacks_is_said(folder: Path, empty_caches: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["hf-hub:", "local-dir:"])
-def test_an_empty_place_is_an_error(place: str) -> None:
+def test_empty_location_is_an_error(place: str) -> None:
     with pytest.raises(ModelError, match="expected hf-hub:ORG/NAME or local-dir:PATH"):
         load_backbone(place, device="cpu")
 
 
-def test_a_place_has_no_tags(folder: Path) -> None:
+def test_local_dir_has_no_tags(folder: Path) -> None:
     with pytest.raises(WeightsError, match="unknown weights 'a1_in1k'; expected default, random"):
         load_folder(folder, weights="a1_in1k")
 
 
-def test_weights_that_are_not_those_of_the_config_are_a_misfit(folder: Path) -> None:
+def test_local_dir_weights_must_fit_the_config(folder: Path) -> None:
     save_file(timm.create_model("test_vit").state_dict(), folder / "model.safetensors")
     with pytest.raises(WeightsError, match=r"do not fit.*They are those of timm:test_vit: use"):
         load_folder(folder)
@@ -295,7 +291,7 @@ TAGS = ("e2400_r224_in1k", "e1200_r224_in1k")  # of timm's mobilenetv4_conv_smal
         ("{}.e2400_r224_in1k", "e1200_r224_in1k", TAGS[1]),
     ],
 )
-def test_a_tag_of_timm_stands_in_the_name_or_in_the_weights(
+def test_timm_tag_in_weights_wins_over_one_in_the_name(
     name: str, weights: str, tag: str, empty_caches: Path
 ) -> None:
     architecture = "mobilenetv4_conv_small"
@@ -320,7 +316,7 @@ def test_a_tag_of_timm_stands_in_the_name_or_in_the_weights(
         ("IMAGENET1K_V1", "IMAGENET1K_V1", 256),
     ],
 )
-def test_a_tag_of_torchvision_brings_its_file_and_its_transform(
+def test_torchvision_tag_selects_file_and_transform(
     weights: str, tag: str, resize: int, empty_caches: Path
 ) -> None:
     entries = torchvision.models.MobileNet_V2_Weights
@@ -369,7 +365,7 @@ def kept(cached: Path) -> Path:
     return cached.with_name(cached.name + ".sha256")
 
 
-def test_a_digest_is_kept_as_sha256sum_writes_it(cached: Path) -> None:
+def test_digest_file_has_the_format_of_sha256sum(cached: Path) -> None:
     cached.write_bytes(b"weights")
     expected = hashlib.sha256(b"weights").hexdigest()
     assert digest(cached) == expected
@@ -388,7 +384,7 @@ def test_a_digest_is_kept_as_sha256sum_writes_it(cached: Path) -> None:
         assert (done.returncode, done.stdout) == (0, f"{cached.name}: OK\n"), done.stderr
 
 
-def test_a_digest_that_is_kept_is_not_computed_again(cached: Path) -> None:
+def test_kept_digest_is_not_computed_again(cached: Path) -> None:
     cached.write_bytes(b"weights")
     first = digest(cached)
     planted = "0123456789abcdef" * 4
@@ -396,7 +392,7 @@ def test_a_digest_that_is_kept_is_not_computed_again(cached: Path) -> None:
     assert digest(cached) == planted
 
 
-def test_a_digest_is_computed_again_when_the_file_changes(cached: Path) -> None:
+def test_digest_follows_changes_of_the_file(cached: Path) -> None:
     cached.write_bytes(b"weights")
     digest(cached)
     time = cached.stat().st_mtime_ns
@@ -410,7 +406,7 @@ def test_a_digest_is_computed_again_when_the_file_changes(cached: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe\n\n", b"0" * 64, b"a\nb\nc\n"])
-def test_a_kept_digest_that_cannot_be_read_is_replaced(content: bytes, cached: Path) -> None:
+def test_unreadable_digest_file_is_replaced(content: bytes, cached: Path) -> None:
     cached.write_bytes(b"weights")
     kept(cached).write_bytes(content)
     expected = hashlib.sha256(b"weights").hexdigest()
@@ -418,9 +414,7 @@ def test_a_kept_digest_that_cannot_be_read_is_replaced(content: bytes, cached: P
     assert kept(cached).read_text().startswith(f"{expected}  {cached.name}\n#")
 
 
-def test_a_cache_that_cannot_be_written_is_no_error(
-    cached: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_cache_keeps_no_digest(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
@@ -432,7 +426,7 @@ def test_a_cache_that_cannot_be_written_is_no_error(
     assert list(cached.parent.iterdir()) == [cached]
 
 
-def test_nothing_is_written_beside_a_users_own_files(folder: Path, tmp_path: Path) -> None:
+def test_digests_are_not_kept_beside_user_files(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "w.pth"
     torch.save(network().state_dict(), file)
     before = sorted(tmp_path.rglob("*"))
@@ -444,7 +438,7 @@ def test_nothing_is_written_beside_a_users_own_files(folder: Path, tmp_path: Pat
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_loading_keeps_the_digest_that_provenance_says(empty_caches: Path) -> None:
+def test_loading_keeps_the_digest_of_provenance(empty_caches: Path) -> None:
     where = snapshot(empty_caches, "timm/test_resnet.r160_in1k")
     torch.manual_seed(5)
     save_file(timm.create_model("test_resnet").state_dict(), where / "model.safetensors")

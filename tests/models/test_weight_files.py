@@ -31,9 +31,7 @@ def server(tmp_path: Path) -> Iterator[str]:
         running.shutdown()
 
 
-def test_weights_are_fetched_once_and_then_taken_from_the_cache(
-    server: str, tmp_path: Path, empty_caches: Path
-) -> None:
+def test_weights_are_fetched_once(server: str, tmp_path: Path, empty_caches: Path) -> None:
     content = os.urandom(5000)
     name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
     (tmp_path / "served" / name).write_bytes(content)
@@ -45,7 +43,7 @@ def test_weights_are_fetched_once_and_then_taken_from_the_cache(
     assert weight_files.find_url_file(f"{server}/{name}", tag="T", label="test") == found
 
 
-def test_a_download_with_another_digest_than_its_name_is_refused(
+def test_download_must_match_the_digest_in_its_name(
     server: str, tmp_path: Path, empty_caches: Path
 ) -> None:
     (tmp_path / "served" / "net-0123abcd.pth").write_bytes(b"something else")
@@ -54,16 +52,16 @@ def test_a_download_with_another_digest_than_its_name_is_refused(
     assert not list(empty_caches.rglob("net-*"))
 
 
-def test_a_missing_file_on_the_server_is_an_error(server: str) -> None:
+def test_file_missing_on_the_server_is_an_error(server: str) -> None:
     with pytest.raises(WeightsError, match="answered: HTTP Error 404"):
         weight_files.find_url_file(f"{server}/nothing.pth", tag="", label="test")
 
 
-def test_a_server_that_refuses_the_question_is_still_there(server: str) -> None:
+def test_server_that_refuses_the_request_is_reachable(server: str) -> None:
     assert weight_files._reachable(f"{server}/whatever")
 
 
-def test_a_closed_port_is_out_of_reach_at_once() -> None:
+def test_closed_port_is_unreachable_at_once() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         started = time.monotonic()
@@ -71,7 +69,7 @@ def test_a_closed_port_is_out_of_reach_at_once() -> None:
         assert time.monotonic() - started < weight_files.PROBE_SECONDS
 
 
-def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_silent_server_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_files, "PROBE_SECONDS", 0.3)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
