@@ -1,3 +1,5 @@
+"""The entry points of the library."""
+
 from __future__ import annotations
 
 import inspect
@@ -70,7 +72,7 @@ def test_row_i_belongs_to_image_i(
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_the_store_is_the_same_bytes_for_any_worker_count(photos: Path, tmp_path: Path) -> None:
+def test_bytes_of_store_ignore_worker_count(photos: Path, tmp_path: Path) -> None:
     for workers in (1, 4):
         extract(photos, out=tmp_path / f"{workers}", workers=workers, batch_size=3, shard_images=5)
     one, four = files_of(tmp_path / "1"), files_of(tmp_path / "4")
@@ -100,7 +102,7 @@ def test_bad_images_shift_no_row(photos: Path, tmp_path: Path, bad: list[int]) -
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_a_folder_of_nothing_but_bad_images_leaves_no_store(tmp_path: Path) -> None:
+def test_folder_of_bad_images_leaves_no_store(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(5):
         (tmp_path / "in" / f"{i}.jpg").write_text("text")
@@ -118,7 +120,7 @@ def test_one_image_makes_a_store(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_the_index_describes_the_files(photos: Path, tmp_path: Path) -> None:
+def test_index_describes_files(photos: Path, tmp_path: Path) -> None:
     store = extract(photos, out=tmp_path / "out").store
     for column, value in (("size", "st_size"), ("mtime_ns", "st_mtime_ns")):
         expected = [getattr((photos / path).stat(), value) for path in store.paths]
@@ -128,7 +130,7 @@ def test_the_index_describes_the_files(photos: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_half_floats_and_unit_length_are_stored_as_asked(photos: Path, tmp_path: Path) -> None:
+def test_float16_and_unit_length_are_stored(photos: Path, tmp_path: Path) -> None:
     store = extract(photos, out=tmp_path / "out", dtype="float16", normalize=True).store
     assert store.features.dtype == np.float16
     assert np.load(tmp_path / "out/features/00000.npy").dtype == np.dtype("<f2")
@@ -137,7 +139,7 @@ def test_half_floats_and_unit_length_are_stored_as_asked(photos: Path, tmp_path:
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_an_embedding_that_is_not_finite_is_a_failure_of_its_image(
+def test_embedding_with_nan_is_a_failure(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = MeanPixel.forward
@@ -158,23 +160,23 @@ def test_an_embedding_that_is_not_finite_is_a_failure_of_its_image(
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_a_batch_is_no_larger_than_a_shard(photos: Path, tmp_path: Path) -> None:
+def test_batch_is_at_most_a_shard(photos: Path, tmp_path: Path) -> None:
     report = extract(photos, out=tmp_path / "out", shard_images=3, batch_size=32)
     assert report.store.manifest.description.computation["batch_size"] == 3
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_progress_is_told_after_every_batch(photos: Path, tmp_path: Path) -> None:
+def test_progress_is_reported_after_every_batch(photos: Path, tmp_path: Path) -> None:
     (photos / "05.png").write_text("bad")
-    told: list[Progress] = []
-    extract(photos, out=tmp_path / "out", batch_size=5, progress=told.append)
-    assert [p.done for p in told] == [0, 5, 10, 12]  # 0: the models are ready
-    assert {p.total for p in told} == {12}
-    assert told[-1].failed == 1
+    reports: list[Progress] = []
+    extract(photos, out=tmp_path / "out", batch_size=5, progress=reports.append)
+    assert [p.done for p in reports] == [0, 5, 10, 12]  # 0: the models are ready
+    assert {p.total for p in reports} == {12}
+    assert reports[-1].failed == 1
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_the_manifest_says_how_to_repeat_the_vectors(photos: Path, tmp_path: Path) -> None:
+def test_manifest_describes_the_computation(photos: Path, tmp_path: Path) -> None:
     description = extract(photos, out=tmp_path / "out", batch_size=7).store.manifest.description
     assert description.backbone["model"] == "test:mean"
     assert description.backbone["heads"] == ["fc"]
@@ -193,11 +195,11 @@ def test_the_manifest_says_how_to_repeat_the_vectors(photos: Path, tmp_path: Pat
 
 
 # ---------------------------------------------------------------------------------------------
-# Places and options
+# Folders and options
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_a_finished_store_is_only_replaced_when_asked(photos: Path, tmp_path: Path) -> None:
+def test_finished_store_is_replaced_only_by_overwrite(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(photos, out=out, shard_images=4)
     before = files_of(out)
@@ -211,7 +213,7 @@ def test_a_finished_store_is_only_replaced_when_asked(photos: Path, tmp_path: Pa
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_a_run_that_fails_leaves_the_old_store(photos: Path, tmp_path: Path) -> None:
+def test_failed_run_leaves_old_store(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(photos, out=out)
     before = files_of(out)
@@ -228,7 +230,7 @@ def test_a_run_that_fails_leaves_the_old_store(photos: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_a_foreign_folder_is_refused_before_anything_is_read(photos: Path, tmp_path: Path) -> None:
+def test_foreign_folder_is_refused_before_listing(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     with pytest.raises(StoreError, match="not empty and holds no store"):
@@ -236,7 +238,7 @@ def test_a_foreign_folder_is_refused_before_anything_is_read(photos: Path, tmp_p
     assert files_of(tmp_path / "out") == {"thesis.tex": b"years of work"}
 
 
-def test_the_default_place_is_named_after_the_model(
+def test_default_folder_is_named_after_model(
     photos: Path, tmp_path: Path, mean_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -267,7 +269,7 @@ def test_options_out_of_range_are_errors(options: dict[str, object], match: str)
 
 
 @pytest.mark.usefixtures("mean_model")
-def test_more_shards_than_names_is_an_error(
+def test_too_many_shards_are_refused(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preflight, "MAX_SHARDS", 10)
@@ -275,14 +277,21 @@ def test_more_shards_than_names_is_an_error(
         extract(photos, out=tmp_path / "out", shard_images=1)
 
 
-def test_every_option_is_an_argument_with_the_same_default() -> None:
+def test_signature_shows_every_option_with_its_default() -> None:
     arguments = inspect.signature(extract).parameters
     for name, field in Options.__dataclass_fields__.items():
         assert arguments[name].default == field.default, name
         assert arguments[name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
-def test_weights_that_do_not_fit_leave_nothing_behind(photos: Path, tmp_path: Path) -> None:
+def test_unknown_options_are_type_errors() -> None:
+    with pytest.raises(TypeError, match=r"'batchsize'; did you mean 'batch_size'"):
+        extract("nowhere", batchsize=3)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"option 'dtype' does not apply here, but to extract"):
+        Extractor("resnet18", dtype="float16")  # type: ignore[call-arg]
+
+
+def test_unfit_weights_leave_nothing_behind(photos: Path, tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(1)}, tmp_path / "w.pth")
     with pytest.raises(WeightsError, match="do not fit"):
         extract(photos, "resnet18", tmp_path / "out", weights=tmp_path / "w.pth", device="cpu")
@@ -304,7 +313,7 @@ def encoded(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def test_all_kinds_of_images_give_the_same_row(squeezenet: Extractor, tmp_path: Path) -> None:
+def test_row_ignores_kind_of_input(squeezenet: Extractor, tmp_path: Path) -> None:
     image = noise(3, 140, 190)
     image.save(tmp_path / "a.png")
     path = tmp_path / "a.png"
@@ -314,7 +323,7 @@ def test_all_kinds_of_images_give_the_same_row(squeezenet: Extractor, tmp_path: 
     np.testing.assert_allclose(rows, rows[[0] * 5], rtol=1e-4, atol=1e-6)
 
 
-def test_rows_in_memory_are_the_rows_of_a_store(squeezenet: Extractor, tmp_path: Path) -> None:
+def test_rows_in_memory_equal_rows_of_store(squeezenet: Extractor, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for i in range(6):
         noise(i, 100 + 9 * i, 120).save(tmp_path / "in" / f"{i}.png")
@@ -333,7 +342,7 @@ def test_no_images_give_no_rows(squeezenet: Extractor) -> None:
     assert squeezenet([]).shape == (0, 512)
 
 
-def test_a_bad_image_in_memory_is_an_error_that_names_its_place(squeezenet: Extractor) -> None:
+def test_undecodable_image_in_memory_is_named_by_index(squeezenet: Extractor) -> None:
     good = np.zeros((9, 9, 3), np.uint8)
     with pytest.raises(DecodeError, match="image 5: no image format") as raised:
         squeezenet([good] * 5 + [b"no image"])
@@ -341,18 +350,18 @@ def test_a_bad_image_in_memory_is_an_error_that_names_its_place(squeezenet: Extr
 
 
 @pytest.mark.parametrize("one", [5, "a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))])
-def test_a_single_image_is_not_taken_for_a_list(squeezenet: Extractor, one: object) -> None:
+def test_single_image_is_refused(squeezenet: Extractor, one: object) -> None:
     with pytest.raises(UsageError, match="expected a list of images"):
         squeezenet(one)  # type: ignore[arg-type]
 
 
-def test_what_is_no_image_is_an_error_that_names_its_place(squeezenet: Extractor) -> None:
+def test_object_that_is_no_image_is_named_by_index(squeezenet: Extractor) -> None:
     with pytest.raises(UsageError, match="image 1: got a NoneType, expected a path, bytes"):
         squeezenet([b"", None])  # type: ignore[list-item]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_an_extractor_does_not_hang_in_a_forked_process(squeezenet: Extractor) -> None:
+def test_forked_extractor_is_an_error(squeezenet: Extractor) -> None:
     images = [np.zeros((9, 9, 3), np.uint8)]
     squeezenet(images)
     child = os.fork()
@@ -365,14 +374,12 @@ def test_an_extractor_does_not_hang_in_a_forked_process(squeezenet: Extractor) -
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
-def test_errors_of_the_package_are_one_family() -> None:
+def test_errors_share_a_base_class() -> None:
     for error in (DecodeError, SourceError, StoreError, UsageError, WeightsError):
         assert issubclass(error, ExtractorError)
 
 
-def test_callbacks_are_called_from_the_callers_thread(
-    photos: Path, tmp_path: Path, mean_model: None
-) -> None:
+def test_callbacks_run_in_calling_thread(photos: Path, tmp_path: Path, mean_model: None) -> None:
     import threading
 
     seen: list[object] = []
@@ -381,7 +388,7 @@ def test_callbacks_are_called_from_the_callers_thread(
     assert set(seen) == {threading.main_thread()}
 
 
-def test_numbers_that_float16_cannot_hold_are_failures_and_no_infinities(tmp_path: Path) -> None:
+def test_numbers_beyond_float16_are_failures(tmp_path: Path) -> None:
     class Sum(torch.nn.Module):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             return pixels.sum((2, 3)) * 100  # of 8 x 8 pixels: 6,400 times the level

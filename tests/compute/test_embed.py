@@ -1,3 +1,5 @@
+"""Forward passes."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -10,15 +12,14 @@ from support.networks import mean_pixel, normalized
 from torch import nn
 
 from extractor import load_backbone
+from extractor.compute import embed as embed_module
 from extractor.compute.embed import Normalize, embed
-from extractor.errors import DeviceError
 from extractor.images.types import ImageSource
 from extractor.loading.batch import Batch
 from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
-from extractor.system.devices import device_errors
 
 
 def colors(count: int) -> list[tuple[int, int, int]]:
@@ -41,18 +42,22 @@ def run(
     return np.concatenate(rows)
 
 
+def mean_spec() -> EmbeddingSpec:
+    return EmbeddingSpec("mean", (EmbeddingPart(mean_pixel()),))
+
+
 def flat(color: tuple[int, int, int]) -> np.ndarray:
     return np.full((10, 10, 3), color, np.uint8)
 
 
 @pytest.mark.parametrize("size", [1, 3, 16, 40])
-def test_rows_are_the_normalized_colors_in_order(size: int, device: str) -> None:
+def test_rows_are_normalized_colors_in_order(size: int, device: str) -> None:
     rows = run(mean_pixel(device), [flat(c) for c in colors(16)], size)
     np.testing.assert_allclose(rows, [normalized(c) for c in colors(16)], atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [1, 4, 256])
-def test_pictures_are_normalized_in_float32_and_rounded_once(width: int) -> None:
+def test_bfloat16_pixels_are_rounded_once(width: int) -> None:
     levels = torch.arange(256, dtype=torch.uint8)
     pictures = torch.stack([levels, levels.flip(0), levels.roll(5)], 1).view(-1, 1, width, 3)
     backbone = mean_pixel("cpu")
@@ -68,7 +73,7 @@ def test_pictures_are_normalized_in_float32_and_rounded_once(width: int) -> None
     assert int((rounded != exact.bfloat16()).sum()) <= 2
 
 
-def test_many_batches_stay_in_order(device: str) -> None:
+def test_batches_stay_in_order(device: str) -> None:
     rows = run(mean_pixel(device), [flat(c) for c in colors(200)], 2)
     np.testing.assert_allclose(rows, [normalized(c) for c in colors(200)], atol=1e-5)
 
@@ -82,7 +87,7 @@ def test_normalized_rows_have_unit_length(device: str) -> None:
     )
 
 
-def test_a_row_does_not_depend_on_its_neighbours(device: str) -> None:
+def test_row_ignores_rest_of_batch(device: str) -> None:
     backbone = load_backbone("resnet18", weights="random", device=device)
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (60, 50, 3), np.uint8) for _ in range(7)]
@@ -91,7 +96,7 @@ def test_a_row_does_not_depend_on_its_neighbours(device: str) -> None:
     assert np.array_equal(alone, together[4:])
 
 
-def test_a_gpu_computes_what_a_cpu_computes(device: str) -> None:
+def test_gpu_rows_equal_cpu_rows(device: str) -> None:
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (90, 80, 3), np.uint8) for _ in range(10)]
     here = run(load_backbone("resnet18", weights="random", device=device), images, 4)
@@ -103,7 +108,7 @@ def test_a_gpu_computes_what_a_cpu_computes(device: str) -> None:
 @pytest.mark.parametrize(
     ("seconds", "taken"), [(0.0, [1, 5, 5, 5, 5, 9, 9, 9, 9]), (1.0, list(range(1, 10)))]
 )
-def test_only_quick_batches_are_computed_together(
+def test_only_quick_batches_are_grouped(
     monkeypatch: pytest.MonkeyPatch, seconds: float, taken: list[int]
 ) -> None:
     class Clock(nn.Module):
@@ -129,7 +134,7 @@ def test_only_quick_batches_are_computed_together(
         assert [count for _ in computed] == taken
 
 
-def test_gradients_and_grad_mode_are_left_alone() -> None:
+def test_embed_leaves_grad_mode_alone() -> None:
     assert torch.is_grad_enabled()
     with BatchLoader(
         iter([[flat((1, 2, 3))]]), [mean_pixel().preprocess], LoaderOptions(batch_size=1, workers=1)
@@ -141,29 +146,47 @@ def test_gradients_and_grad_mode_are_left_alone() -> None:
             assert not torch.is_inference_mode_enabled()
 
 
-def test_the_callers_tf32_setting_comes_back() -> None:
+def test_embed_restores_tf32_setting() -> None:
     before = torch.backends.cudnn.allow_tf32
     run(mean_pixel(), [flat((1, 2, 3))], 1)
     assert torch.backends.cudnn.allow_tf32 == before
 
 
-@pytest.mark.parametrize(
-    ("error", "match"),
-    [
-        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "smaller --batch-size"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "not enough memory"),
-        (RuntimeError("CUDA error: device-side assert\nmore"), "does not work: CUDA error"),
-        (RuntimeError("all CUDA-capable devices are busy"), "does not work: all CUDA"),
-    ],
-)
-def test_what_a_device_says_becomes_advice(error: Exception, match: str) -> None:
-    with pytest.raises(DeviceError, match=match), device_errors(torch.device("cuda:0")):
-        raise error
+@pytest.mark.parametrize("fits", [1, 3, 4, 5])
+def test_full_device_gets_smaller_parts_from_then_on(
+    fits: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    step = embed_module._Step([mean_spec()], normalize=False)
+    sizes = []
+    original = Backbone.embed
+
+    def crowded(backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(pixels))
+        if len(pixels) > fits:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(backbone, pixels)
+
+    pictures = torch.randint(0, 256, (8, 24, 32, 3), dtype=torch.uint8)
+    (expected,) = step([pictures], lambda: None)
+    monkeypatch.setattr(Backbone, "embed", crowded)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    (rows,) = step.in_parts([pictures])
+    assert torch.equal(rows, expected)
+    warned = len(caplog.records)
+    assert warned == len([size for size in sizes if size > fits]) > 0
+    sizes.clear()
+    (rows,) = step.in_parts([pictures])
+    assert torch.equal(rows, expected)
+    assert max(sizes) <= fits
+    assert len(caplog.records) == warned
 
 
-def test_other_errors_pass() -> None:
-    with (
-        pytest.raises(RuntimeError, match="shapes do not fit"),
-        device_errors(torch.device("cpu")),
-    ):
-        raise RuntimeError("shapes do not fit")
+def test_device_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Backbone, "embed", full)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    step = embed_module._Step([mean_spec()], normalize=False)
+    with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
+        step.in_parts([torch.zeros(4, 24, 32, 3, dtype=torch.uint8)])

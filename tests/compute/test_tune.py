@@ -68,24 +68,24 @@ def computation(report: Report) -> dict[str, object]:
     return dict(report.store.manifest.description.computation)
 
 
-def test_half_precision_that_is_near_and_fast_is_taken(run: Callable[..., Report]) -> None:
+def test_close_and_fast_half_precision_is_used(run: Callable[..., Report]) -> None:
     report = run(error=1e-3)
     assert computation(report)["precision"] == report.precision == "bfloat16"
     assert report.least_cosine == computation(report)["least_cosine"]
     assert 0.9995 < float(str(report.least_cosine)) < 1
 
 
-def test_half_precision_that_is_far_off_is_not_taken(run: Callable[..., Report]) -> None:
+def test_inexact_half_precision_is_not_used(run: Callable[..., Report]) -> None:
     report = run(error=0.3)
     assert computation(report)["precision"] == "float32"
     assert report.least_cosine is None
 
 
-def test_half_precision_that_gives_nan_is_not_taken(run: Callable[..., Report]) -> None:
+def test_half_precision_with_nan_is_not_used(run: Callable[..., Report]) -> None:
     assert run(error=float("nan")).precision == "float32"
 
 
-def test_half_precision_that_is_no_faster_is_not_taken(run: Callable[..., Report]) -> None:
+def test_slow_half_precision_is_not_used(run: Callable[..., Report]) -> None:
     class Slow(Colors):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             time.sleep(0.004 * len(pixels))
@@ -96,7 +96,7 @@ def test_half_precision_that_is_no_faster_is_not_taken(run: Callable[..., Report
         assert run(seconds=0).precision == "float32"
 
 
-def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[..., Report]) -> None:
+def test_slow_measurement_is_repeated(run: Callable[..., Report]) -> None:
     class Disturbed(Colors):
         """Its first batches in half precision take long."""
 
@@ -114,7 +114,7 @@ def test_one_look_at_a_machine_with_other_work_does_not_decide(run: Callable[...
     assert not Disturbed.left
 
 
-def test_a_network_that_cannot_compute_in_half_precision_stays_in_float32(
+def test_network_that_fails_in_half_precision_stays_in_float32(
     run: Callable[..., Report],
 ) -> None:
     class Refusing(Colors):
@@ -128,14 +128,14 @@ def test_a_network_that_cannot_compute_in_half_precision_stays_in_float32(
         assert run().precision == "float32"
 
 
-def test_a_few_images_are_not_worth_a_trial(
+def test_few_images_are_not_worth_a_trial(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "MIN_IMAGES", 12)
     assert run().precision == "float32"
 
 
-def test_what_was_asked_for_is_not_tried(
+def test_requested_precision_is_not_tried(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "faster_precisions", None)  # calling it would be an error
@@ -143,7 +143,7 @@ def test_what_was_asked_for_is_not_tried(
 
 
 @pytest.mark.parametrize("first", ["float32", "bfloat16"])
-def test_a_store_that_grows_keeps_its_precision(
+def test_growing_store_keeps_its_precision(
     run: Callable[..., Report], photos: Path, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
     report = run(error=0.3 if first == "float32" else 1e-3)
@@ -159,7 +159,7 @@ def test_a_store_that_grows_keeps_its_precision(
     assert run(overwrite=True).precision == ("bfloat16" if first == "float32" else "float32")
 
 
-def test_another_precision_is_not_mixed_in(run: Callable[..., Report], photos: Path) -> None:
+def test_store_refuses_another_precision(run: Callable[..., Report], photos: Path) -> None:
     assert run().precision == "bfloat16"
     shutil.copy(photos / "00.png", photos / "new.png")
     with pytest.raises(StoreError, match=r'precision: "bfloat16" there, "float32" now'):
@@ -167,7 +167,7 @@ def test_another_precision_is_not_mixed_in(run: Callable[..., Report], photos: P
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_run_that_was_interrupted_goes_on_in_its_precision(
+def test_resumed_run_keeps_its_precision(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
     batches = iter([False, True])
@@ -181,7 +181,7 @@ def test_a_run_that_was_interrupted_goes_on_in_its_precision(
     assert np.array_equal(again.store.features[:], rows)
 
 
-def test_each_of_two_models_has_its_own_precision(
+def test_each_model_has_its_own_precision(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
@@ -221,7 +221,7 @@ class Quick(nn.Module):
         return pixels.float().mean((2, 3)) + 1 + self.error * torch.tensor([1.0, -1.0, 0.0])
 
 
-def test_a_long_run_is_compiled_and_goes_on_so(
+def test_long_run_is_compiled_and_resumes_compiled(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, photos: Path
 ) -> None:
     pretend(monkeypatch, Quick)
@@ -241,7 +241,7 @@ def test_a_long_run_is_compiled_and_goes_on_so(
 
 
 @pytest.mark.parametrize("gain", [True, False])
-def test_what_compiling_makes_no_faster_is_not_taken(
+def test_compilation_without_gain_is_not_used(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, gain: bool
 ) -> None:
     pretend(monkeypatch, Quick if gain else lambda module: module)
@@ -264,7 +264,7 @@ def refuse(_: nn.Module) -> nn.Module:
         ),
     ],
 )
-def test_what_does_not_compile_runs_without_with_one_line(
+def test_network_that_does_not_compile_runs_with_a_warning(
     run: Callable[..., Report],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
@@ -278,7 +278,7 @@ def test_what_does_not_compile_runs_without_with_one_line(
     assert re.fullmatch(why, line)
 
 
-def test_no_compiler_is_asked_where_it_is_switched_off(
+def test_compile_off_never_compiles(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, refuse)
@@ -288,7 +288,7 @@ def test_no_compiler_is_asked_where_it_is_switched_off(
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
-def test_a_network_that_was_really_compiled_gives_the_same_rows(
+def test_compiled_network_gives_the_same_rows(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
@@ -307,7 +307,7 @@ def test_a_network_that_was_really_compiled_gives_the_same_rows(
 
 
 @pytest.mark.skipif(not can_pack(torch.device("cpu")), reason="packs nothing here")
-def test_what_is_compiled_has_plain_convolutions() -> None:
+def test_compiled_network_has_plain_convolutions() -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     size = Preprocess.standard(16)
     backbone = Backbone.from_module(network, head=None, preprocess=size).fold()
@@ -337,7 +337,7 @@ def test_layers_are_not_compiled(
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_on_a_gpu_what_is_chosen_keeps_the_embeddings(
+def test_precision_chosen_on_gpu_keeps_embeddings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compile: Any
 ) -> None:
     monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
@@ -365,7 +365,7 @@ def test_on_a_gpu_what_is_chosen_keeps_the_embeddings(
 
 
 @pytest.mark.parametrize("precision", ["float8", "bfloat16+float32+float16", "auto", "mixed+"])
-def test_a_store_of_something_else_is_refused_and_not_followed(
+def test_store_of_another_model_does_not_choose_the_precision(
     run: Callable[..., Report], tmp_path: Path, photos: Path, precision: str
 ) -> None:
     run()
@@ -385,7 +385,7 @@ def test_a_store_of_something_else_is_refused_and_not_followed(
         ({"avx512_bf16"}, "bfloat16", tuning.COMPILE_GAIN["cpu"]),
     ],
 )
-def test_compiling_gains_most_where_there_are_matrix_units(
+def test_compiling_gains_most_with_matrix_units(
     monkeypatch: pytest.MonkeyPatch, flags: set[str], name: str, gain: float
 ) -> None:
     monkeypatch.setattr(precision, "_cpu_flags", lambda: flags)
