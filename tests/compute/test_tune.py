@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +28,23 @@ from extractor.options import Options
 from extractor.store.format import with_checksum
 
 
+class Clock:
+    """Seconds that pass only in :meth:`sleep`, so that no load of the machine changes a choice."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1e-3  # no batch takes no time
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+CLOCK = Clock()
+
+
 class Colors(nn.Module):
     """The mean of each channel; in half precision quicker and ``error`` away from it."""
 
@@ -41,7 +57,7 @@ class Colors(nn.Module):
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         exact = pixels.float().mean((2, 3)) + 1
         if self.weight.dtype == torch.float32:
-            time.sleep(self.seconds * len(pixels))
+            CLOCK.sleep(self.seconds * len(pixels))
             return exact
         return exact + self.error * torch.tensor([1.0, -1.0, 0.0])
 
@@ -51,6 +67,7 @@ def run(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
     """Runs a model that is ``error`` off in half precision, of which a few images are enough."""
     monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
+    monkeypatch.setattr(tuning, "time", CLOCK)
 
     def go(error: float = 0.0, seconds: float = 0.004, **options: object) -> Report:
         def load(_: str, given: Options, *__: object) -> Backbone:
@@ -88,7 +105,7 @@ def test_half_precision_with_nan_is_not_used(run: Callable[..., Report]) -> None
 def test_slow_half_precision_is_not_used(run: Callable[..., Report]) -> None:
     class Slow(Colors):
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.004 * len(pixels))
+            CLOCK.sleep(0.004 * len(pixels))
             return super().forward(pixels)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +122,7 @@ def test_slow_measurement_is_repeated(run: Callable[..., Report]) -> None:
         def forward(self, pixels: torch.Tensor) -> torch.Tensor:
             if self.weight.dtype != torch.float32 and type(self).left:
                 type(self).left -= 1
-                time.sleep(0.01 * len(pixels))
+                CLOCK.sleep(0.01 * len(pixels))
             return super().forward(pixels)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -186,6 +203,7 @@ def test_each_model_has_its_own_precision(
 ) -> None:
     monkeypatch.setattr(tuning, "MIN_IMAGES", 4)
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ("bfloat16",))
+    monkeypatch.setattr(tuning, "time", CLOCK)
 
     def load(name: str, given: Options, *_: object) -> Backbone:
         backbone = replace(mean_pixel(), module=Colors({"good": 1e-3, "bad": 0.3}[name]))
