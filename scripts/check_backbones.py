@@ -159,7 +159,7 @@ def reference(network: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, s
         given = network(pixels)
         # (B, tokens, channels) of a transformer, (B, channels, rows, columns) of a convolution
         return given.mean((2, 3)) if given.ndim == 4 else given.mean(1), POOLED
-    given = network.forward_head(network.forward_features(pixels), pre_logits=True)
+    given = network.forward_head(network.forward_features(pixels), pre_logits=True)  # type: ignore[operator]
     return given.flatten(1) if given.shape[2:].numel() == 1 else given, PRE_LOGITS
 
 

@@ -59,7 +59,7 @@ def main() -> None:
         return len(paths) / seconds(lambda: [decode(path) for path in paths])  # type: ignore[func-returns-value]
 
     rates = in_turns(
-        {name: lambda decode=decode: rate(decode) for name, decode in ways.items()},  # type: ignore[misc]
+        {name: lambda decode=decode: rate(decode) for name, decode in ways.items()},
         args.repeats,
     )
     difference = {"mean": statistics.mean(differences), "max": max(differences)}

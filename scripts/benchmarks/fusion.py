@@ -41,8 +41,7 @@ def main() -> None:
             if args.compile:
                 sides["compiled"] = compiled(copied(fused, precision))
             measures = {
-                name: lambda backbone=backbone: rate(backbone)  # type: ignore[misc]
-                for name, backbone in sides.items()
+                name: lambda backbone=backbone: rate(backbone) for name, backbone in sides.items()
             }
             rates = in_turns(measures, args.repeats)
             ratios = {name: median_ratio(values, rates["built"]) for name, values in rates.items()}

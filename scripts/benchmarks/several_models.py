@@ -54,7 +54,7 @@ def main() -> None:
     lines: list[str] = []
     turns: list[dict[str, Any]] = []
     for _ in range(args.repeats):
-        parts = [seconds(lambda spec=spec: compute(images, spec)) for spec in specs]  # type: ignore[misc]
+        parts = [seconds(lambda spec=spec: compute(images, spec)) for spec in specs]
         parts.append(seconds(lambda: decode(images, specs)))
         run = seconds(one_run)
         turns.append({"run_seconds": run, "part_seconds": parts, "ratio": run / sum(parts)})
