@@ -132,21 +132,22 @@ def _function(path: Path, name: str) -> Callable[[], object]:
     return function
 
 
-def _call(code: Callable[[], object], what: str) -> object:
+def _call(code: Callable[[], object], label: str) -> object:
+    """Run code of the user's and turn whatever it raises into a ModelError."""
     try:
         return code()
     except ExtractorError:
         raise
-    except (Exception, SystemExit) as error:  # a file that ends the program ends no run
+    except (Exception, SystemExit) as error:  # sys.exit() in the file must not end the run
         last = traceback.extract_tb(error.__traceback__)[-1]
         where = f" ({last.filename}, line {last.lineno})"
-        if isinstance(error, SyntaxError):  # says itself where
+        if isinstance(error, SyntaxError):  # its message has the line
             where = ""
-        raise ModelError(f"{what} failed: {type(error).__name__}: {error}{where}") from error
+        raise ModelError(f"{label} failed: {type(error).__name__}: {error}{where}") from error
 
 
 def _digest_of_code(path: Path) -> str:
-    """SHA-256 of a file and of what was imported from its folder, but for installed packages."""
+    """Return the SHA-256 of a file and its imports from its folder, without installed packages."""
     folder = path.parent
     files = {path}
     for module in list(sys.modules.values()):
@@ -161,7 +162,7 @@ def _digest_of_code(path: Path) -> str:
 
 
 def _import_from(folder: Path) -> None:
-    """Let a file import what lies beside it, and not what lay beside another one."""
+    """Make a file import from its own folder, and forget modules from folders of other files."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         home = Path(file).parent if file else None
