@@ -425,7 +425,7 @@ def test_store_with_interrupted_run_is_not_compacted(photos: Path, tmp_path: Pat
         extract(photos, "mean", out, batch_size=2, stop=lambda: True)
     with pytest.raises(StoreError, match="holds an interrupted run; resume it first"):
         compact(out)
-    with pytest.raises(StoreError, match="is no store"):
+    with pytest.raises(StoreError, match="is not a store"):
         compact(tmp_path / "nothing")
 
 

@@ -364,8 +364,8 @@ def test_joined_layers_are_one_embedding_to_normalize(images: Path, tmp_path: Pa
         ({"pool": "max"}, "pool: max pools a layer; name one"),
         ({"concat": True}, "concat: joins several layers"),
         ({"layers": ["layer1"], "concat": True}, "concat: joins several layers"),
-        ({"layers": "layer1"}, "layers: got 'layer1', expected a list of names"),
-        ({"layers": [""]}, r"layers: got \[''\], expected a list of names"),
+        ({"layers": "layer1"}, "layers: got 'layer1', expected a list of module names"),
+        ({"layers": [""]}, r"layers: got \[''\], expected a list of module names"),
         ({"bypass": "layer1"}, "bypass: got 'layer1', expected a list"),
     ],
 )
