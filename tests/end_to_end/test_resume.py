@@ -1,4 +1,4 @@
-"""A run that was stopped, killed or failed goes on, and ends as if nothing had been."""
+"""A run that was stopped, killed or failed resumes, and its store equals an undisturbed one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Every file of a store; of the manifest all but the time and what hangs on it."""
+    """Content of every file of a store, without the creation time and checksum of its manifest."""
     files: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "run.json":
@@ -50,7 +50,7 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def after(batches: int) -> Callable[[], bool]:
-    """Says yes when it is asked for the ``batches``-th time."""
+    """Return a ``stop`` callback that is true from its ``batches``-th call on."""
     asked = iter(range(1, 10**9))
     return lambda: next(asked) >= batches
 
@@ -61,8 +61,8 @@ def test_resumed_store_equals_undisturbed_store(
     photos: Path, tmp_path: Path, bad: list[int], shard_images: int
 ) -> None:
     files = sorted(path for path in photos.rglob("*") if path.is_file())
-    for place in bad:
-        files[place].write_text("bad")
+    for index in bad:
+        files[index].write_text("bad")
     settings: dict[str, Any] = {"batch_size": 2, "shard_images": shard_images}
     extract(photos, "mean", tmp_path / "undisturbed", **settings)
     expected = content(tmp_path / "undisturbed")
@@ -102,14 +102,14 @@ def test_resumed_run_skips_finished_images(
 ) -> None:
     with pytest.raises(InterruptedRunError, match="stopped after 4 of 11 images"):
         extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(2))
-    told: list[Progress] = []
-    report = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=told.append)
-    assert [progress.done for progress in told] == [4, 6, 8, 10, 11]
+    updates: list[Progress] = []
+    report = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=updates.append)
+    assert [progress.done for progress in updates] == [4, 6, 8, 10, 11]
     assert report.resumed == 4
-    again = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=told.append)
+    again = extract(photos, "mean", tmp_path / "out", batch_size=2, progress=updates.append)
     assert again.resumed == again.images == 11
     assert again.rows == 11
-    assert len(told) == 5  # nothing was computed
+    assert len(updates) == 5  # nothing was computed
 
 
 def test_several_stores_resume_together(photos: Path, tmp_path: Path) -> None:
@@ -183,9 +183,9 @@ def test_resumed_run_computes_only_changed_images(
     noise_file(photos / "000.png")
     gone = sorted(path for path in photos.rglob("*") if path.is_file())[3]
     gone.unlink()
-    told: list[Progress] = []
-    report = extract(photos, "mean", out, **settings, progress=told.append)
-    assert (report.resumed, told[0].done) == (done - 2, done - 2)
+    updates: list[Progress] = []
+    report = extract(photos, "mean", out, **settings, progress=updates.append)
+    assert (report.resumed, updates[0].done) == (done - 2, done - 2)
     assert (report.stores[0].changed, report.stores[0].gone) == (1, 1)
     extract(photos, "mean", tmp_path / "anew", **settings)
     store, anew = (FeatureStore.open(folder) for folder in (out, tmp_path / "anew"))
@@ -214,15 +214,15 @@ def test_torn_tail_costs_only_its_batch(photos: Path, tmp_path: Path, what: str,
 @pytest.mark.parametrize("what", ["features/00000.npy.partial", "journal/00000.jsonl"])
 def test_damaged_batch_is_recomputed(photos: Path, tmp_path: Path, what: str) -> None:
     extract(photos, "mean", tmp_path / "undisturbed", batch_size=2)
-    draw = random.Random(0)
+    rng = random.Random(0)
     for turn in range(20):
         out = tmp_path / f"out{turn}"
         with pytest.raises(InterruptedRunError, match="stopped after 8"):
             extract(photos, "mean", out, batch_size=2, stop=after(4))
         damaged = out / ".extractor-partial" / what
         data = bytearray(damaged.read_bytes())
-        place = draw.randrange(128, len(data)) if "npy" in what else data.index(b"\n") - 5
-        data[place] ^= 1 << draw.randrange(8)
+        offset = rng.randrange(128, len(data)) if "npy" in what else data.index(b"\n") - 5
+        data[offset] ^= 1 << rng.randrange(8)
         damaged.write_bytes(data)
         extract(photos, "mean", out, batch_size=2)
         assert content(out) == content(tmp_path / "undisturbed")
@@ -234,26 +234,26 @@ def test_damaged_batch_is_recomputed(photos: Path, tmp_path: Path, what: str) ->
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A folder of images, some of them bad, and the store of an undisturbed run."""
+    """Folder of images, some of them bad, and the store of an undisturbed run."""
     home = tmp_path_factory.mktemp("many")
     (home / "in").mkdir()
-    for place in range(400):
-        path = home / "in" / f"{place:03d}.jpg"
-        if place % 50 == 7:
+    for index in range(400):
+        path = home / "in" / f"{index:03d}.jpg"
+        if index % 50 == 7:
             path.write_text("no image")
         else:
-            noise(place, 60, 50).save(path)
-    done = run_python(*words(home, "undisturbed"))
+            noise(index, 60, 50).save(path)
+    done = run_python(*arguments(home, "undisturbed"))
     assert done.returncode == 3, done.stderr
     return home / "in", home / "undisturbed"
 
 
-def is_at_work(process: int, out: Path) -> bool:
+def has_lock(process: int, out: Path) -> bool:
     lock = out / ".extractor-partial/lock"
     return lock.exists() and f"process {process} " in lock.read_text()
 
 
-def words(home: Path, out: str) -> list[str]:
+def arguments(home: Path, out: str) -> list[str]:
     model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
     sizes = ["-b", "4", "--shard-images", "50", "--image-size", "160"]
     command = ["-m", "extractor", *model, *sizes, "--quiet"]
@@ -265,28 +265,28 @@ def test_repeatedly_killed_run_equals_undisturbed_store(
     many: tuple[Path, Path], number: signal.Signals
 ) -> None:
     home = many[0].parent
-    draw = random.Random(number)
+    rng = random.Random(number)
     midway = stores = 0
     while midway < KILLS:  # a store takes some of them, and then the next one begins
         stores += 1
         assert stores <= KILLS, "no run was ended before it was done"
         out = home / f"out-{number.name}-{stores}"
-        while (code := ended_run(home, out, number, draw, midway < KILLS)) != 3:
+        while (code := signaled_run(home, out, number, rng, midway < KILLS)) != 3:
             # SIGTERM before the command has begun to listen ends it as it ends any process.
             assert code in (-number, 143 if number is signal.SIGTERM else -number)
             midway += not (out / "store.json").exists()
         assert content(out) == content(many[1])
 
 
-def ended_run(
-    home: Path, out: Path, number: signal.Signals, draw: random.Random, is_ended: bool
+def signaled_run(
+    home: Path, out: Path, number: signal.Signals, rng: random.Random, is_signaled: bool
 ) -> int:
-    """Run the command, and end it at a random instant of its work; returns its exit code."""
-    with WarmProcess(words(home, out.name)) as run:
-        if is_ended:
-            while run.poll() is None and not is_at_work(run.pid, out):
+    """Run the command, signal it at a random moment of its work, and return its exit code."""
+    with WarmProcess(arguments(home, out.name)) as run:
+        if is_signaled:
+            while run.poll() is None and not has_lock(run.pid, out):
                 time.sleep(0.01)
-            time.sleep(draw.uniform(0, 0.5))
+            time.sleep(rng.uniform(0, 0.5))
             run.send_signal(number)
         code = run.wait()
     assert "Traceback" not in run.errors()
