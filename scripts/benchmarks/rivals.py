@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from extractor import Backbone, Preprocess
     from extractor.images.listing import ImageList
     from extractor.loading.batch import Batch
-    from extractor.loading.options import LoaderOptions
 
 Task: TypeAlias = argparse.Namespace
 Figures: TypeAlias = "dict[str, Any]"
@@ -104,6 +103,7 @@ def _decoded(
 ) -> Iterator[Batch]:
     """Decode the images at ``indexes`` as a run does."""
     from extractor.loading.loader import BatchLoader
+    from extractor.loading.options import LoaderOptions
 
     size = default_batch_size(device.type)
     batches = (
