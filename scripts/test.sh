@@ -18,7 +18,6 @@ venv=$(scripts/setup.sh dev)
 "$venv/bin/ruff" check .
 "$venv/bin/ruff" format --check .
 "$venv/bin/mypy"
-"$venv/bin/mypy" --config-file tests/mypy.ini
 export OMP_NUM_THREADS=1 # one core per process; the networks are small
 exec "$venv/bin/python" -m pytest -q -n auto --maxprocesses 8 --dist worksteal \
     ${selection[@]+"${selection[@]}"} "$@"
