@@ -348,37 +348,6 @@ def _side_row(results: Results, side: str) -> str:
     return row if images == results.images else f"{row}   ({images} images)"
 
 
-def plot(results: Results, file: str) -> None:
-    """Draw the rates as bars, and the limit as a line."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        progress(f"{file} not drawn: matplotlib is not installed")
-        return
-    sides = ["extract", *results.rivals]
-    figure = Figure(figsize=(8, 1.5 + 0.5 * len(sides)), layout="constrained")
-    axes = figure.subplots()
-    bars = axes.barh(sides, [results.median(side) for side in sides], color="tab:gray")
-    bars[0].set_color("tab:blue")
-    axes.bar_label(bars, fmt="%.1f", padding=3)
-    axes.axvline(results.limit, color="tab:red", linestyle="--")
-    axes.set_xlim(0, 1.1 * max(results.limit, *map(results.median, sides)))
-    axes.annotate(
-        f"limit {results.limit:.1f}",
-        (results.limit, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color="tab:red",
-        ha="center",
-    )
-    axes.invert_yaxis()
-    axes.set_xlabel("images/s")
-    where = results.machine["gpu"] or f"{results.machine['cpu']}, {results.machine['cores']} cores"
-    axes.set_title(f"{results.model}, {results.images} images, {where}", pad=20, fontsize="medium")
-    figure.savefig(file, dpi=150)
-
-
 def main() -> None:
     """Measure, and show the figures."""
     options = _parser().parse_args()
@@ -407,8 +376,6 @@ def main() -> None:
             Path(options.json).write_text(text)
     if options.json != "-":
         show(results)
-    if options.plot:
-        plot(results, options.plot)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -426,7 +393,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--without", nargs="+", action="extend", choices=RIVALS, default=[], help="rivals to skip"
     )
-    parser.add_argument("--plot", metavar="FILE.png", help="draw the rates; needs matplotlib")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     return parser
 
