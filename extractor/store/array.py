@@ -7,6 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,26 @@ import numpy.typing as npt
 
 from extractor.text import plural
 
-__all__ = ["KeptRows", "ShardedArray"]
+__all__ = ["KeptRows", "ShardedArray", "map_array"]
+
+ATTEMPTS = 10
+
+
+def map_array(path: Path) -> npt.NDArray[Any]:
+    """Map a ``.npy`` file into memory, read-only.
+
+    numpy parses the header as a Python literal. Python's parser counts its depth for all threads
+    together, and raises SystemError if two of them disturb each other. Another attempt succeeds.
+
+    Raises:
+        Exception: Whatever numpy raises for a file that is no array.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return np.lib.format.open_memmap(path, mode="r")
+        except SystemError:
+            continue
+    return np.lib.format.open_memmap(path, mode="r")
 
 
 class KeptRows:

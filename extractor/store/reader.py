@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.array import KeptRows, ShardedArray
+from extractor.store.array import KeptRows, ShardedArray, map_array
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.index import read_column
 from extractor.store.publish import locate
@@ -254,7 +254,7 @@ def _map(
     _check_size(folder, entry)
     path = locate(folder, entry.name)
     try:
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        array = map_array(path)
     except Exception as error:  # numpy parses the header as Python and raises anything
         raise StoreError(f"{path} is damaged: {error}") from error
     if array.shape != shape or array.dtype != dtype:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from extractor.errors import StoreError
+from extractor.store.array import map_array
 from extractor.store.format import (
     FAILURES,
     FEATURES,
@@ -149,7 +150,7 @@ def _file(folder: Path, entry: FileEntry) -> Iterator[str]:
 def _rows(folder: Path, shard: ShardEntry, manifest: Manifest) -> Iterator[str]:
     name, described = shard.features.name, manifest.description
     try:
-        array = np.lib.format.open_memmap(folder / name, mode="r")
+        array = map_array(folder / name)
     except Exception as error:  # numpy parses the header as Python and raises anything
         yield f"{name}: is not a numpy array: {error}"
         return

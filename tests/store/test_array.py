@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from extractor.store.array import ShardedArray
+from extractor.store import array
+from extractor.store.array import ShardedArray, map_array
 
 DIM = 4
 LAYOUTS = {
@@ -395,3 +398,35 @@ def test_part_of_wrong_shape_or_dtype_is_rejected(part: np.ndarray) -> None:
 
 def test_repr_names_shape_dtype_and_shards(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     assert repr(mixed[0]) == "ShardedArray(shape=(10, 4), dtype=float32, shards=4)"
+
+
+def failing_first(times: int) -> Callable[..., np.ndarray]:
+    """numpy's function, after so many failures as threads that parse at a time cause them."""
+    attempts = iter(range(times))
+    real = np.lib.format.open_memmap
+
+    def open_memmap(*args: Any, **options: Any) -> np.ndarray:
+        if next(attempts, None) is not None:
+            raise SystemError("AST constructor recursion depth mismatch (before=156, after=39)")
+        return real(*args, **options)
+
+    return open_memmap
+
+
+@pytest.mark.parametrize("times", [0, 1, array.ATTEMPTS - 1])
+def test_mapping_survives_threads_that_disturb_the_header_parser(
+    times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = np.arange(6, dtype=np.float32).reshape(2, 3)
+    np.save(tmp_path / "rows.npy", expected)
+    monkeypatch.setattr(np.lib.format, "open_memmap", failing_first(times))
+    assert np.array_equal(map_array(tmp_path / "rows.npy"), expected)
+
+
+def test_mapping_gives_up_on_a_parser_that_always_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "rows.npy", np.zeros(3))
+    monkeypatch.setattr(np.lib.format, "open_memmap", failing_first(array.ATTEMPTS))
+    with pytest.raises(SystemError, match="recursion depth mismatch"):
+        map_array(tmp_path / "rows.npy")
