@@ -27,9 +27,9 @@ def test_every_example_of_identity_guide_runs(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images").mkdir()
     random = np.random.default_rng(0)
-    for place in range(5):
+    for index in range(5):
         noise = random.integers(0, 256, (60, 50, 3), np.uint8)
-        Image.fromarray(noise).save(tmp_path / "images" / f"{place}.png")
+        Image.fromarray(noise).save(tmp_path / "images" / f"{index}.png")
     names: dict[str, object] = {}
     ran = {"python": 0, "sh": 0, "": 0}
     for language, content in blocks(GUIDE.read_text("utf-8")):

@@ -43,7 +43,7 @@ SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "devi
 DIED, SOURCE_ERROR, FAILED = 77, 78, 1
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
 class Version:
     """One state of a file; ``color`` is None where it is no image."""
 
-    color: Colour | None
+    color: Color | None
     side: int
     mtime_ns: int
 
@@ -66,8 +66,8 @@ class Version:
 class Folder:
     """A folder of images of one color each; no two states of a file have size and time alike."""
 
-    def __init__(self, place: Path):
-        self.place = place
+    def __init__(self, path: Path):
+        self.path = path
         self.files: dict[str, Version] = {}
         self.past: dict[str, list[Version]] = {}
         self._numbers = itertools.count(1)
@@ -88,11 +88,11 @@ class Folder:
         self._put(name, version)
 
     def delete(self, name: str) -> None:
-        (self.place / name).unlink()
+        (self.path / name).unlink()
         self._remember(name, self.files.pop(name))
 
     @property
-    def colors(self) -> dict[str, Colour]:
+    def colors(self) -> dict[str, Color]:
         """Those of the images that can be decoded."""
         return {name: one.color for name, one in self.files.items() if one.color is not None}
 
@@ -104,7 +104,7 @@ class Folder:
         return 1_700_000_000_000_000_000 + number
 
     def _put(self, name: str, version: Version) -> None:
-        path = self.place / name
+        path = self.path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if version.color is None:
             path.write_bytes(b"x" * version.side)
@@ -119,7 +119,7 @@ class Folder:
         self.past.setdefault(name, []).append(version)
 
 
-def view(out: Path) -> dict[str, Colour] | None:
+def view(out: Path) -> dict[str, Color] | None:
     """The color of each row of a store, by path; None where there is no store."""
     if not (out / "store.json").exists() and not (out / STAGING / "store.json").exists():
         return None
@@ -222,12 +222,12 @@ class Growth(RuleBasedStateMachine):
         self.home = home
         self.out = home / "out"
         self.folder = Folder(home / "in")
-        self.folder.place.mkdir(parents=True)
-        self.view: dict[str, Colour] | None = None  # of the store as it was last seen
+        self.folder.path.mkdir(parents=True)
+        self.view: dict[str, Color] | None = None  # of the store as it was last seen
         # States of files for which a row or failure is known to be in the published store.
         self.known: dict[str, Version] = {}
         # What else may have got a row: by runs that did not come to their end.
-        self.begun: dict[str, set[Colour]] = {}
+        self.begun: dict[str, set[Color]] = {}
         self.done = 0  # images that a run was told to have done, if nothing changed since
 
     def teardown(self) -> None:
@@ -318,7 +318,7 @@ class Growth(RuleBasedStateMachine):
         self.done = 0 if names else self.done
 
     def extract(self, **options: Any) -> Report:
-        return extract(self.folder.place, "mean", self.out, **SIZES, **options)
+        return extract(self.folder.path, "mean", self.out, **SIZES, **options)
 
     def whole_run(self, **options: Any) -> None:
         keep = options.get("keep_missing", False)
@@ -378,12 +378,12 @@ class Growth(RuleBasedStateMachine):
 
     # -- what must be
 
-    def expected(self, keep: bool) -> dict[str, Colour]:
+    def expected(self, keep: bool) -> dict[str, Color]:
         missing = {} if not keep or self.view is None else self.view
         kept = {name: it for name, it in missing.items() if name not in self.folder.files}
         return {**self.folder.colors, **kept}
 
-    def check_view(self, found: dict[str, Colour], expected: dict[str, Colour], keep: bool) -> None:
+    def check_view(self, found: dict[str, Color], expected: dict[str, Color], keep: bool) -> None:
         for name in set(found) | set(expected):
             colors = {expected.get(name)}
             if keep and name not in self.folder.files:
@@ -430,7 +430,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def run(folder: Folder, out: Path, **options: Any) -> Report:
-    return extract(folder.place, "mean", out, **SIZES, **options)
+    return extract(folder.path, "mean", out, **SIZES, **options)
 
 
 def test_only_new_and_changed_images_are_computed(folder: Folder, tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_content_check_skips_touched_image(folder: Folder, tmp_path: Path) -> No
 
 def test_content_check_finds_change_of_same_size_and_time(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    path = folder.place / "b.bmp"
+    path = folder.path / "b.bmp"
     for color in [(1, 2, 3), (4, 5, 6)]:
         Image.new("RGB", (5, 5), color).save(path)
         os.utime(path, ns=(10**18, 10**18))
@@ -511,7 +511,7 @@ def test_retry_failed_retries_failed_image(folder: Folder, tmp_path: Path, retry
     report = run(folder, out, retry_failed=retry)
     assert (report.resumed, report.rows, report.failed) == (5 if retry else 7, 5, 2)
     # What made it fail is over, and nothing of the file tells.
-    path = folder.place / "b.png"
+    path = folder.path / "b.png"
     was = path.stat()
     Image.new("RGB", (4, 4), (9, 8, 7)).save(tmp_path / "right.ppm")
     right = (tmp_path / "right.ppm").read_bytes()
@@ -542,11 +542,11 @@ def test_changed_file_retries_failed_image(folder: Folder, tmp_path: Path, chang
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
 def test_unreadable_image_is_retried_once_readable(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (folder.place / "b.png").chmod(0)
+    (folder.path / "b.png").chmod(0)
     run(folder, out)
     assert names_of_failures(out) == ["b.png"]
     assert run(folder, out).resumed == 7  # it still cannot
-    (folder.place / "b.png").chmod(0o644)
+    (folder.path / "b.png").chmod(0o644)
     report = run(folder, out)
     assert (report.resumed, report.failed) == (6, 0)
     assert view(out) == folder.colors
@@ -555,7 +555,7 @@ def test_unreadable_image_is_retried_once_readable(folder: Folder, tmp_path: Pat
 
 def test_dangling_link_is_retried_once_it_resolves(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (folder.place / "link.png").symlink_to(tmp_path / "later.png")
+    (folder.path / "link.png").symlink_to(tmp_path / "later.png")
     run(folder, out)
     assert names_of_failures(out) == ["link.png"]
     assert run(folder, out).resumed == 8
@@ -625,21 +625,21 @@ def test_open_reader_keeps_its_rows_while_store_grows(folder: Folder, tmp_path: 
 def test_each_of_two_stores_gets_its_missing_rows(folder: Folder, tmp_path: Path) -> None:
     models = ["mean", "small"]
     settings: dict[str, Any] = {**SIZES, "shard_images": 2}
-    places = [tmp_path / "out" / model for model in models]
+    outs = [tmp_path / "out" / model for model in models]
     for change in [lambda: None, lambda: folder.write("c.png"), lambda: folder.delete("a.png")]:
         change()
-        extract(folder.place, ["mean"], places[0], **settings)  # finished, the other is not
-        if places[1].exists():
+        extract(folder.path, ["mean"], outs[0], **settings)  # finished, the other is not
+        if outs[1].exists():
             for name in ("z.png", "g.png", "e.png"):
                 folder.write(name)
             with pytest.raises(InterruptedRunError, match=r"stopped after \d of \d"):
-                extract(folder.place, ["small"], places[1], **settings, stop=after(1))
-        report = extract(folder.place, models, tmp_path / "out", **settings)
-        for place, store in zip(places, report.stores, strict=True):
-            assert view(place) == folder.colors
+                extract(folder.path, ["small"], outs[1], **settings, stop=after(1))
+        report = extract(folder.path, models, tmp_path / "out", **settings)
+        for out, store in zip(outs, report.stores, strict=True):
+            assert view(out) == folder.colors
             assert (store.rows, store.failed) == (len(folder.files), 0)
-            check_files(place)
-        assert extract(folder.place, models, tmp_path / "out", **settings).resumed == len(
+            check_files(out)
+        assert extract(folder.path, models, tmp_path / "out", **settings).resumed == len(
             folder.files
         )
 
@@ -647,12 +647,12 @@ def test_each_of_two_stores_gets_its_missing_rows(folder: Folder, tmp_path: Path
 def test_two_stores_with_different_gaps_end_equal(folder: Folder, tmp_path: Path) -> None:
     models = ["mean", "small"]
     folder.write("b.png", corrupt=True)
-    extract(folder.place, models, tmp_path / "out", **SIZES)
+    extract(folder.path, models, tmp_path / "out", **SIZES)
     folder.write("b.png")
     folder.write("z.png", corrupt=True)
-    extract(folder.place, ["small"], tmp_path / "out/small", **SIZES)
+    extract(folder.path, ["small"], tmp_path / "out/small", **SIZES)
     folder.write("c.png")
-    report = extract(folder.place, models, tmp_path / "out", **SIZES)
+    report = extract(folder.path, models, tmp_path / "out", **SIZES)
     assert [store.added for store in report.stores] == [2, 1]
     assert report.resumed == 5  # the worst of them
     for model in models:

@@ -119,37 +119,37 @@ def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Hanging]]
         one.go_on.set()
 
 
-def grey(level: int) -> np.ndarray:
+def gray(level: int) -> np.ndarray:
     return np.full((5, 5), level, np.uint8)
 
 
 def batches_of(levels: Sequence[int], size: int) -> Iterator[list[ImageSource]]:
     for start in range(0, len(levels), size):
-        yield [grey(level) for level in levels[start : start + size]]
+        yield [gray(level) for level in levels[start : start + size]]
 
 
 def load(
     levels: Sequence[int], size: int, workers: int, timeout: float = 0.15, **options: Any
 ) -> list[str | int]:
     """For each image the level that was drawn, or why there is none."""
-    told: list[str | int] = []
+    outcomes: list[str | int] = []
     limits = LoaderOptions(size, workers, image_timeout_seconds=timeout, **options)
     with BatchLoader(batches_of(levels, size), [PREPROCESS], limits) as loader:
         for batch in loader:
-            told += levels_of(batch)
+            outcomes += levels_of(batch)
             batch.release()
-    return told
+    return outcomes
 
 
 def levels_of(batch: Any) -> list[str | int]:
-    told: list[str | int] = []
+    outcomes: list[str | int] = []
     rows = batch.pictures[0].numpy()
     for row, outcome in zip(rows, batch.outcomes, strict=False):
         failed = isinstance(outcome, Failure)
         assert (row == (0 if failed else row[0, 0, 0])).all()
-        told.append(outcome.reason if failed else int(row[0, 0, 0]))
+        outcomes.append(outcome.reason if failed else int(row[0, 0, 0]))
     assert (rows[len(batch.outcomes) :] == 0).all()
-    return told
+    return outcomes
 
 
 @pytest.mark.parametrize("hung", [[1], [4], [1, 2, 3], [3, 10], [9, 10, 11]])
@@ -182,7 +182,7 @@ def test_image_in_time_survives_timeout_of_its_neighbor(
 def test_late_decoder_touches_no_batch(hanging: Callable[..., Hanging], workers: int) -> None:
     hung = hanging(2, 6)
     levels = list(range(1, 41))
-    told = []
+    outcomes = []
     with BatchLoader(
         batches_of(levels, 4),
         [PREPROCESS],
@@ -197,10 +197,10 @@ def test_late_decoder_touches_no_batch(hanging: Callable[..., Hanging], workers:
                     time.sleep(0.005)
                 time.sleep(0.02)  # what it writes, and tells, after that
             assert (batch.pictures[0] == before).all()
-            told += levels_of(batch)
+            outcomes += levels_of(batch)
             batch.release()
     assert sorted(hung.came_back) == [2, 6]
-    assert told == ["timeout" if level in (2, 6) else level for level in levels]
+    assert outcomes == ["timeout" if level in (2, 6) else level for level in levels]
 
 
 @pytest.mark.parametrize("more", [0, 1])
@@ -214,8 +214,8 @@ def test_run_ends_above_the_limit_of_hanging_images(
         with pytest.raises(SourceError, match=r"33 images were not read .* within 0\.02 s each"):
             load(levels, 4, 8, timeout=0.02)
     else:
-        told = load(levels, 4, 8, timeout=0.02)
-        assert told[:MAX_ABANDONED] == ["timeout"] * MAX_ABANDONED
+        outcomes = load(levels, 4, 8, timeout=0.02)
+        assert outcomes[:MAX_ABANDONED] == ["timeout"] * MAX_ABANDONED
 
 
 def test_run_does_not_wait_for_hanging_image(hanging: Callable[..., Hanging]) -> None:
@@ -330,7 +330,7 @@ def hostile_photo(photos: Path, number: int, deed: str) -> bytes:
 
 @pytest.mark.usefixtures("pythonpath")
 @pytest.mark.parametrize(
-    ("deed", "code", "told"),
+    ("deed", "code", "message"),
     [
         (f"signal {int(signal.SIGSEGV)}", -signal.SIGSEGV, "SIGSEGV"),
         (f"signal {int(signal.SIGKILL)}", -signal.SIGKILL, "SIGKILL"),
@@ -338,7 +338,12 @@ def hostile_photo(photos: Path, number: int, deed: str) -> bytes:
     ],
 )
 def test_image_that_kills_a_run_fails_in_the_next(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, deed: str, code: int, told: str
+    photos: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    deed: str,
+    code: int,
+    message: str,
 ) -> None:
     hostile_photo(photos, 8, deed)
     out = tmp_path / "out"
@@ -352,7 +357,7 @@ def test_image_that_kills_a_run_fails_in_the_next(
     check_rows(report.store, [i for i in range(11) if i != 8])
     (failure,) = report.failures
     assert failure["error"] == "crashed"
-    assert told in failure["message"]
+    assert message in failure["message"]
     assert not list(verify(out))
     assert list(out.glob(".*")) == []  # nothing is remembered of a store that is complete
     caplog.clear()
@@ -584,10 +589,10 @@ def test_vanishing_files_cost_only_their_rows(
     gone = []
 
     def vanish(source: bytes, *rest: Any) -> ReadFile:
-        place = files.index(Path(os.fsdecode(source)))
-        if place % 4 == 1:
-            files[place].unlink()
-            gone.append(files[place].name)
+        index = files.index(Path(os.fsdecode(source)))
+        if index % 4 == 1:
+            files[index].unlink()
+            gone.append(files[index].name)
         return read_file(source, *rest)  # type: ignore[return-value]
 
     monkeypatch.setattr("extractor.loading.image_decoder.read_file", vanish)
@@ -699,8 +704,8 @@ with small as loader:
 before = peak()
 options = LoaderOptions(len(paths), int(workers), max_pixels=int(max_pixels))
 with BatchLoader([[p.encode() for p in paths]], [one], options) as loader:
-    told = [getattr(one, "reason", "row") for one in next(iter(loader)).outcomes]
-print(peak() - before, *told)
+    outcomes = [getattr(one, "reason", "row") for one in next(iter(loader)).outcomes]
+print(peak() - before, *outcomes)
 """
 
 
@@ -708,8 +713,8 @@ def peak_of(paths: Sequence[Path], workers: int, max_pixels: int) -> tuple[int, 
     """Megabytes that a run over some images needs, and what became of each."""
     ended = run_python("-c", PEAK, str(workers), str(max_pixels), *map(str, paths))
     assert ended.returncode == 0, ended.stderr
-    megabytes, *told = ended.stdout.split()
-    return int(megabytes), told
+    megabytes, *outcomes = ended.stdout.split()
+    return int(megabytes), outcomes
 
 
 linux = pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="no /proc")
@@ -722,8 +727,8 @@ def test_oversized_image_costs_no_memory(tmp_path: Path) -> None:
     huge = png_file(65_536, 65_536, bytes(10**6))
     bomb.write_bytes(huge)
     icon.write_bytes(ico_file(huge))
-    needed, told = peak_of([small, bomb, small, icon], 2, 200_000_000)
-    assert told == ["row", "too-large", "row", "too-large"]
+    needed, outcomes = peak_of([small, bomb, small, icon], 2, 200_000_000)
+    assert outcomes == ["row", "too-large", "row", "too-large"]
     assert needed < 50
 
 
@@ -734,8 +739,8 @@ def test_large_images_share_the_memory_budget(tmp_path: Path) -> None:
     side = 5000
     large.write_bytes(png_file(side, side, bytes((side + 1) * side)))
     alone, _ = peak_of([small, large], 1, 30_000_000)
-    together, told = peak_of([small, *[large] * 6, small], 6, 30_000_000)
-    assert told == ["row"] * 8
+    together, outcomes = peak_of([small, *[large] * 6, small], 6, 30_000_000)
+    assert outcomes == ["row"] * 8
     assert together < 2 * alone + 50  # not six times
 
 
@@ -746,6 +751,6 @@ def test_icons_holding_large_images_share_the_memory_budget(tmp_path: Path) -> N
     side = 5000
     large.write_bytes(ico_file(png_file(side, side, bytes((3 * side + 1) * side), color_type=2)))
     alone, _ = peak_of([small, large], 1, 30_000_000)
-    together, told = peak_of([small, *[large] * 6], 6, 30_000_000)
-    assert told == ["row"] * 7
+    together, outcomes = peak_of([small, *[large] * 6], 6, 30_000_000)
+    assert outcomes == ["row"] * 7
     assert together < 2 * alone + 50

@@ -68,7 +68,7 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def levels(backbone: Backbone, normalized: torch.Tensor) -> torch.Tensor:
-    """Normalised pixels back to levels 0..255."""
+    """Normalized pixels back to levels 0..255."""
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (
         backbone.preprocess.mean, backbone.preprocess.std))  # fmt: skip
     return (normalized * std + mean) * 255

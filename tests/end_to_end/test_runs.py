@@ -67,9 +67,9 @@ def test_up_to_date_run_loads_no_model_and_writes_nothing(
     assert run(photos, tmp_path / "out") == 0
     assert loads == ["mean"]
     assert files(tmp_path / "out") == before
-    told = capsys.readouterr().out
-    assert "up to date    nothing to do" in told
-    assert "11 of 11 images" in told
+    output = capsys.readouterr().out
+    assert "up to date    nothing to do" in output
+    assert "11 of 11 images" in output
 
 
 def test_up_to_date_run_imports_no_torch(photos: Path, tmp_path: Path) -> None:
@@ -178,13 +178,13 @@ def test_damaged_index_is_a_one_sentence_error(
     assert "images/00000.parquet cannot be read" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("place", [-1, 130])
-def test_damaged_store_is_not_compacted(photos: Path, tmp_path: Path, place: int) -> None:
+@pytest.mark.parametrize("index", [-1, 130])
+def test_damaged_store_is_not_compacted(photos: Path, tmp_path: Path, index: int) -> None:
     out = tmp_path / "out"
     grown(photos, out)
     name = sorted((out / "features").iterdir())[0]
     data = bytearray(name.read_bytes())
-    data[place] ^= 1
+    data[index] ^= 1
     name.write_bytes(data)
     before = files(out)
     with pytest.raises(StoreError, match=r"is damaged \(features/00000.npy: content changed"):
@@ -257,8 +257,8 @@ def test_run_json_holds_request_and_result(photos: Path, tmp_path: Path) -> None
     ]
 
 
-def events_of(told: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in told.splitlines()]
+def events_of(output: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def test_events_are_one_json_object_a_line(
@@ -266,9 +266,9 @@ def test_events_are_one_json_object_a_line(
 ) -> None:
     (photos / "00.png").write_text("bad")
     assert run(photos, tmp_path / "out", "--log-json", "--quiet") == 3
-    told = capsys.readouterr()
-    assert told.out == ""
-    events = events_of(told.err)
+    output = capsys.readouterr()
+    assert output.out == ""
+    events = events_of(output.err)
     assert [one["event"] for one in events] == ["start", "progress", "progress", "end"]
     assert (events[0]["images"], events[0]["models"]) == (11, ["mean"])
     assert [one["done"] for one in events[1:3]] == [0, 11]
@@ -357,9 +357,9 @@ def test_progress_events_come_every_ten_seconds_and_at_the_end(
     events.wanted = True
     for done in (0, 40, 90, 110, 120, 220, 230):
         events.progress(Progress(done, 230, 0))
-    told = events_of(capsys.readouterr().err)
-    assert [one["done"] for one in told] == [0, 110, 220, 230]
-    assert [one["images_per_second"] for one in told] == [None, 10, 10, 10]
+    output = events_of(capsys.readouterr().err)
+    assert [one["done"] for one in output] == [0, 110, 220, 230]
+    assert [one["images_per_second"] for one in output] == [None, 10, 10, 10]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ def grown(photos: Path, out: Path, **options: Any) -> None:
     settings = {"batch_size": 2, "shard_images": 4, **options}
     (photos / "05bad.png").write_text("bad")
     extract(photos, "mean", out, **settings)
-    for place, name in enumerate(["000.png", "045.png", "zz.png"]):
-        noise(place, 9, 9).save(photos / name)
+    for index, name in enumerate(["000.png", "045.png", "zz.png"]):
+        noise(index, 9, 9).save(photos / name)
     (photos / "00.png").unlink()
     extract(photos, "mean", out, **settings)
     noise(9, 9, 9).save(photos / "000.png")
@@ -419,8 +419,8 @@ def test_run_after_compact_is_up_to_date(
 def test_store_with_interrupted_run_is_not_compacted(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     extract(photos, "mean", out, batch_size=2)
-    for place in range(4):
-        noise(place, 9, 9).save(photos / f"new{place}.png")
+    for index in range(4):
+        noise(index, 9, 9).save(photos / f"new{index}.png")
     with pytest.raises(InterruptedRunError, match="stopped after 13"):
         extract(photos, "mean", out, batch_size=2, stop=lambda: True)
     with pytest.raises(StoreError, match="holds an interrupted run; resume it first"):
@@ -452,14 +452,14 @@ def test_readers_survive_growing_and_compacting(photos: Path, tmp_path: Path) ->
     reader = threading.Thread(target=read)
     reader.start()
     try:
-        for place in range(12):
-            noise(place, 9, 9).save(photos / f"new{place}.png")
-            if place % 3 == 2:
-                (photos / f"new{place - 1}.png").unlink()
+        for index in range(12):
+            noise(index, 9, 9).save(photos / f"new{index}.png")
+            if index % 3 == 2:
+                (photos / f"new{index - 1}.png").unlink()
             extract(photos, "mean", out, batch_size=2, shard_images=3)
-            if place % 4 == 3:
+            if index % 4 == 3:
                 compact(out)
-            if place % 5 == 4:
+            if index % 5 == 4:
                 extract(photos, "mean", out, batch_size=2, shard_images=3, overwrite=True)
     finally:
         stop.set()

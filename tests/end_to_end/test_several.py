@@ -62,7 +62,7 @@ class Stripes(nn.Module):
 
 
 class DarkIsNone(nn.Module):
-    """The mean of each channel; not a number for a picture that is darker than grey."""
+    """The mean of each channel; not a number for a picture that is darker than gray."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         rows = pixels.mean((2, 3))

@@ -205,8 +205,8 @@ def test_projector_is_left_out_with_a_warning(
     state |= {"projector.0.weight": noise(8, 96), "predictor.bias": noise(8)}
     torch.save({"state_dict": state}, tmp_path / "w.pth")
     assert_close(loaded(TIMM, tmp_path / "w.pth"), embeddings(trained))
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "without projector.0.weight, predictor.bias" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "without projector.0.weight, predictor.bias" in message
 
 
 def test_complete_weights_cause_no_warning(
@@ -257,8 +257,8 @@ def test_unused_averaged_weights_are_announced(
 ) -> None:
     path, plain, _ = averaged
     assert_close(loaded(TIMM, path), embeddings(plain))
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert "took model; it also holds averaged weights, use --weights-key model_ema" in told
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "took model; it also holds averaged weights, use --weights-key model_ema" in message
 
 
 @pytest.mark.parametrize("key", ["model_ema", "nested.teacher", "nested.teacher.state_dict", "a.b"])
@@ -313,8 +313,8 @@ def test_announced_key_selects_averaged_weights(
     torch.save(content, tmp_path / "w.pth")
     outer = "net" if layout == "below a key" else None
     assert_close(loaded(TIMM, tmp_path / "w.pth", outer), embeddings(plain))
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert told.endswith(f"it also holds averaged weights, use --weights-key {key} for them")
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message.endswith(f"it also holds averaged weights, use --weights-key {key} for them")
     assert_close(loaded(TIMM, tmp_path / "w.pth", key), embeddings(ema))
 
 
@@ -461,16 +461,18 @@ def test_misfit_error_names_the_right_model(prefix: str, tmp_path: Path) -> None
     torch.save(under(prefix, timm.create_model("resnet10t").state_dict()), tmp_path / "w.pth")
     with pytest.raises(MisfitError, match="the weights do not fit") as raised:
         loaded("resnet18", tmp_path / "w.pth")
-    told = str(raised.value)
+    message = str(raised.value)
     given, wanted = shapes("resnet10t"), shapes("resnet18")
     missing = sorted(wanted.keys() - given.keys())
-    assert f"{len(missing)} missing: {', '.join(missing[:5])}, and {len(missing) - 5} more" in told
-    assert "unexpected: conv1.0.weight, " in told
+    assert (
+        f"{len(missing)} missing: {', '.join(missing[:5])}, and {len(missing) - 5} more" in message
+    )
+    assert "unexpected: conv1.0.weight, " in message
     misshapen = [key for key in wanted if key in given and given[key] != wanted[key]]
-    assert f"{len(misshapen)} of another shape: " in told
+    assert f"{len(misshapen)} of another shape: " in message
     for key in misshapen[:5]:
-        assert f"{key} {tuple(given[key])} instead of {tuple(wanted[key])}" in told
-    assert told.endswith("They are those of timm:resnet10t: use --model with that name")
+        assert f"{key} {tuple(given[key])} instead of {tuple(wanted[key])}" in message
+    assert message.endswith("They are those of timm:resnet10t: use --model with that name")
 
 
 @pytest.mark.parametrize(("model", "right"), [(TIMM, TORCHVISION), (TORCHVISION, TIMM)])

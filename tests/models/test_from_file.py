@@ -80,18 +80,22 @@ def test_module_embeddings_match_arithmetic(photos: Path, tmp_path: Path) -> Non
     assert (report.rows, report.dim) == (11, 2)
     assert_rows_by_hand(report.store)
     description = report.store.manifest.description
-    said = description.backbone
-    assert (said["model"], said["library"], said["weights"]) == ("module:mine", "module", "given")
-    assert said["heads"] == ["3"]
+    described = description.backbone
+    assert (described["model"], described["library"], described["weights"]) == (
+        "module:mine",
+        "module",
+        "given",
+    )
+    assert described["heads"] == ["3"]
     assert description.preprocess["input_size"] == [8, 8]
     assert description.preprocess["mean"] == list(MEAN)
     other = Backbone.from_module(classifier(), head="3", preprocess=PREPROCESS, device="cpu")
     assert other.provenance.model == "module:Sequential"
-    assert len(said["sha256"]) == 64
-    assert said["sha256"] != other.provenance.sha256  # its random head was another
+    assert len(described["sha256"]) == 64
+    assert described["sha256"] != other.provenance.sha256  # its random head was another
     again = classifier()
     again.load_state_dict(state)
-    assert backbone(again, "3").provenance.sha256 == said["sha256"]
+    assert backbone(again, "3").provenance.sha256 == described["sha256"]
 
 
 def test_module_without_classifier_has_no_heads() -> None:
@@ -272,8 +276,8 @@ def test_function_may_return_a_module(file: Path) -> None:
 
 def test_running_code_causes_a_warning(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     load(file, "bare")
-    (told,) = [record.getMessage() for record in caplog.records]
-    assert told == f"{file}: running the code in this file"
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == f"{file}: running the code in this file"
 
 
 def test_command_accepts_a_function(
@@ -286,8 +290,12 @@ def test_command_accepts_a_function(
     assert "net.py:whole" in printed.out
     store = FeatureStore.open(tmp_path / "out")
     assert_rows_by_hand(store)
-    said = store.manifest.description.backbone
-    assert (said["model"], said["library"], said["heads"]) == ("net.py:whole", "file", ["3"])
+    described = store.manifest.description.backbone
+    assert (described["model"], described["library"], described["heads"]) == (
+        "net.py:whole",
+        "file",
+        ["3"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -386,9 +394,9 @@ def test_function_accepts_a_weights_file(name: str, file: Path, tmp_path: Path) 
     made = load(file, name, weights=tmp_path / "w.pth", weights_key="ema")
     pixels = torch.tensor([[1.0, 2.0, 3.0]])[..., None, None].expand(1, 3, 8, 8)
     np.testing.assert_allclose(made(pixels), [[2, 7]], atol=1e-5)
-    said = made.provenance
-    assert (said.weights, said.source, said.key) == ("file", "w.pth", "ema")
-    assert said.sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    described = made.provenance
+    assert (described.weights, described.source, described.key) == ("file", "w.pth", "ema")
+    assert described.sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
 
 
 def test_weights_must_fit_the_function(file: Path, tmp_path: Path) -> None:

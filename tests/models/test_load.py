@@ -1,4 +1,4 @@
-"""Models and weights by place: the hub's cache, a folder, tags; and digests kept beside them."""
+"""Models and weights by location: the hub's cache, a folder, tags; and digests kept beside them."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ def revisions(empty_caches: Path) -> dict[str, nn.Module]:
 def test_repository_revision_is_used(
     at: str, commit: str, as_weights: bool, revisions: dict[str, nn.Module]
 ) -> None:
-    place = f"hf-hub:me/net{at}"
-    model, weights = ("test_resnet", place) if as_weights else (place, "default")
+    location = f"hf-hub:me/net{at}"
+    model, weights = ("test_resnet", location) if as_weights else (location, "default")
     backbone = load_backbone(model, weights=weights, device="cpu")
     assert_close(backbone(pixels()), pre_logits(revisions[commit]))
     assert backbone.provenance.revision == commit
@@ -138,8 +138,8 @@ def test_uncached_revision_is_an_error(revision: str) -> None:
 @pytest.mark.parametrize("name", ["a/b/c", "a//b", "../x", "a b"])
 @pytest.mark.parametrize("as_weights", [False, True], ids=["model", "weights"])
 def test_malformed_repository_is_refused(name: str, as_weights: bool) -> None:
-    place = f"hf-hub:{name}"
-    model, weights = ("test_resnet", place) if as_weights else (place, "default")
+    location = f"hf-hub:{name}"
+    model, weights = ("test_resnet", location) if as_weights else (location, "default")
     with pytest.raises(WeightsError, match="is not a repository of the hub, expected ORG/NAME"):
         load_backbone(model, weights=weights, device="cpu")
 
@@ -258,10 +258,10 @@ def test_error_names_the_missing_file(folder: Path, empty_caches: Path) -> None:
         load_folder(folder)
 
 
-@pytest.mark.parametrize("place", ["hf-hub:", "local-dir:"])
-def test_empty_location_is_an_error(place: str) -> None:
+@pytest.mark.parametrize("location", ["hf-hub:", "local-dir:"])
+def test_empty_location_is_an_error(location: str) -> None:
     with pytest.raises(ModelError, match="expected hf-hub:ORG/NAME or local-dir:PATH"):
-        load_backbone(place, device="cpu")
+        load_backbone(location, device="cpu")
 
 
 def test_local_dir_has_no_tags(folder: Path) -> None:

@@ -72,8 +72,8 @@ class Job:
 
     def end(self, extract: str, *, scontrol: int = 0) -> tuple[int, str]:
         process = self.start(extract, scontrol=scontrol)
-        _, told = process.communicate(timeout=60)
-        return process.returncode, told
+        _, output = process.communicate(timeout=60)
+        return process.returncode, output
 
     def ready(self) -> None:
         eventually((self.folder / "ready").exists)
@@ -117,10 +117,10 @@ def job(tmp_path: Path) -> Iterator[Job]:
 def test_slurm_job_requeues_only_interrupted_runs(
     job: Job, code: int, ends_with: int, queued_again: bool, message: str
 ) -> None:
-    ended, told = job.end(f"exit {code}\n")
+    ended, output = job.end(f"exit {code}\n")
     assert ended == ends_with
     assert job.read("scontrol") == (["requeue 42"] if queued_again else [])
-    assert message in told
+    assert message in output
 
 
 def test_slurm_job_passes_its_variables_to_extract(job: Job) -> None:
@@ -138,11 +138,11 @@ def test_slurm_job_forwards_sigusr1_and_requeues(job: Job) -> None:
     process.send_signal(signal.SIGUSR1)
     eventually(lambda: bool(job.read("signals")))
     assert time.monotonic() - sent < 5
-    _, told = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 143
     assert job.read("signals") == ["USR1"]
     assert job.read("scontrol") == ["requeue 42"]
-    assert "interrupted with exit code 143" in told
+    assert "interrupted with exit code 143" in output
 
 
 def test_slurm_job_waits_for_the_batch_despite_more_signals(job: Job) -> None:
@@ -167,17 +167,17 @@ def test_canceled_slurm_job_ends_extract_without_requeue(job: Job) -> None:
     process = job.start(WAITS)
     job.ready()
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=60)
+    _, output = process.communicate(timeout=60)
     assert process.returncode == 143
     assert job.read("signals") == ["TERM"]
     assert job.read("scontrol") == []
-    assert "ended by SIGTERM" in told
+    assert "ended by SIGTERM" in output
 
 
 def test_slurm_job_fails_if_requeue_fails(job: Job) -> None:
-    ended, told = job.end("exit 143\n", scontrol=1)
+    ended, output = job.end("exit 143\n", scontrol=1)
     assert ended == 143
-    assert "scontrol requeue failed" in told
+    assert "scontrol requeue failed" in output
 
 
 def test_slurm_directives_ask_for_warning_and_requeue() -> None:
