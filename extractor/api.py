@@ -73,6 +73,11 @@ def extract(
         ExtractorError: No usable row was added; the subclass and the message say why.
     """
     checked = Options.from_arguments(options)
+    if not isinstance(model, (str, Backbone, Iterable)):
+        raise UsageError(
+            f"model: got {type(model).__name__}, expected a name or a Backbone; try "
+            "Backbone.from_module for a network"
+        )
     models = [model] if isinstance(model, (str, Backbone)) else list(model)
     session = Session(models, check_output_name(out), checked)
     return session.run(images, Callbacks(progress, stop))
@@ -151,10 +156,14 @@ class Extractor:
             UsageError: A single image instead of several, an object that is no image, or a call in
                 a process that was forked after the extractor was made.
         """
-        if isinstance(images, (str, bytes, os.PathLike, Image.Image)) or not isinstance(
-            images, Iterable
-        ):
-            raise UsageError(f"images: got one {type(images).__name__}, expected a list of images")
+        is_one = isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (
+            isinstance(images, np.ndarray) and images.ndim < 4
+        )
+        if is_one or not isinstance(images, Iterable):
+            raise UsageError(
+                f"images: got a single {type(images).__name__}, expected a list of images; try "
+                "[image]"
+            )
         if os.getpid() != self._process:
             # torch's threads do not survive a fork, and waiting for them would never end.
             raise UsageError("this Extractor belongs to another process; make one after the fork")
@@ -174,7 +183,9 @@ class Extractor:
             for start, embedded in zip(starts, computed, strict=True):
                 for i, outcome in enumerate(embedded.outcomes, start):
                     if isinstance(outcome, Failure):
-                        raise DecodeError(outcome.reason, f"image {i}: {outcome.message}")
+                        source = sources[i]
+                        name = f" ({source})" if isinstance(source, (str, os.PathLike)) else ""
+                        raise DecodeError(outcome.reason, f"image {i}{name}: {outcome.message}")
                 rows.append(embedded.rows[0])
         return np.concatenate(rows)
 
@@ -185,7 +196,7 @@ def _check_image(image: AnyImage, index: int) -> ImageSource:
     if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
         return image
     raise UsageError(
-        f"image {index}: got a {type(image).__name__}, expected a path, bytes, a PIL image or a "
+        f"image {index}: got {type(image).__name__}, expected a path, bytes, a PIL image or a "
         "uint8 array"
     )
 

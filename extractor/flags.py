@@ -155,6 +155,10 @@ class Option:
         """
         if value is None:
             return
+        if self.is_switch and not isinstance(value, bool):
+            raise UsageError(f"{self.label}: got {value!r}, expected True or False")
+        if self.type is str and not isinstance(value, str):
+            raise UsageError(f"{self.label}: got {value!r}, expected a string")
         if self.choices and value not in self.choices:
             raise UsageError(
                 f"{self.label}: got {value!r}, expected one of {', '.join(self.choices)}"

@@ -509,6 +509,8 @@ class Options:
             if declared[name].flag.takes_path and isinstance(getattr(self, name), os.PathLike):
                 object.__setattr__(self, name, os.fspath(getattr(self, name)))
             declared[name].check(getattr(self, name))
+            if declared[name].type is int and getattr(self, name) is not None:
+                object.__setattr__(self, name, int(getattr(self, name)))  # of numpy, too
         if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", self.device):
             raise UsageError(
                 f"device: got {self.device!r}, expected auto, cpu, cuda, cuda:N or mps"
@@ -569,7 +571,10 @@ class Options:
             )
 
     def _check_pixels(self) -> None:
-        self._image_size()
+        size = self._image_size()
+        if size is not None:
+            is_pair = isinstance(self.image_size, (tuple, list))
+            object.__setattr__(self, "image_size", size if is_pair else size[0])
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is None:
                 continue
@@ -582,6 +587,7 @@ class Options:
                         f"{name}: got {values!r}, expected three "
                         f"{'positive ' if name == 'std' else ''}numbers for pixels of 0 to 1"
                     )
+            object.__setattr__(self, name, tuple(values))
 
     def _image_size(self) -> tuple[int, int] | None:
         if self.image_size is None:

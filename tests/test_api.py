@@ -349,14 +349,36 @@ def test_undecodable_image_in_memory_is_named_by_index(squeezenet: Extractor) ->
     assert raised.value.reason == "not-an-image"
 
 
-@pytest.mark.parametrize("one", [5, "a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))])
-def test_single_image_is_refused(squeezenet: Extractor, one: object) -> None:
-    with pytest.raises(UsageError, match="expected a list of images"):
-        squeezenet(one)  # type: ignore[arg-type]
+SINGLE = [
+    *(5, "a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))),
+    np.zeros((9, 9, 3), np.uint8),
+    np.zeros((9, 9), np.uint8),
+]
+
+
+@pytest.mark.parametrize("image", SINGLE, ids=lambda image: type(image).__name__)
+def test_single_image_is_refused(squeezenet: Extractor, image: object) -> None:
+    with pytest.raises(UsageError, match=r"expected a list of images; try \[image\]"):
+        squeezenet(image)  # type: ignore[arg-type]
+
+
+def test_batch_of_images_in_one_array_is_embedded(squeezenet: Extractor) -> None:
+    images = np.random.default_rng(0).integers(0, 255, (2, 9, 9, 3), np.uint8)
+    assert np.array_equal(squeezenet(images), squeezenet(list(images)))
+
+
+def test_undecodable_file_is_named_by_index_and_path(squeezenet: Extractor) -> None:
+    with pytest.raises(DecodeError, match=r"image 0 \(nope.jpg\): "):
+        squeezenet(["nope.jpg"])
+
+
+def test_network_that_is_no_backbone_is_refused(photos: Path) -> None:
+    with pytest.raises(UsageError, match=r"model: got Flatten, expected .*from_module"):
+        extract(photos, torch.nn.Flatten())  # type: ignore[arg-type]
 
 
 def test_object_that_is_no_image_is_named_by_index(squeezenet: Extractor) -> None:
-    with pytest.raises(UsageError, match="image 1: got a NoneType, expected a path, bytes"):
+    with pytest.raises(UsageError, match="image 1: got NoneType, expected a path, bytes"):
         squeezenet([b"", None])  # type: ignore[list-item]
 
 

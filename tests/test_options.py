@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import inspect
+import json
 import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from extractor.errors import UsageError
@@ -69,3 +71,24 @@ def test_default_and_bounds_agree() -> None:
         each.check(each.default)
         if each.choices and each.default is not None:
             assert each.default in typing.get_args(each.type)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("overwrite", "no", "overwrite: got 'no', expected True or False"),
+        ("normalize", 1, "normalize: got 1, expected True or False"),
+        ("device", 0, "device: got 0, expected a string"),
+        ("weights", 3, "weights: got 3, expected a string"),
+    ],
+)
+def test_a_value_of_another_type_is_a_usage_error(name: str, value: Any, match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        Options(**{name: value})
+
+
+def test_numbers_of_numpy_and_lists_become_plain_values() -> None:
+    options = Options(batch_size=np.int64(4), image_size=(np.int32(8), 6), mean=[0.5, 0.5, 0.5])  # type: ignore[arg-type]
+    assert options == Options(batch_size=4, image_size=(8, 6), mean=(0.5, 0.5, 0.5))
+    assert json.dumps([options.batch_size, options.image_size]) == "[4, [8, 6]]"
+    assert hash(options) == hash(Options(batch_size=4, image_size=(8, 6), mean=(0.5, 0.5, 0.5)))

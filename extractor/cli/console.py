@@ -19,7 +19,16 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from extractor.report import Progress
 
-__all__ = ["Bar", "logging_to", "print_lines", "print_table", "printable", "say", "warn"]
+__all__ = [
+    "Bar",
+    "logging_to",
+    "print_lines",
+    "print_table",
+    "printable",
+    "say",
+    "warn",
+    "write_line",
+]
 
 LOADING = "loading the model ..."
 CLEAR_LINE = "\r\033[K"
@@ -195,7 +204,17 @@ def warn(message: str) -> None:
 
 def say(text: str) -> None:
     """Print a line on standard error."""
-    print(printable(text), file=sys.stderr, flush=True)
+    write_line(printable(text), sys.stderr)
+
+
+def write_line(text: str, file: TextIO | None) -> None:
+    """Write a line to a stream, if there is one; the rows are worth more than the line."""
+    if file is None:
+        return
+    try:
+        print(text, file=file, flush=True)
+    except OSError:  # closed pipe or full disk: later lines, and the last flush, go nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def printable(text: str) -> str:

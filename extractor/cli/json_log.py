@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
 
+from extractor.cli.console import write_line
 from extractor.cli.stderr import capture_stderr, duplicate_stderr
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Events:
             return
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "event": event, **content}, ensure_ascii=True)
-        print(line, file=file, flush=True)
+        write_line(line, file)
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:

@@ -71,7 +71,7 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     if isinstance(inputs, (str, bytes, os.PathLike)):
         inputs = [inputs]
     if not isinstance(inputs, Iterable):
-        raise SourceError(f"got a {type(inputs).__name__}, expected a folder, an image or several")
+        raise SourceError(f"got {type(inputs).__name__}, expected a folder, an image or several")
     inputs = list(inputs)
     if not inputs:
         raise SourceError("no input: expected a folder of images, an image or a list of them")

@@ -292,6 +292,11 @@ class Manifest:
         return sum(shard.rows for shard in self.shards) - self.rows
 
     @property
+    def files(self) -> list[FileEntry]:
+        """Every file of the store except the manifest itself."""
+        return [self.failures, *(file for s in self.shards for file in (s.features, s.index))]
+
+    @property
     def next_shard(self) -> int:
         """Number of the shard that the next run begins with."""
         return self.shards[-1].shard + 1 if self.shards else 0

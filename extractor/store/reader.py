@@ -20,7 +20,7 @@ from extractor.store.index import read_column
 from extractor.store.publish import locate
 from extractor.text import plural
 
-__all__ = ["FeatureStore"]
+__all__ = ["FeatureStore", "check_size"]
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class FeatureStore:
             for shard in manifest.shards
         ]
         for shard in manifest.shards:
-            _check_size(folder, shard.index)
+            check_size(folder, shard.index)
         store = cls(folder, manifest, ShardedArray(parts, row_shape=row, dtype=dtype), identity)
         try:
             store._check_unchanged()
@@ -123,7 +123,7 @@ class FeatureStore:
 
         def read() -> list[dict[str, Any]]:
             self._check_unchanged(entry)
-            _check_size(self.path, entry)
+            check_size(self.path, entry)
             try:
                 with locate(self.path, entry.name).open(encoding="ascii") as lines:
                     failures = [json.loads(line) for line in lines]
@@ -149,7 +149,7 @@ class FeatureStore:
         self._check_unchanged()
         values: list[Any] = []
         for shard in self.manifest.shards:
-            _check_size(self.path, shard.index)
+            check_size(self.path, shard.index)
             path = locate(self.path, shard.index.name)
             column = read_column(path, name)
             if len(column) != shard.rows:
@@ -238,7 +238,12 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     return status.st_ino, status.st_mtime_ns, status.st_size
 
 
-def _check_size(folder: Path, entry: FileEntry) -> None:
+def check_size(folder: Path, entry: FileEntry) -> None:
+    """Check that a file of a store is there with its size.
+
+    Raises:
+        StoreError: It is missing, or has another size.
+    """
     path = locate(folder, entry.name)
     try:
         size = path.stat().st_size
@@ -251,7 +256,7 @@ def _check_size(folder: Path, entry: FileEntry) -> None:
 def _map(
     folder: Path, entry: FileEntry, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> npt.NDArray[Any]:
-    _check_size(folder, entry)
+    check_size(folder, entry)
     path = locate(folder, entry.name)
     try:
         array = map_array(path)

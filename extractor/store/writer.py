@@ -42,6 +42,7 @@ from extractor.store.index import Images, read_images
 from extractor.store.job import Job
 from extractor.store.plan import Plan, StoredImages
 from extractor.store.publish import publish_staged
+from extractor.store.reader import check_size
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
 __all__ = [
@@ -325,7 +326,15 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
         out: folder of the store.
         manifest: its manifest.
         digests: also read the SHA-256 of the files.
+
+    Raises:
+        StoreError: A file of the store is missing, or has another size.
     """
+    try:
+        for entry in manifest.files:
+            check_size(out, entry)
+    except StoreError as error:
+        raise StoreError(f"{error}; restore the file, or start over with --overwrite") from error
     indexes = {shard.shard: out / shard.index.name for shard in manifest.shards}
     return StoredImages(
         {shard: read_images(path, digests=digests) for shard, path in indexes.items()},

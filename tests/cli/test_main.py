@@ -294,6 +294,15 @@ def test_closed_or_full_output_is_no_error(
     assert len(FeatureStore.open(tmp_path / "out")) == 11
 
 
+@pytest.mark.parametrize("words", [[], ["--log-json"]])
+def test_broken_standard_error_ends_no_run(words: list[str], photos: Path, tmp_path: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        arguments = ["-m", "extractor", *SMALL, *words, str(photos), "-o", str(tmp_path / "out")]
+        done = run_python(*arguments, stderr=full.fileno())
+    assert done.returncode == 0
+    assert len(FeatureStore.open(tmp_path / "out")) == 11
+
+
 def test_list_from_closed_standard_input_is_an_error(tmp_path: Path) -> None:
     line = f"{sys.executable} -m extractor --list - -o {tmp_path}/out <&-"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)

@@ -29,7 +29,7 @@ from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, extract
 from extractor.api import Report
-from extractor.errors import InterruptedRunError, SourceError
+from extractor.errors import InterruptedRunError, SourceError, StoreError
 from extractor.models import embedding
 from extractor.options import Options
 from extractor.store.format import STAGING, listing_digest
@@ -772,3 +772,27 @@ def test_run_resumes_after_death_at_any_step_of_growing(tmp_path: Path) -> None:
     assert len(outcomes) > 40
     stages = [stage for stage, _ in itertools.groupby(outcomes)]
     assert stages == [(DIED, False), (DIED, True), (0, True)]
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "cut": lambda path: os.truncate(path, 10),
+}
+
+
+@pytest.mark.parametrize("name", ["features/00000.npy", "images/00000.parquet", "failures.jsonl"])
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("grown", [False, True])
+def test_damaged_store_is_neither_up_to_date_nor_extended(
+    folder: Folder, tmp_path: Path, name: str, damage: str, grown: bool
+) -> None:
+    out = tmp_path / "out"
+    folder.write("broken.png", corrupt=True)
+    run(folder, out)
+    DAMAGES[damage](out / name)
+    if grown:
+        folder.write("new.png")
+    with pytest.raises(StoreError, match=f"{name} .*; restore the file, or start .* --overwrite"):
+        run(folder, out)
+    assert run(folder, out, overwrite=True).failed == 1
+    assert view(out) == folder.colors

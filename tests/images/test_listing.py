@@ -433,7 +433,7 @@ def test_byte_order_mark_is_ignored() -> None:
 
 
 def test_input_of_another_type_is_an_error() -> None:
-    with pytest.raises(SourceError, match="got a int, expected a folder"):
+    with pytest.raises(SourceError, match="got int, expected a folder"):
         list_images(5)  # type: ignore[arg-type]
 
 
