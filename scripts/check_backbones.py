@@ -156,17 +156,17 @@ def reference(network: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, s
     if not type(network).__module__.startswith("timm."):
         return _input_of_last_layer(network, pixels), HOOK
     if not hasattr(network, "reset_classifier"):
-        given = network(pixels)
+        output = network(pixels)
         # (B, tokens, channels) of a transformer, (B, channels, rows, columns) of a convolution
-        return given.mean((2, 3)) if given.ndim == 4 else given.mean(1), POOLED
-    given = network.forward_head(network.forward_features(pixels), pre_logits=True)  # type: ignore[operator]
-    return given.flatten(1) if given.shape[2:].numel() == 1 else given, PRE_LOGITS
+        return output.mean((2, 3)) if output.ndim == 4 else output.mean(1), POOLED
+    output = network.forward_head(network.forward_features(pixels), pre_logits=True)  # type: ignore[operator]
+    return output.flatten(1) if output.shape[2:].numel() == 1 else output, PRE_LOGITS
 
 
 def _input_of_last_layer(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     seen: list[torch.Tensor] = []
     handles = [
-        module.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         for module in network.modules()
         if isinstance(module, (nn.Linear, nn.Conv2d))
     ]
@@ -220,15 +220,15 @@ def _check_shapes(model: str, entry: Entry) -> tuple[str, str]:
 
 def _check_values(model: str, entry: Entry) -> tuple[tuple[int, int], float, str]:
     """(size of the images, relative error, problem)."""
-    size, error, problem = _check_drawn(model, entry, 1.0)
+    size, error, problem = _check_random(model, entry, 1.0)
     if problem == NOT_FINITE:  # very deep networks grow beyond all numbers
-        size, error, problem = _check_drawn(model, entry, 0.5)
+        size, error, problem = _check_random(model, entry, 0.5)
     return size, error, problem
 
 
-def _check_drawn(model: str, entry: Entry, gain: float) -> tuple[tuple[int, int], float, str]:
+def _check_random(model: str, entry: Entry, gain: float) -> tuple[tuple[int, int], float, str]:
     """As :func:`_check_values`, with weights that are drawn this much smaller than usual."""
-    with quickly_initialised(gain):
+    with quickly_initialized(gain):
         with seeded(0):  # for what is drawn past the block all the same
             network = untouched(model)
         # The program's order of summation: with random weights some networks are chaotic, and
@@ -273,7 +273,7 @@ def _pixels(size: tuple[int, int]) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def quickly_initialised(gain: float) -> Iterator[None]:
+def quickly_initialized(gain: float) -> Iterator[None]:
     """Draw parameters from one block of numbers, since drawing each costs more than the check.
 
     The same for every tensor of a shape, so that two networks that are built alike are equal. The
@@ -400,18 +400,7 @@ def _row(result: Result) -> str:
 
 def main() -> int:
     """Check models, print problems, and write the tables on request."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", help="globs of full names (default: all)")
-    parser.add_argument("--families", action="store_true", help="the smallest of each family")
-    parser.add_argument("--shapes", action="store_true", help="compare no values")
-    parser.add_argument(
-        "--max-parameters", type=float, default=1e9, help="compare values up to (default: 1e9)"
-    )
-    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
-    parser.add_argument("--results", type=Path, help="file that keeps what is done")
-    parser.add_argument("--write", action="store_true", help="write the tables")
-    parser.add_argument("--add", action="store_true", help="to what they hold already")
-    options = parser.parse_args()
+    options = _parser().parse_args()
 
     wanted = smallest_of_each_family() if options.families else every_model()
     globs = options.models or ["*"]
@@ -421,8 +410,8 @@ def main() -> int:
         lines = options.results.read_text("utf-8").splitlines()
         known = {result.model: result for result in map(Result.from_line, lines)}
 
-    def open_(model: str) -> bool:
-        """Whether there is something left to do for a model."""
+    def is_pending(model: str) -> bool:
+        """Return whether there is something left to do for a model."""
         result = known.get(model)
         if result is None or options.shapes:
             return result is None
@@ -432,15 +421,15 @@ def main() -> int:
         return bool(result.problem) or (result.error is None and small)
 
     def size(model: str) -> int:
-        """Parameters, where they are known: small models first."""
+        """Return the number of parameters if it is known: small models come first."""
         entry = known[model].entry if model in known else ""
         return Entry.from_line(entry).parameters if entry else 0
 
-    left = sorted((model for model in wanted if open_(model)), key=size)
+    left = sorted((model for model in wanted if is_pending(model)), key=size)
     tasks = [(model, not options.shapes, options.max_parameters) for model in left]
     with contextlib.ExitStack() as stack:
         keep = stack.enter_context(options.results.open("a")) if options.results else None
-        for result in _each(tasks, options.jobs):
+        for result in _results_of(tasks, options.jobs):
             known[result.model] = result
             state = result.problem or (
                 "shape" if result.error is None else f"value {result.error:.1e}"
@@ -463,8 +452,23 @@ def main() -> int:
     return bool(wrong)
 
 
-def _each(tasks: list[tuple[str, bool, float]], jobs: int) -> Iterator[Result]:
-    # Spawned, and only a few models long: what networks leave behind in memory goes with them.
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", help="globs of full names (default: all)")
+    parser.add_argument("--families", action="store_true", help="the smallest of each family")
+    parser.add_argument("--shapes", action="store_true", help="compare no values")
+    parser.add_argument(
+        "--max-parameters", type=float, default=1e9, help="compare values up to (default: 1e9)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes of one thread each")
+    parser.add_argument("--results", type=Path, help="file that keeps what is done")
+    parser.add_argument("--write", action="store_true", help="write the tables")
+    parser.add_argument("--add", action="store_true", help="keep the other entries of the tables")
+    return parser
+
+
+def _results_of(tasks: list[tuple[str, bool, float]], jobs: int) -> Iterator[Result]:
+    # Processes are replaced after some models, and take the memory that networks leave with them.
     context = multiprocessing.get_context("spawn")
     with context.Pool(jobs, initializer=_set_up, maxtasksperchild=50) as pool:
         yield from pool.imap_unordered(_task, tasks)

@@ -38,7 +38,7 @@ def test_embedding_is_the_classifier_input(model: str) -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_folding_keeps_the_embedding(model: str) -> None:
-    with check_backbones.quickly_initialised(1.0):
+    with check_backbones.quickly_initialized(1.0):
         backbone = load_backbone(model, weights="random", device="cpu")
     norms = [module for module in backbone.module.modules() if isinstance(module, nn.BatchNorm2d)]
     generator = torch.Generator().manual_seed(1)
