@@ -110,7 +110,7 @@ def test_convolutions_of_all_shapes_are_packed(convolution: nn.Module) -> None:
         nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
         nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3)),
     ],
-    ids=["same", "reflect", "parametrised"],
+    ids=["same", "reflect", "parametrized"],
 )
 def test_convolutions_without_zero_padding_stay_plain(convolution: nn.Module) -> None:
     network = Net(convolution=nn.Sequential(nn.Conv2d(3, 3, 1), convolution))
