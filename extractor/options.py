@@ -323,8 +323,8 @@ class Options:
         "auto",
         Flag(
             "--precision",
-            "precision of the model; mixed is bfloat16 with the sensitive layers in float32; auto "
-            "is the fastest that keeps a cosine of 0.999 to float32 on a sample of the images",
+            "precision of the model: mixed is bfloat16 with sensitive layers in float32, auto the "
+            "fastest within a cosine of 0.999 of float32 on a sample",
             COMPUTE,
             scope="backbone",
         ),
@@ -392,8 +392,8 @@ class Options:
         DECODE,
         Flag(
             "--decode",
-            "scaled: decode a JPEG much larger than the model's input at 1/2, 1/4 or 1/8 of its "
-            "size; exact: decode every pixel; gpu: decode plain JPEGs on the CUDA device",
+            "scaled decodes large JPEGs at 1/2, 1/4 or 1/8 of their size, exact decodes every "
+            "pixel, gpu decodes plain JPEGs on the CUDA device",
             COMPUTE,
             advanced=True,
             scope="images",

@@ -292,9 +292,14 @@ class Manifest:
         return sum(shard.rows for shard in self.shards) - self.rows
 
     @property
+    def shard_files(self) -> list[FileEntry]:
+        """Arrays and indexes of all shards."""
+        return [entry for shard in self.shards for entry in (shard.features, shard.index)]
+
+    @property
     def files(self) -> list[FileEntry]:
         """Every file of the store except the manifest itself."""
-        return [self.failures, *(file for s in self.shards for file in (s.features, s.index))]
+        return [*self.shard_files, self.failures]
 
     @property
     def next_shard(self) -> int:

@@ -202,15 +202,9 @@ def _replaced_files(out: Path) -> list[str]:
 
 def _extends(new: Manifest, old: Manifest) -> bool:
     """Return whether all files of the old shards keep their content."""
-    entries = [entry for shard in old.shards for entry in (shard.features, shard.index)]
-    before = {entry.name: entry for entry in entries}
-    return all(
-        before.get(entry.name, entry) == entry
-        for shard in new.shards
-        for entry in (shard.features, shard.index)
-    )
+    before = {entry.name: entry for entry in old.shard_files}
+    return all(before.get(entry.name, entry) == entry for entry in new.shard_files)
 
 
 def _files_of(manifest: Manifest) -> list[str]:
-    shards = [entry.name for shard in manifest.shards for entry in (shard.features, shard.index)]
-    return [*shards, manifest.failures.name]
+    return [entry.name for entry in manifest.files]

@@ -204,8 +204,8 @@ class FeatureStore:
         except (OSError, StoreError):
             present = set()
         else:
-            present = _files(manifest) | {manifest.failures}
-        if not present.issuperset(_files(self.manifest) | set(entries)):
+            present = set(manifest.files)
+        if not present.issuperset([*self.manifest.shard_files, *entries]):
             raise ReplacedError(f"{self.path} was replaced since it was opened; open it again")
         self._identity = now  # it was extended
 
@@ -223,10 +223,6 @@ def _retry_moved(folder: Path, read: Callable[[], T]) -> T:
             if unchanged or attempt == MAX_ATTEMPTS - 1:
                 raise
     raise AssertionError("unreachable")
-
-
-def _files(manifest: Manifest) -> set[FileEntry]:
-    return {entry for shard in manifest.shards for entry in (shard.features, shard.index)}
 
 
 def _identity(folder: Path) -> tuple[int, int, int] | None:
