@@ -139,8 +139,22 @@ class StoreOutput:
                 self._run = existing.begin(self._job_for(self._plan, existing))
         self.todo = self._plan.todo
         self.done = self._run.resumed if self._run is not None else 0
+        if self.pending:
+            self._report_software(existing)
         self.rows += self._plan.rows
         self._count_failures(self._plan.failures)
+
+    def _report_software(self, existing: ExistingStore | InterruptedRun) -> None:
+        """Warn if other versions of software made the rows that this run keeps."""
+        before = existing.description
+        if before is None:
+            return
+        changes = [
+            f"{change.name} {change.before}, now {change.now}"
+            for change in before.software_changes(self._description)
+        ]
+        if changes:
+            log.warning("%s was made with %s", self._claim.out, "; ".join(changes))
 
     def _resume(self, interrupted: InterruptedRun) -> StoreRun:
         """Resume an interrupted run.

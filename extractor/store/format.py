@@ -19,6 +19,7 @@ from extractor.errors import StoreError
 from extractor.system.hashing import hash_file
 
 __all__ = [
+    "DEFAULTS",
     "FAILURES",
     "FEATURES",
     "IMAGES",
@@ -32,6 +33,7 @@ __all__ = [
     "STAGING",
     "SUSPECTS",
     "Description",
+    "Difference",
     "FileEntry",
     "Manifest",
     "ShardEntry",
@@ -188,18 +190,32 @@ class Description:
         if not self.shape or min(self.shape) < 1 or math.prod(self.shape) != self.dim:
             raise ValueError(f"dim: got {self.dim} for embeddings of shape {self.shape}")
 
-    def differences(self, other: Description) -> list[str]:
-        """Return one text per difference, with both values; empty if there is none.
+    def differences(self, other: Description) -> list[Difference]:
+        """Return what differs in the description of later rows, so that they do not fit.
 
-        Versions of Python and of libraries that only write files do not count.
+        A key that one side lacks has its value in :data:`DEFAULTS`, else None. Names of weights do
+        not count if their SHA-256 is the same, nor do versions of software.
         """
-        # JSON has no tuples, so it makes tuples and lists equal.
-        mine, theirs = (_flat(json.loads(json.dumps(asdict(side)))) for side in (self, other))
+        mine, theirs = self._flat(), other._flat()
         return [
-            f"{key}: {_shorten(mine.get(key))} there, {_shorten(theirs.get(key))} now"
-            for key in sorted(mine.keys() | theirs.keys())
-            if mine.get(key) != theirs.get(key) and key not in _UNIMPORTANT
+            difference
+            for difference in _differences(mine, theirs)
+            if difference.setting not in _MAY_DIFFER
+            and not difference.key.startswith("software.")
+            and not _is_name_of_same_weights(difference.key, mine, theirs)
         ]
+
+    def software_changes(self, other: Description) -> list[Difference]:
+        """Return the software whose version differs in the description of later rows."""
+        mine, theirs = (
+            {f"software.{name}": version for name, version in side.software.items()}
+            for side in (self, other)
+        )
+        return _differences(mine, theirs)
+
+    def _flat(self) -> dict[str, Any]:
+        # JSON has no tuples, so it makes tuples and lists equal.
+        return _flat(json.loads(json.dumps(asdict(self))))
 
     @property
     def dim(self) -> int:
@@ -228,14 +244,73 @@ class Description:
         return f"{self.model} ({weights}, sha256 {str(self.backbone.get('sha256'))[:12]})"
 
 
-_UNIMPORTANT = {
-    *(f"software.{name}" for name in ("python", "numpy", "pyarrow")),
-    *(f"computation.{name}" for name in ("compiled", "least_cosine")),
+@dataclass(frozen=True)
+class Difference:
+    """A key with two values in two descriptions.
+
+    Attributes:
+        key: names of nested keys, joined by dots, such as ``backbone.parts.0.sha256``.
+        before: value in the description of the existing rows.
+        now: value in the description of the new rows.
+    """
+
+    key: str
+    before: Any
+    now: Any
+
+    @property
+    def setting(self) -> str:
+        """The key without the number of a joined backbone, such as ``backbone.sha256``."""
+        return _without_part(self.key)
+
+    @property
+    def name(self) -> str:
+        """Last part of the key, such as ``sha256``."""
+        return self.key.rpartition(".")[2]
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_shorten(self.before)} there, {_shorten(self.now)} now"
+
+
+# Values of keys that a description lacks because the program that wrote it did not know them: what
+# that program did, which is the default of the option that came with the key. Keys of joined
+# backbones have no number here. A key whose default is None needs no entry.
+DEFAULTS: Mapping[str, Any] = {
+    "backbone.code": "",
 }
+
+# Keys that may differ between the runs on a store.
+_MAY_DIFFER = frozenset(
+    {"backbone.library_version", "computation.compiled", "computation.least_cosine"}
+)
+# Keys that name weights. The SHA-256 beside them tells whether the weights are the same.
+_WEIGHTS_NAMES = frozenset({"weights", "tag", "source", "revision"})
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
+    differences = []
+    for key in sorted(before.keys() | now.keys()):
+        default = DEFAULTS.get(_without_part(key))
+        old, new = before.get(key, default), now.get(key, default)
+        if old != new:
+            differences.append(Difference(key, old, new))
+    return differences
+
+
+def _is_name_of_same_weights(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    owner, _, name = key.rpartition(".")
+    digest = before.get(f"{owner}.sha256")
+    return name in _WEIGHTS_NAMES and bool(digest) and digest == now.get(f"{owner}.sha256")
+
+
+def _without_part(key: str) -> str:
+    return re.sub(r"\.parts\.\d+", "", key)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    """Flatten nested mappings; names are joined by dots."""
+    """Flatten nested mappings and the lists of joined backbones; names are joined by dots."""
+    if name.endswith(".parts") and isinstance(value, list):
+        value = {str(number): part for number, part in enumerate(value)}
     if not isinstance(value, Mapping):
         return {name: value}
     flat: dict[str, Any] = {}

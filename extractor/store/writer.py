@@ -102,7 +102,7 @@ def existing_computation(
 def _differ_elsewhere(description: Description, other: Description) -> bool:
     """Return whether two descriptions differ in more than the computation."""
     differences = description.differences(other)
-    return any(not difference.startswith("computation.") for difference in differences)
+    return any(not difference.key.startswith("computation.") for difference in differences)
 
 
 def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | InterruptedRun:
@@ -125,7 +125,7 @@ def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | I
         job = claim.staged_job()
         if job is None:
             return existing
-        if claim.overwrite and (job.base or job.description.differences(description)):
+        if claim.overwrite and (job.base or _is_other_work(job.description, description)):
             return existing
         _check_same(claim, job.description, description, "an interrupted run")
         if job.base != (base.checksum if base is not None else ""):
@@ -137,8 +137,13 @@ def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | I
         return InterruptedRun(claim, base, job, _load_finished(claim.staging, job))
 
 
+def _is_other_work(description: Description, other: Description) -> bool:
+    """Return whether a run that starts over should not resume an interrupted one."""
+    return bool(description.differences(other)) or description.root != other.root
+
+
 def _check_same(claim: ClaimedFolder, old: Description, new: Description, kind: str) -> None:
-    differences = old.differences(new)
+    differences = [str(difference) for difference in old.differences(new)]
     if differences:
         raise StoreError(
             f"{claim.out} holds {kind} of something else "
@@ -184,6 +189,11 @@ class ExistingStore:
     first_shard: int
     sealed: dict[int, FinishedShard] | None = None
 
+    @property
+    def description(self) -> Description | None:
+        """Description of the finished store; None if there is none."""
+        return self.base.description if self.base is not None else None
+
     def stored(self, *, digests: bool) -> StoredImages:
         """Return all images that have a row or a failure.
 
@@ -218,6 +228,11 @@ class InterruptedRun:
     base: Manifest | None
     job: Job
     finished: dict[int, FinishedShard]
+
+    @property
+    def description(self) -> Description:
+        """Description of the run's rows."""
+        return self.job.description
 
     @property
     def first_shard(self) -> int:

@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from extractor.api import Report
 from extractor.errors import InterruptedRunError, SourceError, StoreError
 from extractor.models import embedding
 from extractor.options import Options
+from extractor.run import describe as describe_module
+from extractor.run.run_json import software_versions
 from extractor.store.format import STAGING, listing_digest
 from extractor.store.verify import verify
 
@@ -458,6 +461,28 @@ def test_run_without_changes_writes_no_byte(folder: Folder, tmp_path: Path) -> N
     assert run(folder, tmp_path / "out").resumed == 7
     assert stamps() == before
     check_files(tmp_path / "out")
+
+
+def test_update_of_software_is_reported_and_keeps_rows(
+    folder: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before = published(out)
+    now = software_versions() | {"pillow": "99.1"}
+    monkeypatch.setattr(describe_module, "software_versions", lambda: now)
+    assert run(folder, out).resumed == 7
+    assert published(out) == before  # nothing was computed, so the old versions made all rows
+    assert caplog.messages == []
+    folder.write("new.png")
+    (store,) = run(folder, out).stores
+    assert (store.added, store.changed) == (1, 0)
+    assert FeatureStore.open(out).manifest.description.software == now
+    (message,) = caplog.messages
+    assert message == f"{out} was made with pillow {version('pillow')}, now 99.1"
 
 
 def test_content_check_skips_touched_image(folder: Folder, tmp_path: Path) -> None:

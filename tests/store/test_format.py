@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+import extractor.store.format as format_module
 from extractor.errors import StoreError
 from extractor.store.format import (
     Description,
+    Difference,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -255,3 +257,76 @@ def test_description_names_model_and_weights(describe_store: Callable[..., Descr
 
 def test_failed_counts_images_without_a_row(manifest: Manifest) -> None:
     assert manifest.failed == 2
+
+
+def keys(differences: list[Difference]) -> list[str]:
+    return [difference.key for difference in differences]
+
+
+def joined(*digests: str, **changes: object) -> dict[str, Any]:
+    parts = [{"model": f"m{i}", "sha256": digest, **changes} for i, digest in enumerate(digests)]
+    return {"backbone": {"model": "m0+m1", "sha256": "".join(digests), "parts": parts}}
+
+
+@pytest.mark.parametrize("name", ["weights", "tag", "source", "revision"])
+def test_digest_decides_whether_weights_are_the_same(
+    describe_store: Callable[..., Description], name: str
+) -> None:
+    backbone = {"model": "timm:tiny", "sha256": SHA, name: "before"}
+    before = describe_store(backbone=backbone)
+    assert before.differences(describe_store(backbone={**backbone, name: "now"})) == []
+    other = describe_store(backbone={**backbone, name: "now", "sha256": "cd" * 32})
+    assert set(keys(before.differences(other))) == {f"backbone.{name}", "backbone.sha256"}
+    unknown = {**backbone, "sha256": ""}
+    differences = describe_store(backbone=unknown).differences(
+        describe_store(backbone={**unknown, name: "now"})
+    )
+    assert keys(differences) == [f"backbone.{name}"]
+
+
+def test_digest_of_each_joined_backbone_decides(
+    describe_store: Callable[..., Description],
+) -> None:
+    before = describe_store(**joined("aa", "bb", source="one.pth"))
+    assert before.differences(describe_store(**joined("aa", "bb", source="two.pth"))) == []
+    other = describe_store(**joined("aa", "cc", source="two.pth"))
+    assert keys(before.differences(other)) == [
+        "backbone.parts.1.sha256",
+        "backbone.parts.1.source",
+        "backbone.sha256",
+    ]
+
+
+def test_versions_of_software_are_changes_but_no_differences(
+    describe_store: Callable[..., Description],
+) -> None:
+    before, now = (
+        describe_store(
+            software={"timm": timm, "torch": "2.0"},
+            backbone={"model": "timm:tiny", "sha256": SHA, "library_version": timm},
+        )
+        for timm in ("1.0", "1.1")
+    )
+    assert before.differences(now) == []
+    assert before.software_changes(now) == [Difference("software.timm", "1.0", "1.1")]
+
+
+def test_missing_key_means_its_default(
+    describe_store: Callable[..., Description], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        format_module, "DEFAULTS", {"preprocess.levels": 16, "backbone.is_whole": False}
+    )
+    old = describe_store()
+    for preprocess in ({"size": [8, 8], "levels": 16}, {"size": [8, 8], "other": None}):
+        assert old.differences(describe_store(preprocess=preprocess)) == []
+        assert describe_store(preprocess=preprocess).differences(old) == []
+    now = describe_store(preprocess={"size": [8, 8], "levels": 12})
+    assert list(map(str, old.differences(now))) == ["preprocess.levels: 16 there, 12 now"]
+    assert list(map(str, now.differences(old))) == ["preprocess.levels: 12 there, 16 now"]
+    parts = describe_store(**joined("aa", "bb"))
+    assert parts.differences(describe_store(**joined("aa", "bb", is_whole=False))) == []
+    assert keys(parts.differences(describe_store(**joined("aa", "bb", is_whole=True)))) == [
+        "backbone.parts.0.is_whole",
+        "backbone.parts.1.is_whole",
+    ]

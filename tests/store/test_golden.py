@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from extractor import FeatureStore, Report, extract
-from extractor.run.run_json import software_versions
 from extractor.store.compact import compact
 from extractor.store.failures import failure_lines, read_failures
 from extractor.store.format import STAGING, Manifest, with_checksum
@@ -69,10 +68,8 @@ def photos(tmp_path: Path) -> Path:
 
 
 def adopt(content: dict[str, Any], photos: Path) -> None:
-    """Put in what differs from machine to machine: the folder, and versions of software."""
+    """Put in the folder of the images, which differs from machine to machine."""
     content["root"] = str(photos)
-    content["software"] = software_versions()
-    content["backbone"]["library_version"] = software_versions()["extractor"]
 
 
 @pytest.fixture
