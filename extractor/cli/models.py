@@ -32,6 +32,7 @@ a machine without network. Weights that are in the cache are not downloaded agai
 
 # Number of name components shown by `models show`; the second level has resnet50's layer3.5.
 DEPTH = 2
+RENAMED_SHOWN = 3
 
 
 def list_parser() -> argparse.ArgumentParser:
@@ -144,9 +145,20 @@ def _rows(glob: str) -> list[dict[str, Any]]:
                 }
             )
     if not rows:
-        hint = "run extract models to list all" if "*" in glob else f"try a glob such as '*{glob}*'"
-        raise ModelError(f"no model matches {glob!r}; {hint}")
+        raise ModelError(f"no model matches {glob!r}; {_no_match_hint(glob)}")
     return rows
+
+
+def _no_match_hint(glob: str) -> str:
+    from extractor.models import from_timm
+
+    replaced = from_timm.deprecated_names()
+    name = glob.removeprefix("timm:")
+    renamed = [f"{old} is now {now}" for old, now in replaced.items() if fnmatch.fnmatch(old, name)]
+    if renamed:
+        more = ", ..." if len(renamed) > RENAMED_SHOWN else ""
+        return f"timm renamed {', '.join(renamed[:RENAMED_SHOWN])}{more}"
+    return "run extract models to list all" if "*" in glob else f"try a glob such as '*{glob}*'"
 
 
 def _weights(known: Iterable[tuple[str, Any]]) -> list[dict[str, Any]]:

@@ -28,6 +28,8 @@ from extractor.text import first_line
 __all__ = [
     "SCHEMES",
     "build",
+    "current_name",
+    "deprecated_names",
     "fetch",
     "full_name",
     "has",
@@ -47,8 +49,50 @@ def has(name: str) -> bool:
 
 
 def names() -> list[str]:
-    """Return the names of all architectures of timm."""
+    """Return the names of all architectures of timm, without deprecated ones."""
     return list(_timm().list_models())
+
+
+def deprecated_names() -> dict[str, str]:
+    """Return the names that timm replaced, each with its present ``architecture[.tag]``.
+
+    The present name is empty if timm removed the model.
+    """
+    return {name: _with_existing_tag(now) for name, now in _deprecations().items()}
+
+
+def _deprecations() -> dict[str, str]:
+    replaced: dict[str, str | None] = _timm().models.get_deprecated_models()
+    return {name: now or "" for name, now in replaced.items()}
+
+
+def _with_existing_tag(name: str) -> str:
+    """Return a present name of timm's table, where two of its tags lack their last part."""
+    architecture, dot, tag = name.partition(".")
+    tags = _tags(architecture) if dot else []
+    longer = [each for each in tags if each.startswith(f"{tag}_")]
+    return f"{architecture}.{longer[0]}" if tag not in tags and len(longer) == 1 else name
+
+
+def current_name(name: str) -> str:
+    """Return ``architecture[.tag]`` under the present name, if timm replaced the architecture.
+
+    A tag of the caller's wins over the one in timm's table, as in timm.
+
+    >>> current_name("tf_efficientnet_b0_ns"), current_name("resnet50")
+    ('tf_efficientnet_b0.ns_jft_in1k', 'resnet50')
+
+    Raises:
+        ModelError: timm removed the model.
+    """
+    architecture, _, tag = name.partition(".")
+    now = _deprecations().get(architecture)
+    if now is None:
+        return name
+    now = _with_existing_tag(now)
+    if not now:
+        raise ModelError(f"timm removed the model {architecture} and names no other in its place")
+    return f"{_architecture(now)}.{tag}" if tag else now
 
 
 def _timm() -> Any:
@@ -256,7 +300,7 @@ def _read_config(path: Path, name: str) -> tuple[str, dict[str, Any], dict[str, 
         raise ModelError(f"{name}: timm has no architecture {architecture!r}; try a newer timm")
     if "num_classes" in content:
         config["num_classes"] = content["num_classes"]
-    return architecture, config, arguments
+    return _architecture(current_name(architecture)), config, arguments
 
 
 def _first_file(folder: Path, names: tuple[str, ...], model: str) -> WeightsFile:

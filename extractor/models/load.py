@@ -173,7 +173,7 @@ def resolve_name(model: str) -> tuple[str, str]:
             "hf-hub:ORG/NAME, local-dir:PATH, FILE.py:FUNCTION or NAME alone"
         )
     if library in ("", "timm") and from_timm.has(name):
-        return "timm", name
+        return "timm", _current_name(name)
     if library in ("", "torchvision") and name in from_torchvision.names():
         return "torchvision", name
     known = ([] if library == "torchvision" else from_timm.names()) + (
@@ -182,6 +182,14 @@ def resolve_name(model: str) -> tuple[str, str]:
     near = difflib.get_close_matches(name.partition(".")[0], sorted(set(known)), n=5, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "expected a name such as resnet50"
     raise ModelError(f"unknown model {model!r}; {hint}")
+
+
+def _current_name(name: str) -> str:
+    """Return the present name of a timm model, with a warning if the name is deprecated."""
+    current = from_timm.current_name(name)
+    if current != name:
+        log.warning("timm renamed a model: %s is now %s", name, current)
+    return current
 
 
 def fetch(model: str, weights: str = _DEFAULT.weights) -> WeightsFile:

@@ -343,3 +343,25 @@ def test_json_rows_hold_plain_values(capsys: pytest.CaptureFixture[str]) -> None
     # 1000 classes of 512 numbers and a bias each are the classifier.
     whole = sum(value.numel() for value in torchvision.models.squeezenet1_1().parameters())
     assert rows[1]["parameters"] == whole - 1000 * 513
+
+
+# ---------------------------------------------------------------------------------------------
+# Deprecated names
+
+
+def test_list_names_what_replaced_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    complaint = run(capsys, "models", "tf_efficientnet_b0_ns", code=1)
+    assert "tf_efficientnet_b0_ns is now tf_efficientnet_b0.ns_jft_in1k" in complaint
+
+
+def test_show_describes_the_present_model(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = run(capsys, "models", "show", "tf_efficientnet_b0_ns")
+    assert "timm:tf_efficientnet_b0\n" in shown
+
+
+def test_download_of_a_deprecated_name_names_the_present_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    complaint = run(capsys, "download", "tf_efficientnet_b0_ns", code=1)
+    assert "tf_efficientnet_b0_ns is now tf_efficientnet_b0.ns_jft_in1k" in complaint
+    assert "the weights are not on this machine" in complaint
