@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from extractor.text import plural
 
 __all__ = ["KeptRows", "ShardedArray", "map_array"]
 
 ATTEMPTS = 10
+READ_ONLY = "the rows of a store are read-only; change a copy of them: np.array(store.features)"
 
 
 def map_array(path: Path) -> npt.NDArray[Any]:
@@ -37,7 +39,52 @@ def map_array(path: Path) -> npt.NDArray[Any]:
     return np.lib.format.open_memmap(path, mode="r")
 
 
-class KeptRows:
+class LazyArray(NDArrayOperatorsMixin):
+    """Operators, methods and attributes of ``numpy.ndarray``; each of them reads all rows.
+
+    Without this, ``array == 0`` would compare identities, and ``array.mean(0)`` would not exist
+    although ``numpy.mean(array, 0)`` works.
+    """
+
+    dtype: np.dtype[Any]
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        raise NotImplementedError
+
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **details: Any
+    ) -> Any:
+        if any(isinstance(each, LazyArray) for each in out):
+            raise TypeError(READ_ONLY)
+        if out:
+            details["out"] = out
+        arrays = [np.asarray(each) if isinstance(each, LazyArray) else each for each in inputs]
+        return getattr(ufunc, method)(*arrays, **details)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise TypeError(READ_ONLY)
+
+    def __contains__(self, value: Any) -> bool:
+        return value in np.asarray(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or not hasattr(np.ndarray, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if not callable(getattr(np.ndarray, name)):
+            return getattr(self._whole(), name)
+        # Programs ask whether a method exists; only a call should read the rows.
+        return lambda *arguments, **named: getattr(self._whole(), name)(*arguments, **named)
+
+    def _whole(self) -> npt.NDArray[Any]:
+        """Return all rows in an array that methods such as ``sort`` cannot change."""
+        whole: npt.NDArray[Any] = np.asarray(self).view()
+        whole.flags.writeable = False
+        return whole
+
+
+class KeptRows(LazyArray):
     """Array of selected rows of another array, in order; reads only rows that are indexed.
 
     >>> rows = KeptRows(np.arange(8).reshape(4, 2), np.array([True, False, False, True]))
@@ -69,17 +116,20 @@ class KeptRows:
         return np.asarray(self[:], dtype=dtype)
 
 
-class ShardedArray:
+class ShardedArray(LazyArray):
     """Array made of several arrays, one after the other, without copying them.
 
     Index it with a row, a slice, a list or a mask, and with further indices for the axes of a row.
-    A slice inside one shard is a view of its file, everything else a copy. ``numpy.asarray`` reads
-    all rows.
+    A slice inside one shard is a view of its file, everything else a copy. ``numpy.asarray``, and
+    whatever else NumPy's arrays can do, reads all rows: ``array > 0``, ``array.mean(0)``,
+    ``array.T``. Take slices of a store that is larger than the memory.
 
     >>> parts = [np.zeros((2, 3)), np.ones((4, 3))]
     >>> array = ShardedArray(parts, row_shape=(3,), dtype=np.dtype(float))
     >>> array.shape, array[-1], array[[0, 5]].shape, array[1:3, 0]
     ((6, 3), array([1., 1., 1.]), (2, 3), array([0., 1.]))
+    >>> array.max(0), (array > 0).sum(1).tolist()
+    (array([1., 1., 1.]), [0, 0, 3, 3, 3, 3])
     """
 
     def __init__(

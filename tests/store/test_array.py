@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from extractor.store import array
-from extractor.store.array import ShardedArray, map_array
+from extractor.store.array import KeptRows, ShardedArray, map_array
 
 DIM = 4
 LAYOUTS = {
@@ -398,6 +398,83 @@ def test_part_of_wrong_shape_or_dtype_is_rejected(part: np.ndarray) -> None:
 
 def test_repr_names_shape_dtype_and_shards(mixed: tuple[ShardedArray, np.ndarray]) -> None:
     assert repr(mixed[0]) == "ShardedArray(shape=(10, 4), dtype=float32, shards=4)"
+
+
+# What NumPy users write, with and without numpy's functions.
+USES: dict[str, Callable[[Any], Any]] = {
+    "a > 0": lambda a: a > 3,
+    "a == row": lambda a: a == a[0],
+    "a != 0": lambda a: a != 0,
+    "a / 2": lambda a: a / 2,
+    "2 / a": lambda a: 2 / (a + 1),
+    "-a": lambda a: -a,
+    "a + a": lambda a: a + a,
+    "array - a": lambda a: np.ones(DIM, np.float32) - a,
+    "a @ a.T": lambda a: a @ a.T,
+    "array @ a": lambda a: np.ones((3, len(a)), np.float32) @ a,
+    "mean": lambda a: a.mean(0),
+    "np.mean": lambda a: np.mean(a, axis=0),
+    "sum": lambda a: a.sum(),
+    "std": lambda a: a.std(axis=1, keepdims=True),
+    "max": lambda a: a.max(1),
+    "np.min": lambda a: np.min(a, axis=1),
+    "astype": lambda a: a.astype(np.float16),
+    "reshape": lambda a: a.reshape(-1, 2),
+    "flat": lambda a: np.array(a.flat),
+    "tolist": lambda a: np.array(a.tolist(), np.float32),
+    "norm": lambda a: np.linalg.norm(a, axis=1),
+    "concatenate": lambda a: np.concatenate([a, a]),
+    "where": lambda a: np.where(a > 5, a, 0),
+    "reduce": lambda a: np.add.reduce(a, axis=1),
+    "isfinite": lambda a: np.isfinite(a).all(),
+    "out of an operation": lambda a: np.add(a, 1, out=np.empty(a.shape, np.float32)),
+    "in": lambda a: np.array([5.0 in a, 5.5 in a]),
+}
+
+
+def kept_rows() -> tuple[KeptRows, np.ndarray]:
+    whole = np.arange(40, dtype=np.float32).reshape(10, DIM)
+    return KeptRows(whole, np.arange(10) % 3 > 0), whole[np.arange(10) % 3 > 0]
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize(
+    "pair", [build([10]), build([3, 1, 4, 2]), kept_rows()], ids=["one part", "four", "kept"]
+)
+def test_array_does_what_numpy_arrays_do(
+    pair: tuple[Any, np.ndarray], use: Callable[[Any], Any]
+) -> None:
+    made, expected = use(pair[0]), use(pair[1])
+    assert type(made) is type(expected)
+    assert_same(made, expected, use)
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "item": lambda a: a.__setitem__(0, 1),
+    "in place": lambda a: a.__iadd__(1),
+    "out": lambda a: np.add(1, 1, out=a),
+    "sort": lambda a: a.sort(),
+    "fill": lambda a: a.fill(0),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_change_of_a_stored_row_is_refused(
+    mixed: tuple[ShardedArray, np.ndarray], change: Callable[[Any], Any]
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=r"read-only"):
+        change(mixed[0])
+    assert np.array_equal(mixed[0], mixed[1])
+
+
+def test_looking_for_a_method_reads_no_row(
+    mixed: tuple[ShardedArray, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(ShardedArray, "__array__")
+    assert hasattr(mixed[0], "mean")
+    assert not hasattr(mixed[0], "__array_interface__")
+    with pytest.raises(AttributeError, match="'ShardedArray' object has no attribute 'means'"):
+        _ = mixed[0].means
 
 
 def failing_first(times: int) -> Callable[..., np.ndarray]:
