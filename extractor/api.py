@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
 
 from extractor.compute.embed import embed
@@ -73,12 +74,13 @@ def extract(
         ExtractorError: No usable row was added; the subclass and the message say why.
     """
     checked = Options.from_arguments(options)
-    if not isinstance(model, (str, Backbone, Iterable)):
-        raise UsageError(
-            f"model: got {type(model).__name__}, expected a name or a Backbone; try "
-            "Backbone.from_module for a network"
-        )
-    models = [model] if isinstance(model, (str, Backbone)) else list(model)
+    is_one = isinstance(model, (str, Backbone, torch.nn.Module)) or not isinstance(model, Iterable)
+    models: list[Any] = [model] if is_one else list(model)  # type: ignore[arg-type]
+    for each in models:
+        _check_model(each)
+    for name, callback in (("progress", progress), ("stop", stop)):
+        if callback is not None and not callable(callback):
+            raise UsageError(f"{name}: got {callback!r}, expected a function or None")
     session = Session(models, check_output_name(out), checked)
     return session.run(images, Callbacks(progress, stop))
 
@@ -87,7 +89,10 @@ def extract(
 extract.__signature__ = signature_with_options(extract)  # type: ignore[attr-defined]
 
 
-AnyImage: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]"
+AnyImage: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"
+)
+_SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 
 
 class Extractor:
@@ -116,6 +121,7 @@ class Extractor:
     ) -> None:
         self._process = os.getpid()
         self._options = Options.from_arguments(options, scope="images")
+        _check_model(model)
         specs = load_specs([model], self._options, fold_given=False)
         if len(specs) != 1:
             names = ", ".join(spec.name for spec in specs)
@@ -145,7 +151,8 @@ class Extractor:
 
         Args:
             images: Paths, encoded images as bytes, PIL images, or uint8 RGB arrays ``(H, W, 3)``,
-                mixed as you like. ``(H, W)`` is gray; a fourth channel is dropped.
+                mixed as you like. ``(H, W)`` is gray; a fourth channel is dropped. An array
+                ``(N, H, W, 3)`` holds N images.
 
         Returns:
             ``(N, dim)`` float32, in the order of the images; ``(N, *shape)`` for a layer without
@@ -156,14 +163,7 @@ class Extractor:
             UsageError: A single image instead of several, an object that is no image, or a call in
                 a process that was forked after the extractor was made.
         """
-        is_one = isinstance(images, (str, bytes, os.PathLike, Image.Image)) or (
-            isinstance(images, np.ndarray) and images.ndim < 4
-        )
-        if is_one or not isinstance(images, Iterable):
-            raise UsageError(
-                f"images: got a single {type(images).__name__}, expected a list of images; try "
-                "[image]"
-            )
+        _check_several(images)
         if os.getpid() != self._process:
             # torch's threads do not survive a fork, and waiting for them would never end.
             raise UsageError("this Extractor belongs to another process; make one after the fork")
@@ -190,14 +190,64 @@ class Extractor:
         return np.concatenate(rows)
 
 
-def _check_image(image: AnyImage, index: int) -> ImageSource:
-    if isinstance(image, bytes):
-        return EncodedImage(image)
+def _check_model(model: object) -> None:
+    """Check that a value is a name or a loaded model.
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if not isinstance(model, (str, Backbone)):
+        raise UsageError(
+            f"model: got {type(model).__name__}, expected a name or a Backbone; try "
+            "Backbone.from_module for a network"
+        )
+
+
+def _check_several(images: object) -> None:
+    """Check that a value holds several images in an order of their own.
+
+    Raises:
+        UsageError: A single image, or a collection that is no list of images.
+    """
+    advice = ""
+    if isinstance(images, Mapping):
+        advice = "list(images.values())"
+    elif isinstance(images, torch.Tensor):
+        advice = "[images.permute(1, 2, 0).numpy()] for uint8 (3, H, W) on the CPU"
+        if images.ndim > 3:
+            advice = "list(images.permute(0, 2, 3, 1).numpy()) for uint8 (N, 3, H, W) on the CPU"
+    elif isinstance(images, (set, frozenset)):
+        advice = "sorted(images), since a set has no order"
+    elif hasattr(images, "read"):
+        advice = "[images.read()]"
+    elif isinstance(images, _SINGLE) or _is_one_array(images) or not isinstance(images, Iterable):
+        advice = "[image]"
+    if advice:
+        count = "a single " if advice == "[image]" else ""
+        raise UsageError(
+            f"images: got {count}{type(images).__name__}, expected a list of images; try {advice}"
+        )
+
+
+def _is_one_array(images: object) -> bool:
+    """Return whether an array of any library has too few axes for several images.
+
+    One axis of strings or objects may be a list of paths.
+    """
+    axes = getattr(images, "ndim", None)
+    kind = getattr(getattr(images, "dtype", None), "kind", "")
+    return isinstance(axes, int) and axes < 4 and (axes != 1 or kind not in "OSU")
+
+
+def _check_image(image: object, index: int) -> ImageSource:
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return EncodedImage(bytes(image))
     if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
         return image
+    advice = "; try image.permute(1, 2, 0).numpy()" if isinstance(image, torch.Tensor) else ""
     raise UsageError(
         f"image {index}: got {type(image).__name__}, expected a path, bytes, a PIL image or a "
-        "uint8 array"
+        f"uint8 array{advice}"
     )
 
 

@@ -555,7 +555,8 @@ class Options:
 
     def _check_layers(self) -> None:
         for name, modules in (("layers", self.layers), ("bypass", self.bypass)):
-            if isinstance(modules, str) or not all(isinstance(m, str) and m for m in modules):
+            is_list = isinstance(modules, Sequence) and not isinstance(modules, str)
+            if not is_list or not all(isinstance(each, str) and each for each in modules):
                 raise UsageError(f"{name}: got {modules!r}, expected a list of module names")
         kind = parse_pooling(self.pool).kind
         if not self.layers and self.pool != "avg":

@@ -261,11 +261,28 @@ def test_default_folder_is_named_after_model(
         ({"model": ""}, "or an empty name"),
         ({"out": ""}, "got an empty name"),
         ({"weights": ""}, "weights: got an empty name"),
+        ({"out": 5}, "out: got 5, expected a path"),
+        ({"out": b"out"}, "out: got b'out', expected a path"),
+        ({"model": 5}, "model: got int, expected a name or a Backbone"),
+        ({"model": [5]}, "model: got int, expected a name or a Backbone"),
+        ({"model": torch.nn.Sequential()}, "model: got Sequential, .*from_module"),
+        ({"layers": 5}, "layers: got 5, expected a list of module names"),
+        ({"layers": {"layer1"}}, "layers: got {'layer1'}, expected a list of module names"),
+        ({"bypass": 5}, "bypass: got 5, expected a list of module names"),
+        ({"profile": 5}, "profile: got 5, expected a string"),
+        ({"progress": 5}, "progress: got 5, expected a function or None"),
+        ({"stop": True}, "stop: got True, expected a function or None"),
     ],
 )
 def test_options_out_of_range_are_errors(options: dict[str, object], match: str) -> None:
     with pytest.raises(UsageError, match=match):
         extract("nowhere", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("images", [5, [5], [None], np.zeros((3, 3))], ids=str)
+def test_inputs_that_are_no_paths_are_refused(images: object) -> None:
+    with pytest.raises(SourceError, match=r"got (int|NoneType|ndarray), expected a folder"):
+        extract(images)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("mean_model")
@@ -350,16 +367,50 @@ def test_undecodable_image_in_memory_is_named_by_index(squeezenet: Extractor) ->
 
 
 SINGLE = [
-    *(5, "a.jpg", b"bytes", Path("a.jpg"), Image.new("RGB", (2, 2))),
+    *(5, None, "a.jpg", b"bytes", bytearray(b"bytes"), memoryview(b"bytes"), Path("a.jpg")),
+    Image.new("RGB", (2, 2)),
     np.zeros((9, 9, 3), np.uint8),
+    np.zeros((9, 9, 4), np.uint8),
     np.zeros((9, 9), np.uint8),
+    np.zeros(9, np.uint8),
 ]
+NOT_A_LIST = {
+    "a file": (io.BytesIO(b"bytes"), r"got BytesIO.*\[images\.read\(\)\]"),
+    "a mapping": ({"a": b"bytes"}, r"got dict.*list\(images\.values\(\)\)"),
+    "a set": ({"a.jpg"}, r"got set.*sorted\(images\), since a set has no order"),
+    "a batch of pixels": (torch.zeros(2, 3, 4, 4), r"got Tensor.*permute\(0, 2, 3, 1\)"),
+    "pixels": (torch.zeros(3, 4, 4), r"got Tensor.*\[images\.permute\(1, 2, 0\)"),
+}
 
 
 @pytest.mark.parametrize("image", SINGLE, ids=lambda image: type(image).__name__)
 def test_single_image_is_refused(squeezenet: Extractor, image: object) -> None:
     with pytest.raises(UsageError, match=r"expected a list of images; try \[image\]"):
         squeezenet(image)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("images", "match"), NOT_A_LIST.values(), ids=NOT_A_LIST)
+def test_collection_that_is_no_list_is_refused_with_advice(
+    squeezenet: Extractor, images: object, match: str
+) -> None:
+    with pytest.raises(UsageError, match=match):
+        squeezenet(images)  # type: ignore[arg-type]
+
+
+def test_any_iterable_of_images_is_embedded(squeezenet: Extractor, tmp_path: Path) -> None:
+    image = noise(3, 40, 50)
+    image.save(tmp_path / "a.png")
+    path = str(tmp_path / "a.png")
+    expected = squeezenet([image])
+    contents = (kind(encoded(image)) for kind in (bytes, bytearray, memoryview))
+    for images in (contents, np.array([path] * 2), np.array([path], object), {path: 1}.keys()):
+        rows = squeezenet(images)
+        np.testing.assert_allclose(rows, expected[[0] * len(rows)], rtol=1e-4, atol=1e-6)
+
+
+def test_tensor_in_a_list_is_refused_with_advice(squeezenet: Extractor) -> None:
+    with pytest.raises(UsageError, match=r"image 0: got Tensor.*try image\.permute\(1, 2, 0\)"):
+        squeezenet([torch.zeros(3, 4, 4)])  # type: ignore[list-item]
 
 
 def test_batch_of_images_in_one_array_is_embedded(squeezenet: Extractor) -> None:

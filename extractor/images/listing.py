@@ -96,6 +96,8 @@ def _sort_inputs(inputs: Iterable[Input]) -> tuple[list[bytes], list[bytes]]:
     folders: list[bytes] = []
     files: list[bytes] = []
     for item in inputs:
+        if not isinstance(item, (str, bytes, os.PathLike)):
+            raise SourceError(f"got {type(item).__name__}, expected a folder, an image or several")
         if not os.fsencode(item):
             raise SourceError("got an empty path, expected a folder or an image")
         path = _absolute(os.fsencode(item))

@@ -34,9 +34,11 @@ def check_output_name(out: str | os.PathLike[str] | None) -> str | None:
     """Return the output folder as a string.
 
     Raises:
-        UsageError: The name is empty.
+        UsageError: The name is empty, or of another type.
     """
-    name = None if out is None else os.fspath(out)
+    name = os.fspath(out) if isinstance(out, os.PathLike) else out
+    if name is not None and not isinstance(name, str):
+        raise UsageError(f"out: got {out!r}, expected a path as a string or pathlib.Path")
     if name == "":
         raise UsageError("out: got an empty name, expected a folder for the store")
     return name
