@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import codecs
+import errno
 import itertools
 import logging
 import os
-import stat
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import IO, TypeAlias
+from typing import IO, NamedTuple, TypeAlias
 
 from extractor.errors import SourceError
 from extractor.images.formats import looks_like_image, readable_suffixes
 from extractor.text import plural
 
-__all__ = ["ImageList", "Input", "display_path", "list_images", "read_list"]
+__all__ = ["ImageList", "Input", "UnlistedFolder", "display_path", "list_images", "read_list"]
 
 log = logging.getLogger(__name__)
 
 Input: TypeAlias = "str | bytes | os.PathLike[str]"
+
+
+# Errors of a path that leads nowhere. After any other error, nobody knows what is there.
+_ABSENT = (FileNotFoundError, NotADirectoryError)
+
+
+class UnlistedFolder(NamedTuple):
+    """A folder that could not be listed, or not to its end: its images are unknown.
+
+    Attributes:
+        path: Path relative to the root of the list; empty for the root.
+        reason: Why it could not be listed.
+    """
+
+    path: bytes
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -30,11 +46,13 @@ class ImageList:
         root: Absolute folder that the paths are relative to, as bytes.
         paths: Relative paths with ``/``, in ascending order of their bytes, without duplicates.
         passed_over: Number of files in the walked folders that are not images.
+        unlisted: Folders that could not be listed, sorted by path.
     """
 
     root: bytes
     paths: Sequence[bytes] = field(repr=False)
     passed_over: int = 0
+    unlisted: tuple[UnlistedFolder, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the root and the order."""
@@ -57,7 +75,8 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
 
     A file in a folder is an image if its suffix belongs to an image format, or else if its content
     does. Hidden files and folders are skipped. Links are followed, except back to a folder above.
-    A file given as an input always counts.
+    A file given as an input always counts. A folder that cannot be listed is in
+    :attr:`ImageList.unlisted`, and counts as an image that cannot be read.
 
     The root is the given folder, or the parent of a single file. For several inputs it is the
     deepest folder that contains them all.
@@ -75,8 +94,8 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     inputs = list(inputs)
     if not inputs:
         raise SourceError("no input: expected a folder of images, an image or a list of them")
-    folders, files = _sort_inputs(inputs)
-    root = os.path.commonpath([*folders, *map(os.path.dirname, files)])
+    folders, files, unseen = _sort_inputs(inputs)
+    root = os.path.commonpath([*folders, *unseen, *map(os.path.dirname, files)])
     found = [_relative(path, root) for path in files]
     walk = _Walk()
     for folder in dict.fromkeys(folders):
@@ -84,17 +103,26 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
             continue
         prefix = b"" if folder == root else _relative(folder, root) + b"/"
         found.extend(prefix + path for path in walk.images(folder))
+    unlisted = {path: str(error.strerror) for path, error in {**unseen, **walk.unlisted}.items()}
     if not found:
+        for folder, reason in unlisted.items():
+            raise SourceError(f"cannot list {display_path(folder)}: {reason}")
         others = plural(walk.passed_over, "other file")
         skipped = f" (skipped {others})" if walk.passed_over else ""
         raise SourceError(f"no images in {', '.join(map(display_path, folders))}{skipped}")
-    return ImageList(root, _sorted_once(found), walk.passed_over)
+    below = sorted(UnlistedFolder(_relative(path, root), unlisted[path]) for path in unlisted)
+    # Reading such a folder as an image fails, so it is reported like every unreadable file.
+    found.extend(folder.path for folder in below if folder.path)
+    return ImageList(root, _sorted_once(found), walk.passed_over, tuple(below))
 
 
-def _sort_inputs(inputs: Iterable[Input]) -> tuple[list[bytes], list[bytes]]:
-    """Return the absolute paths of the folders and of the files among the inputs."""
+def _sort_inputs(
+    inputs: Sequence[Input],
+) -> tuple[list[bytes], list[bytes], dict[bytes, OSError]]:
+    """Return the absolute paths of the folders, of the files, and of inputs that cannot be seen."""
     folders: list[bytes] = []
     files: list[bytes] = []
+    unseen: dict[bytes, OSError] = {}
     for item in inputs:
         if not isinstance(item, (str, bytes, os.PathLike)):
             raise SourceError(f"got {type(item).__name__}, expected a folder, an image or several")
@@ -104,11 +132,14 @@ def _sort_inputs(inputs: Iterable[Input]) -> tuple[list[bytes], list[bytes]]:
         try:
             os.stat(path)
         except OSError as error:
+            if len(inputs) > 1 and not isinstance(error, _ABSENT):
+                unseen[path] = error
+                continue
             raise SourceError(
                 f"cannot read {display_path(path)}: {error.strerror}; expected a folder or an image"
             ) from error
         (folders if os.path.isdir(path) else files).append(path)
-    return folders, files
+    return folders, files, unseen
 
 
 def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
@@ -165,69 +196,79 @@ def _sorted_once(paths: list[bytes]) -> list[bytes]:
 
 
 class _Walk:
-    """Walks folders, and counts the files that are not images."""
+    """Walks folders, and counts the files that are not images.
+
+    Attributes:
+        passed_over: Number of files that are not images.
+        unlisted: Absolute paths of folders that could not be listed, with the error.
+    """
 
     def __init__(self) -> None:
         self.passed_over = 0
+        self.unlisted: dict[bytes, OSError] = {}
         self._suffixes = {os.fsencode(suffix) for suffix in readable_suffixes()}
 
     def images(self, folder: bytes) -> Iterator[bytes]:
-        """Yield the paths of the images below ``folder``, relative to it, in arbitrary order.
-
-        A subfolder that cannot be listed is yielded as a path. Reading it as an image will fail, so
-        it is reported like every unreadable file.
-        """
-        status = os.stat(folder)
+        """Yield the paths of the images below ``folder``, relative to it, in arbitrary order."""
+        try:
+            status = os.stat(folder)
+        except OSError as error:
+            self.unlisted[folder] = error
+            return
         # Folders still to walk: the path below the start, and the identities of the folders above.
         waiting = [(b"", frozenset({(status.st_dev, status.st_ino)}))]
         while waiting:
             below, above = waiting.pop()
+            path = os.path.join(folder, below) if below else folder
             try:
-                entries = os.scandir(os.path.join(folder, below) if below else folder)
-            except OSError as error:
-                if not below:
-                    raise SourceError(
-                        f"cannot list {display_path(folder)}: {error.strerror}"
-                    ) from error
-                yield below.rstrip(b"/")
-                continue
-            with entries:
-                for entry in entries:
-                    if entry.name.startswith(b"."):
-                        continue
-                    path = below + entry.name
-                    kind = _kind(entry)
-                    if kind is stat.S_IFDIR:
-                        try:
-                            status = entry.stat()
-                        except OSError:  # the path is too long, or the disk fails
-                            yield path
+                with os.scandir(path) as entries:
+                    for entry in entries:  # may fail at any entry
+                        if entry.name.startswith(b"."):
                             continue
-                        identity = (status.st_dev, status.st_ino)
-                        if identity in above:
+                        identity = self._identity(entry)
+                        if identity is None:
+                            if self._counts(entry):
+                                yield below + entry.name
+                        elif identity in above:
                             log.info(
                                 "%s links to a folder above it; not followed",
                                 display_path(entry.path),
                             )
                         else:
-                            waiting.append((path + b"/", above | {identity}))
-                    elif self._counts(entry, kind):
-                        yield path
-                    else:
-                        self.passed_over += 1
+                            waiting.append((below + entry.name + b"/", above | {identity}))
+            except OSError as error:
+                self.unlisted[path.rstrip(b"/") or path] = error
 
-    def _counts(self, entry: os.DirEntry[bytes], kind: int | None) -> bool:
-        if os.path.splitext(entry.name)[1].lower() in self._suffixes:
+    def _identity(self, entry: os.DirEntry[bytes]) -> tuple[int, int] | None:
+        """Return what identifies a folder; None if the entry is none, or cannot be seen."""
+        is_folder = False
+        try:
+            is_folder = entry.is_dir()
+            if not is_folder:
+                return None
+            status = entry.stat()
+        except OSError as error:  # no permission, too long a path, or the disk fails
+            # A link to itself leads nowhere. With the suffix of an image, it was meant to be one.
+            if is_folder or not (error.errno == errno.ELOOP or self._has_suffix(entry)):
+                self.unlisted[entry.path] = error
+            return None
+        return status.st_dev, status.st_ino
+
+    def _counts(self, entry: os.DirEntry[bytes]) -> bool:
+        """Return whether an entry that is no folder is an image; count it if not."""
+        if entry.path in self.unlisted:
+            return False
+        try:
+            is_file = entry.is_file()
+        except OSError:
+            is_file = self._has_suffix(entry)
+        if self._has_suffix(entry):
             # A dangling link with the suffix of an image was meant to be one.
-            return kind is stat.S_IFREG or entry.is_symlink()
-        return kind is stat.S_IFREG and looks_like_image(entry.path)
+            counts = is_file or entry.is_symlink()
+        else:
+            counts = is_file and looks_like_image(entry.path)
+        self.passed_over += not counts
+        return counts
 
-
-def _kind(entry: os.DirEntry[bytes]) -> int | None:
-    """Return ``S_IFDIR``, ``S_IFREG``, or None for anything else. Links are followed."""
-    try:
-        if entry.is_dir():
-            return stat.S_IFDIR
-        return stat.S_IFREG if entry.is_file() else None
-    except OSError:  # a link to itself, or into a folder without permission
-        return None
+    def _has_suffix(self, entry: os.DirEntry[bytes]) -> bool:
+        return os.path.splitext(entry.name)[1].lower() in self._suffixes

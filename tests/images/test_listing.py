@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -156,9 +159,67 @@ class TestFolder:
             return scandir(path)
 
         monkeypatch.setattr(os, "scandir", failing)
-        assert listed(tmp_path) == [b"a.jpg", b"broken", b"c/d.jpg"]
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg", b"broken", b"c/d.jpg"]
+        assert images.unlisted == ((b"broken", "Input/output error"),)
         with pytest.raises(SourceError, match=r"cannot list .*broken: Input/output error"):
             list_images(tmp_path / "broken")
+        # Of several inputs, the others are listed.
+        images = list_images([tmp_path / "c", tmp_path / "broken"])
+        assert list(images.paths) == [b"broken", b"c/d.jpg"]
+        assert images.unlisted == ((b"broken", "Input/output error"),)
+
+    def test_input_that_cannot_be_seen_is_unlisted_beside_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(tmp_path, "a/1.jpg", "b/2.jpg")
+        status_of = os.stat
+
+        def failing(path: bytes, **arguments: bool) -> os.stat_result:
+            if os.fsencode(path).endswith(b"/b"):
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return status_of(path, **arguments)
+
+        monkeypatch.setattr(os, "stat", failing)
+        images = list_images([tmp_path / "a", tmp_path / "b"])
+        assert list(images.paths) == [b"a/1.jpg", b"b"]
+        assert images.unlisted == ((b"b", "Stale file handle"),)
+        with pytest.raises(SourceError, match=r"cannot read .*b: Stale file handle"):
+            list_images(tmp_path / "b")
+        with pytest.raises(SourceError, match=r"cannot read .*c: No such file"):
+            list_images([tmp_path / "a", tmp_path / "c"])
+
+    @pytest.mark.parametrize("broken", ["", "b"])
+    def test_folder_that_breaks_off_is_unlisted_and_keeps_what_was_seen(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+    ) -> None:
+        add(tmp_path, "a.jpg", "b/c.jpg", "b/d.jpg")
+        folder = os.fsencode(tmp_path / broken)
+        scandir = os.scandir
+
+        class BreaksOff:
+            def __init__(self, path: bytes) -> None:
+                with scandir(path) as entries:
+                    self._entries = sorted(entries, key=lambda entry: entry.name)[:1]
+
+            def __enter__(self) -> BreaksOff:
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                pass
+
+            def __iter__(self) -> Iterator[os.DirEntry[bytes]]:
+                yield from self._entries
+                raise OSError(errno.EIO, "Input/output error")
+
+        def failing(path: bytes) -> object:
+            return BreaksOff(path) if path.rstrip(b"/") == folder else scandir(path)
+
+        monkeypatch.setattr(os, "scandir", failing)
+        images = list_images(tmp_path)
+        seen = [b"a.jpg", b"b", b"b/c.jpg"] if broken else [b"a.jpg"]
+        assert list(images.paths) == seen
+        assert images.unlisted == ((broken.encode(), "Input/output error"),)
 
 
 class TestLinks:
@@ -194,6 +255,40 @@ class TestLinks:
         (tmp_path / "photos/cat.jpg").symlink_to(tmp_path / "data/0017")
         (tmp_path / "photos/dog").symlink_to(tmp_path / "data/0017")
         assert listed(tmp_path / "photos") == [b"cat.jpg", b"dog"]
+
+    def test_link_whose_target_cannot_be_seen_is_unlisted(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(tmp_path, "a.jpg", "there/b.jpg")
+        (tmp_path / "nas").symlink_to("there")
+        (tmp_path / "loop").symlink_to("loop")
+
+        def is_dir(entry: os.DirEntry[bytes]) -> bool:
+            if entry.name == b"nas":
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return entry.is_dir()
+
+        class Entry:
+            def __init__(self, entry: os.DirEntry[bytes]) -> None:
+                self._entry = entry
+
+            def __getattr__(self, name: str) -> object:
+                if name == "is_dir":
+                    return lambda: is_dir(self._entry)
+                return getattr(self._entry, name)
+
+        scandir = os.scandir
+
+        @contextlib.contextmanager
+        def failing(path: bytes) -> Iterator[list[Entry]]:
+            with scandir(path) as entries:
+                yield [Entry(entry) for entry in entries]
+
+        monkeypatch.setattr(os, "scandir", failing)
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg", b"nas", b"there/b.jpg"]
+        assert images.unlisted == ((b"nas", "Stale file handle"),)
+        assert images.passed_over == 1
 
     def test_links_to_themselves_with_an_image_suffix_are_listed(self, tmp_path: Path) -> None:
         (tmp_path / "a.jpg").symlink_to("a.jpg")
