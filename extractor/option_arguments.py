@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from extractor.options import Check, Compile, Decode, Dtype, Fuse, Precision
-from extractor.preprocess import Fit, Interpolation
+from extractor.preprocess import Fit, GrayBits, Interpolation
 
 __all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments"]
 
@@ -30,6 +30,7 @@ class BackboneArguments(TypedDict, total=False):
     interpolation: Interpolation | None
     mean: tuple[float, float, float] | None
     std: tuple[float, float, float] | None
+    gray_bits: GrayBits | None
     device: str
     precision: Precision
 

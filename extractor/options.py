@@ -17,7 +17,15 @@ from typing import Any, Literal, get_args
 
 from extractor.errors import UsageError
 from extractor.flags import SCOPES, Flag, Option, Scope, option, options_in
-from extractor.preprocess import MAX_CROP_PCT, Fit, Interpolation, PixelChanges
+from extractor.preprocess import (
+    MAX_CROP_PCT,
+    Fit,
+    GrayBits,
+    Interpolation,
+    PixelChanges,
+    check_gray_bits,
+    parse_gray_bits,
+)
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -309,6 +317,20 @@ class Options:
             scope="backbone",
         ),
     )
+    gray_bits: GrayBits | None = option(
+        None,
+        Flag(
+            "--gray-bits",
+            "bits used by 16-bit grayscale images, from 8 to 16; minmax stretches each image from "
+            "black to white",
+            PIXELS,
+            metavar="N",
+            advanced=True,
+            parse=parse_gray_bits,
+            unset="16, the full range",
+            scope="backbone",
+        ),
+    )
     device: str = option(
         "auto",
         Flag(
@@ -576,6 +598,8 @@ class Options:
         if size is not None:
             is_pair = isinstance(self.image_size, (tuple, list))
             object.__setattr__(self, "image_size", size if is_pair else size[0])
+        if self.gray_bits is not None:
+            object.__setattr__(self, "gray_bits", check_gray_bits(self.gray_bits))
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is None:
                 continue
@@ -611,6 +635,7 @@ class Options:
             self.mean and (self.mean[0], self.mean[1], self.mean[2]),
             self.std and (self.std[0], self.std[1], self.std[2]),
             self.resize,
+            self.gray_bits,
         )
 
     @property

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from numbers import Integral
 from typing import Any, Literal, NamedTuple, get_args
 
 from extractor.errors import UsageError
 
-__all__ = ["Geometry", "PixelChanges", "Preprocess"]
+__all__ = [
+    "GRAY_BITS",
+    "Geometry",
+    "GrayBits",
+    "PixelChanges",
+    "Preprocess",
+    "check_gray_bits",
+    "parse_gray_bits",
+]
 
 RESIZE_MODES = ("shortest", "cover", "contain", "squash")
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
@@ -18,6 +28,11 @@ INTERPOLATIONS: tuple[Interpolation, ...] = get_args(Interpolation)
 # Choices of users: the words of timm's `crop_mode`, except that timm's "center" is "crop".
 Fit = Literal["crop", "pad", "squash"]
 FITS: tuple[Fit, ...] = get_args(Fit)
+
+# Bits of gray values that take more than a byte, or "minmax" for the range of each image.
+GrayBits = int | Literal["minmax"]
+GRAY_BITS: GrayBits = 16
+GRAY_BITS_RANGE = range(8, 17)
 
 # Default fraction of the resized image that the center crop keeps, along each edge.
 CROP_PCT = 0.875
@@ -39,6 +54,7 @@ class PixelChanges:
         std: Standard deviation of each RGB channel, for pixels scaled to 0..1.
         fit: ``crop`` cuts off the longer edge, ``pad`` pads the shorter edge with the mean color,
             ``squash`` ignores the aspect ratio.
+        gray_bits: As in :class:`Preprocess`.
     """
 
     image_size: tuple[int, int] | None = None
@@ -47,6 +63,7 @@ class PixelChanges:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     fit: str | None = None
+    gray_bits: GrayBits | None = None
 
     def __bool__(self) -> bool:
         """Return whether anything changes."""
@@ -89,6 +106,8 @@ class Preprocess:
         mean: Mean of each RGB channel, for pixels scaled to 0..1.
         std: Standard deviation of each RGB channel, for pixels scaled to 0..1.
         fill: RGB color of the padding, 0..255.
+        gray_bits: Number of bits that gray values of more than 8 bits take up, from 8 to 16.
+            ``minmax`` stretches them from the smallest to the largest value of each image.
 
     Raises:
         UsageError: A value is out of range.
@@ -101,6 +120,7 @@ class Preprocess:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     fill: tuple[int, int, int] = (0, 0, 0)
+    gray_bits: GrayBits = GRAY_BITS
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -120,6 +140,7 @@ class Preprocess:
                 raise UsageError(f"{name}: got {values!r}, expected three numbers (R, G, B)")
         if min(self.std) <= 0:
             raise UsageError(f"std: got {self.std}, expected positive numbers")
+        object.__setattr__(self, "gray_bits", check_gray_bits(self.gray_bits))
 
     @classmethod
     def standard(
@@ -185,12 +206,13 @@ class Preprocess:
             interpolation=changes.interpolation or self.interpolation,
             mean=changes.mean or self.mean,
             std=changes.std or self.std,
+            gray_bits=changes.gray_bits or self.gray_bits,
         )
         own_fit = {"squash": "squash", "contain": "pad"}.get(self.resize, "crop")
         refit = changes.image_size or changes.crop_pct or changes.fit
         if not refit and not (changes.mean and own_fit == "pad"):
             return recolored
-        return Preprocess.standard(
+        refitted = Preprocess.standard(
             changes.image_size or self.input_size,
             crop_pct=changes.crop_pct
             or crop_pct
@@ -200,11 +222,13 @@ class Preprocess:
             mean=recolored.mean,
             std=recolored.std,
         )
+        return replace(refitted, gray_bits=recolored.gray_bits)
 
     @property
     def picture_key(self) -> tuple[object, ...]:
         """Values that the uint8 picture depends on. Models with equal keys share their pictures."""
-        return self.input_size, self.resize, self.resize_size, self.interpolation, self.fill
+        sizes = self.input_size, self.resize_size
+        return *sizes, self.resize, self.interpolation, self.fill, self.gray_bits
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) of an image after the resize, before the crop."""
@@ -241,8 +265,43 @@ class Preprocess:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the values as JSON types, for the manifest."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        """Return the values as JSON types, for the manifest.
+
+        Leaves out ``gray_bits`` where it is the default. Stores made before this option lack it.
+        """
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        if self.gray_bits == GRAY_BITS:
+            del values["gray_bits"]
+        return values
+
+
+_EXPECTED_GRAY_BITS = "expected 8 to 16, or minmax"
+
+
+def parse_gray_bits(text: str) -> GrayBits:
+    """Return the bits of gray values, written as a number or as ``minmax``.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    bits = int(text) if re.fullmatch(r"\d{1,2}", text, re.ASCII) else text
+    try:
+        return check_gray_bits(bits)
+    except UsageError:
+        raise ValueError(f"got {text!r}, {_EXPECTED_GRAY_BITS}") from None
+
+
+def check_gray_bits(value: object) -> GrayBits:
+    """Return the bits of gray values.
+
+    Raises:
+        UsageError: The value is neither a number of bits nor ``minmax``.
+    """
+    if isinstance(value, str) and value == "minmax":
+        return "minmax"
+    if isinstance(value, Integral) and int(value) in GRAY_BITS_RANGE:
+        return int(value)
+    raise UsageError(f"gray bits: got {value!r}, {_EXPECTED_GRAY_BITS}")
 
 
 def _is_size(value: object) -> bool:

@@ -69,7 +69,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 from extractor.options import {imports}
-from extractor.preprocess import Fit, Interpolation
+from extractor.preprocess import Fit, GrayBits, Interpolation
 
 __all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments"]
 

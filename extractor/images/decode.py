@@ -31,7 +31,7 @@ from extractor.images.types import (
     StoredLayout,
 )
 from extractor.options import DECODE, MAX_PIXELS
-from extractor.preprocess import Preprocess
+from extractor.preprocess import GrayBits, Preprocess
 from extractor.system.hashing import hash_file
 
 __all__ = ["decode_into"]
@@ -155,9 +155,12 @@ class _Decoder:
             else:
                 image.load()  # some formats turn the image, or find its orientation, only here
                 layout = StoredLayout(*image.size, read_orientation(image))
-            rgb = to_rgb(image)
+            rgb: dict[GrayBits, Image.Image] = {}
             for preprocess, out in zip(self.preprocesses, self.outs, strict=True):
-                render(rgb, preprocess, out, layout, reduced_by)
+                bits = preprocess.gray_bits
+                if bits not in rgb:
+                    rgb[bits] = to_rgb(image, bits)
+                render(rgb[bits], preprocess, out, layout, reduced_by)
         return layout.upright
 
 

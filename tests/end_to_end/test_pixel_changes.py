@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from torch import nn
 from extractor import Backbone, Extractor, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.cli.parser import parse
-from extractor.errors import ModelError, UsageError
+from extractor.errors import ModelError, StoreError, UsageError
 from extractor.images import decode
 from extractor.options import Options
 from extractor.preprocess import PixelChanges, Preprocess
+from extractor.run.recompute import recompute
 
 VIT = "vit_tiny_patch16_224"
 NETWORKS = ["resnet18", "torchvision:squeezenet1_1", "own"]
@@ -295,6 +297,10 @@ def test_unsupported_image_size_fails_before_reading_images(
         ({"std": (0.5, 0.5, 0.0)}, "std: got .*, expected three positive numbers"),
         ({"std": (0.5, 0.5, -1.0)}, "std: got .*, expected three positive numbers"),
         ({"std": (0.5, math.inf, 0.5)}, "std: got .*, expected three positive numbers"),
+        ({"gray_bits": 7}, "gray bits: got 7, expected 8 to 16, or minmax"),
+        ({"gray_bits": 17}, "gray bits: got 17, expected"),
+        ({"gray_bits": True}, "gray bits: got True, expected"),
+        ({"gray_bits": "12"}, "gray bits: got '12', expected"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -334,6 +340,62 @@ def test_manifest_holds_the_changed_transform(folder: Path, tmp_path: Path) -> N
     }
 
 
+class TestGrayBits:
+    """Values of 10 or 12 bits in files of 16 bits, from the file to the store and back."""
+
+    OPTIONS: dict[str, Any] = {  # noqa: RUF012 (never changed)
+        "model": "torchvision:squeezenet1_1",
+        "weights": "random",
+        "device": "cpu",
+        "precision": "float32",
+        "image_size": 48,
+    }
+
+    @pytest.fixture
+    def scans(self, tmp_path: Path) -> Path:
+        levels = np.random.default_rng(5).integers(0, 256, (60, 80)).astype(np.uint16)
+        folder = tmp_path / "scans"
+        folder.mkdir()
+        Image.fromarray(levels * 16 + levels // 16).save(folder / "low.png")
+        Image.fromarray(levels * 257).save(folder / "full.png")
+        return folder
+
+    def test_low_values_get_the_row_of_the_full_range(self, scans: Path, tmp_path: Path) -> None:
+        full = extract(scans / "full.png", out=tmp_path / "full", **self.OPTIONS).store
+        low = extract(scans / "low.png", out=tmp_path / "low", **self.OPTIONS, gray_bits=12).store
+        assert np.array_equal(low.features[:], full.features[:])
+        assert low.manifest.description.preprocess["gray_bits"] == 12
+        assert "gray_bits" not in full.manifest.description.preprocess
+
+    @pytest.mark.parametrize("bits", [12, "minmax"])
+    def test_computing_rows_again_repeats_the_option(
+        self, scans: Path, tmp_path: Path, bits: Any
+    ) -> None:
+        store = extract(scans, out=tmp_path / "out", **self.OPTIONS, gray_bits=bits).store
+        assert list(recompute(store, 2, device="cpu")) == []
+
+    def test_store_keeps_its_gray_bits(self, scans: Path, tmp_path: Path) -> None:
+        extract(scans, out=tmp_path / "out", **self.OPTIONS)
+        same = extract(scans, out=tmp_path / "out", **self.OPTIONS, gray_bits=16)
+        assert same.resumed == 2
+        with pytest.raises(StoreError, match="gray_bits"):
+            extract(scans, out=tmp_path / "out", **self.OPTIONS, gray_bits=12)
+
+    def test_extractor_takes_images_of_16_bits(self, scans: Path) -> None:
+        options = {key: value for key, value in self.OPTIONS.items() if key != "model"}
+        low = Extractor(self.OPTIONS["model"], **options, gray_bits=12)
+        full = Extractor(self.OPTIONS["model"], **options)
+        with Image.open(scans / "low.png") as image:
+            ours = low([image])
+        assert np.array_equal(ours, full([scans / "full.png"]))
+
+    def test_changes_of_size_keep_the_gray_bits(self) -> None:
+        changed = Preprocess.standard(32).changed(PixelChanges(gray_bits=12))
+        assert changed == replace(Preprocess.standard(32), gray_bits=12)
+        assert changed.changed(PixelChanges(image_size=(8, 8))).gray_bits == 12
+        assert changed.picture_key != Preprocess.standard(32).picture_key
+
+
 # ---------------------------------------------------------------------------------------------
 # The command
 
@@ -349,6 +411,8 @@ def test_manifest_holds_the_changed_transform(folder: Path, tmp_path: Path) -> N
         (["--resize", "pad"], "resize", "pad"),
         (["--mean", "0.5,0.25,0"], "mean", (0.5, 0.25, 0.0)),
         (["--std", "1,0.5,2"], "std", (1.0, 0.5, 2.0)),
+        (["--gray-bits", "12"], "gray_bits", 12),
+        (["--gray-bits", "minmax"], "gray_bits", "minmax"),
         (["--layer", "-1", "--layer", "blocks.*"], "layers", ["-1", "blocks.*"]),
         (["--layer", "-1", "--pool", "gem:4"], "pool", "gem:4"),
         (["--bypass", "layer1.0", "--bypass", "-2"], "bypass", ["layer1.0", "-2"]),
@@ -374,6 +438,8 @@ def test_arguments_become_options(words: list[str], field: str, value: object) -
         (["--mean", "a,b,c"], "got 'a,b,c'"),
         (["--mean", "nan,0,0"], "mean: got (nan, 0.0, 0.0)"),
         (["--std", "0,1,1"], "std: got (0.0, 1.0, 1.0)"),
+        (["--gray-bits", "4095"], "got '4095', expected 8 to 16, or minmax"),
+        (["--gray-bits", "auto"], "got 'auto', expected 8 to 16, or minmax"),
         (["--crop-pct", "x"], "--crop-pct"),
         (["--crop-pct", "0"], "crop pct: got 0.0"),
         (["--interpolation", "cubic"], "--interpolation"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,10 +20,12 @@ from support.images import (
     photo,
     pixels,
     png,
+    unresized,
 )
 
+from extractor.images import decode
 from extractor.images.types import EncodedImage
-from extractor.preprocess import Preprocess
+from extractor.preprocess import GrayBits, Preprocess
 
 
 class TestColors:
@@ -184,6 +188,82 @@ class TestColors:
         assert image.mode == ("F" if values.dtype.kind == "f" else "I")
         source = EncodedImage(encoded(image, kind)) if kind else image
         assert furthest(pixels(source, 256, 4), self.gray(levels)) <= 1
+
+    @pytest.mark.parametrize("bits", range(8, 17))
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF", None])
+    def test_gray_bits_equal_the_values_shifted_to_16_bits(self, bits: int, kind: str) -> None:
+        values = np.random.default_rng(bits).integers(0, 2**bits, (4, 256)).astype(np.uint16)
+        low, high = Image.fromarray(values), Image.fromarray(values << (16 - bits))
+        source = EncodedImage(encoded(low, kind)) if kind else low
+        assert np.array_equal(pixels(source, 256, 4, gray_bits=bits), pixels(high, 256, 4))
+
+    @pytest.mark.parametrize("dtype", ["<u2", ">u2", "i4", "f4"])
+    @pytest.mark.parametrize("bits", [10, 12])
+    def test_gray_bits_hold_for_every_type_of_values(self, dtype: str, bits: int) -> None:
+        # Eight bits spread over all of the range, and values beyond it.
+        levels = self.RAMP.astype(np.int64)
+        values = (levels << (bits - 8)) + (levels >> (16 - bits))
+        values[0, :3] = 2**bits, 2**15, 2**16 - 1
+        expected = self.RAMP.copy()
+        expected[0, :3] = 255
+        mode = {"<u2": "I;16", ">u2": "I;16B", "i4": "I", "f4": "F"}[dtype]
+        image = Image.frombytes(mode, (256, 4), values.astype(dtype).tobytes())
+        assert np.array_equal(pixels(image, 256, 4, gray_bits=bits), self.gray(expected))
+
+    @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+    @pytest.mark.parametrize(("factor", "lowest"), [(1, 0), (3, 1000), (257, 0)])
+    def test_minmax_stretches_each_image(self, mode: str, factor: int, lowest: int) -> None:
+        values = self.RAMP.astype(np.int64) * factor + lowest
+        dtype = {"I;16": "<u2", "I": "i4", "F": "f4"}[mode]
+        image = Image.frombytes(mode, (256, 4), values.astype(dtype).tobytes())
+        assert np.array_equal(pixels(image, 256, 4, gray_bits="minmax"), self.gray(self.RAMP))
+
+    def test_minmax_ignores_values_that_are_not_finite(self) -> None:
+        values = self.RAMP.astype(np.float32) * 3 + 1000
+        values[0, 10:13] = np.nan, np.inf, -np.inf
+        levels = self.RAMP.copy()
+        levels[0, 10:13] = 0, 255, 0
+        out = pixels(Image.fromarray(values), 256, 4, gray_bits="minmax")
+        assert np.array_equal(out, self.gray(levels))
+
+    @pytest.mark.parametrize("value", [0, 7, 65535])
+    def test_minmax_makes_a_constant_image_black(self, value: int) -> None:
+        image = Image.fromarray(np.full((4, 4), value, np.uint16))
+        assert not pixels(image, 4, 4, gray_bits="minmax").any()
+
+    @pytest.mark.parametrize("bits", [12, "minmax"])
+    def test_gray_bits_leave_8_bit_images_and_unit_floats_alone(self, bits: GrayBits) -> None:
+        dark = self.RAMP // 4
+        unit = self.RAMP.astype(np.float32) / 255
+        assert np.array_equal(
+            pixels(Image.fromarray(dark), 256, 4, gray_bits=bits), self.gray(dark)
+        )
+        assert np.array_equal(
+            pixels(Image.fromarray(self.RGB // 4), 24, 16, gray_bits=bits), self.RGB // 4
+        )
+        out = pixels(Image.fromarray(unit), 256, 4, gray_bits=bits)
+        assert furthest(out, self.gray(self.RAMP)) <= 1
+
+    def test_tiff_of_12_bits_is_scaled_from_them(self) -> None:
+        # 256 values of 12 bits, two in three bytes, in a TIFF without compression.
+        values = self.RAMP[0].astype(np.int64) * 16
+        pairs = (values[::2] << 12) + values[1::2]
+        data = b"".join(int(pair).to_bytes(3, "big") for pair in pairs)
+        fields = {256: 256, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: len(data)}
+        entries = b"".join(struct.pack("<HHII", tag, 4, 1, v) for tag, v in fields.items())
+        folder = struct.pack("<H", len(fields)) + entries + bytes(4)
+        file = b"II*\0" + struct.pack("<I", 8 + len(data)) + data + folder
+        assert np.array_equal(pixels(EncodedImage(file), 256, 1), self.gray(self.RAMP[:1]))
+        out = pixels(EncodedImage(file), 256, 1, gray_bits=13)
+        assert np.array_equal(out, self.gray(self.RAMP[:1] // 2))
+
+    def test_pictures_of_several_gray_bits_are_made_together(self) -> None:
+        image = Image.fromarray(self.RAMP.astype(np.uint16) * 16)
+        plain = unresized(256, 4)
+        wide, narrow = np.zeros((2, 4, 256, 3), np.uint8)
+        decode.decode_into(image, [plain, replace(plain, gray_bits=12)], [wide, narrow])
+        assert np.array_equal(wide, self.gray(self.RAMP // 16))
+        assert np.array_equal(narrow, self.gray(self.RAMP))
 
     def test_nan_and_infinity_are_black(self) -> None:
         values = self.RAMP.astype(np.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from extractor.errors import DecodeError
 from extractor.images import decode
 from extractor.images.types import ImageInfo, ImageSource
-from extractor.preprocess import Preprocess
+from extractor.preprocess import GRAY_BITS, GrayBits, Preprocess
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -32,10 +33,12 @@ def unresized(width: int, height: int) -> Preprocess:
     return Preprocess((height, width), "squash", (height, width), "bilinear", MEAN, STD)
 
 
-def pixels(source: ImageSource, width: int, height: int) -> Pixels:
+def pixels(
+    source: ImageSource, width: int, height: int, *, gray_bits: GrayBits = GRAY_BITS
+) -> Pixels:
     """Return the decoded image without resizing."""
     out = np.full((height, width, 3), 201, np.uint8)
-    info = decode_into(source, unresized(width, height), out)
+    info = decode_into(source, replace(unresized(width, height), gray_bits=gray_bits), out)
     assert (info.width, info.height) == (width, height)
     return out
 
