@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from extractor.models.load import load_backbone
     from extractor.options import Options
     from extractor.preprocess import Preprocess
+    from extractor.reading.reader import FeatureStore
     from extractor.report import Progress, Report, StoreReport
-    from extractor.store.reader import FeatureStore
 
 __all__ = [
     "Backbone",
@@ -79,7 +79,7 @@ _MODULES = {
     "extractor.options": ("Options",),
     "extractor.preprocess": ("Preprocess",),
     "extractor.report": ("Progress", "Report", "StoreReport"),
-    "extractor.store.reader": ("FeatureStore",),
+    "extractor.reading.reader": ("FeatureStore",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

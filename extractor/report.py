@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from extractor.errors import UsageError
-from extractor.store.reader import FeatureStore
+from extractor.reading.reader import FeatureStore
 from extractor.system.timing import Spent
 
 __all__ = ["FAILURES_SHOWN", "Progress", "Report", "StoreReport"]

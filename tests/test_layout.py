@@ -23,6 +23,8 @@ ORDER: list[set[str]] = [
     {"network.fusion"},
     {"images", "network"},
     {"report"},
+    {"upkeep"},
+    {"reading"},
     {"store"},
     {"option_arguments"},
     {"options"},
@@ -37,7 +39,9 @@ MAX_FILES = 16
 TORCH_FREE = (
     "models.naming",
     "images",
+    "reading",
     "store",
+    "upkeep",
     "options",
     "flags",
     "preprocess",

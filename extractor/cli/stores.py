@@ -13,7 +13,7 @@ from extractor.options import Options
 from extractor.text import plural
 
 if TYPE_CHECKING:
-    from extractor.store.reader import FeatureStore
+    from extractor.reading.reader import FeatureStore
 
 __all__ = ["compact", "compact_parser", "info", "info_parser", "verify", "verify_parser"]
 
@@ -34,7 +34,7 @@ def info_parser() -> argparse.ArgumentParser:
 def info(arguments: Sequence[str]) -> int:
     """Print what a store's manifest says; return the exit code."""
     parsed = info_parser().parse_args(arguments)
-    from extractor.store.reader import FeatureStore
+    from extractor.reading.reader import FeatureStore
 
     store = FeatureStore.open(parsed.store)
     if parsed.json:
@@ -126,7 +126,7 @@ def compact(arguments: Sequence[str]) -> int:
     """Rewrite a store without retired rows; return the exit code."""
     parsed = compact_parser().parse_args(arguments)
     from extractor.run.run_json import relink_run_json
-    from extractor.store.compact import compact as rewrite
+    from extractor.upkeep.compact import compact as rewrite
 
     folder = Path(parsed.store)
     before, after = rewrite(folder, lock=parsed.lock)
@@ -172,7 +172,7 @@ def verify(arguments: Sequence[str]) -> int:
     print_lines([*problems[:MAX_PROBLEMS_SHOWN], *more])
     if problems:
         return 1
-    from extractor.store.reader import FeatureStore
+    from extractor.reading.reader import FeatureStore
 
     manifest = FeatureStore.open(parsed.store).manifest
     counts = f"{plural(manifest.rows, 'row')}, {plural(manifest.failed, 'failure')}"
@@ -182,9 +182,9 @@ def verify(arguments: Sequence[str]) -> int:
 
 def _problems(folder: Path, parsed: argparse.Namespace) -> list[str]:
     """Return one sentence per problem; later checks run only if the earlier ones found none."""
-    from extractor.store.reader import FeatureStore
-    from extractor.store.verify import verify as problems_of
-    from extractor.store.verify import verify_images
+    from extractor.reading.reader import FeatureStore
+    from extractor.upkeep.verify import verify as problems_of
+    from extractor.upkeep.verify import verify_images
 
     problems = list(problems_of(folder))
     if not problems and parsed.images:

@@ -22,7 +22,7 @@ from extractor.models.naming import split_names
 from extractor.network.taps import PRE_LOGITS
 from extractor.options import Options
 from extractor.preprocess import Preprocess
-from extractor.store.reader import FeatureStore
+from extractor.reading.reader import FeatureStore
 from extractor.system.cpu import compute_threads
 
 __all__ = ["recompute"]

@@ -19,12 +19,20 @@ from extractor.store.format import (
     REPLACED,
     STAGING,
     SUSPECTS,
+    FileEntry,
     Manifest,
 )
 from extractor.store.lock import Lock
 from extractor.text import plural
 
-__all__ = ["check_output_folder", "clear_staging", "finish_publishing", "locate", "publish_staged"]
+__all__ = [
+    "check_output_folder",
+    "check_size",
+    "clear_staging",
+    "finish_publishing",
+    "locate",
+    "publish_staged",
+]
 
 NAMES_SHOWN = 5
 
@@ -178,6 +186,21 @@ def locate(out: Path, name: str) -> Path:
     """
     staged = out / STAGING / name
     return staged if _is_complete(out / STAGING) and staged.is_file() else out / name
+
+
+def check_size(folder: Path, entry: FileEntry) -> None:
+    """Check that a file of a store is there with its size.
+
+    Raises:
+        StoreError: It is missing, or has another size.
+    """
+    path = locate(folder, entry.name)
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise StoreError(f"{path} is missing from the store") from error
+    if size != entry.bytes:
+        raise StoreError(f"{path} has {size} bytes, expected {entry.bytes}")
 
 
 def clear_staging(staging: Path) -> None:

@@ -41,8 +41,7 @@ from extractor.store.format import (
 from extractor.store.index import Images, read_images
 from extractor.store.job import Job
 from extractor.store.plan import Plan, StoredImages
-from extractor.store.publish import publish_staged
-from extractor.store.reader import check_size
+from extractor.store.publish import check_size, publish_staged
 from extractor.store.shard import FinishedShard, ShardWriter, journal_name
 
 __all__ = [

@@ -18,7 +18,7 @@ from support.commands import WarmProcess, run_python
 from support.pictures import noise
 
 from extractor import FeatureStore
-from extractor.store.verify import verify
+from extractor.upkeep.verify import verify
 
 KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "3"))
 GRACE_SECONDS = 20.0  # a second on a quiet machine

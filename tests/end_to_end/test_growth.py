@@ -36,7 +36,7 @@ from extractor.options import Options
 from extractor.run import describe as describe_module
 from extractor.run.run_json import software_versions
 from extractor.store.format import STAGING, listing_digest
-from extractor.store.verify import verify
+from extractor.upkeep.verify import verify
 
 EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "15"))
 STEPS = 12

@@ -40,7 +40,7 @@ from extractor.loading.watchdog import MAX_ABANDONED
 from extractor.models import embedding
 from extractor.options import Options
 from extractor.preprocess import Preprocess
-from extractor.store.verify import verify
+from extractor.upkeep.verify import verify
 
 SIZE = (8, 6)
 PREPROCESS = Preprocess(SIZE, "squash", SIZE, "bilinear", (0, 0, 0), (1, 1, 1))

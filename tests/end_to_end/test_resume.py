@@ -25,7 +25,7 @@ from extractor.options import Options
 from extractor.store.failures import FailureRecord
 from extractor.store.index import ImageRecord
 from extractor.store.journal import BatchEntry
-from extractor.store.verify import verify
+from extractor.upkeep.verify import verify
 
 KILLS = int(os.environ.get("EXTRACTOR_TEST_KILLS", "3"))
 

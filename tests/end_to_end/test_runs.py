@@ -28,8 +28,8 @@ from extractor.options import Options
 from extractor.report import Progress
 from extractor.run.run_json import request_of
 from extractor.run.up_to_date import up_to_date_report
-from extractor.store.compact import compact
-from extractor.store.verify import verify
+from extractor.upkeep.compact import compact
+from extractor.upkeep.verify import verify
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
 from extractor.preprocess import Preprocess
-from extractor.store.array import ShardedArray
+from extractor.reading.array import ShardedArray
 
 NAMES = ["resnet18", "torchvision:squeezenet1_1"]
 RANDOM: dict[str, Any] = {"weights": "random", "device": "cpu", "image_size": 64, "batch_size": 4}

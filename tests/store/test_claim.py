@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.format import STAGING, Description
 from extractor.store.job import Job
-from extractor.store.reader import FeatureStore
 from extractor.store.writer import StoreRun, rewrite
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]

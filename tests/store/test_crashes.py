@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import STAGING, Description
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
 from extractor.store.publish import finish_publishing, publish_staged
-from extractor.store.reader import FeatureStore
 from extractor.store.writer import InterruptedRun, StoreRun, take_up
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from extractor import FeatureStore, Report, extract
-from extractor.store.compact import compact
 from extractor.store.failures import failure_lines, read_failures
 from extractor.store.format import STAGING, Manifest, with_checksum
 from extractor.store.job import Job
 from extractor.store.journal import BatchEntry
 from extractor.store.shard import FinishedShard
-from extractor.store.verify import verify, verify_images
+from extractor.upkeep.compact import compact
+from extractor.upkeep.verify import verify, verify_images
 
 GOLDEN = Path(__file__).parent / "golden"
 STORE = GOLDEN / "store"

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.lock import Lock
-from extractor.store.reader import FeatureStore
 from extractor.store.writer import StoreRun
 
 HOLD = """

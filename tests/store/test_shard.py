@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import Description
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
-from extractor.store.reader import FeatureStore
 from extractor.store.writer import StoreRun, rewrite
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]

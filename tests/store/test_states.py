@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from extractor.errors import StoreError
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.format import STAGING, Description
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
-from extractor.store.reader import FeatureStore
 from extractor.store.writer import (
     ExistingStore,
     InterruptedRun,

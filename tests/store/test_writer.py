@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from extractor.store.reader import FeatureStore
+from extractor.reading.reader import FeatureStore
 
 Tree = Callable[[Path], dict[str, "bytes | None"]]
 WriteStore = Callable[..., Path]

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extractor.store import array
-from extractor.store.array import KeptRows, ShardedArray, map_array
+from extractor.reading import array
+from extractor.reading.array import KeptRows, ShardedArray, map_array
 
 DIM = 4
 LAYOUTS = {

@@ -14,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreError
-from extractor.store.array import KeptRows, ShardedArray, map_array
+from extractor.reading.array import KeptRows, ShardedArray, map_array
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.index import read_column
-from extractor.store.publish import locate
+from extractor.store.publish import check_size, locate
 from extractor.text import plural
 
-__all__ = ["FeatureStore", "check_size"]
+__all__ = ["FeatureStore"]
 
 T = TypeVar("T")
 
@@ -232,21 +232,6 @@ def _identity(folder: Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns, status.st_size
-
-
-def check_size(folder: Path, entry: FileEntry) -> None:
-    """Check that a file of a store is there with its size.
-
-    Raises:
-        StoreError: It is missing, or has another size.
-    """
-    path = locate(folder, entry.name)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise StoreError(f"{path} is missing from the store") from error
-    if size != entry.bytes:
-        raise StoreError(f"{path} has {size} bytes, expected {entry.bytes}")
 
 
 def _map(

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from extractor.errors import StoreError
-from extractor.store.array import map_array
+from extractor.reading.array import map_array
 from extractor.store.format import (
     FAILURES,
     FEATURES,

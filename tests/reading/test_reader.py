@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from extractor.errors import StoreError
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
-from extractor.store.reader import FeatureStore
 
 WriteStore = Callable[..., Path]
 
@@ -41,7 +41,7 @@ def edit(out: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 LAZY = """
 import sys
-from extractor.store.reader import FeatureStore
+from extractor.reading.reader import FeatureStore
 
 heavy = ("torch", "torchvision", "timm", "PIL", "pyarrow", "pandas")
 

@@ -15,7 +15,7 @@ import pytest
 from extractor.cli import main as cli
 from extractor.errors import StoreError
 from extractor.store.format import with_checksum
-from extractor.store.verify import verify, verify_images
+from extractor.upkeep.verify import verify, verify_images
 
 MUTATIONS = int(os.environ.get("EXTRACTOR_TEST_MUTATIONS", "150"))
 

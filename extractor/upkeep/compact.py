@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 
 from extractor.errors import StoreError
+from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord, read_failures
 from extractor.store.format import JOB, STAGING, Manifest
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
 from extractor.store.publish import finish_publishing
-from extractor.store.reader import FeatureStore
-from extractor.store.verify import verify
 from extractor.store.writer import StoreRun, rewrite
+from extractor.upkeep.verify import verify
 
 __all__ = ["compact"]
 

@@ -1,0 +1,1 @@
+"""Read a finished store: rows as an array, the index, and what belongs to them."""
