@@ -1,0 +1,231 @@
+"""Changes between the states of a store, by the ids of its rows: ``history.jsonl``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.errors import StoreError
+
+__all__ = [
+    "Changes",
+    "HistoryEntry",
+    "history_lines",
+    "id_ranges",
+    "net_changes",
+    "parse_history",
+    "parse_id_ranges",
+    "trimmed",
+]
+
+# A store keeps its last states. A reader that missed more of them does a full sync.
+MAX_STATES = 100
+MAX_BYTES = 16 * 2**20
+
+Ids = npt.NDArray[np.int64]
+
+
+def id_ranges(ids: Iterable[int]) -> str:
+    """Return ids as text, in ascending order.
+
+    >>> id_ranges([7, 0, 1, 2])
+    '0-2,7'
+    """
+    values = _sorted_ids(ids)
+    if not len(values):
+        return ""
+    starts = np.concatenate([[True], np.diff(values) > 1])
+    firsts = values[starts].tolist()
+    lasts = values[np.concatenate([starts[1:], [True]])].tolist()
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(firsts, lasts, strict=True))
+
+
+def parse_id_ranges(text: str) -> Ids:
+    """Return the ids that :func:`id_ranges` wrote, ascending.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    pieces: list[Ids] = []
+    last = -1
+    for part in filter(None, text.split(",")):
+        first, dash, end = part.partition("-")
+        start, stop = int(first), int(end if dash else first) + 1
+        if not last < start < stop:
+            raise ValueError(f"got ids {part!r} after {last}, expected ascending ranges")
+        pieces.append(np.arange(start, stop, dtype=np.int64))
+        last = stop - 1
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+
+@dataclass(frozen=True)
+class HistoryEntry:
+    """What one publication changed.
+
+    Attributes:
+        since: Token of the state before; empty if there was none.
+        created: When the state was published, ISO 8601 in UTC.
+        added: ``(n,)`` int64, ids that count now and did not before, ascending.
+        removed: ``(n,)`` int64, ids that counted before and do not now, ascending.
+        moved: ``(n,)`` int64, ids that counted before and now, under another path now.
+        changed: ``(n, 2)`` int64, pairs of a removed id and the added id at the same path.
+    """
+
+    since: str
+    created: str
+    added: Ids
+    removed: Ids
+    moved: Ids
+    changed: Ids
+
+    @classmethod
+    def of(
+        cls,
+        since: str,
+        created: str,
+        *,
+        added: Iterable[int] = (),
+        removed: Iterable[int] = (),
+        moved: Iterable[int] = (),
+        changed: Iterable[tuple[int, int]] = (),
+    ) -> HistoryEntry:
+        """Return an entry of ids in any order."""
+        pairs = np.array(sorted(changed), np.int64).reshape(-1, 2)
+        return cls(
+            since, created, _sorted_ids(added), _sorted_ids(removed), _sorted_ids(moved), pairs
+        )
+
+    def to_line(self) -> bytes:
+        """Return one line of JSON in ASCII."""
+        content = {
+            "since": self.since,
+            "created": self.created,
+            "added": id_ranges(self.added),
+            "removed": id_ranges(self.removed),
+            "moved": id_ranges(self.moved),
+            "changed": self.changed.tolist(),
+        }
+        return json.dumps(content, ensure_ascii=True).encode() + b"\n"
+
+    @classmethod
+    def from_line(cls, line: bytes) -> HistoryEntry:
+        """Parse what :meth:`to_line` wrote.
+
+        Raises:
+            ValueError: The line has another form.
+        """
+        try:
+            content = json.loads(line)
+            return cls(
+                str(content["since"]),
+                str(content["created"]),
+                parse_id_ranges(content["added"]),
+                parse_id_ranges(content["removed"]),
+                parse_id_ranges(content["moved"]),
+                np.array(content["changed"], np.int64).reshape(-1, 2),
+            )
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"a damaged line: {error}") from error
+
+
+@dataclass(frozen=True)
+class Changes:
+    """Difference between an earlier state of a store and the present one.
+
+    An index that removes the rows of :attr:`removed` and adds those of :attr:`added` is in sync.
+    An image whose content changed counts in both, since its new content has a new id.
+
+    Attributes:
+        token: Token of the present state, for the next call.
+        added: ``(n,)`` int64, ids that are new, ascending.
+        removed: ``(n,)`` int64, ids that are no longer in the store, ascending.
+        changed: ``(n, 2)`` int64, pairs of a removed id and of the added id that took its path.
+        moved: ``(n,)`` int64, ids whose path may differ; their vectors are the same.
+    """
+
+    token: str
+    added: Ids
+    removed: Ids
+    changed: Ids
+    moved: Ids
+
+    def __bool__(self) -> bool:
+        """Return whether anything changed."""
+        return bool(len(self.added) or len(self.removed) or len(self.moved))
+
+
+def net_changes(entries: Iterable[HistoryEntry], token: str) -> Changes:
+    """Return the difference between the state before the first entry and that after the last.
+
+    Args:
+        entries: Consecutive entries, oldest first.
+        token: Token of the state after the last entry.
+    """
+    added: set[int] = set()
+    removed: set[int] = set()
+    moved: set[int] = set()
+    successor: dict[int, int] = {}  # id at the start -> id at the same path now
+    origin: dict[int, int] = {}  # the reverse
+    for entry in entries:
+        for row_id in entry.removed.tolist():
+            if row_id in added:
+                added.discard(row_id)
+            else:
+                removed.add(row_id)
+            moved.discard(row_id)
+        for row_id in entry.added.tolist():
+            if row_id in removed:  # it came back, perhaps under another path
+                removed.discard(row_id)
+                moved.add(row_id)
+            else:
+                added.add(row_id)
+        for old, new in entry.changed.tolist():
+            first = origin.pop(old, old)
+            successor[first], origin[new] = new, first
+        moved.update(row_id for row_id in entry.moved.tolist() if row_id not in added)
+    pairs = [(old, new) for old, new in successor.items() if old in removed and new in added]
+    final = HistoryEntry.of("", "", added=added, removed=removed, moved=moved, changed=pairs)
+    return Changes(token, final.added, final.removed, final.changed, final.moved)
+
+
+def trimmed(entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:
+    """Return the entries that a store keeps: the last ones within the limits, at least one."""
+    kept: list[HistoryEntry] = []
+    size = 0
+    for entry in reversed(entries[-MAX_STATES:]):
+        size += len(entry.to_line())
+        if kept and size > MAX_BYTES:
+            break
+        kept.append(entry)
+    return kept[::-1]
+
+
+def history_lines(entries: Iterable[HistoryEntry]) -> bytes:
+    """Return the content of ``history.jsonl``: one JSON object per line, oldest first."""
+    return b"".join(entry.to_line() for entry in entries)
+
+
+def parse_history(content: bytes, name: str) -> list[HistoryEntry]:
+    """Parse what :func:`history_lines` wrote.
+
+    Args:
+        content: Bytes of the file.
+        name: Path of the file, for error messages.
+
+    Raises:
+        StoreError: The content has another form.
+    """
+    try:
+        return [HistoryEntry.from_line(line) for line in content.splitlines()]
+    except ValueError as error:
+        raise StoreError(f"{name} is damaged: {error}") from error
+
+
+def _sorted_ids(ids: Iterable[Any]) -> Ids:
+    values = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)
+    return np.unique(values.astype(np.int64, copy=False))
