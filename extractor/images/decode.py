@@ -119,7 +119,7 @@ class _Decoder:
             file.seek(0)
             with open_image(file, self.budget) as image:
                 width, height = self.render_all(image)
-            return ImageInfo(status.st_size, status.st_mtime_ns, width, height, digest)
+            return ImageInfo(*files.size_and_mtime(status), width, height, digest)
 
     def decode_bytes(self, content: bytes) -> Size:
         """Decode an encoded image in memory."""

@@ -22,11 +22,15 @@ __all__ = [
     "digest_of",
     "open_regular",
     "read_file",
+    "size_and_mtime",
     "with_file_status",
 ]
 
 # Pillow reads larger files piece by piece, instead of from memory.
 READ_WHOLE_BYTES = 64 * 2**20
+
+# Range of the integers that the index stores.
+INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 
 # Phrases with which decoders report a file that ends too early.
 _ENDS_EARLY = re.compile("trunca|not enough", re.IGNORECASE)
@@ -42,7 +46,20 @@ def read_file(path: FilePath, max_bytes: int = READ_WHOLE_BYTES) -> ReadFile | F
         status = os.fstat(file.fileno())
         if status.st_size > min(max_bytes, READ_WHOLE_BYTES):
             return path
-        return ReadFile(path, file.read(), status.st_size, status.st_mtime_ns)
+        return ReadFile(path, file.read(), *size_and_mtime(status))
+
+
+def size_and_mtime(status: os.stat_result) -> tuple[int, int]:
+    """Return size and modification time of a file as they are stored and compared.
+
+    File systems know dates that nanoseconds in 64 bits do not reach, before 1678 and after 2262.
+    These become the nearest time that can be stored.
+
+    Returns:
+        Bytes, 0 or more, and nanoseconds since 1970, both within int64.
+    """
+    size = min(max(status.st_size, 0), INT64_MAX)
+    return size, min(max(status.st_mtime_ns, INT64_MIN), INT64_MAX)
 
 
 def open_regular(path: FilePath) -> IO[bytes]:
@@ -98,8 +115,7 @@ def with_file_status(path: FilePath) -> Iterator[None]:
         yield
     except DecodeError as error:
         with contextlib.suppress(OSError, ValueError):
-            status = os.stat(path)
-            error.size, error.mtime_ns = status.st_size, status.st_mtime_ns
+            error.size, error.mtime_ns = size_and_mtime(os.stat(path))
         raise
 
 

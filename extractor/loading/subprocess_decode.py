@@ -25,6 +25,7 @@ import extractor
 from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget, allow_pixels
 from extractor.images.decode import decode_into
+from extractor.images.files import size_and_mtime
 from extractor.images.types import ImageInfo
 from extractor.options import DECODE
 from extractor.preprocess import Preprocess
@@ -115,11 +116,8 @@ def _describe_exit(code: int) -> str:
 
 def _error_with_status(path: bytes, reason: str, message: str) -> DecodeError:
     error = DecodeError(reason, message)
-    try:
-        status = os.stat(path)
-    except OSError:
-        return error
-    error.size, error.mtime_ns = status.st_size, status.st_mtime_ns
+    with contextlib.suppress(OSError):
+        error.size, error.mtime_ns = size_and_mtime(os.stat(path))
     return error
 
 

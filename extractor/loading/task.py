@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 
 from extractor.images.budget import PixelBudget
+from extractor.images.files import size_and_mtime
 from extractor.images.types import EncodedJpeg, Failure, ImageInfo, ImageSource, ReadFile
 from extractor.loading.batch import Batch
 
@@ -73,8 +74,7 @@ class Task:
             return self.source.size, self.source.mtime_ns
         if isinstance(self.origin, (str, bytes, os.PathLike)):
             with contextlib.suppress(OSError, ValueError):
-                status = os.stat(self.origin)
-                return status.st_size, status.st_mtime_ns
+                return size_and_mtime(os.stat(self.origin))
         return -1, -1
 
 

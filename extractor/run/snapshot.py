@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from extractor.errors import DecodeError
-from extractor.images.files import digest_of, open_regular
+from extractor.images.files import digest_of, open_regular, size_and_mtime
 from extractor.images.listing import ImageList
 from extractor.store.plan import Snapshot
 
@@ -31,8 +31,7 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
     mtimes = np.full(len(images), -1, np.int64)
     for i in range(len(images)):
         with contextlib.suppress(OSError, ValueError):
-            status = os.stat(images.full_path(i))
-            sizes[i], mtimes[i] = status.st_size, status.st_mtime_ns
+            sizes[i], mtimes[i] = size_and_mtime(os.stat(images.full_path(i)))
     known: dict[int, bytes] = {}
 
     def digests(indices: Sequence[int]) -> list[bytes]:

@@ -67,6 +67,8 @@ class BatchEntry:
                 ImageRecord(os.fsencode(path), size, mtime, width, height, bytes.fromhex(digest))
                 for path, size, mtime, width, height, digest in content["records"]
             ]
+            if not all(-(2**63) <= record.mtime_ns < 2**63 for record in records):
+                raise ValueError("a time that the index cannot hold")
             failures = [FailureRecord.from_list(values) for values in content["failures"]]
             return cls(records, failures, int(content["checksum"]))
         except (KeyError, TypeError, IndexError, OverflowError, RecursionError) as error:
