@@ -8,6 +8,7 @@ import itertools
 import logging
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from extractor.errors import WeightsError
+from extractor.models.torn_files import torn_safetensors
 
 __all__ = ["PREFIXES", "MisfitError", "State", "load_into", "read_checkpoint", "without_prefixes"]
 
@@ -110,6 +112,8 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
         raise WeightsError(f"cannot read weights {path}: {error.strerror}") from error
     try:
         content = _read(path, head)
+    except WeightsError:
+        raise
     except Exception as error:  # the readers raise whatever a broken archive leads them to
         raise _unreadable(path, head, error) from error
     return _state_dict(content, path, key)
@@ -121,6 +125,8 @@ def _read(path: Path, head: bytes) -> object:
     if marked or (path.suffix == ".safetensors" and not head.startswith((ZIP, PICKLE))):
         from safetensors.torch import load_file
 
+        if marked and (torn := torn_safetensors(path)):
+            raise _torn(path, torn)
         return load_file(path)
     # Trainers keep their command line beside the weights; it is plain data.
     allowed = getattr(torch.serialization, "safe_globals", None)
@@ -149,6 +155,12 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> WeightsError:
         return WeightsError(
             f"{path} is refused: it is a TorchScript archive, which holds code. {SAVE_TENSORS}"
         )
+    if head.startswith(ZIP) and not zipfile.is_zipfile(path):
+        return _torn(path, "the end of its zip archive is missing, it is truncated or damaged")
+    if missing := re.search(r"unexpected EOF, expected (\d+) more bytes", message):
+        return _torn(path, f"it is truncated, {int(missing.group(1)):,} bytes are missing")
+    if "storage has wrong byte size" in message:
+        return _torn(path, "a part of it is damaged or missing")
     kind = "not a checkpoint that can be read"
     if is_unpickling:
         kind += " without running code"
@@ -156,6 +168,13 @@ def _unreadable(path: Path, head: bytes, error: Exception) -> WeightsError:
         _text_instead(path, head)
         or f"{path} is {kind} ({_reason(error)}); expected a .pth with a state dict, or "
         ".safetensors"
+    )
+
+
+def _torn(path: Path, problem: str) -> WeightsError:
+    return WeightsError(
+        f"{path} is not a checkpoint that can be read: {problem}; expected a whole file, copy or "
+        "download it again"
     )
 
 

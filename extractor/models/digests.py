@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -17,8 +18,18 @@ from extractor.system.hashing import hash_file
 __all__ = ["sha256_of_cached_file", "sha256_of_file", "sha256_of_state"]
 
 
+# Digests of files that a process remembers.
+DIGESTS_KEPT = 64
+
+
 def sha256_of_file(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file's bytes."""
+    """Return the hexadecimal SHA-256 of a file's bytes; a process reads an unchanged file once."""
+    return _sha256(path, _stamp(path), path.stat().st_ino)
+
+
+@functools.lru_cache(DIGESTS_KEPT)
+def _sha256(path: Path, stamp: str, inode: int) -> str:
+    del stamp, inode  # what tells apart two files that had this path, one after the other
     with path.open("rb") as file:
         digest, _ = hash_file(file)
     return digest.hex()
@@ -30,10 +41,7 @@ def sha256_of_cached_file(path: Path) -> str:
     The digest is kept next to the file, as ``<name>.sha256`` in the format of ``sha256sum``. It is
     trusted as long as the file has the size and times that are recorded with it.
     """
-    status = path.stat()
-    # No copy can set the change time (ctime), so it reveals a file that replaced another one.
-    times = f"mtime_ns={status.st_mtime_ns} ctime_ns={status.st_ctime_ns}"
-    stamp = f"# size={status.st_size} {times}"
+    stamp = _stamp(path)
     beside = path.with_name(path.name + ".sha256")
     with contextlib.suppress(OSError, ValueError):
         line, mark = beside.read_text("ascii").splitlines()
@@ -45,6 +53,13 @@ def sha256_of_cached_file(path: Path) -> str:
         partial.write_text(f"{digest}  {path.name}\n{stamp}\n", "ascii")
         os.replace(partial, beside)
     return digest
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    # No copy can set the change time (ctime), so it reveals a file that replaced another one.
+    times = f"mtime_ns={status.st_mtime_ns} ctime_ns={status.st_ctime_ns}"
+    return f"# size={status.st_size} {times}"
 
 
 def sha256_of_state(state: Mapping[str, torch.Tensor]) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from extractor.errors import ExtractorError, ModelError, UsageError
 from extractor.models import libraries
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import load_into, read_checkpoint
+from extractor.models.checkpoint import load_into
 from extractor.models.provenance import Provenance
 from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
@@ -96,7 +96,7 @@ def _load_weights(
     """Load a file into a backbone in place, and return the provenance that names the file."""
     load_into(
         backbone.module,
-        read_checkpoint(file.path, options.weights_key),
+        libraries.read_weights(file, options),
         discarded=backbone.heads,
         label=f"{file.path} into {model}",
     )

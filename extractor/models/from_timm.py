@@ -16,7 +16,7 @@ from torch import nn
 from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
 from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import MisfitError, load_into, read_checkpoint
+from extractor.models.checkpoint import MisfitError, load_into
 from extractor.models.lite_weights import PACKAGES, timm_key
 from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
@@ -149,7 +149,7 @@ def build(name: str, options: Options, recorded_sha256: str = "") -> Backbone:
 def _build(source: _Source, options: Options) -> Backbone:
     timm = _timm()
     if source.found is not None and source.own:
-        module = _with_own_weights(source, options.weights_key)
+        module = _with_own_weights(source, options)
         replaced = _remove_heads(module)
     else:
         with libraries.seeded(options.seed):
@@ -159,9 +159,10 @@ def _build(source: _Source, options: Options) -> Backbone:
         before = tuple(module.state_dict())
         replaced = _remove_heads(module)
         if source.found is not None:
+            weight_files.warn_if_renamed(source.found, _published(source.full_name))
             load_into(
                 module,
-                read_checkpoint(source.found.path, options.weights_key),
+                libraries.read_weights(source.found, options),
                 discarded=libraries.removed_modules(before, module),
                 label=f"{source.found.path} into {source.name}",
             )
@@ -190,13 +191,13 @@ def version() -> str:
     return libraries.public_version(_timm())
 
 
-def _with_own_weights(source: _Source, key: str | None) -> nn.Module:
+def _with_own_weights(source: _Source, options: Options) -> nn.Module:
     """Build the network with the weights that were published for it.
 
     Given the tensors, timm handles the layouts of its own checkpoints.
     """
     assert source.found is not None
-    state = read_checkpoint(source.found.path, key)
+    state = libraries.read_weights(source.found, options)
     if source.found.package:
         depths = PACKAGES[_architecture(source.full_name)].depths
         state.rename(lambda key: timm_key(key, depths))
@@ -317,6 +318,13 @@ def _architecture(full_name: str) -> str:
 def _tags(architecture: str) -> list[str]:
     pretrained = _timm().list_pretrained(f"{architecture}.*")
     return [full.partition(".")[2] for full in pretrained]
+
+
+def _published(full_name: str) -> list[str]:
+    """Return the addresses of an architecture's weights that are not on the hub alone."""
+    architecture = _architecture(full_name)
+    configs = (_timm().get_pretrained_cfg(f"{architecture}.{tag}") for tag in _tags(architecture))
+    return [config.url for config in configs if config and config.url]
 
 
 def full_name(name: str, wanted: str = "default") -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from extractor.errors import ModelError, WeightsError
 from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import load_into, read_checkpoint
+from extractor.models.checkpoint import load_into
 from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
 from extractor.network.taps import Output
@@ -66,7 +66,8 @@ def build(name: str, options: Options) -> Backbone:
     before = tuple(module.state_dict())
     replaced = heads.replace_with_identity(module, classifiers)
     if found is not None:
-        state = read_checkpoint(found.path, options.weights_key)
+        weight_files.warn_if_renamed(found, [entry.url])
+        state = libraries.read_weights(found, options)
         if name.startswith("densenet"):
             state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
         load_into(

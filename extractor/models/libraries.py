@@ -14,6 +14,7 @@ from torch import nn
 
 from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
 from extractor.models import weight_files
+from extractor.models.checkpoint import State, read_checkpoint
 from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.models.weight_files import WeightsFile
@@ -24,6 +25,7 @@ __all__ = [
     "import_library",
     "provenance",
     "public_version",
+    "read_weights",
     "removed_modules",
     "seeded",
     "unknown_weights",
@@ -81,6 +83,17 @@ def chosen_file(wanted: str) -> WeightsFile | None:
             problem = "not a regular file; copy its content into one"
         raise WeightsError(f"weights {wanted}: {problem}")
     return WeightsFile(path)
+
+
+def read_weights(file: WeightsFile, options: Options) -> State:
+    """Return the tensors of a weights file; a cached file must be what its name says.
+
+    Raises:
+        WeightsError: A cached file has another content than its name says, or the file cannot be
+            read.
+    """
+    file.check()
+    return read_checkpoint(file.path, options.weights_key)
 
 
 def unknown_weights(model: str, tag: str, known: Sequence[str]) -> str:

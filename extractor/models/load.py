@@ -201,7 +201,7 @@ def fetch(model: str, weights: str = _DEFAULT.weights) -> WeightsFile:
 
     Raises:
         ModelError: The model is unknown or on this machine already.
-        WeightsError: The weights are unknown or out of reach.
+        WeightsError: The weights are unknown, out of reach, or not what their file's name says.
         UsageError: Random weights were asked for.
     """
     library, name = resolve_name(model)
@@ -209,6 +209,7 @@ def fetch(model: str, weights: str = _DEFAULT.weights) -> WeightsFile:
         raise ModelError(f"model {model!r} is on this machine; there is nothing to fetch")
     if weights == "random":
         raise UsageError("random weights cannot be fetched; name a tag of the library")
-    if library == "timm":
-        return from_timm.fetch(name, weights)
-    return from_torchvision.fetch(name, weights)
+    fetch_published = from_timm.fetch if library == "timm" else from_torchvision.fetch
+    fetched = fetch_published(name, weights)
+    fetched.check()
+    return fetched

@@ -24,10 +24,12 @@ __all__ = [
     "WeightsFile",
     "cached_hub_file",
     "cached_url_file",
+    "digest_in",
     "find_hub_file",
     "find_package_file",
     "find_url_file",
     "hub_filenames",
+    "warn_if_renamed",
 ]
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,35 @@ class WeightsFile:
     def source(self) -> str:
         """Address, package, or name of a local file."""
         return self.url or self.package or self.path.name
+
+    @property
+    def named_digest(self) -> str:
+        """SHA-256 of the file, or its first digits, as its name in a cache states it; or empty.
+
+        torch's cache keeps the name of the address. The hub's cache names a large file by its
+        digest, and a snapshot is a link to it.
+        """
+        if not self.url:
+            return ""
+        blob = self.path.resolve()
+        if blob.parent.name == "blobs":
+            return blob.name if re.fullmatch("[0-9a-f]{64}", blob.name) else ""
+        return digest_in(self.url)
+
+    def check(self) -> None:
+        """Compare a cached file with the digest in its name.
+
+        Raises:
+            WeightsError: It has another content.
+        """
+        expected = self.named_digest
+        if not expected or (found := self.sha256()).startswith(expected):
+            return
+        raise WeightsError(
+            f"{self.path} is not what its name says: got SHA-256 {found[: len(expected)]}, "
+            f"expected {expected}. It is damaged, or other weights have its name. Delete it and "
+            "download it again; use --weights FILE for weights of your own"
+        )
 
     def sha256(self) -> str:
         """Return the SHA-256 of the file; of a cached file it is computed only once."""
@@ -189,7 +220,6 @@ def find_url_file(url: str, *, tag: str, label: str) -> WeightsFile:
     """
     path = _cache_path(url)
     name = path.name
-    named_digest = re.search(r"-([0-9a-f]{8,})\.", name)
     if not path.is_file():
         fetch = f"curl -L -o {name} {url}"
         if not _reachable(url):
@@ -198,12 +228,39 @@ def find_url_file(url: str, *, tag: str, label: str) -> WeightsFile:
         log.info("fetching %s", url)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(
-                url, str(path), named_digest and named_digest.group(1), progress=False
-            )
+            torch.hub.download_url_to_file(url, str(path), digest_in(url) or None, progress=False)
         except Exception as error:
             _raise_missing(label, f"{path}; {url} answered: {error}", fetch, path.parent)
     return WeightsFile(path, url, tag)
+
+
+def digest_in(name: str) -> str:
+    """Return the first digits of the SHA-256 that a published name ends with, or an empty string.
+
+    >>> digest_in("https://host/resnet50-0676ba61.pth")
+    '0676ba61'
+    """
+    match = re.search(r"-([0-9a-f]{8,})\.", name.rpartition("/")[2])
+    return match.group(1) if match else ""
+
+
+def warn_if_renamed(file: WeightsFile, published: Iterable[str]) -> None:
+    """Warn of a user's file that has the name of published weights and another content.
+
+    Args:
+        file: File that ``--weights`` names.
+        published: Addresses of the model's published weights.
+    """
+    name = file.path.name
+    expected = digest_in(name)
+    if file.url or not expected or all(url.rpartition("/")[2] != name for url in published):
+        return
+    if not (found := file.sha256()).startswith(expected):
+        log.warning(
+            "%s has the name of published weights but another content (SHA-256 %s, expected %s): "
+            "it is damaged, or other weights have its name",
+            *(file.path, found[: len(expected)], expected),
+        )
 
 
 def find_package_file(package: lite_weights.LitePackage) -> WeightsFile | None:

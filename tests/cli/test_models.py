@@ -15,6 +15,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from support.networks import mean_pixel
+from support.weights import publish
 from timm.models._hub import save_for_hf
 from torch import nn
 
@@ -228,12 +229,21 @@ def line(name: str, path: Path) -> str:
 
 
 def test_download_of_cached_weights_prints_path_and_digest(
-    empty_caches: Path, capsys: pytest.CaptureFixture[str]
+    empty_caches: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     one = timm_cache(empty_caches, "test_resnet")
-    two = torchvision_cache(empty_caches)
+    two = publish(monkeypatch, empty_caches, SQUEEZENET, b"weights")
     names = ["test_resnet", "torchvision:squeezenet1_1"]
     assert run(capsys, "download", *names) == line(names[0], one) + line(names[1], two)
+
+
+def test_download_refuses_a_cached_file_of_another_content(
+    empty_caches: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = torchvision_cache(empty_caches)
+    errors = run(capsys, "download", "torchvision:squeezenet1_1", code=1)
+    assert f"{path} is not what its name says" in errors
+    assert path.read_bytes() == b"weights"
 
 
 def test_download_accepts_a_tag(empty_caches: Path, capsys: pytest.CaptureFixture[str]) -> None:

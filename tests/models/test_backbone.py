@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from support.weights import publish
 from torch import nn
 
 from extractor import load_backbone
@@ -231,23 +232,24 @@ def test_absent_device_is_an_error() -> None:
 # Weights, laid out as the libraries' caches are
 
 
-def torchvision_cache(home: Path, name: str, tag: str = "DEFAULT", **options: Any) -> nn.Module:
+def torchvision_cache(
+    patch: pytest.MonkeyPatch, home: Path, name: str, tag: str = "DEFAULT", **options: Any
+) -> nn.Module:
     """Put random weights where torchvision would download them, as its own builder makes them."""
     torch.manual_seed(2)
     model = torchvision.models.get_model(name, weights=None, **options)
-    entry = torchvision.models.get_model_weights(name)[tag]
-    checkpoints = home / "torch" / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    torch.save(model.state_dict(), checkpoints / entry.url.rpartition("/")[2])
+    publish(patch, home, torchvision.models.get_model_weights(name)[tag], model.state_dict())
     return model
 
 
 @pytest.mark.parametrize("name", ["googlenet", "inception_v3", "densenet121", "mnasnet0_5"])
-def test_cached_torchvision_weights_match_torchvision(name: str, empty_caches: Path) -> None:
+def test_cached_torchvision_weights_match_torchvision(
+    name: str, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options: dict[str, Any] = (
         {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     )
-    torchvision_cache(empty_caches, name, **options)
+    torchvision_cache(monkeypatch, empty_caches, name, **options)
     backbone = load_backbone(f"torchvision:{name}", device="cpu")
     theirs = torchvision.models.get_model(name, weights="DEFAULT").eval()
     seen: list[torch.Tensor] = []
@@ -276,19 +278,38 @@ def test_old_densenet_keys_are_renamed(tmp_path: Path) -> None:
     assert_close(backbone(pixels), features)
 
 
-def test_torchvision_tag_selects_the_transform(empty_caches: Path) -> None:
-    torchvision_cache(empty_caches, "resnet50", "IMAGENET1K_V1")
+def test_torchvision_tag_selects_the_transform(
+    empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torchvision_cache(monkeypatch, empty_caches, "resnet50", "IMAGENET1K_V1")
     backbone = load_backbone("torchvision:resnet50", weights="IMAGENET1K_V1", device="cpu")
     assert backbone.provenance.tag == "IMAGENET1K_V1"
     assert backbone.preprocess.resize_size == (256, 256)  # V2, the default, has 232
 
 
-def test_library_file_name_selects_its_transform(tmp_path: Path) -> None:
+def test_library_file_name_selects_its_transform(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "resnet50-0676ba61.pth"
     torch.save(torchvision.models.resnet50(weights=None).state_dict(), path)
     backbone = load_backbone("torchvision:resnet50", weights=path, device="cpu")
     assert backbone.preprocess.resize_size == (256, 256)
     assert backbone.provenance.weights == "file"
+    (record,) = caplog.records  # it has the name of published weights, and is something else
+    assert f"{path} has the name of published weights but another content" in record.getMessage()
+    assert "expected 0676ba61" in record.getMessage()
+
+
+@pytest.mark.parametrize("model", ["torchvision:squeezenet1_1", "timm:test_resnet"])
+def test_digits_in_a_name_of_the_users_cause_no_warning(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "mine-20240101.pth"
+    library, name = model.split(":")
+    build = timm.create_model if library == "timm" else torchvision.models.get_model
+    torch.save(build(name).state_dict(), path)
+    load_backbone(model, weights=path, device="cpu")
+    assert caplog.records == []
 
 
 def test_vit_has_the_image_size_of_its_weights() -> None:

@@ -6,6 +6,7 @@ import argparse
 import functools
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -578,6 +579,81 @@ def test_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(30, 40).state_dict(), path)
     path.write_bytes(path.read_bytes()[:-900])
     with pytest.raises(WeightsError, match="not a checkpoint that"):
+        read_checkpoint(path)
+
+
+def torn(whole: bytes, damage: str) -> bytes:
+    half = len(whole) // 2 // 4096 * 4096
+    return {
+        "cut": whole[:half],
+        "ten bytes short": whole[:-10],
+        "rest not written": whole[:half] + bytes(len(whole) - half),
+        "longer": whole + b"more",
+    }[damage]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("cut", "it is truncated, its header describes {size:,} bytes and the file has {half:,};"),
+        ("ten bytes short", "its header describes {size:,} bytes and the file has {short:,};"),
+        ("rest not written", "its last {rest:,} bytes are zero, they were never written;"),
+        ("longer", "4 bytes follow the {size:,} that its header describes;"),
+    ],
+)
+def test_torn_safetensors_are_refused_with_the_bytes(
+    damage: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({"a": noise(70, 70), "b": noise(70, 70)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(torn(whole, damage))
+    size, half = len(whole), len(whole) // 2 // 4096 * 4096
+    expected = message.format(size=size, half=half, short=size - 10, rest=size - half)
+    with pytest.raises(WeightsError, match=re.escape(expected) + " expected a whole file, copy or"):
+        read_checkpoint(path)
+
+
+def test_header_cut_short_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_file({f"layer{i}": noise(2) for i in range(9)}, path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(WeightsError, match=r"truncated, its header alone takes [\d,]+ bytes and"):
+        read_checkpoint(path)
+
+
+def test_tensors_of_zeros_are_whole(tmp_path: Path) -> None:
+    """Zeros at the end are nothing odd: a new head, or an output channel that was pruned."""
+    path = tmp_path / "w.safetensors"
+    save_file({"a": noise(70, 70), "b": torch.zeros(70, 70)}, path)
+    assert not read_checkpoint(path)["b"].any()
+    pruned = noise(70, 70)
+    pruned[20:] = 0
+    save_file({"a": noise(70, 70), "b": pruned}, path)
+    assert torch.equal(read_checkpoint(path)["b"], pruned)
+
+
+@pytest.mark.parametrize(
+    ("zipped", "damage", "message"),
+    [
+        (True, "cut", "the end of its zip archive is missing, it is truncated or damaged;"),
+        (True, "ten bytes short", "the end of its zip archive is missing, it is truncated or"),
+        (True, "rest not written", "the end of its zip archive is missing, it is truncated or"),
+        (False, "cut", r"it is truncated, [\d,]+ bytes are missing;"),
+        (False, "ten bytes short", "it is truncated, 10 bytes are missing;"),
+        (False, "rest not written", "a part of it is damaged or missing;"),
+    ],
+)
+def test_torn_checkpoint_is_refused_in_a_sentence(
+    zipped: bool, damage: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "w.pth"
+    state = {"a": noise(70, 70), "b": noise(70, 70)}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    path.write_bytes(torn(path.read_bytes(), damage))
+    with pytest.raises(
+        WeightsError, match=f"w.pth is not a checkpoint that can be read: {message}"
+    ):
         read_checkpoint(path)
 
 

@@ -11,20 +11,22 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from support.weights import publish
 from timm.models._hub import save_for_hf
 from torch import nn
 
 from extractor import load_backbone
 from extractor.errors import ExtractorError, ModelError, WeightsError
-from extractor.models import from_timm, from_torchvision
+from extractor.models import digests, from_timm, from_torchvision
 from extractor.models.weight_files import WeightsFile
+from extractor.system.hashing import hash_file
 
 A, B = "a" * 40, "b" * 40  # commits
 
@@ -317,16 +319,14 @@ def test_timm_tag_in_weights_wins_over_one_in_the_name(
     ],
 )
 def test_torchvision_tag_selects_file_and_transform(
-    weights: str, tag: str, resize: int, empty_caches: Path
+    weights: str, tag: str, resize: int, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     entries = torchvision.models.MobileNet_V2_Weights
-    checkpoints = empty_caches / "torch" / "hub" / "checkpoints"
-    checkpoints.mkdir(parents=True)
     networks = {}
     for seed, entry in enumerate(entries):
         torch.manual_seed(seed)
         networks[entry.name] = torchvision.models.mobilenet_v2().eval()
-        torch.save(networks[entry.name].state_dict(), checkpoints / entry.url.rpartition("/")[2])
+        publish(monkeypatch, empty_caches, entry, networks[entry.name].state_dict())
     backbone = load_backbone("torchvision:mobilenet_v2", weights=weights, device="cpu")
     with torch.inference_mode():
         assert_close(backbone(pixels()), networks[tag].features(pixels()).mean((2, 3)))
@@ -445,3 +445,84 @@ def test_loading_keeps_the_digest_of_provenance(empty_caches: Path) -> None:
     made = load_backbone("test_resnet", device="cpu").provenance
     assert made.sha256 == sha256(where / "model.safetensors")
     assert kept(where / "model.safetensors").read_text().startswith(made.sha256)
+
+
+# ---------------------------------------------------------------------------------------------
+# Cached files and the digests in their names
+
+
+@pytest.mark.parametrize("damage", ["another", "cut", "zeros"])
+def test_cached_file_must_have_the_digest_in_its_name(
+    damage: str, empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    network = torchvision.models.squeezenet1_1()
+    path = publish(monkeypatch, empty_caches, entry, network.state_dict())
+    content = path.read_bytes()
+    expected = hashlib.sha256(content).hexdigest()[:8]
+    assert load_backbone("torchvision:squeezenet1_1", device="cpu").provenance.weights == "hub"
+    if damage == "another":
+        torch.save(torchvision.models.squeezenet1_1().state_dict(), path)
+    else:
+        kept = content[: len(content) // 2]
+        path.write_bytes(kept if damage == "cut" else kept + bytes(len(content) - len(kept)))
+    match = rf"{path.name} is not what its name says: got SHA-256 \w{{8}}, expected {expected}\. .*"
+    with pytest.raises(WeightsError, match=match + "Delete it and download it again"):
+        load_backbone("torchvision:squeezenet1_1", device="cpu")
+    # Named as a file of one's own, it is whatever it is.
+    if damage == "another":
+        made = load_backbone("torchvision:squeezenet1_1", weights=path, device="cpu").provenance
+        assert (made.weights, made.source) == ("file", path.name)
+
+
+@pytest.mark.parametrize("as_weights", [False, True], ids=["model", "weights"])
+def test_hub_blob_must_have_the_digest_in_its_name(as_weights: bool, empty_caches: Path) -> None:
+    folder = snapshot(empty_caches, "me/net")
+    published = network()
+    save_for_hf(published, str(folder), safe_serialization=True)
+    link = folder / "model.safetensors"
+    blob = folder.parent.parent / "blobs" / sha256(link)
+    blob.parent.mkdir()
+    link.rename(blob)
+    link.symlink_to(os.path.relpath(blob, folder))
+    model, weights = (
+        ("test_resnet", "hf-hub:me/net") if as_weights else ("hf-hub:me/net", "default")
+    )
+    backbone = load_backbone(model, weights=weights, device="cpu")
+    assert_close(backbone(pixels()), pre_logits(published))
+    save_file(network(seed=6).state_dict(), blob)
+    with pytest.raises(WeightsError, match=rf"safetensors is not what its name.* {blob.name}\. It"):
+        load_backbone(model, weights=weights, device="cpu")
+
+
+def test_small_hub_blobs_have_no_digest_in_their_name(empty_caches: Path) -> None:
+    """The hub names files outside of its large file storage by another digest."""
+    folder = snapshot(empty_caches, "me/net")
+    save_for_hf(network(), str(folder), safe_serialization=True)
+    link, blob = folder / "model.safetensors", folder.parent.parent / "blobs" / ("d" * 40)
+    blob.parent.mkdir()
+    link.rename(blob)
+    link.symlink_to(blob)
+    assert load_backbone("hf-hub:me/net", device="cpu").provenance.weights == "hub"
+
+
+def test_named_digest_costs_no_second_reading(
+    empty_caches: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    entry = torchvision.models.SqueezeNet1_1_Weights.IMAGENET1K_V1
+    path = publish(
+        monkeypatch, empty_caches, entry, torchvision.models.squeezenet1_1().state_dict()
+    )
+    hashed: list[Path] = []
+
+    def counted(file: IO[bytes]) -> tuple[bytes, int]:
+        hashed.append(Path(file.name))
+        return hash_file(file)
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    monkeypatch.setattr(digests, "hash_file", counted)
+    load_backbone("torchvision:squeezenet1_1", device="cpu")
+    assert hashed == [path]
