@@ -22,6 +22,8 @@ BITS_PER_SAMPLE = 258  # tag of TIFF
 def to_rgb(image: Image.Image, gray_bits: GrayBits = GRAY_BITS) -> Image.Image:
     """Return an image in mode RGB, 8 bits per channel. Alpha is dropped.
 
+    Colors that are multiplied by alpha are divided by it first.
+
     Args:
         image: A loaded image of any mode.
         gray_bits: Bits that gray values of more than 8 bits take up, or ``minmax``; see
@@ -43,6 +45,8 @@ def to_rgb(image: Image.Image, gray_bits: GrayBits = GRAY_BITS) -> Image.Image:
         if converted is None:
             raise DecodeError("corrupt", "the LAB colors cannot be converted to sRGB")
         return converted
+    if mode == "La":  # premultiplied; Pillow converts it to LA only, and RGBa to RGB by itself
+        return image.convert("LA").convert("RGB")
     return image.convert("RGB")
 
 

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import IO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from extractor.images.files import as_decode_errors, read_file, with_file_status
 from extractor.images.formats import open_image
 from extractor.images.jpeg import JPEG_START, LIBJPEG_FORMATS, reduce_size
 from extractor.images.orientation import read_orientation
+from extractor.images.png import PNG_START, without_long_metadata
 from extractor.images.render import render
 from extractor.images.types import (
     EncodedImage,
@@ -117,8 +118,7 @@ class _Decoder:
             status = os.fstat(file.fileno())
             digest, _ = hash_file(file)
             file.seek(0)
-            with open_image(file, self.budget) as image:
-                width, height = self.render_all(image)
+            width, height = self.decode_stream(file)
             return ImageInfo(*files.size_and_mtime(status), width, height, digest)
 
     def decode_bytes(self, content: bytes) -> Size:
@@ -133,8 +133,22 @@ class _Decoder:
         except OSError:
             if not content.startswith(JPEG_START):
                 raise
+        except ValueError:
+            if not content.startswith(PNG_START):
+                raise
         # A JPEG without its end marker, followed by other data: Pillow decodes it in blocks only.
-        with open_image(io.BytesIO(content), self.budget) as image:
+        return self.decode_stream(io.BytesIO(content))
+
+    def decode_stream(self, file: IO[bytes]) -> Size:
+        """Decode an image that Pillow reads piece by piece."""
+        try:
+            with open_image(file, self.budget) as image:
+                return self.render_all(image)
+        except ValueError:
+            shorter = without_long_metadata(file)
+            if shorter is None:
+                raise
+        with open_image(shorter, self.budget) as image:
             return self.render_all(image)
 
     def render_all(self, image: Image.Image, *, may_reduce: bool = True) -> Size:

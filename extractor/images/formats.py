@@ -10,6 +10,7 @@ from PIL import Image, UnidentifiedImageError
 from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget
 from extractor.images.files import open_regular
+from extractor.images.png import PNG_START
 from extractor.images.types import FilePath
 
 __all__ = ["looks_like_image", "open_image", "readable_suffixes"]
@@ -43,8 +44,15 @@ def looks_like_image(path: FilePath) -> bool:
     try:
         with open_regular(path) as file, Image.open(file, formats=_signed_formats()):
             return True
+    except ValueError:  # the texts of a PNG exceed Pillow's limits; see extractor.images.png
+        return _starts_with(path, PNG_START)
     except Exception:  # not an image, for whatever reason
         return False
+
+
+def _starts_with(path: FilePath, start: bytes) -> bool:
+    with open_regular(path) as file:
+        return file.read(len(start)) == start
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 from dataclasses import replace
 from typing import Any
@@ -24,8 +25,71 @@ from support.images import (
 )
 
 from extractor.images import decode
+from extractor.images.color import to_rgb
 from extractor.images.types import EncodedImage
 from extractor.preprocess import GrayBits, Preprocess
+
+# A pixel of every mode of Pillow, and the color that it stands for.
+MODES: dict[str, tuple[Any, tuple[int, int, int]]] = {
+    "1": (255, (255, 255, 255)),
+    "L": (90, (90, 90, 90)),
+    "P": (7, (21, 22, 23)),  # three colors per index, see below
+    "RGB": ((200, 100, 40), (200, 100, 40)),
+    "RGBA": ((200, 100, 40, 128), (200, 100, 40)),
+    "RGBX": ((200, 100, 40, 128), (200, 100, 40)),
+    "RGBa": ((100, 50, 20, 128), (199, 99, 39)),  # 100 * 255 // 128
+    "LA": ((90, 51), (90, 90, 90)),
+    "La": ((18, 51), (90, 90, 90)),  # 18 * 255 / 51
+    "PA": ((7, 51), (21, 22, 23)),
+    "CMYK": ((0, 51, 102, 0), (255, 204, 153)),  # 255 - ink, without black
+    "YCbCr": ((90, 128, 128), (90, 90, 90)),
+    "HSV": ((0, 255, 200), (200, 0, 0)),  # fully saturated red
+    "LAB": ((255, 128, 128), (255, 255, 255)),  # the lightest color without a hue
+    "I;16": (90 * 256 + 255, (90, 90, 90)),
+    "I;16L": (90 * 256 + 255, (90, 90, 90)),
+    "I;16B": (90 * 256 + 255, (90, 90, 90)),
+    "I;16N": (90 * 256 + 255, (90, 90, 90)),
+    "I": (90 * 256, (90, 90, 90)),
+    "F": (90.0, (90, 90, 90)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pixel_of_every_mode_has_its_color(mode: str) -> None:
+    value, expected = MODES[mode]
+    image = Image.new(mode, (3, 2), value)
+    if mode in ("P", "PA"):
+        image.putpalette(bytes(range(240)))
+    rgb = to_rgb(image)
+    assert (rgb.mode, rgb.size) == ("RGB", (3, 2))
+    # LAB goes through two color profiles, which round.
+    tolerance = 1 if mode == "LAB" else 0
+    assert furthest(np.asarray(rgb), np.broadcast_to(expected, (2, 3, 3))) <= tolerance
+
+
+def test_every_mode_of_pillow_has_a_test() -> None:
+    assert set(Image.MODES) <= set(MODES)
+
+
+@pytest.mark.parametrize("alpha", [0, 1, 100, 255])
+def test_premultiplied_gray_is_the_gray_it_was_made_of(alpha: int) -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    straight = Image.merge("LA", [Image.fromarray(levels), Image.new("L", (16, 16), alpha)])
+    rgb = np.asarray(to_rgb(straight.convert("La")))
+    # A level loses the precision that the multiplication rounds away.
+    assert furthest(rgb[..., 0], levels if alpha else 0) <= (127.5 / alpha + 1 if alpha else 0)
+
+
+def test_opaque_tiff_of_premultiplied_gray_equals_the_gray_image() -> None:
+    gray = photo(24, 16).convert("L")
+    data = encoded(gray.convert("LA"), "TIFF")
+    extra_samples = [struct.pack("<HHIH", 338, 3, 1, kind) for kind in (2, 1)]
+    assert data.count(extra_samples[0]) == 1
+    data = data.replace(*extra_samples)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.mode == "La"
+    expected = np.repeat(np.asarray(gray)[:, :, None], 3, axis=2)
+    assert np.array_equal(pixels(EncodedImage(data), 24, 16), expected)
 
 
 class TestColors:
