@@ -57,6 +57,7 @@ class OptionArguments(EmbeddingArguments, total=False):
     check: Check
     keep_missing: bool
     retry_failed: bool
+    new_root: bool
     max_pixels: int
     image_timeout: float
     max_failure_rate: float

@@ -468,6 +468,16 @@ class Options:
             advanced=True,
         ),
     )
+    new_root: bool = option(
+        False,
+        Flag(
+            "--new-root",
+            "extend a store although most of its images are not unchanged in the folder that holds "
+            "the images now; not needed if 90 percent of them are",
+            UPDATE,
+            advanced=True,
+        ),
+    )
     max_pixels: int = option(
         MAX_PIXELS,
         Flag(

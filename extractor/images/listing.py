@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, NamedTuple, TypeAlias
 
 from extractor.errors import SourceError
@@ -68,6 +68,28 @@ class ImageList:
     def full_path(self, index: int) -> bytes:
         """Return the absolute path of an image."""
         return os.path.join(self.root, self.paths[index])
+
+    def relative_to(self, root: bytes) -> ImageList | None:
+        """Return the same images with paths relative to another root; None if one is not in it.
+
+        The order stays the same, since all paths get or lose the same beginning.
+        """
+        if root == self.root:
+            return self
+        own, other = (folder.rstrip(b"/") + b"/" for folder in (self.root, root))
+        added, removed = own[len(other) :], other[len(own) :]
+        # Paths of folders end with a slash here, so that the root of this list has one, too.
+        folders = [folder.path + b"/" if folder.path else b"" for folder in self.unlisted]
+        is_outside = not (own.startswith(other) or other.startswith(own))
+        if is_outside or not all(path.startswith(removed) for path in (*self.paths, *folders)):
+            return None
+        start = len(removed)
+        unlisted = tuple(
+            folder._replace(path=(added + path[start:]).rstrip(b"/"))
+            for folder, path in zip(self.unlisted, folders, strict=True)
+        )
+        paths = [added + path[start:] for path in self.paths]
+        return replace(self, root=root, paths=paths, unlisted=unlisted)
 
 
 def list_images(inputs: Input | Iterable[Input]) -> ImageList:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from extractor.images.types import Failure, ImageInfo
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
+from extractor.run.root import match_root
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import Description, listing_digest
@@ -127,13 +130,17 @@ class StoreOutput:
     def _prepare(self) -> None:
         """Compare the images with the store, and plan what is left to compute."""
         existing = take_up(self._claim, self._description)
+        self._follow_root(existing)
         if isinstance(existing, InterruptedRun):
             self._run = self._resume(existing)
         else:
             stored = existing.stored(digests=self._compares_content)
             self._plan = self._compare(stored)
             is_up_to_date = (
-                existing.base is not None and not self._plan.todo and not self._plan.changes(stored)
+                existing.base is not None
+                and existing.base.description.root == self._description.root
+                and not self._plan.todo
+                and not self._plan.changes(stored)
             )
             if not is_up_to_date:
                 self._run = existing.begin(self._job_for(self._plan, existing))
@@ -143,6 +150,16 @@ class StoreOutput:
             self._report_software(existing)
         self.rows += self._plan.rows
         self._count_failures(self._plan.failures)
+
+    def _follow_root(self, existing: ExistingStore | InterruptedRun) -> None:
+        """Make the paths of the images relative to the root that the store will have."""
+        images, take_snapshot = self._images, self._snapshot
+        listed = match_root(self._claim.out, existing, images, take_snapshot, self._options)
+        if listed is images:
+            return
+        self._images = listed
+        self._snapshot = lambda: replace(take_snapshot(), paths=listed.paths)
+        self._description = replace(self._description, root=os.fsdecode(listed.root))
 
     def _report_software(self, existing: ExistingStore | InterruptedRun) -> None:
         """Warn if other versions of software made the rows that this run keeps."""

@@ -50,6 +50,7 @@ RUN_ONLY = frozenset(
         "check",
         "keep_missing",
         "retry_failed",
+        "new_root",
         "max_pixels",
         "image_timeout",
         "max_failure_rate",

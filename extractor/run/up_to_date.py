@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def up_to_date_report(
     snapshot = take_snapshot(images, content=options.check == "content")
     stores = []
     for folder, manifest in manifests.items():
-        report = _store_report(folder, manifest, snapshot, options)
+        report = _store_report(folder, manifest, images, snapshot, options)
         if report is None:
             return None
         stores.append(report)
@@ -62,30 +63,37 @@ def _matching_manifests(
     request = request_of(models, options) if names is not None else None
     if names is None or request is None:
         return None
-    listing = listing_digest(images.paths)
     manifests = {}
     for folder in map(Path, store_folders(out, names)):
         try:
             manifest = Manifest.read(folder / MANIFEST)
         except OSError:
             return None
-        is_same_root = os.fsencode(manifest.description.root) == images.root
-        if (folder / STAGING).exists() or not is_same_root:
+        listed = _in_store(images, manifest)
+        if (folder / STAGING).exists() or listed is None:
             return None
         if request_that_made(folder, manifest) != request:
             return None
         # New or missing names show without a look at any file. With --keep-missing the store may
         # hold more names than the images.
-        if manifest.listing != listing and not options.keep_missing:
+        if manifest.listing != listing_digest(listed.paths) and not options.keep_missing:
             return None
         manifests[folder] = manifest
     return manifests
 
 
+def _in_store(images: ImageList, manifest: Manifest) -> ImageList | None:
+    """Return the images with their paths in a store; None if they are not below its root."""
+    return images.relative_to(os.fsencode(manifest.description.root))
+
+
 def _store_report(
-    folder: Path, manifest: Manifest, snapshot: Snapshot, options: Options
+    folder: Path, manifest: Manifest, images: ImageList, snapshot: Snapshot, options: Options
 ) -> StoreReport | None:
     """Return the report of a store whose images are unchanged, else None."""
+    listed = _in_store(images, manifest)
+    assert listed is not None
+    snapshot = replace(snapshot, paths=listed.paths)
     stored = published_images(folder, manifest, digests=options.check == "content")
     planned = plan_run(
         snapshot, stored, keep_missing=options.keep_missing, retry=options.retry_failed

@@ -194,7 +194,7 @@ class Description:
         """Return what differs in the description of later rows, so that they do not fit.
 
         A key that one side lacks has its value in :data:`DEFAULTS`, else None. Names of weights do
-        not count if their SHA-256 is the same, nor do versions of software.
+        not count if their SHA-256 is the same, nor do versions of software and the root.
         """
         mine, theirs = self._flat(), other._flat()
         return [
@@ -281,7 +281,7 @@ DEFAULTS: Mapping[str, Any] = {
 
 # Keys that may differ between the runs on a store.
 _MAY_DIFFER = frozenset(
-    {"backbone.library_version", "computation.compiled", "computation.least_cosine"}
+    {"root", "backbone.library_version", "computation.compiled", "computation.least_cosine"}
 )
 # Keys that name weights. The SHA-256 beside them tells whether the weights are the same.
 _WEIGHTS_NAMES = frozenset({"weights", "tag", "source", "revision"})

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
 
-__all__ = ["Plan", "Snapshot", "StoredImages", "plan_run"]
+__all__ = ["Plan", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
 
 # Failures of the machine. They may not happen again, even with the same file.
 TRANSIENT = frozenset({"out-of-memory"})
@@ -131,6 +131,24 @@ def plan_run(
         gone=gone,
         changed=changed,
     )
+
+
+def count_unchanged(snapshot: Snapshot, stored: StoredImages) -> tuple[int, int]:
+    """Return how many rows that counted so far have an unchanged image, and how many counted.
+
+    Args:
+        snapshot: the requested images.
+        stored: the images of the store.
+    """
+    index = {path: i for i, path in enumerate(snapshot.paths)}
+    unchanged = total = 0
+    for shard, images in stored.shards.items():
+        counted = stored.live.get(shard, np.ones(len(images), bool))
+        indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
+        same = counted & (indices >= 0) & _are_same(snapshot, images, indices)
+        unchanged += int(np.count_nonzero(same))
+        total += int(np.count_nonzero(counted))
+    return unchanged, total
 
 
 def _remaining_failures(

@@ -101,7 +101,9 @@ def existing_computation(
 def _differ_elsewhere(description: Description, other: Description) -> bool:
     """Return whether two descriptions differ in more than the computation."""
     differences = description.differences(other)
-    return any(not difference.key.startswith("computation.") for difference in differences)
+    return description.root != other.root or any(
+        not difference.key.startswith("computation.") for difference in differences
+    )
 
 
 def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | InterruptedRun:
@@ -286,6 +288,8 @@ class InterruptedRun:
                     if shard.images and shard.images == expected:
                         shard.finish()  # the run died before it could
                 done += shard.images
+            if job != self.job:  # software or the root changed
+                write_atomically(self.claim.staging / JOB, job.to_json().encode())
         return StoreRun(self.claim, job, self.base, self.finished, resumed=done)
 
     def seal(self) -> ExistingStore:

@@ -13,7 +13,13 @@ import pytest
 from PIL import Image
 
 from extractor.errors import SourceError
-from extractor.images.listing import ImageList, display_path, list_images, read_list
+from extractor.images.listing import (
+    ImageList,
+    UnlistedFolder,
+    display_path,
+    list_images,
+    read_list,
+)
 
 not_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may list every folder")
 
@@ -550,3 +556,34 @@ def test_folder_with_too_long_a_path_is_listed_as_a_path(tmp_path: Path) -> None
 def test_long_paths_are_shortened_in_messages() -> None:
     assert len(display_path(b"/" + b"x" * 9000)) <= 300
     assert display_path(b"/a b/\xff") == r"/a b/\udcff"
+
+
+def test_list_relative_to_another_root_names_the_same_files() -> None:
+    hidden = UnlistedFolder(b"b/c", "denied")
+    images = ImageList(b"/a", [b"b/c/1.png", b"b/c/2.png", b"b/d.png"], unlisted=(hidden,))
+    above = images.relative_to(b"/")
+    below = images.relative_to(b"/a/b")
+    assert above == ImageList(
+        b"/",
+        [b"a/b/c/1.png", b"a/b/c/2.png", b"a/b/d.png"],
+        unlisted=(UnlistedFolder(b"a/b/c", "denied"),),
+    )
+    assert below == ImageList(
+        b"/a/b",
+        [b"c/1.png", b"c/2.png", b"d.png"],
+        unlisted=(UnlistedFolder(b"c", "denied"),),
+    )
+    assert above.relative_to(b"/a/b") == below
+    assert below.relative_to(b"/") == above
+    assert images.relative_to(b"/a") is images
+    for root in (b"/a/b/c", b"/c", b"/a/bb", b"/a/b/c/1.png"):
+        assert images.relative_to(root) is None
+
+
+def test_unlisted_root_stays_a_folder_of_a_list_relative_to_another_root() -> None:
+    images = ImageList(b"/a/b", [b"1.png"], unlisted=(UnlistedFolder(b"", "denied"),))
+    above = images.relative_to(b"/a")
+    assert above is not None
+    assert above.unlisted == (UnlistedFolder(b"b", "denied"),)
+    assert above.relative_to(b"/a/b") == images
+    assert ImageList(b"/a", [b"b/1.png"], unlisted=images.unlisted).relative_to(b"/a/b") is None

@@ -127,14 +127,26 @@ def test_discarded_work_is_removed(out: Path, job: Job) -> None:
 def test_interrupted_run_of_something_else_is_rejected_and_kept(
     out: Path, job: Job, describe_store: Callable[..., Description]
 ) -> None:
-    other = describe_store(root="/elsewhere")
-    message = r'interrupted run of something else \(root: "/photos" there, "/elsewhere" now\)'
+    other = describe_store(preprocess={"size": [9, 9]})
+    message = r"interrupted run of something else \(preprocess.size: \[8, 8\] there, \[9, 9\] now\)"
     with ClaimedFolder(out) as claim, pytest.raises(StoreError, match=message):
         take_up(claim, other)
     with ClaimedFolder(out, overwrite=True) as claim:
         assert isinstance(take_up(claim, other), ExistingStore)
     with ClaimedFolder(out) as claim:
         take_up_interrupted(claim, job)
+
+
+def test_run_of_images_elsewhere_resumes_unless_it_starts_over(
+    out: Path, job: Job, describe_store: Callable[..., Description]
+) -> None:
+    other = replace(job, description=describe_store(root="/elsewhere"))
+    with ClaimedFolder(out, overwrite=True) as claim:
+        assert existing_computation(claim, other.description) is None
+        assert isinstance(take_up(claim, other.description), ExistingStore)
+    with ClaimedFolder(out) as claim:
+        assert take_up_interrupted(claim, other).resume(other) is not None
+        assert claim.staged_job() == other
 
 
 def test_run_that_does_not_extend_its_store_is_rejected(
