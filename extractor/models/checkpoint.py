@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import itertools
 import logging
 import pickle
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from extractor.errors import WeightsError
+from extractor.models.stand_ins import stand_ins
 from extractor.models.torn_files import torn_safetensors
 
 __all__ = ["PREFIXES", "MisfitError", "State", "load_into", "read_checkpoint", "without_prefixes"]
@@ -128,10 +127,7 @@ def _read(path: Path, head: bytes) -> object:
         if marked and (torn := torn_safetensors(path)):
             raise _torn(path, torn)
         return load_file(path)
-    # Trainers keep their command line beside the weights; it is plain data.
-    allowed = getattr(torch.serialization, "safe_globals", None)
-    trusted = allowed([argparse.Namespace]) if allowed else contextlib.nullcontext()
-    with trusted, path.open("rb") as file:
+    with stand_ins(), path.open("rb") as file:
         # An open file and not its path: by the name, torch would take it for safetensors again.
         return torch.load(file, map_location="cpu", weights_only=True)
 

@@ -323,7 +323,8 @@ def _tags(architecture: str) -> list[str]:
 def _published(full_name: str) -> list[str]:
     """Return the addresses of an architecture's weights that are not on the hub alone."""
     architecture = _architecture(full_name)
-    configs = (_timm().get_pretrained_cfg(f"{architecture}.{tag}") for tag in _tags(architecture))
+    names = (f"{architecture}.{tag}" if tag else architecture for tag in _tags(architecture))
+    configs = map(_timm().get_pretrained_cfg, names)
     return [config.url for config in configs if config and config.url]
 
 
