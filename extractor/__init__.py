@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from extractor.system.installation import installation_errors
 from extractor.version import __version__
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         DecodeError,
         DeviceError,
         ExtractorError,
+        InstallationError,
         InterruptedRunError,
         ModelError,
         SourceError,
@@ -42,6 +44,7 @@ __all__ = [
     "ExtractorError",
     "FeatureStore",
     "ImageList",
+    "InstallationError",
     "InterruptedRunError",
     "ModelError",
     "Options",
@@ -66,6 +69,7 @@ _MODULES = {
         "DecodeError",
         "DeviceError",
         "ExtractorError",
+        "InstallationError",
         "InterruptedRunError",
         "ModelError",
         "SourceError",
@@ -87,7 +91,8 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOMES[name]), name)
+    with installation_errors():
+        value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 

@@ -24,6 +24,7 @@ from extractor.run.passes import Callbacks
 from extractor.run.preflight import check_output_name
 from extractor.run.session import Session
 from extractor.system.cpu import compute_threads
+from extractor.system.installation import installation_errors
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -82,7 +83,8 @@ def extract(
         if callback is not None and not callable(callback):
             raise UsageError(f"{name}: got {callback!r}, expected a function or None")
     session = Session(models, check_output_name(out), checked)
-    return session.run(images, Callbacks(progress, stop))
+    with installation_errors():
+        return session.run(images, Callbacks(progress, stop))
 
 
 # help() and editors show every option.

@@ -8,6 +8,7 @@ __all__ = [
     "DecodeError",
     "DeviceError",
     "ExtractorError",
+    "InstallationError",
     "InterruptedRunError",
     "ModelError",
     "SourceError",
@@ -59,6 +60,10 @@ class WeightsError(ExtractorError):
 
 class DeviceError(ExtractorError):
     """This machine lacks a device or a precision, or the device is out of memory."""
+
+
+class InstallationError(ExtractorError):
+    """A package that the program needs is missing, damaged, or does not fit another one."""
 
 
 class StoreError(ExtractorError):

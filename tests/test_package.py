@@ -29,6 +29,7 @@ def test_exported_members() -> None:
         "ExtractorError",
         "FeatureStore",
         "ImageList",
+        "InstallationError",
         "InterruptedRunError",
         "ModelError",
         "Options",

@@ -12,7 +12,13 @@ from extractor.cli import extract, models, stores
 from extractor.cli.console import say
 from extractor.cli.json_log import Events
 from extractor.cli.signals import NAMES, EndedError, Stopping
-from extractor.errors import ExtractorError, InterruptedRunError, UsageError
+from extractor.errors import (
+    ExtractorError,
+    InstallationError,
+    InterruptedRunError,
+    UsageError,
+)
+from extractor.system.installation import explain_import
 from extractor.text import plural
 
 __all__ = ["main", "process"]
@@ -50,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (EndedError, KeyboardInterrupt):
             return _interrupted(stopping, events, "finished batches are saved")
         except Exception as error:
+            if (problem := explain_import(error)) != "":
+                return _complain(InstallationError(problem), FAILED, events)
             return _report_bug(error, events)
 
 

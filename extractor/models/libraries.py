@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
+from extractor.errors import UsageError, WeightsError
 from extractor.models import weight_files
 from extractor.models.checkpoint import State, read_checkpoint
 from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
+from extractor.system.installation import installation_errors
 
 __all__ = [
     "chosen_file",
@@ -40,21 +41,10 @@ def import_library(name: str) -> Any:
     """Import a library by name.
 
     Raises:
-        ModelError: It cannot be imported.
-        ExtractorError: torch and torchvision are not built for each other.
+        InstallationError: It cannot be imported.
     """
-    try:
+    with installation_errors():
         return importlib.import_module(name)
-    except ImportError as error:
-        raise ModelError(f"{name} cannot be imported ({error}); try: pip install {name}") from error
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        raise ExtractorError(
-            f"torch {torch.__version__} and the installed torchvision were not built for each "
-            "other; install a matching pair, for example: pip install --force-reinstall torch "
-            "torchvision"
-        ) from error
 
 
 def chosen_file(wanted: str) -> WeightsFile | None:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 from support.commands import WarmProcess, run_extract, run_python
 from support.networks import mean_pixel
+from support.stand_ins import stand_in
 
 from extractor import FeatureStore, __version__
 from extractor.cli import main as cli
@@ -251,17 +252,26 @@ def test_mismatched_torchvision_is_one_sentence(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-
-    def broken(name: str) -> object:
-        raise RuntimeError("operator torchvision::nms does not exist")
-
-    from extractor.models import libraries
-
-    monkeypatch.setattr(libraries.importlib, "import_module", broken)
-    assert cli.main([str(photos), "-o", str(tmp_path / "out")]) == 1
+    error = 'RuntimeError("operator torchvision::nms does not exist")'
+    stand_in(tmp_path, "torchvision", "0.9.0", f"raise {error}")
+    stand_in(tmp_path, "torch", "2.6.0+cu124", "")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "torchvision")
+    command = ["-m", "torchvision:resnet18", str(photos), "-o", str(tmp_path / "out")]
+    assert cli.main(command) == 1
     errors = capsys.readouterr().err
-    assert "were not built for each other; install a matching pair" in errors
-    assert "Traceback" not in errors
+    assert errors == (
+        "extract: torchvision 0.9.0 is installed, expected 0.19 or newer; "
+        "try: pip install 'torchvision>=0.19'\n"
+    )
+    stand_in(tmp_path, "torchvision", "0.20.1", f"raise {error}")
+    assert cli.main(command) == 1
+    errors = capsys.readouterr().err
+    assert errors == (
+        "extract: torchvision 0.20.1 cannot be imported (operator torchvision::nms does not "
+        "exist): it does not fit torch 2.6.0+cu124, which needs torchvision 0.21; "
+        "try: pip install 'torchvision==0.21.*'\n"
+    )
 
 
 @pytest.fixture
