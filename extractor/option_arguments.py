@@ -24,6 +24,7 @@ class BackboneArguments(TypedDict, total=False):
     bypass: Sequence[str]
     layers: Sequence[str]
     pool: str
+    keep_head: bool
     image_size: int | tuple[int, int] | None
     crop_pct: float | None
     resize: Fit | None

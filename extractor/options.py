@@ -213,6 +213,16 @@ class Options:
             scope="backbone",
         ),
     )
+    keep_head: bool = option(
+        False,
+        Flag(
+            "--keep-head",
+            "keep the classifier and use its output, such as logits or CLIP's projected vector",
+            EMBEDDING,
+            advanced=True,
+            scope="backbone",
+        ),
+    )
     normalize: bool = option(
         False,
         Flag(

@@ -82,6 +82,8 @@ def _model_lines(backbone: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("weights", f"{weights}, sha256 {part['sha256']}"),
             ("identity", ", ".join(replaced) or "none"),
         ]
+        if part.get("kept_heads"):
+            lines.append(("kept heads", ", ".join(part["kept_heads"])))
     return lines
 
 

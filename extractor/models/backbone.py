@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ from extractor.version import __version__
 
 __all__ = ["Backbone"]
 
+log = logging.getLogger(__name__)
+
 CPU = torch.device("cpu")
 FLAT_LEVELS = (-2.0, 0.0, 2.0)  # normalized pixels: about black, gray and white
 
@@ -33,7 +36,9 @@ _DEFAULT = Options()
 
 @dataclass(eq=False)
 class Backbone:
-    """A network that maps images to embeddings, with ``nn.Identity`` for every classifier.
+    """A network that maps images to embeddings.
+
+    ``nn.Identity`` stands in for every classifier, unless the classifiers are kept.
 
     :meth:`to`, :meth:`bypass` and :meth:`fold` change the network in place and return the backbone
     itself, as :meth:`torch.nn.Module.to` does. :meth:`at_layers` returns another backbone that
@@ -57,6 +62,7 @@ class Backbone:
         least_cosine: Least cosine similarity to embeddings in float32; None if not measured.
         is_compiled: Whether ``torch.compile`` compiled the network.
         folded: Normalizations and activations that became part of convolutions, see :meth:`fold`.
+        kept_heads: Dotted names of the classifiers, if they were kept.
     """
 
     module: nn.Module
@@ -71,6 +77,7 @@ class Backbone:
     least_cosine: float | None = None
     is_compiled: bool = False
     folded: tuple[str, ...] = ()
+    kept_heads: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
@@ -219,6 +226,7 @@ class Backbone:
             raise UsageError(f"layers: got {layers!r}, expected a list of names of modules")
         self._check_not_folded("layers")
         names = [name for wanted in layers for name in find_modules(self.module, wanted)]
+        self._warn_of_heads(names)
         pooling = parse_pooling(pool) if isinstance(pool, str) else pool
         size = self.preprocess.input_size
         with device_errors(self.device):
@@ -226,6 +234,22 @@ class Backbone:
                 self.module, tuple(dict.fromkeys(names)), pooling, size, self.provenance.model
             )
         return replace(self, taps=taps, outputs=taps.outputs)
+
+    def _warn_of_heads(self, layers: Sequence[str]) -> None:
+        """Warn of layers that are a replaced classifier, or hold or held one."""
+        affected = [
+            layer
+            for layer in dict.fromkeys(layers)
+            if any(f"{layer}.".startswith(f"{h}.") or h.startswith(f"{layer}.") for h in self.heads)
+        ]
+        if affected:
+            log.warning(
+                "layer %s: the classifier %s is replaced by nn.Identity, so this is its input; %s",
+                *(", ".join(affected), ", ".join(self.heads)),
+                "use --keep-head for its own output"
+                if self.provenance.library in ("timm", "torchvision")
+                else "keep the classifier for its own output",
+            )
 
     def _check_not_folded(self, chosen: str) -> None:
         if self.folded:

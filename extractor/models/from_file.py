@@ -48,7 +48,7 @@ def build(model: str, options: Options) -> Backbone:
     Raises:
         ModelError: The file or function is missing, fails, or returns something else.
         WeightsError: The weights cannot be read or do not fit.
-        UsageError: Weights other than a file were asked for.
+        UsageError: Weights other than a file were asked for, or the head is to be kept.
     """
     file, _, name = model.rpartition(":")
     path = Path(file)
@@ -62,6 +62,11 @@ def build(model: str, options: Options) -> Backbone:
         )
     if not path.is_file():
         raise ModelError(f"model {model}: there is no file {path}")
+    if options.keep_head:
+        raise UsageError(
+            f"keep head: {model} makes its own network; return it with its classifier, as "
+            "Backbone.from_module(network, head=None, ...)"
+        )
     if chosen is None and options.weights_key is not None:
         raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
     log.warning("%s: running the code in this file", path)

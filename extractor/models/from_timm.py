@@ -20,7 +20,7 @@ from extractor.models.checkpoint import MisfitError, load_into
 from extractor.models.lite_weights import PACKAGES, timm_key
 from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
-from extractor.network.taps import POOLED_FEATURES, Output
+from extractor.network.taps import HEAD, POOLED_FEATURES, Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.text import first_line
@@ -148,7 +148,11 @@ def build(name: str, options: Options, recorded_sha256: str = "") -> Backbone:
 
 def _build(source: _Source, options: Options) -> Backbone:
     timm = _timm()
-    if source.found is not None and source.own:
+    kept: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
+    if options.keep_head:
+        module, kept = _with_head(source, options)
+    elif source.found is not None and source.own:
         module = _with_own_weights(source, options)
         replaced = _remove_heads(module)
     else:
@@ -172,7 +176,46 @@ def _build(source: _Source, options: Options) -> Backbone:
     preprocess = own_preprocess.changed(options.pixel_changes, crop_pct=config["crop_pct"])
     if preprocess.input_size != own_preprocess.input_size:
         _set_input_size(module, preprocess.input_size, source.name)
-    return Backbone(module, (_output(module),), replaced, preprocess, provenance)
+    output = _head_output(module) if kept else _output(module)
+    return Backbone(module, (output,), replaced, preprocess, provenance, kept_heads=kept)
+
+
+def _with_head(source: _Source, options: Options) -> tuple[nn.Module, tuple[str, ...]]:
+    """Build a network with its classifier and its weights; return it and the classifier's names.
+
+    Raises:
+        ModelError: It has no classifier.
+        WeightsError: The weights have none, or do not fit.
+    """
+    timm = _timm()
+
+    def build(classes: int | None) -> nn.Module:
+        chosen = {} if classes is None else {"num_classes": classes}
+        with libraries.seeded(options.seed):
+            module: nn.Module = timm.create_model(
+                source.full_name, pretrained_cfg=source.config, **{**source.arguments, **chosen}
+            )
+        return module
+
+    with torch.device("meta"):
+        sketch = build(None)
+    rows = {name: len(value) for name, value in sketch.named_parameters() if value.ndim}
+    classes = sketch.num_classes
+    names = _remove_heads(sketch)
+    if not names:
+        raise ModelError(f"{source.full_name} has no classifier to keep; leave --keep-head out")
+    if source.found is None:
+        return build(None), names
+    if source.own:
+        return _with_own_weights(source, options), names
+    removed = libraries.removed_modules(tuple(rows), sketch)
+    classifier = {
+        name for name in rows if rows[name] == classes and name.rpartition(".")[0] in removed
+    }
+    weight_files.warn_if_renamed(source.found, _published(source.full_name))
+    state = libraries.read_weights(source.found, options)
+    label = f"{source.found.path} into {source.name}"
+    return libraries.load_with_head(build, state, classifier, label=label), names
 
 
 def outline(name: str) -> Backbone:
@@ -241,6 +284,11 @@ def _output(module: nn.Module) -> Output:
     if _has_no_classifier(module):
         return Output((dim,), POOLED_FEATURES, pool="avg")
     return Output((dim,))
+
+
+def _head_output(module: nn.Module) -> Output:
+    classes: Any = module.num_classes
+    return Output((int(classes),), HEAD)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from torch import nn
 from extractor.errors import ModelError, WeightsError
 from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import load_into
+from extractor.models.checkpoint import State, load_into
 from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
-from extractor.network.taps import Output
+from extractor.network.taps import HEAD, Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
@@ -59,6 +59,8 @@ def build(name: str, options: Options) -> Backbone:
     chosen = libraries.chosen_file(wanted)
     entry = _entry(name, wanted, chosen)
     found = _fetch(name, entry) if chosen is None and wanted != "random" else chosen
+    if options.keep_head:
+        return _with_head(name, options, entry, found)
     with libraries.seeded(options.seed):
         module = _network(name, entry)
     classifiers = heads.modules_with_outputs(module, _CLASSES)
@@ -66,13 +68,9 @@ def build(name: str, options: Options) -> Backbone:
     before = tuple(module.state_dict())
     replaced = heads.replace_with_identity(module, classifiers)
     if found is not None:
-        weight_files.warn_if_renamed(found, [entry.url])
-        state = libraries.read_weights(found, options)
-        if name.startswith("densenet"):
-            state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
         load_into(
             module,
-            state,
+            _read(found, name, entry, options),
             discarded=(*libraries.removed_modules(before, module), *AUXILIARY),
             label=f"{found.path} into torchvision:{name}",
         )
@@ -85,14 +83,61 @@ def build(name: str, options: Options) -> Backbone:
     )
 
 
+def _with_head(name: str, options: Options, entry: Any, found: WeightsFile | None) -> Backbone:
+    """Build a model that keeps its classifier, on the CPU in float32."""
+    published = len(entry.meta["categories"])
+
+    def build(classes: int | None) -> nn.Module:
+        with libraries.seeded(options.seed):
+            return _network(name, entry, classes or published)
+
+    sketch = _sketch(name, entry)
+    classifiers = heads.modules_with_outputs(sketch, _CLASSES)
+    _input_width(sketch, classifiers, name)  # exactly one
+    if found is None:
+        module = build(None)
+    else:
+        parameters = sketch.get_submodule(classifiers[0]).named_parameters()
+        module = libraries.load_with_head(
+            build,
+            _read(found, name, entry, options),
+            {f"{classifiers[0]}.{key}" for key, _ in parameters},
+            discarded=AUXILIARY,
+            label=f"{found.path} into torchvision:{name}",
+        )
+    dim = len(next(module.get_submodule(classifiers[0]).parameters()))
+    library = libraries.import_library("torchvision")
+    return Backbone(
+        module,
+        (Output((dim,), HEAD),),
+        (),
+        _preprocess(entry.transforms()).changed(options.pixel_changes),
+        libraries.provenance(f"torchvision:{name}", library, module, found, options),
+        kept_heads=classifiers,
+    )
+
+
+def _read(found: WeightsFile, name: str, entry: Any, options: Options) -> State:
+    weight_files.warn_if_renamed(found, [entry.url])
+    state = libraries.read_weights(found, options)
+    if name.startswith("densenet"):
+        state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
+    return state
+
+
+def _sketch(name: str, entry: Any) -> nn.Module:
+    """Build a network of :data:`_CLASSES` classes, on the meta device if possible."""
+    try:
+        with torch.device("meta"):
+            return _network(name, entry)
+    except RuntimeError:  # RegNet computes its widths with tensors, which need values
+        return _network(name, entry)
+
+
 def outline(name: str) -> Backbone:
     """Build a model that cannot run, on the meta device if possible."""
     library, entry = libraries.import_library("torchvision"), _entry(name, "default", None)
-    try:
-        with torch.device("meta"):
-            module = _network(name, entry)
-    except RuntimeError:  # RegNet computes its widths with tensors, which need values
-        module = _network(name, entry)
+    module = _sketch(name, entry)
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
     replaced = heads.replace_with_identity(module, classifiers)
@@ -147,13 +192,13 @@ def _fetch(name: str, entry: Any) -> WeightsFile:
     return weight_files.find_url_file(entry.url, tag=entry.name, label=label)
 
 
-def _network(name: str, entry: Any) -> nn.Module:
+def _network(name: str, entry: Any, classes: int = _CLASSES) -> nn.Module:
     """Build an untrained network as torchvision does for its own weights."""
     arguments = dict(_ARGUMENTS.get(name, {}))
     if name.startswith("vit_"):
         arguments["image_size"] = entry.meta["min_size"][0]
     network: nn.Module = _models().get_model_builder(name)(
-        weights=None, num_classes=_CLASSES, **arguments
+        weights=None, num_classes=classes, **arguments
     )
     return network
 

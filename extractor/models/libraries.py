@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from extractor.errors import UsageError, WeightsError
 from extractor.models import weight_files
-from extractor.models.checkpoint import State, read_checkpoint
+from extractor.models.checkpoint import MisfitError, State, load_into, read_checkpoint
 from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.models.weight_files import WeightsFile
@@ -24,6 +24,7 @@ from extractor.system.installation import installation_errors
 __all__ = [
     "chosen_file",
     "import_library",
+    "load_with_head",
     "provenance",
     "public_version",
     "read_weights",
@@ -104,6 +105,50 @@ def removed_modules(before: Sequence[str], module: nn.Module) -> tuple[str, ...]
     """
     left = module.state_dict().keys()
     return tuple(dict.fromkeys(key.rpartition(".")[0] for key in before if key not in left))
+
+
+def load_with_head(
+    build: Callable[[int | None], nn.Module],
+    state: Mapping[str, torch.Tensor],
+    classifier: Collection[str],
+    *,
+    discarded: Sequence[str] = (),
+    label: str,
+) -> nn.Module:
+    """Build a network that keeps its classifier, and load a checkpoint into all of it.
+
+    The classifier gets as many classes as it has in the checkpoint.
+
+    Args:
+        build: Builds the network for a number of classes; None stands for the published number.
+        state: Tensors of the checkpoint.
+        classifier: Names of the tensors that have one row for each class.
+        discarded: Names of modules that the network lacks. Their tensors are optional.
+        label: The file and the model, for the error message.
+
+    Raises:
+        WeightsError: The checkpoint has no classifier.
+        MisfitError: Other tensors do not fit.
+    """
+    module = build(None)
+    try:
+        load_into(module, state, discarded=discarded, label=label)
+        return module
+    except MisfitError as error:
+        expected = module.state_dict()
+        if not error.state.keys() & classifier:
+            if expected.keys() - error.state.keys() <= set(classifier):
+                raise WeightsError(
+                    f"{label}: the file has no classifier ({', '.join(sorted(classifier))}); leave "
+                    "--keep-head out"
+                ) from error
+            raise
+        counts = {len(error.state[name]) for name in classifier if name in error.state}
+        if len(counts) > 1 or counts == {len(expected[name]) for name in classifier}:
+            raise
+    module = build(counts.pop())
+    load_into(module, state, discarded=discarded, label=label)
+    return module
 
 
 def provenance(

@@ -36,6 +36,8 @@ _DEFAULT = Options()
 def load_backbone(model: str = DEFAULT_MODEL, **options: Unpack[BackboneArguments]) -> Backbone:
     """Build a network, load its weights, remove its classifier, and choose its outputs.
 
+    With ``keep_head=True`` the classifier stays, and its output is the embedding.
+
     >>> load_backbone("resnet50", layers=["layer3"], pool="gem").dim  # doctest: +SKIP
     1024
 
@@ -138,10 +140,15 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
     """Return a user's backbone with the changes of ``options``; the user's own stays as it is.
 
     Raises:
-        UsageError: The options name weights, which the backbone already has.
+        UsageError: The options name weights or keep the head, which is decided already.
     """
     if options.weights != _DEFAULT.weights or options.weights_key is not None:
         raise UsageError("weights: the backbone already has weights; leave this option out")
+    if options.keep_head:
+        raise UsageError(
+            "keep head: the backbone is built already; load it with keep_head=True, or pass "
+            "head=None to Backbone.from_module"
+        )
     if options.pixel_changes:
         changed = backbone.preprocess.changed(options.pixel_changes)
         backbone = replace(backbone, preprocess=changed)

@@ -23,6 +23,7 @@ PRE_LOGITS = "pre-logits"
 # Networks without a classifier: their features, averaged over the positions.
 POOLED_FEATURES = "pooled-features"
 LAYER = "layer"
+HEAD = "head"  # output of a network that keeps its classifier
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Output:
     Attributes:
         shape: Shape of one embedding: ``(dim,)``; without pooling ``(channels, height, width)`` or
             ``(tokens, channels)``.
-        definition: ``pre-logits``, ``pooled-features`` or ``layer``.
+        definition: ``pre-logits``, ``pooled-features``, ``layer``, or ``head`` for the output of a
+            classifier that was kept.
         layer: Dotted name of the module whose output it is; empty for the whole network.
         pool: Pooling over the positions of that output; empty if it has no positions.
         layout: Layout of the layer's output: ``vector``, ``map`` or ``tokens``.

@@ -58,11 +58,14 @@ def precision_of(spec: EmbeddingSpec) -> str:
 
 
 def _backbone(backbone: Backbone) -> dict[str, Any]:
-    return {
+    described = {
         **backbone.provenance.as_dict(),
         "heads": list(backbone.heads),
         "bypassed": list(backbone.bypassed),
     }
+    if backbone.kept_heads:
+        described["kept_heads"] = list(backbone.kept_heads)
+    return described
 
 
 def _joined_backbones(spec: EmbeddingSpec) -> dict[str, Any]:

@@ -89,9 +89,13 @@ def _spec_of(store: FeatureStore, weights: str | None, device: str) -> Embedding
         if len(precisions) == 1:
             precisions *= len(made_by["parts"])
         backbones = [
-            _prepare(_backbone(part, pixels, None, device), {}, precision)
-            for part, pixels, precision in zip(
-                made_by["parts"], description.preprocess["parts"], precisions, strict=True
+            _prepare(_backbone(part, pixels, None, device), output, precision)
+            for part, pixels, output, precision in zip(
+                made_by["parts"],
+                description.preprocess["parts"],
+                embedding["parts"],
+                precisions,
+                strict=True,
             )
         ]
         parts = tuple(EmbeddingPart(backbone) for backbone in backbones)
@@ -122,6 +126,7 @@ def _backbone(
         seed=made_by["seed"] or 0,
         image_size=(height, width),
         bypass=made_by["bypassed"],
+        keep_head=bool(made_by.get("kept_heads")),
         device=device,
     )
     backbone = load(model, options, {made_by["model"]: made_by["sha256"]})
