@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 
-from extractor.compute.embed import embed
-from extractor.compute.inputs import Inputs, batch_size_for
 from extractor.errors import DecodeError, UsageError
 from extractor.images.listing import ImageList, Input
-from extractor.images.types import EncodedImage, Failure, ImageSource
+from extractor.images.types import Failure, ImageSource
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import Model, load_specs
+from extractor.models.embedding import EmbeddingSpec, Model, load_specs
 from extractor.options import DEFAULT_MODEL, Options, signature_with_options
 from extractor.report import Progress, Report
 from extractor.run.passes import Callbacks
 from extractor.run.preflight import check_output_name
 from extractor.run.session import Session
-from extractor.system.cpu import compute_threads
+from extractor.serving.service import EmbeddingService
+from extractor.serving.sources import AnyImage, check_images
 from extractor.system.installation import installation_errors
 
 if TYPE_CHECKING:
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from extractor.option_arguments import EmbeddingArguments, OptionArguments
 
 __all__ = ["Extractor", "Progress", "Report", "extract"]
+
+MAX_WINDOW_MS = 60_000
 
 
 def extract(
@@ -91,14 +92,12 @@ def extract(
 extract.__signature__ = signature_with_options(extract)  # type: ignore[attr-defined]
 
 
-AnyImage: TypeAlias = (
-    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | npt.NDArray[np.uint8]"
-)
-_SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
-
-
 class Extractor:
     """Embeds images in memory, with the same pixels and the same model as :func:`extract`.
+
+    It may be called from many threads. Decoding threads live as long as the extractor, and one
+    thread of its own computes for all callers. Leave it to the garbage collector, call
+    :meth:`close`, or use it as a context manager.
 
     >>> extractor = Extractor("torchvision:squeezenet1_0", weights="random", device="cpu")
     >>> extractor([np.zeros((300, 200, 3), np.uint8)]).shape
@@ -106,6 +105,9 @@ class Extractor:
 
     Args:
         model: A name, ``A+B`` for both embeddings in one vector, or a :class:`Backbone`.
+        batch_window_ms: Time in milliseconds in which calls of other threads are gathered into one
+            forward pass. A lone call does not wait. None computes every call alone; then rows do
+            not depend on other callers, not even in their last bits.
 
     The other arguments are fields of :class:`Options`. Those of stores and of reading files do not
     apply.
@@ -119,19 +121,38 @@ class Extractor:
     def __init__(
         self,
         model: Model = DEFAULT_MODEL,
+        *,
+        batch_window_ms: float | None = None,
         **options: Unpack[EmbeddingArguments],
     ) -> None:
-        self._process = os.getpid()
-        self._options = Options.from_arguments(options, scope="images")
+        checked = Options.from_arguments(options, scope="images")
         _check_model(model)
-        specs = load_specs([model], self._options, fold_given=False)
+        _check_window(batch_window_ms)
+        specs = load_specs([model], checked, fold_given=False)
         if len(specs) != 1:
             names = ", ".join(spec.name for spec in specs)
             raise UsageError(
                 f"layers: got {len(specs)} embeddings per image ({names}), expected one; try "
                 "concat=True"
             )
-        self._spec = specs[0]
+        self._serve(specs[0], checked, batch_window_ms)
+
+    def _serve(
+        self,
+        spec: EmbeddingSpec,
+        options: Options,
+        batch_window_ms: float | None,
+        *,
+        pad_to: int | None = None,
+    ) -> None:
+        """Start the threads for a loaded embedding."""
+        self._process = os.getpid()
+        self._spec = spec
+        service = EmbeddingService(
+            spec, options, pad_to=pad_to, window_seconds=_seconds(batch_window_ms)
+        )
+        self._service = service
+        self._finalizer = weakref.finalize(self, service.close)
 
     @property
     def backbones(self) -> tuple[Backbone, ...]:
@@ -148,48 +169,91 @@ class Extractor:
         """Shape of one embedding: ``(dim,)``, or the axes of a layer without pooling."""
         return self._spec.shape
 
-    def __call__(self, images: Iterable[AnyImage]) -> npt.NDArray[np.float32]:
+    def close(self) -> None:
+        """End the threads. Calls in progress still get their rows; later ones are refused."""
+        self._finalizer()
+
+    def __enter__(self) -> Extractor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @overload
+    def __call__(
+        self, images: Iterable[AnyImage], *, on_error: Literal["raise"] = "raise"
+    ) -> npt.NDArray[np.float32]: ...
+
+    @overload
+    def __call__(
+        self, images: Iterable[AnyImage], *, on_error: Literal["return"]
+    ) -> list[npt.NDArray[np.float32] | DecodeError]: ...
+
+    def __call__(
+        self, images: Iterable[AnyImage], *, on_error: Literal["raise", "return"] = "raise"
+    ) -> npt.NDArray[np.float32] | list[npt.NDArray[np.float32] | DecodeError]:
         """Embed images.
 
+        A single image is decoded in the calling thread. Several images are decoded by the threads
+        of the extractor, each within ``image_timeout``.
+
         Args:
-            images: Paths, encoded images as bytes, PIL images, or uint8 RGB arrays ``(H, W, 3)``,
-                mixed as you like. ``(H, W)`` is gray; a fourth channel is dropped. An array
-                ``(N, H, W, 3)`` holds N images.
+            images: Paths, encoded images as bytes, binary files, PIL images, or uint8 RGB arrays
+                ``(H, W, 3)``, mixed as you like. ``(H, W)`` is gray; a fourth channel is dropped.
+                An array ``(N, H, W, 3)`` holds N images. Files are read and stay open.
+            on_error: ``raise`` raises the error of the first image that cannot be decoded.
+                ``return`` returns the errors in the places of their rows.
 
         Returns:
             ``(N, dim)`` float32, in the order of the images; ``(N, *shape)`` for a layer without
-            pooling.
+            pooling. With ``on_error="return"`` a list with a row ``(dim,)`` or a
+            :class:`DecodeError` for each image.
 
         Raises:
-            DecodeError: An image cannot be decoded; the message has its index.
-            UsageError: A single image instead of several, an object that is no image, or a call in
-                a process that was forked after the extractor was made.
+            DecodeError: An image cannot be decoded; ``error.index`` says which one.
+            UsageError: A single image instead of several, an object that is no image, a call after
+                :meth:`close`, or in a process that was forked after the extractor was made.
         """
-        _check_several(images)
+        if on_error not in ("raise", "return"):
+            raise UsageError(f"on_error: got {on_error!r}, expected 'raise' or 'return'")
         if os.getpid() != self._process:
-            # torch's threads do not survive a fork, and waiting for them would never end.
+            # Threads do not survive a fork, and waiting for them would never end.
             raise UsageError("this Extractor belongs to another process; make one after the fork")
-        sources = [_check_image(image, index) for index, image in enumerate(images)]
-        if not sources:
-            return np.empty((0, *self.shape), np.float32)
-        # A single image should not pay for a full batch of padding.
-        size = min(batch_size_for([self._spec], self._options), len(sources))
-        starts = range(0, len(sources), size)
-        batches = (sources[i : i + size] for i in starts)
-        rows = []
-        with (
-            compute_threads(),
-            Inputs(self._options, size).loader(batches, [self._spec]) as loader,
-        ):
-            computed = embed([self._spec], loader, normalize=self._options.normalize)
-            for start, embedded in zip(starts, computed, strict=True):
-                for i, outcome in enumerate(embedded.outcomes, start):
-                    if isinstance(outcome, Failure):
-                        source = sources[i]
-                        name = f" ({source})" if isinstance(source, (str, os.PathLike)) else ""
-                        raise DecodeError(outcome.reason, f"image {i}{name}: {outcome.message}")
-                rows.append(embedded.rows[0])
-        return np.concatenate(rows)
+        if not self._finalizer.alive:
+            raise UsageError("this Extractor is closed; make a new one")
+        sources = check_images(images)
+        rows, failures = self._service.embed(sources, stop_at_failure=on_error == "raise")
+        errors = {i: _decode_error(sources[i], i, failure) for i, failure in failures.items()}
+        if on_error == "return":
+            return [errors[i] if i in errors else rows[i] for i in range(len(sources))]
+        if errors:
+            raise errors[min(errors)]
+        return rows
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000
+
+
+def _check_window(milliseconds: Any) -> None:
+    """Check the time in which calls are gathered.
+
+    Raises:
+        UsageError: It is no number of milliseconds within a minute.
+    """
+    is_number = isinstance(milliseconds, (int, float)) and not isinstance(milliseconds, bool)
+    if milliseconds is not None and not (is_number and 0 <= milliseconds <= MAX_WINDOW_MS):
+        raise UsageError(
+            f"batch_window_ms: got {milliseconds!r}, expected None or a number from 0 to "
+            f"{MAX_WINDOW_MS:,}"
+        )
+
+
+def _decode_error(source: ImageSource, index: int, failure: Failure) -> DecodeError:
+    name = f" ({source})" if isinstance(source, (str, os.PathLike)) else ""
+    error = DecodeError(failure.reason, f"image {index}{name}: {failure.message}")
+    error.size, error.mtime_ns, error.index = failure.size, failure.mtime_ns, index
+    return error
 
 
 def _check_model(model: object) -> None:
@@ -203,54 +267,6 @@ def _check_model(model: object) -> None:
             f"model: got {type(model).__name__}, expected a name or a Backbone; try "
             "Backbone.from_module for a network"
         )
-
-
-def _check_several(images: object) -> None:
-    """Check that a value holds several images in an order of their own.
-
-    Raises:
-        UsageError: A single image, or a collection that is no list of images.
-    """
-    advice = ""
-    if isinstance(images, Mapping):
-        advice = "list(images.values())"
-    elif isinstance(images, torch.Tensor):
-        advice = "[images.permute(1, 2, 0).numpy()] for uint8 (3, H, W) on the CPU"
-        if images.ndim > 3:
-            advice = "list(images.permute(0, 2, 3, 1).numpy()) for uint8 (N, 3, H, W) on the CPU"
-    elif isinstance(images, (set, frozenset)):
-        advice = "sorted(images), since a set has no order"
-    elif hasattr(images, "read"):
-        advice = "[images.read()]"
-    elif isinstance(images, _SINGLE) or _is_one_array(images) or not isinstance(images, Iterable):
-        advice = "[image]"
-    if advice:
-        count = "a single " if advice == "[image]" else ""
-        raise UsageError(
-            f"images: got {count}{type(images).__name__}, expected a list of images; try {advice}"
-        )
-
-
-def _is_one_array(images: object) -> bool:
-    """Return whether an array of any library has too few axes for several images.
-
-    One axis of strings or objects may be a list of paths.
-    """
-    axes = getattr(images, "ndim", None)
-    kind = getattr(getattr(images, "dtype", None), "kind", "")
-    return isinstance(axes, int) and axes < 4 and (axes != 1 or kind not in "OSU")
-
-
-def _check_image(image: object, index: int) -> ImageSource:
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return EncodedImage(bytes(image))
-    if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
-        return image
-    advice = "; try image.permute(1, 2, 0).numpy()" if isinstance(image, torch.Tensor) else ""
-    raise UsageError(
-        f"image {index}: got {type(image).__name__}, expected a path, bytes, a PIL image or a "
-        f"uint8 array{advice}"
-    )
 
 
 Extractor.__signature__ = signature_with_options(Extractor, scope="images")  # type: ignore[attr-defined]

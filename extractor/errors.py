@@ -41,6 +41,7 @@ class DecodeError(ExtractorError):
         reason: See above.
         size: Size of the file in bytes; -1 if there is no file.
         mtime_ns: Modification time of the file in nanoseconds; -1 if there is no file.
+        index: Index of the image among those of a call; None outside of a call.
     """
 
     def __init__(self, reason: str, message: str) -> None:
@@ -48,6 +49,7 @@ class DecodeError(ExtractorError):
         self.reason = reason
         self.size = -1
         self.mtime_ns = -1
+        self.index: int | None = None
 
 
 class ModelError(ExtractorError):

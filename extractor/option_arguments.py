@@ -43,15 +43,17 @@ class EmbeddingArguments(BackboneArguments, total=False):
     concat: bool
     batch_size: int | None
     workers: int | None
+    threads: int | None
     fuse: Fuse
     decode: Decode
+    max_pixels: int
+    image_timeout: float
 
 
 class OptionArguments(EmbeddingArguments, total=False):
     """Options that :class:`extractor.extract` takes as keyword arguments."""
 
     dtype: Dtype
-    threads: int | None
     compile: Compile
     overwrite: bool
     shard_images: int
@@ -59,8 +61,6 @@ class OptionArguments(EmbeddingArguments, total=False):
     keep_missing: bool
     retry_failed: bool
     new_root: bool
-    max_pixels: int
-    image_timeout: float
     max_failure_rate: float
     lock: bool
     profile: str | os.PathLike[str] | None

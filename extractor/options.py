@@ -398,6 +398,7 @@ class Options:
             minimum=1,
             maximum=MAX_WORKERS,
             unset="torch's own number, at most one per core",
+            scope="images",
         ),
     )
     compile: Compile = option(
@@ -496,6 +497,7 @@ class Options:
             LIMITS,
             metavar="N",
             advanced=True,
+            scope="images",
             minimum=1,
             maximum=MAX_INTEGER,
         ),
@@ -508,6 +510,7 @@ class Options:
             LIMITS,
             metavar="SECONDS",
             advanced=True,
+            scope="images",
             above=0,
             maximum=MAX_SECONDS,
         ),

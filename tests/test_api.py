@@ -375,7 +375,7 @@ SINGLE = [
     np.zeros(9, np.uint8),
 ]
 NOT_A_LIST = {
-    "a file": (io.BytesIO(b"bytes"), r"got BytesIO.*\[images\.read\(\)\]"),
+    "a file": (io.BytesIO(b"bytes"), r"got BytesIO.*\[file\]"),
     "a mapping": ({"a": b"bytes"}, r"got dict.*list\(images\.values\(\)\)"),
     "a set": ({"a.jpg"}, r"got set.*sorted\(images\), since a set has no order"),
     "a batch of pixels": (torch.zeros(2, 3, 4, 4), r"got Tensor.*permute\(0, 2, 3, 1\)"),

@@ -17,7 +17,7 @@ ORDER: list[set[str]] = [
     {"__init__", "__main__"},
     {"cli"},
     {"api"},
-    {"run"},
+    {"run", "serving"},
     {"compute"},
     {"loading", "models"},
     {"network.fusion"},

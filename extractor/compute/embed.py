@@ -25,7 +25,7 @@ from extractor.models.embedding import EmbeddingSpec
 from extractor.system.devices import device_errors
 from extractor.system.timing import Timer
 
-__all__ = ["Embedded", "Normalize", "embed", "full_float32"]
+__all__ = ["Embedded", "Normalize", "PictureEmbedder", "embed", "full_float32"]
 
 log = logging.getLogger(__name__)
 
@@ -203,6 +203,54 @@ class _Step:
             parts = [torch.nn.functional.normalize(part) for part in parts]
         rows = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return torch.nn.functional.normalize(rows) if self._unit_length else rows
+
+
+class PictureEmbedder:
+    """Embeds pictures that lie in host memory; for one thread at a time.
+
+    Args:
+        spec: Embedding to compute.
+        normalize: Scale every embedding to unit Euclidean length.
+        pad_to: Number of images in every forward pass. Shorter ones are padded with black
+            pictures, as batches of a run are. None computes as many images as there are.
+    """
+
+    def __init__(self, spec: EmbeddingSpec, *, normalize: bool, pad_to: int | None = None) -> None:
+        self._step = _Step([spec], normalize)
+        self._pad_to = pad_to
+
+    @torch.inference_mode()
+    def __call__(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        """Return ``(N, *shape)`` float32.
+
+        Args:
+            pictures: For each transform ``(N, H, W, 3)`` uint8 RGB, in the order of
+                :func:`~extractor.compute.inputs.pictures_of`.
+
+        Raises:
+            DeviceError: The device is full, busy or broken.
+        """
+        count = len(pictures[0])
+        size = self._pad_to or count
+        with device_errors(self._step.device), full_float32():
+            passes = [
+                self._pass([_padded(rows[start : start + size], self._pad_to) for rows in pictures])
+                for start in range(0, count, size)
+            ]
+        return np.concatenate(passes)[:count] if len(passes) > 1 else passes[0][:count]
+
+    def _pass(self, pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float32]:
+        on_device = [torch.from_numpy(rows).to(self._step.device) for rows in pictures]
+        rows: npt.NDArray[np.float32] = self._step.in_parts(on_device)[0].cpu().numpy()
+        return rows
+
+
+def _padded(rows: npt.NDArray[np.uint8], size: int | None) -> npt.NDArray[np.uint8]:
+    """Return rows followed by black pictures up to a size."""
+    if size is None or len(rows) == size:
+        return rows
+    black = np.zeros((size - len(rows), *rows.shape[1:]), np.uint8)
+    return np.concatenate([rows, black])
 
 
 def _embed_in_turn(

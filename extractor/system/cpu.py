@@ -6,11 +6,12 @@ import contextlib
 import functools
 import math
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_cores", "compute_threads", "has_avx2"]
+__all__ = ["available_cores", "compute_threads", "has_avx2", "set_threads_of_this_thread"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")
@@ -90,3 +91,29 @@ def compute_threads(count: int | None = None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def set_threads_of_this_thread(count: int | None = None) -> None:
+    """Set the number of threads that torch uses when the calling thread computes on a CPU.
+
+    Other threads keep their number, and so do threads that start later: OpenMP holds the number for
+    each thread, and torch a default for new ones, which is restored.
+
+    Args:
+        count: Number of threads. None keeps torch's own number, limited to
+            :func:`available_cores`.
+    """
+    import torch
+
+    with _default_threads:
+        before = torch.get_num_threads()
+        threads = count or min(before, available_cores())
+        if threads == before:
+            return
+        torch.set_num_threads(threads)
+        restoring = threading.Thread(target=torch.set_num_threads, args=(before,))
+        restoring.start()
+        restoring.join()
+
+
+_default_threads = threading.Lock()

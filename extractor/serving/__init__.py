@@ -1,0 +1,1 @@
+"""Embed images that arrive one call at a time, from many threads."""
