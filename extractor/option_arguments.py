@@ -56,6 +56,7 @@ class OptionArguments(EmbeddingArguments, total=False):
     dtype: Dtype
     compile: Compile
     overwrite: bool
+    keep_order: bool
     shard_images: int
     check: Check
     keep_missing: bool

@@ -440,6 +440,15 @@ class Options:
             INPUT,
         ),
     )
+    keep_order: bool = option(
+        False,
+        Flag(
+            "--keep-order",
+            "also write the row number of each line of --list, as list_rows.npy; -1 if it has none",
+            INPUT,
+            advanced=True,
+        ),
+    )
     shard_images: int = option(
         65_536,
         Flag(

@@ -7,6 +7,7 @@ import errno
 import itertools
 import logging
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, NamedTuple, TypeAlias
@@ -47,12 +48,15 @@ class ImageList:
         paths: Relative paths with ``/``, in ascending order of their bytes, without duplicates.
         passed_over: Number of files in the walked folders that are not images.
         unlisted: Folders that could not be listed, sorted by path.
+        order: Index in :attr:`paths` of each line of a list, or of each file of the caller's, with
+            duplicates. None for the images of folders, which have no order of their own.
     """
 
     root: bytes
     paths: Sequence[bytes] = field(repr=False)
     passed_over: int = 0
     unlisted: tuple[UnlistedFolder, ...] = ()
+    order: Sequence[int] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         """Check the root and the order."""
@@ -60,6 +64,8 @@ class ImageList:
             raise ValueError(f"root: got {self.root!r}, expected an absolute path")
         if any(a >= b for a, b in itertools.pairwise(self.paths)):
             raise ValueError("paths: expected ascending order of bytes without duplicates")
+        if self.order and not 0 <= min(self.order) <= max(self.order) < len(self.paths):
+            raise ValueError(f"order: expected indices of {len(self.paths)} paths")
 
     def __len__(self) -> int:
         """Return the number of images."""
@@ -135,7 +141,9 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     below = sorted(UnlistedFolder(_relative(path, root), unlisted[path]) for path in unlisted)
     # Reading such a folder as an image fails, so it is reported like every unreadable file.
     found.extend(folder.path for folder in below if folder.path)
-    return ImageList(root, _sorted_once(found), walk.passed_over, tuple(below))
+    paths = _sorted_once(found)
+    order = None if folders or below else _order_of(found, paths)
+    return ImageList(root, paths, walk.passed_over, tuple(below), order)
 
 
 def _sort_inputs(
@@ -185,7 +193,9 @@ def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
         raise SourceError(f"no paths in {name}; expected one per line")
     inside = all(path.startswith(here.rstrip(b"/") + b"/") for path in paths)
     root = here if inside else os.path.commonpath([os.path.dirname(path) for path in paths])
-    return ImageList(root, _sorted_once([_relative(path, root) for path in paths]))
+    listed = [_relative(path, root) for path in paths]
+    unique = _sorted_once(listed)
+    return ImageList(root, unique, order=_order_of(listed, unique))
 
 
 def display_path(path: bytes) -> str:
@@ -215,6 +225,12 @@ def _sorted_once(paths: list[bytes]) -> list[bytes]:
     if len(unique) < len(paths):
         log.info("ignored %s", plural(len(paths) - len(unique), "duplicate path"))
     return unique
+
+
+def _order_of(listed: Iterable[bytes], unique: Iterable[bytes]) -> Sequence[int]:
+    """Return the index of each listed path among the unique ones."""
+    index = {path: i for i, path in enumerate(unique)}
+    return array("q", (index[path] for path in listed))
 
 
 class _Walk:

@@ -134,6 +134,40 @@ class FeatureStore:
 
         return _retry_moved(self.path, read)
 
+    @property
+    def list_rows(self) -> npt.NDArray[np.int64]:
+        """Row of each line of the list that ``--keep-order`` kept the order of.
+
+        ``(lines,)`` int64, duplicates included; -1 for an image without a row. Empty lines of the
+        list do not count.
+
+        >>> rows = store.list_rows  # doctest: +SKIP
+        >>> features, labels = store.features[rows[rows >= 0]], labels[rows >= 0]  # doctest: +SKIP
+
+        Raises:
+            StoreError: the last run that changed the store did not keep the order of a list.
+        """
+        entry = self.manifest.list_rows
+        if entry is None:
+            raise StoreError(
+                f"{self.path} has no rows of a list: the run that wrote it did not keep the order; "
+                "run it again with --list FILE --keep-order"
+            )
+
+        def read() -> npt.NDArray[np.int64]:
+            self._check_unchanged(entry)
+            check_size(self.path, entry)
+            try:
+                rows: npt.NDArray[np.int64] = np.load(
+                    locate(self.path, entry.name), allow_pickle=False
+                )
+            except (OSError, ValueError) as error:
+                raise StoreError(f"{self.path / entry.name}: {error}") from error
+            self._check_unchanged(entry)
+            return rows
+
+        return _retry_moved(self.path, read)
+
     def column(self, name: str) -> list[Any]:
         """Return one column of the index, one value per row.
 

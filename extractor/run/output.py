@@ -21,13 +21,19 @@ from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.run.root import match_root
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
-from extractor.store.format import Description, listing_digest
+from extractor.store.format import Description, Manifest, listing_digest
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
 from extractor.store.plan import Plan, Snapshot, StoredImages, plan_run
 from extractor.store.publish import finish_publishing
 from extractor.store.shard import ShardWriter
-from extractor.store.writer import ExistingStore, InterruptedRun, StoreRun, take_up
+from extractor.store.writer import (
+    ExistingStore,
+    InterruptedRun,
+    StoreRun,
+    has_rows_of_list,
+    take_up,
+)
 
 __all__ = ["StoreOutput", "claim_store"]
 
@@ -141,6 +147,7 @@ class StoreOutput:
                 and existing.base.description.root == self._description.root
                 and not self._plan.todo
                 and not self._plan.changes(stored)
+                and self._has_rows_of_list(existing.base)
             )
             if not is_up_to_date:
                 self._run = existing.begin(self._job_for(self._plan, existing))
@@ -150,6 +157,17 @@ class StoreOutput:
             self._report_software(existing)
         self.rows += self._plan.rows
         self._count_failures(self._plan.failures)
+
+    @property
+    def _listed(self) -> Iterable[bytes] | None:
+        """Path of each line of the list; None if their rows are not asked for."""
+        if not self._options.keep_order or self._images.order is None:
+            return None
+        return (self._images.paths[i] for i in self._images.order)
+
+    def _has_rows_of_list(self, base: Manifest) -> bool:
+        listed = self._listed
+        return listed is None or has_rows_of_list(self._claim.out, base, listed)
 
     def _follow_root(self, existing: ExistingStore | InterruptedRun) -> None:
         """Make the paths of the images relative to the root that the store will have."""
@@ -292,7 +310,7 @@ class StoreOutput:
         """Make the store visible, and report what it holds."""
         if self._run is not None:
             listing = listing_digest(self._all_paths())
-            self._run.publish(self._plan, listing=listing)
+            self._run.publish(self._plan, listing=listing, listed=self._listed)
         return StoreReport(
             out=self._claim.out,
             rows=self.rows,

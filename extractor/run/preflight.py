@@ -18,12 +18,14 @@ from extractor.text import plural
 if TYPE_CHECKING:
     import torch
 
+    from extractor.images.listing import ImageList
     from extractor.run.output import StoreOutput
 
 __all__ = [
     "check_decode_device",
     "check_disk_space",
     "check_has_rows",
+    "check_order",
     "check_output_folders",
     "check_output_name",
     "check_shard_count",
@@ -55,6 +57,19 @@ def check_output_folders(models: Sequence[str], out: str | None, options: Option
     """
     for folder in store_folders(out, planned_stores(models, options) or []):
         check_output_folder(Path(folder), may_exist=True, check_lock=True)
+
+
+def check_order(images: ImageList, options: Options) -> None:
+    """Check that the images have an order, if it is to be kept.
+
+    Raises:
+        UsageError: The images are those of folders.
+    """
+    if options.keep_order and images.order is None:
+        raise UsageError(
+            "keep order: got folders, whose images have no order of their own; expected --list "
+            "FILE, or the paths of all images"
+        )
 
 
 def check_shard_count(images: int, shard_images: int) -> None:

@@ -49,6 +49,7 @@ RUN_ONLY = frozenset(
         "fuse",
         "check",
         "keep_missing",
+        "keep_order",
         "retry_failed",
         "new_root",
         "max_pixels",

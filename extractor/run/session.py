@@ -29,6 +29,7 @@ from extractor.run.preflight import (
     check_decode_device,
     check_disk_space,
     check_has_rows,
+    check_order,
     check_output_folders,
     check_shard_count,
 )
@@ -99,6 +100,7 @@ class Session:
         """List the images, and check that a store can number their shards."""
         listed = images if isinstance(images, ImageList) else list_images(images)
         self._clock.end("list")
+        check_order(listed, self._options)
         check_shard_count(len(listed), self._options.shard_images)
         return listed
 

@@ -16,7 +16,7 @@ from extractor.run.run_json import request_of, request_that_made
 from extractor.run.snapshot import take_snapshot
 from extractor.store.format import MANIFEST, STAGING, Manifest, listing_digest
 from extractor.store.plan import Snapshot, plan_run
-from extractor.store.writer import published_images
+from extractor.store.writer import has_rows_of_list, published_images
 
 __all__ = ["up_to_date_report"]
 
@@ -100,6 +100,10 @@ def _store_report(
     )
     if planned.todo or planned.changes(stored):
         return None
+    if options.keep_order:
+        in_order = [listed.paths[i] for i in listed.order or ()]
+        if not has_rows_of_list(folder, manifest, in_order):
+            return None
     return StoreReport(
         out=folder,
         rows=manifest.rows,

@@ -26,6 +26,7 @@ __all__ = [
     "IN_FLIGHT",
     "JOB",
     "JOURNAL",
+    "LIST_ROWS",
     "MANIFEST",
     "MAX_SHARDS",
     "REPLACED",
@@ -53,6 +54,7 @@ MANIFEST = "store.json"
 FEATURES = "features"
 IMAGES = "images"
 FAILURES = "failures.jsonl"
+LIST_ROWS = "list_rows.npy"
 RUN = "run.json"
 # The staging folder, in which a run builds its shards. It is hidden, so that no tool mistakes it
 # for a result.
@@ -336,6 +338,8 @@ class Manifest:
         shards: the shards in the order of their numbers.
         failures: file that lists the images without a row.
         created: end of the run, ISO 8601 in UTC.
+        list_rows: file with the row of each line of the list, see ``--keep-order``; None if the
+            last run that changed the store did not write one.
     """
 
     description: Description
@@ -345,8 +349,11 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     failures: FileEntry
     created: str = field(compare=False)
+    list_rows: FileEntry | None = None
 
     def __post_init__(self) -> None:
+        if self.list_rows is not None and self.list_rows.name != LIST_ROWS:
+            raise ValueError(f"rows of a list in {self.list_rows.name!r}")
         if self.failures.name != FAILURES:
             raise ValueError(f"failures in {self.failures.name!r}")
         total = sum(shard.live_rows for shard in self.shards)
@@ -374,7 +381,8 @@ class Manifest:
     @property
     def files(self) -> list[FileEntry]:
         """Every file of the store except the manifest itself."""
-        return [*self.shard_files, self.failures]
+        lists = [] if self.list_rows is None else [self.list_rows]
+        return [*self.shard_files, self.failures, *lists]
 
     @property
     def next_shard(self) -> int:
@@ -403,6 +411,7 @@ class Manifest:
             "listing": self.listing,
             "shards": [asdict(shard) for shard in self.shards],
             "failures": asdict(self.failures),
+            **({} if self.list_rows is None else {"list_rows": asdict(self.list_rows)}),
             "checksum": "",
         }
         return with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
@@ -452,6 +461,7 @@ class Manifest:
                 shards=tuple(ShardEntry.from_mapping(entry) for entry in content["shards"]),
                 failures=FileEntry(**content["failures"]),
                 created=content["created"],
+                list_rows=FileEntry(**content["list_rows"]) if "list_rows" in content else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"{name} is damaged: {type(error).__name__} {error}") from error

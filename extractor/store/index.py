@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,6 +95,22 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
     content = pa.BufferOutputStream()
     pq.write_table(table, content)
     return bytes(content.getvalue().to_pybytes())
+
+
+def rows_of_paths(
+    shards: Iterable[tuple[Sequence[bytes], npt.NDArray[np.bool_]]], paths: Iterable[bytes]
+) -> npt.NDArray[np.int64]:
+    """Return the row of each path in a store, ``(paths,)``; -1 for a path without one.
+
+    Args:
+        shards: for each shard the paths of its rows, and which of these count.
+        paths: paths relative to the root, in any order, with duplicates.
+    """
+    row = itertools.count()
+    rows = {
+        path: next(row) for indexed, live in shards for path in itertools.compress(indexed, live)
+    }
+    return np.fromiter((rows.get(path, -1) for path in paths), np.int64)
 
 
 def read_column(path: Path, name: str) -> list[Any]:

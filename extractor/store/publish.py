@@ -15,6 +15,7 @@ from extractor.store.format import (
     IN_FLIGHT,
     JOB,
     JOURNAL,
+    LIST_ROWS,
     MANIFEST,
     REPLACED,
     STAGING,
@@ -88,7 +89,7 @@ def _check_parent(out: Path) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Check that a staging folder holds only what this program leaves there."""
-    files = (FAILURES, MANIFEST, JOB, REPLACED, SUSPECTS)
+    files = (FAILURES, LIST_ROWS, MANIFEST, JOB, REPLACED, SUSPECTS)
     known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, *files}
     known |= {f"{name}.partial" for name in files}
     if staging.is_symlink() or (staging.is_dir() and not known.issuperset(os.listdir(staging))):

@@ -11,7 +11,8 @@ Only a :class:`StoreRun` writes shards, and only it can publish.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +31,7 @@ from extractor.store.format import (
     IMAGES,
     JOB,
     JOURNAL,
+    LIST_ROWS,
     MANIFEST,
     Description,
     FileEntry,
@@ -38,7 +40,7 @@ from extractor.store.format import (
     images_name,
     ranges,
 )
-from extractor.store.index import Images, read_images
+from extractor.store.index import Images, read_images, rows_of_paths
 from extractor.store.job import Job
 from extractor.store.plan import Plan, StoredImages
 from extractor.store.publish import check_size, publish_staged
@@ -50,6 +52,7 @@ __all__ = [
     "InterruptedRun",
     "StoreRun",
     "existing_computation",
+    "has_rows_of_list",
     "published_images",
     "rewrite",
     "take_up",
@@ -349,7 +352,7 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
         StoreError: A file of the store is missing, or has another size.
     """
     try:
-        for entry in manifest.files:
+        for entry in (*manifest.shard_files, manifest.failures):
             check_size(out, entry)
     except StoreError as error:
         raise StoreError(f"{error}; restore the file, or start over with --overwrite") from error
@@ -404,12 +407,19 @@ class StoreRun:
             staging, description = self._claim.staging, self.job.description
             return ShardWriter(staging, number, description, self._finished)
 
-    def publish(self, plan: Plan | None = None, *, listing: str = "") -> Manifest:
+    def publish(
+        self,
+        plan: Plan | None = None,
+        *,
+        listing: str = "",
+        listed: Iterable[bytes] | None = None,
+    ) -> Manifest:
         """Complete the store, make it visible and return its manifest.
 
         Args:
             plan: the rows and failures of before that still count; None counts all rows.
             listing: digest of all paths of the store; by default that of the job.
+            listed: path of each line of a list, to write the number of its row. None writes none.
 
         Raises:
             StoreError: the file system refuses, or the folder holds other files by now.
@@ -417,6 +427,8 @@ class StoreRun:
         out, staging = self._claim.out, self._claim.staging
         with store_errors(out):
             manifest = self._manifest(plan, listing or self.job.listing)
+            if listed is not None:
+                manifest = replace(manifest, list_rows=self._write_list_rows(manifest, listed))
             for name in (FEATURES, IMAGES):
                 sync_folder(staging / name)
             self._claim.check()
@@ -451,6 +463,43 @@ class StoreRun:
             FileEntry.of(path, FAILURES),
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
+
+    def _write_list_rows(self, manifest: Manifest, listed: Iterable[bytes]) -> FileEntry:
+        out, staging = self._claim.out, self._claim.staging
+        names = [shard.index.name for shard in manifest.shards]
+        paths = [staging / name if (staging / name).is_file() else out / name for name in names]
+        content = io.BytesIO()
+        np.save(content, _rows_of(manifest, paths, listed))
+        write_atomically(staging / LIST_ROWS, content.getvalue())
+        return FileEntry.of(staging / LIST_ROWS, LIST_ROWS)
+
+
+def has_rows_of_list(out: Path, manifest: Manifest, listed: Iterable[bytes]) -> bool:
+    """Return whether a finished store already has the row of each line of a list.
+
+    Args:
+        out: folder of the store.
+        manifest: its manifest.
+        listed: path of each line.
+    """
+    if manifest.list_rows is None:
+        return False
+    try:
+        stored = np.load(out / manifest.list_rows.name, allow_pickle=False)
+    except (OSError, ValueError):
+        return False
+    indexes = [out / shard.index.name for shard in manifest.shards]
+    return bool(np.array_equal(stored, _rows_of(manifest, indexes, listed)))
+
+
+def _rows_of(
+    manifest: Manifest, indexes: Iterable[Path], listed: Iterable[bytes]
+) -> npt.NDArray[np.int64]:
+    shards = (
+        (read_images(index).paths, shard.live_mask())
+        for shard, index in zip(manifest.shards, indexes, strict=True)
+    )
+    return rows_of_paths(shards, listed)
 
 
 def _retire(entry: ShardEntry, live: npt.NDArray[np.bool_] | None) -> ShardEntry:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,7 +71,17 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
         run = rewrite(claim, job)
         for number, entries in enumerate(shards):
             _copy_shard(run, number, entries, store, records, failures)
-        return before, run.publish()
+        return before, run.publish(listed=_listed(store, records))
+
+
+def _listed(store: FeatureStore, records: Sequence[ImageRecord]) -> Iterator[bytes] | None:
+    """Return the path of each line of the list whose order the store keeps; else None.
+
+    A line without a row has an empty path.
+    """
+    if store.manifest.list_rows is None:
+        return None
+    return (records[row].path if row >= 0 else b"" for row in store.list_rows.tolist())
 
 
 def _copy_shard(

@@ -18,6 +18,7 @@ from extractor.store.format import (
     FAILURES,
     FEATURES,
     IMAGES,
+    LIST_ROWS,
     MANIFEST,
     RUN,
     STAGING,
@@ -70,6 +71,9 @@ def verify(folder: Path) -> Iterator[str]:
             yield from _index(folder, shard, seen)
     problems = list(_file(folder, manifest.failures))
     yield from problems or _failures(folder, manifest, seen)
+    if manifest.list_rows is not None:
+        problems = list(_file(folder, manifest.list_rows))
+        yield from problems or _list_rows(folder, manifest)
 
 
 def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
@@ -115,9 +119,7 @@ def _own_checksum(name: str, text: bytes) -> Iterator[str]:
 
 
 def _extra(folder: Path, manifest: Manifest) -> Iterator[str]:
-    listed = {manifest.failures.name, MANIFEST, RUN, FEATURES, IMAGES, STAGING}
-    for shard in manifest.shards:
-        listed |= {shard.features.name, shard.index.name}
+    listed = {MANIFEST, RUN, FEATURES, IMAGES, STAGING, *(entry.name for entry in manifest.files)}
     for below in ("", FEATURES, IMAGES):
         try:
             names = sorted(os.listdir(folder / below))
@@ -145,6 +147,18 @@ def _file(folder: Path, entry: FileEntry) -> Iterator[str]:
         yield f"{entry.name}: has {found.bytes} bytes, expected {entry.bytes}"
     elif found.sha256 != entry.sha256:
         yield f"{entry.name}: content changed: SHA-256 {found.sha256}, expected {entry.sha256}"
+
+
+def _list_rows(folder: Path, manifest: Manifest) -> Iterator[str]:
+    try:
+        rows = map_array(folder / LIST_ROWS)
+    except Exception as error:  # numpy parses the header as Python and raises anything
+        yield f"{LIST_ROWS}: is not a numpy array: {error}"
+        return
+    if rows.ndim != 1 or rows.dtype != np.int64:
+        yield f"{LIST_ROWS}: holds {rows.shape} {rows.dtype}, expected one dimension of int64"
+    elif len(rows) and not -1 <= rows.min() <= rows.max() < manifest.rows:
+        yield f"{LIST_ROWS}: holds row numbers outside of -1 to {manifest.rows - 1}"
 
 
 def _rows(folder: Path, shard: ShardEntry, manifest: Manifest) -> Iterator[str]:
