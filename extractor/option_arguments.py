@@ -55,6 +55,7 @@ class OptionArguments(EmbeddingArguments, total=False):
 
     dtype: Dtype
     compile: Compile
+    exclude: Sequence[str]
     overwrite: bool
     keep_order: bool
     shard_images: int

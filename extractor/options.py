@@ -432,6 +432,16 @@ class Options:
             scope="images",
         ),
     )
+    exclude: Sequence[str] = option(
+        (),
+        Flag(
+            "--exclude",
+            "leave out files and folders that match a glob: a name at any depth, or a path with "
+            "slashes from the root of the images; repeatable",
+            INPUT,
+            metavar="GLOB",
+        ),
+    )
     overwrite: bool = option(
         False,
         Flag(
@@ -608,6 +618,8 @@ class Options:
         return cls(**values)
 
     def _check_layers(self) -> None:
+        if isinstance(self.exclude, str) or not all(isinstance(e, str) for e in self.exclude):
+            raise UsageError(f"exclude: got {self.exclude!r}, expected a list of patterns")
         for name, modules in (("layers", self.layers), ("bypass", self.bypass)):
             is_list = isinstance(modules, Sequence) and not isinstance(modules, str)
             if not is_list or not all(isinstance(each, str) and each for each in modules):

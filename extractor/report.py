@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,9 @@ class Report:
         least_cosine: Smallest cosine to a float32 embedding, over a sample of the images; None if
             nothing was compared.
         is_compiled: Whether a network was compiled.
+        skipped: Number of files in the folders that are not images, by suffix; as in
+            :class:`~extractor.images.listing.ImageList`.
+        excluded: Number of files and folders left out, by pattern; as there.
         spent: Time by kind of work; None if no model was loaded because there was nothing to do.
     """
 
@@ -100,6 +104,8 @@ class Report:
     accepted_failure_rate: float = 0.0
     least_cosine: float | None = None
     is_compiled: bool = False
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    excluded: Mapping[str, int] = field(default_factory=dict)
     spent: Spent | None = None
 
     @property

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["first_line", "plural"]
+from collections.abc import Mapping
+
+__all__ = ["counts_in_words", "excluded_in_words", "first_line", "plural"]
+
+COUNTS_SHOWN = 5
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:
@@ -12,6 +16,30 @@ def plural(count: int, noun: str, nouns: str = "") -> str:
     ('1 image', '1,234 images', '2 indexes')
     """
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def counts_in_words(counts: Mapping[str, int]) -> str:
+    """Return the largest counts with their names, and the sum of the others.
+
+    >>> counts_in_words({".xmp": 3, ".txt": 4})
+    '4 .txt, 3 .xmp'
+    """
+    named = sorted((-count, name) for name, count in counts.items() if name != "other")
+    shown = [f"{-count:,} {name}" for count, name in named[:COUNTS_SHOWN]]
+    others = sum(counts.values()) + sum(count for count, _ in named[:COUNTS_SHOWN])
+    return ", ".join(shown + ([plural(others, "other")] if others else []))
+
+
+def excluded_in_words(counts: Mapping[str, int]) -> str:
+    """Return the number of excluded files and folders; the names of folders end with a slash.
+
+    >>> excluded_in_words({"@eaDir/": 1, "*_thumb.jpg": 12})
+    '12 files and 1 folder'
+    """
+    folders = sum(count for name, count in counts.items() if name.endswith("/"))
+    files = sum(counts.values()) - folders
+    parts = [plural(files, "file")] if files or not folders else []
+    return " and ".join(parts + ([plural(folders, "folder")] if folders else []))
 
 
 def first_line(error: BaseException) -> str:

@@ -42,7 +42,7 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     from extractor.run.up_to_date import up_to_date_report
 
     models = list(own.model)
-    images = _images(own)
+    images = _images(own, list(command.options.exclude), events)
     events.start(len(images), models, __version__)
     report = up_to_date_report(images, models, own.out, command.options)
     if report is None:
@@ -107,7 +107,7 @@ def _keep_compiled() -> None:
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 
-def _images(own: CommandOptions) -> ImageList:
+def _images(own: CommandOptions, exclude: Sequence[str], events: Events) -> ImageList:
     """List the images.
 
     Raises:
@@ -117,14 +117,15 @@ def _images(own: CommandOptions) -> ImageList:
     from extractor.images.listing import list_images, read_list
 
     name = own.image_list
+    left_out = events.left_out if events.wanted else None
     if not name:
-        return list_images(own.inputs)
+        return list_images(own.inputs, exclude=exclude, left_out=left_out)
     if name == "-":
         if sys.stdin is None:
             raise UsageError("--list -: standard input is closed")
-        return read_list(sys.stdin.buffer, "standard input")
+        return read_list(sys.stdin.buffer, "standard input", exclude=exclude, left_out=left_out)
     try:
         with open(name, "rb") as file:
-            return read_list(file, name)
+            return read_list(file, name, exclude=exclude, left_out=left_out)
     except OSError as error:
         raise SourceError(f"cannot read the list {name}: {error.strerror}") from error

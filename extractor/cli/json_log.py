@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -21,13 +21,15 @@ if TYPE_CHECKING:
 __all__ = ["Events"]
 
 PROGRESS_SECONDS = 10.0
+PATHS_PER_EVENT = 1000  # of files that are left out; there may be millions
 
 
 class Events:
     """Writer of events.
 
-    Each event has ``time`` (ISO 8601, UTC) and ``event``: ``start``, ``progress``, ``warning``,
-    ``output``, ``interrupted``, ``error`` or ``end``. The last event has the ``exit_code``.
+    Each event has ``time`` (ISO 8601, UTC) and ``event``: ``skipped``, ``excluded``, ``start``,
+    ``progress``, ``warning``, ``output``, ``interrupted``, ``error`` or ``end``. The last event has
+    the ``exit_code``.
 
     Args:
         clock: Returns the time in seconds; tests give their own.
@@ -42,9 +44,16 @@ class Events:
         self._clock = clock
         self._last = -PROGRESS_SECONDS
         self._first: tuple[float, int] | None = None
+        self._left_out: dict[str, list[str]] = {}
 
     def write(self, event: str, **content: Any) -> None:
-        """Write one event."""
+        """Write one event, after the paths that wait to be written."""
+        for verb, paths in self._left_out.items():
+            self._write(verb, {"paths": paths})
+        self._left_out = {}
+        self._write(event, content)
+
+    def _write(self, event: str, content: Mapping[str, Any]) -> None:
         file = self._file or sys.stderr
         if not self.wanted or file is None:
             return
@@ -65,6 +74,18 @@ class Events:
                 stack.callback(setattr, self, "_file", None)
                 stack.enter_context(capture_stderr(lambda line: self.write("output", message=line)))
             yield
+
+    def left_out(self, path: bytes, verb: str) -> None:
+        """Write the path of a file that the run leaves out, together with others.
+
+        Args:
+            path: Path relative to the root of the images.
+            verb: ``skipped`` or ``excluded``.
+        """
+        paths = self._left_out.setdefault(verb, [])
+        paths.append(os.fsdecode(path))
+        if len(paths) == PATHS_PER_EVENT:
+            self._write(verb, {"paths": self._left_out.pop(verb)})
 
     def start(self, images: int, models: list[str], version: str) -> None:
         """Write that the images are listed and the models are loaded next."""
@@ -110,6 +131,8 @@ class Events:
             exit_code=report.exit_code,
             images=report.images,
             resumed=report.resumed,
+            skipped=dict(report.skipped),
+            excluded=dict(report.excluded),
             seconds=round(report.seconds, 3),
             stores=stores,
         )

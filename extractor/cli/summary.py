@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from extractor.text import plural
+from extractor.text import counts_in_words, excluded_in_words, plural
 
 if TYPE_CHECKING:
     from extractor.report import Report, StoreReport
@@ -18,7 +18,11 @@ def summary(report: Report) -> list[tuple[str, str]]:
     rows = [row for store in report.stores for row in _store_rows(store)]
     rows += _run_rows(report)
     if report.passed_over:
-        rows.append(("ignored", f"{plural(report.passed_over, 'file')} in other formats"))
+        files = plural(report.passed_over, "file")
+        rows.append(("skipped", f"{files}: {counts_in_words(report.skipped)}"))
+    if report.excluded:
+        total = excluded_in_words(report.excluded)
+        rows.append(("excluded", f"{total}: {counts_in_words(report.excluded)}"))
     return rows
 
 

@@ -8,13 +8,14 @@ import itertools
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import IO, NamedTuple, TypeAlias
 
 from extractor.errors import SourceError
+from extractor.images.exclude import Excludes, folders_above
 from extractor.images.formats import looks_like_image, readable_suffixes
-from extractor.text import plural
+from extractor.text import excluded_in_words, plural
 
 __all__ = ["ImageList", "Input", "UnlistedFolder", "display_path", "list_images", "read_list"]
 
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 
 Input: TypeAlias = "str | bytes | os.PathLike[str]"
 
+
+# Bounds of what a summary has to hold: suffixes that are counted apart, and their length.
+MAX_SUFFIXES = 100
+MAX_SUFFIX_LENGTH = 12
 
 # Errors of a path that leads nowhere. After any other error, nobody knows what is there.
 _ABSENT = (FileNotFoundError, NotADirectoryError)
@@ -49,7 +54,14 @@ class ImageList:
         passed_over: Number of files in the walked folders that are not images.
         unlisted: Folders that could not be listed, sorted by path.
         order: Index in :attr:`paths` of each line of a list, or of each file of the caller's, with
-            duplicates. None for the images of folders, which have no order of their own.
+            duplicates; -1 for a path that a pattern leaves out. None for the images of folders,
+            which have no order of their own.
+        skipped: The same number for each suffix. Some names stand for several: ``no suffix``,
+            ``numbered`` for suffixes of digits, ``special`` for pipes, devices and broken links,
+            and ``other`` for rare and unusual ones.
+        excluded: For each pattern the number of files that it left out. That of a folder ends with
+            a slash; its files are not counted. Patterns of the caller may have 0.
+        exclude: Patterns of the caller.
     """
 
     root: bytes
@@ -57,6 +69,9 @@ class ImageList:
     passed_over: int = 0
     unlisted: tuple[UnlistedFolder, ...] = ()
     order: Sequence[int] | None = field(default=None, repr=False, compare=False)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    excluded: Mapping[str, int] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the root and the order."""
@@ -64,12 +79,17 @@ class ImageList:
             raise ValueError(f"root: got {self.root!r}, expected an absolute path")
         if any(a >= b for a, b in itertools.pairwise(self.paths)):
             raise ValueError("paths: expected ascending order of bytes without duplicates")
-        if self.order and not 0 <= min(self.order) <= max(self.order) < len(self.paths):
+        if self.order and not -1 <= min(self.order) <= max(self.order) < len(self.paths):
             raise ValueError(f"order: expected indices of {len(self.paths)} paths")
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.paths)
+
+    @property
+    def paths_in_order(self) -> Iterator[bytes]:
+        """Path of each line of the list, as :attr:`order` has them; empty where it is -1."""
+        return (self.paths[i] if i >= 0 else b"" for i in self.order or ())
 
     def full_path(self, index: int) -> bytes:
         """Return the absolute path of an image."""
@@ -98,7 +118,12 @@ class ImageList:
         return replace(self, root=root, paths=paths, unlisted=unlisted)
 
 
-def list_images(inputs: Input | Iterable[Input]) -> ImageList:
+def list_images(
+    inputs: Input | Iterable[Input],
+    *,
+    exclude: Sequence[str] = (),
+    left_out: Callable[[bytes, str], None] | None = None,
+) -> ImageList:
     """List the images in folders, which are walked recursively, and single files.
 
     A file in a folder is an image if its suffix belongs to an image format, or else if its content
@@ -109,11 +134,20 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
     The root is the given folder, or the parent of a single file. For several inputs it is the
     deepest folder that contains them all.
 
+    Folders and files that match :data:`~extractor.images.exclude.DEFAULT_EXCLUDES` are left out,
+    such as the thumbnails of a NAS. A folder given as an input always counts.
+
     Args:
         inputs: A folder, a file, or several of them.
+        exclude: Glob patterns of files and folders to leave out. A pattern without a slash matches
+            a name at any depth, one with a slash a path from the root. A slash at its end matches
+            folders only.
+        left_out: Called with the path of every file that is not an image, and ``skipped``; and of
+            every file or folder that a pattern leaves out, and ``excluded``.
 
     Raises:
         SourceError: An input does not exist or cannot be read, or there is no image.
+        UsageError: A pattern cannot match anything.
     """
     if isinstance(inputs, (str, bytes, os.PathLike)):
         inputs = [inputs]
@@ -124,26 +158,35 @@ def list_images(inputs: Input | Iterable[Input]) -> ImageList:
         raise SourceError("no input: expected a folder of images, an image or a list of them")
     folders, files, unseen = _sort_inputs(inputs)
     root = os.path.commonpath([*folders, *unseen, *map(os.path.dirname, files)])
-    found = [_relative(path, root) for path in files]
-    walk = _Walk()
+    tally = _Tally(exclude, left_out)
+    own = Excludes(exclude, defaults=False)
+    given = [_relative(path, root) for path in files]
+    found = tally.not_excluded(given, own)
+    walk = _Walk(root, Excludes(exclude), tally)
     for folder in dict.fromkeys(folders):
-        if any(_covers(other, folder) for other in folders):
-            continue
-        prefix = b"" if folder == root else _relative(folder, root) + b"/"
-        found.extend(prefix + path for path in walk.images(folder))
+        if not any(walk.covers(other, folder) for other in folders):
+            found.extend(walk.images(folder))
     unlisted = {path: str(error.strerror) for path, error in {**unseen, **walk.unlisted}.items()}
     if not found:
         for folder, reason in unlisted.items():
             raise SourceError(f"cannot list {display_path(folder)}: {reason}")
-        others = plural(walk.passed_over, "other file")
-        skipped = f" (skipped {others})" if walk.passed_over else ""
-        raise SourceError(f"no images in {', '.join(map(display_path, folders))}{skipped}")
+        names = ", ".join(map(display_path, folders or files))
+        raise SourceError(f"no images in {names}{tally.in_words}")
     below = sorted(UnlistedFolder(_relative(path, root), unlisted[path]) for path in unlisted)
     # Reading such a folder as an image fails, so it is reported like every unreadable file.
     found.extend(folder.path for folder in below if folder.path)
     paths = _sorted_once(found)
-    order = None if folders or below else _order_of(found, paths)
-    return ImageList(root, paths, walk.passed_over, tuple(below), order)
+    order = None if folders or below else _order_of(given, paths)
+    return ImageList(
+        root,
+        paths,
+        sum(tally.skipped.values()),
+        tuple(below),
+        order,
+        tally.skipped,
+        tally.excluded,
+        own.patterns,
+    )
 
 
 def _sort_inputs(
@@ -172,7 +215,13 @@ def _sort_inputs(
     return folders, files, unseen
 
 
-def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
+def read_list(
+    file: IO[bytes],
+    name: str = "the list",
+    *,
+    exclude: Sequence[str] = (),
+    left_out: Callable[[bytes, str], None] | None = None,
+) -> ImageList:
     """List the images named in a file: one path per line, or separated by zero bytes (``-print0``).
 
     Relative paths start at the current folder. It is the root unless a path leads out of it. Empty
@@ -181,9 +230,12 @@ def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
     Args:
         file: Binary file with the paths.
         name: Name of the file in messages.
+        exclude: Patterns of paths to leave out, as for :func:`list_images`. A list has no others.
+        left_out: Called with every path that a pattern leaves out, and ``excluded``.
 
     Raises:
-        SourceError: The list contains no path.
+        SourceError: The list contains no path, or all are left out.
+        UsageError: A pattern cannot match anything.
     """
     here = os.fsencode(os.getcwd())
     content = file.read().removeprefix(codecs.BOM_UTF8)
@@ -194,8 +246,14 @@ def read_list(file: IO[bytes], name: str = "the list") -> ImageList:
     inside = all(path.startswith(here.rstrip(b"/") + b"/") for path in paths)
     root = here if inside else os.path.commonpath([os.path.dirname(path) for path in paths])
     listed = [_relative(path, root) for path in paths]
-    unique = _sorted_once(listed)
-    return ImageList(root, unique, order=_order_of(listed, unique))
+    tally = _Tally(exclude, left_out)
+    own = Excludes(exclude, defaults=False)
+    kept = tally.not_excluded(listed, own)
+    if not kept:
+        raise SourceError(f"no images in {name}{tally.in_words}")
+    unique = _sorted_once(kept)
+    order = _order_of(listed, unique)
+    return ImageList(root, unique, order=order, excluded=tally.excluded, exclude=own.patterns)
 
 
 def display_path(path: bytes) -> str:
@@ -210,12 +268,6 @@ def _absolute(path: bytes) -> bytes:
     return b"/" + os.path.abspath(path).lstrip(b"/")
 
 
-def _covers(folder: bytes, other: bytes) -> bool:
-    """Return whether a walk of ``folder`` visits ``other``: it lies below, and is not hidden."""
-    above = folder.rstrip(b"/") + b"/"
-    return other.startswith(above) and b"/." not in other[len(above) - 1 :]
-
-
 def _relative(path: bytes, root: bytes) -> bytes:
     return path[len(root.rstrip(b"/")) + 1 :]
 
@@ -228,44 +280,132 @@ def _sorted_once(paths: list[bytes]) -> list[bytes]:
 
 
 def _order_of(listed: Iterable[bytes], unique: Iterable[bytes]) -> Sequence[int]:
-    """Return the index of each listed path among the unique ones."""
+    """Return the index of each listed path among the unique ones; -1 if it is not there."""
     index = {path: i for i, path in enumerate(unique)}
-    return array("q", (index[path] for path in listed))
+    return array("q", (index.get(path, -1) for path in listed))
+
+
+class _Tally:
+    """Counts what is left out.
+
+    Args:
+        exclude: Patterns of the caller, which count from 0.
+        left_out: Called with each path and whether it was ``skipped`` or ``excluded``.
+
+    Attributes:
+        skipped: As in :class:`ImageList`.
+        excluded: As in :class:`ImageList`.
+    """
+
+    def __init__(
+        self, exclude: Sequence[str], left_out: Callable[[bytes, str], None] | None
+    ) -> None:
+        self.skipped: dict[str, int] = {}
+        self.excluded = dict.fromkeys(exclude, 0)
+        self._left_out = left_out
+
+    def skip(self, path: bytes, *, is_special: bool) -> None:
+        """Count a file that is not an image."""
+        label = "special" if is_special else _suffix_label(path)
+        if label not in self.skipped and len(self.skipped) >= MAX_SUFFIXES:
+            label = "other"
+        self.skipped[label] = self.skipped.get(label, 0) + 1
+        if self._left_out is not None:
+            self._left_out(path, "skipped")
+
+    def exclude(self, path: bytes, pattern: str) -> None:
+        """Count a file or folder that a pattern leaves out."""
+        for unused in (pattern.rstrip("/"), pattern.rstrip("/") + "/"):
+            if self.excluded.get(unused) == 0:
+                del self.excluded[unused]
+        self.excluded[pattern] = self.excluded.get(pattern, 0) + 1
+        if self._left_out is not None:
+            self._left_out(path, "excluded")
+
+    def not_excluded(self, paths: Iterable[bytes], patterns: Excludes) -> list[bytes]:
+        """Return the paths of files that no pattern leaves out, and count the others."""
+        kept = []
+        for path in paths:
+            pattern = patterns.match_file(path) if patterns.patterns else None
+            if pattern is None:
+                kept.append(path)
+            else:
+                self.exclude(path, pattern.rstrip("/"))
+        return kept
+
+    @property
+    def in_words(self) -> str:
+        """What was left out, for messages."""
+        counts = {
+            "skipped": plural(sum(self.skipped.values()), "other file"),
+            "excluded": excluded_in_words(self.excluded),
+        }
+        parts = [f"{verb} {count}" for verb, count in counts.items() if not count.startswith("0 ")]
+        return f" ({'; '.join(parts)})" if parts else ""
+
+
+def _suffix_label(path: bytes) -> str:
+    suffix = os.fsdecode(os.path.splitext(path)[1].lower())
+    if len(suffix) < 2:
+        return "no suffix"
+    if suffix[1:].isdecimal():
+        return "numbered"
+    is_usual = len(suffix) <= MAX_SUFFIX_LENGTH and suffix.isprintable() and " " not in suffix
+    return suffix if is_usual else "other"
 
 
 class _Walk:
-    """Walks folders, and counts the files that are not images.
+    """Walks folders.
+
+    Args:
+        root: Absolute folder that paths are relative to.
+        excludes: What to leave out.
+        tally: Counts what is left out.
 
     Attributes:
-        passed_over: Number of files that are not images.
         unlisted: Absolute paths of folders that could not be listed, with the error.
     """
 
-    def __init__(self) -> None:
-        self.passed_over = 0
+    def __init__(self, root: bytes, excludes: Excludes, tally: _Tally) -> None:
         self.unlisted: dict[bytes, OSError] = {}
+        self._root = root
+        self._excludes = excludes
+        self._tally = tally
         self._suffixes = {os.fsencode(suffix) for suffix in readable_suffixes()}
 
+    def covers(self, folder: bytes, other: bytes) -> bool:
+        """Return whether a walk of ``folder`` visits ``other``.
+
+        It does if ``other`` lies below, and is neither hidden nor excluded.
+        """
+        above = folder.rstrip(b"/") + b"/"
+        if not other.startswith(above) or b"/." in other[len(above) - 1 :]:
+            return False
+        path = _relative(other, self._root)
+        between = [*folders_above(path), path][_relative(above, self._root).count(b"/") :]
+        return not any(self._excludes.match(each, is_folder=True) for each in between)
+
     def images(self, folder: bytes) -> Iterator[bytes]:
-        """Yield the paths of the images below ``folder``, relative to it, in arbitrary order."""
+        """Yield the paths of the images below ``folder``, relative to the root, in any order."""
         try:
             status = os.stat(folder)
         except OSError as error:
             self.unlisted[folder] = error
             return
         # Folders still to walk: the path below the start, and the identities of the folders above.
-        waiting = [(b"", frozenset({(status.st_dev, status.st_ino)}))]
+        start = b"" if folder == self._root else _relative(folder, self._root) + b"/"
+        waiting = [(start, frozenset({(status.st_dev, status.st_ino)}))]
         while waiting:
             below, above = waiting.pop()
-            path = os.path.join(folder, below) if below else folder
+            path = os.path.join(self._root, below) if below else self._root
             try:
                 with os.scandir(path) as entries:
                     for entry in entries:  # may fail at any entry
-                        if entry.name.startswith(b"."):
+                        if self._is_excluded(below + entry.name, entry) or entry.name[:1] == b".":
                             continue
                         identity = self._identity(entry)
                         if identity is None:
-                            if self._counts(entry):
+                            if self._counts(below + entry.name, entry):
                                 yield below + entry.name
                         elif identity in above:
                             log.info(
@@ -276,6 +416,17 @@ class _Walk:
                             waiting.append((below + entry.name + b"/", above | {identity}))
             except OSError as error:
                 self.unlisted[path.rstrip(b"/") or path] = error
+
+    def _is_excluded(self, path: bytes, entry: os.DirEntry[bytes]) -> bool:
+        """Return whether a pattern leaves an entry out, and count it if so."""
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a folder of another file system that cannot be seen, or a link to itself
+            is_folder = False
+        pattern = self._excludes.match(path, is_folder=is_folder)
+        if pattern is not None:
+            self._tally.exclude(path + b"/" * is_folder, pattern)
+        return pattern is not None
 
     def _identity(self, entry: os.DirEntry[bytes]) -> tuple[int, int] | None:
         """Return what identifies a folder; None if the entry is none, or cannot be seen."""
@@ -292,7 +443,7 @@ class _Walk:
             return None
         return status.st_dev, status.st_ino
 
-    def _counts(self, entry: os.DirEntry[bytes]) -> bool:
+    def _counts(self, path: bytes, entry: os.DirEntry[bytes]) -> bool:
         """Return whether an entry that is no folder is an image; count it if not."""
         if entry.path in self.unlisted:
             return False
@@ -305,7 +456,8 @@ class _Walk:
             counts = is_file or entry.is_symlink()
         else:
             counts = is_file and looks_like_image(entry.path)
-        self.passed_over += not counts
+        if not counts:
+            self._tally.skip(path, is_special=not is_file)
         return counts
 
     def _has_suffix(self, entry: os.DirEntry[bytes]) -> bool:

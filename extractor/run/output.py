@@ -163,7 +163,7 @@ class StoreOutput:
         """Path of each line of the list; None if their rows are not asked for."""
         if not self._options.keep_order or self._images.order is None:
             return None
-        return (self._images.paths[i] for i in self._images.order)
+        return self._images.paths_in_order
 
     def _has_rows_of_list(self, base: Manifest) -> bool:
         listed = self._listed

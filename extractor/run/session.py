@@ -15,6 +15,7 @@ import torch
 
 from extractor.compute.inputs import Inputs, batch_size_for, device_of
 from extractor.compute.tune import Recorded, TuneSettings, tune
+from extractor.errors import UsageError
 from extractor.images.listing import ImageList, Input, list_images
 from extractor.images.types import ImageInfo
 from extractor.loading.crash_log import CrashLog
@@ -98,7 +99,15 @@ class Session:
 
     def list_images(self, images: Input | Iterable[Input] | ImageList) -> ImageList:
         """List the images, and check that a store can number their shards."""
-        listed = images if isinstance(images, ImageList) else list_images(images)
+        exclude = tuple(self._options.exclude)
+        if not isinstance(images, ImageList):
+            listed = list_images(images, exclude=exclude)
+        elif exclude in ((), images.exclude):
+            listed = images
+        else:
+            raise UsageError(
+                "exclude: does not apply to an ImageList; try list_images(folder, exclude=...)"
+            )
         self._clock.end("list")
         check_order(listed, self._options)
         check_shard_count(len(listed), self._options.shard_images)
@@ -232,6 +241,8 @@ class Session:
             images=len(images),
             resumed=len(images) - pending,
             passed_over=images.passed_over,
+            skipped=images.skipped,
+            excluded=images.excluded,
             device=str(device_of(specs)),
             precision=join_names(list(dict.fromkeys(map(precision_of, specs)))),
             least_cosine=min(cosines, default=None),

@@ -45,6 +45,8 @@ def up_to_date_report(
         images=len(images),
         resumed=len(images),
         passed_over=images.passed_over,
+        skipped=images.skipped,
+        excluded=images.excluded,
         device=str(computation["device"]),
         precision=str(computation["precision"]),
         least_cosine=computation.get("least_cosine"),
@@ -100,10 +102,8 @@ def _store_report(
     )
     if planned.todo or planned.changes(stored):
         return None
-    if options.keep_order:
-        in_order = [listed.paths[i] for i in listed.order or ()]
-        if not has_rows_of_list(folder, manifest, in_order):
-            return None
+    if options.keep_order and not has_rows_of_list(folder, manifest, listed.paths_in_order):
+        return None
     return StoreReport(
         out=folder,
         rows=manifest.rows,

@@ -26,6 +26,7 @@ TEXTS = {
     "device": "cpu",
     "pool": "gem:4",
     "layers": "a.b,c",
+    "gray_bits": "12",
 }
 
 

@@ -48,7 +48,7 @@ def test_command_fills_a_store_and_prints_a_summary(photos: Path, tmp_path: Path
         "11 of 12 images, 512 numbers each",
         "images/s",
         "features/torchvision-squeezenet1_1",
-        "1 file in other formats",
+        "skipped       1 file: 1 .txt",
         "bad.jpg: no image format",
     ):
         assert text in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -18,9 +19,10 @@ from support.networks import mean_pixel
 from support.pictures import noise
 
 from extractor import FeatureStore, extract
+from extractor.cli import json_log
 from extractor.cli import main as cli
 from extractor.cli.json_log import Events
-from extractor.errors import InterruptedRunError, StoreError
+from extractor.errors import InterruptedRunError, StoreError, UsageError
 from extractor.images.listing import list_images
 from extractor.models import embedding
 from extractor.models.backbone import Backbone
@@ -231,6 +233,30 @@ def test_run_is_up_to_date_only_if_all_its_stores_are(
     assert up_to_date_report(images, models, str(tmp_path / "out"), options) is None
 
 
+def test_excluded_images_are_retired_and_come_back(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert extract(photos, "mean", out).rows == 11
+    less = extract(photos, "mean", out, exclude=["00.png"])
+    assert (less.rows, less.stores[0].gone, less.excluded) == (10, 1, {"00.png": 1})
+    assert "00.png" not in less.store.paths
+    images = list_images(photos, exclude=["00.png"])
+    report = up_to_date_report(images, ["mean"], str(out), Options(exclude=["00.png"]))
+    assert report is not None
+    assert report.excluded == {"00.png": 1}
+    assert up_to_date_report(list_images(photos), ["mean"], str(out), Options()) is None
+    assert extract(photos, "mean", out).rows == 11
+
+
+def test_patterns_do_not_apply_to_a_list_that_was_made_with_others(
+    photos: Path, tmp_path: Path
+) -> None:
+    images = list_images(photos, exclude=["00.png"])
+    assert extract(images, "mean", tmp_path / "out").rows == 10
+    assert extract(images, "mean", tmp_path / "out", exclude=["00.png"]).rows == 10
+    with pytest.raises(UsageError, match="exclude: does not apply to an ImageList; try list_ima"):
+        extract(images, "mean", tmp_path / "out", exclude=["01.png"])
+
+
 # ---------------------------------------------------------------------------------------------
 # run.json and events
 
@@ -283,6 +309,46 @@ def test_events_are_one_json_object_a_line(
             "gone": 0,
         }
     ]
+
+
+def test_events_name_what_is_left_out_in_batches(
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(json_log, "PATHS_PER_EVENT", 2)
+    for name in ("a.txt", "b.txt", "c.xmp", "00_thumb.png"):
+        (photos / name).write_text("text")
+    (photos / "@eaDir").mkdir()
+    words = ["--log-json", "--quiet", "--exclude", "*_thumb.png"]
+    for _ in range(2):  # the second run finds nothing to do
+        assert run(photos, tmp_path / "out", *words) == 0
+        events = events_of(capsys.readouterr().err)
+        skipped = [one["paths"] for one in events if one["event"] == "skipped"]
+        assert sorted(map(len, skipped)) == [1, 2]
+        assert sorted(itertools.chain(*skipped)) == ["a.txt", "b.txt", "c.xmp"]
+        excluded = [one["paths"] for one in events if one["event"] == "excluded"]
+        assert sorted(itertools.chain(*excluded)) == ["00_thumb.png", "@eaDir/"]
+        assert [one["event"] for one in events[:4]].index("start") == 3
+        assert events[-1]["skipped"] == {".txt": 2, ".xmp": 1}
+        assert events[-1]["excluded"] == {"*_thumb.png": 1, "@eaDir/": 1}
+    content = json.loads((tmp_path / "out/run.json").read_text("ascii"))
+    assert content["skipped"] == {".txt": 2, ".xmp": 1}
+    assert content["excluded"] == {"*_thumb.png": 1, "@eaDir/": 1}
+    assert content["options"]["exclude"] == ["*_thumb.png"]
+
+
+def test_summary_says_what_was_left_out(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a.txt", "b.txt", "c.xmp", "00_thumb.png"):
+        (photos / name).write_text("text")
+    (photos / "@eaDir").mkdir()
+    assert run(photos, tmp_path / "out", "--exclude", "*_thumb.png", "--exclude", "x") == 0
+    output = capsys.readouterr().out
+    assert "skipped       3 files: 2 .txt, 1 .xmp\n" in output
+    assert "excluded      1 file and 1 folder: 1 *_thumb.png, 1 @eaDir/, 0 x\n" in output
 
 
 @pytest.mark.parametrize(

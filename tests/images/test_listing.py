@@ -407,6 +407,143 @@ class TestInputs:
             list_images([tmp_path / "p", tmp_path / "q"])
 
 
+class TestExclude:
+    def test_folders_and_files_are_left_out_and_counted(self, tmp_path: Path) -> None:
+        add(
+            tmp_path, "a.jpg", "a_thumb.jpg", "b/c_thumb.jpg", "b/d.jpg", "b/old/e.jpg", "old/f.jpg"
+        )
+        images = list_images(tmp_path, exclude=["old", "*_thumb.jpg", "*.gif"])
+        assert list(images.paths) == [b"a.jpg", b"b/d.jpg"]
+        assert images.excluded == {"*_thumb.jpg": 2, "old/": 2, "*.gif": 0}
+        assert images.exclude == ("old", "*_thumb.jpg", "*.gif")
+
+    def test_thumbnails_of_a_nas_are_left_out_by_default(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "@eaDir/a.jpg/THUMB.jpg", "b/@eaDir/x.jpg", ".thumbnails/y.jpg")
+        images = list_images(tmp_path)
+        assert list(images.paths) == [b"a.jpg"]
+        assert images.excluded == {"@eaDir/": 2, ".thumbnails/": 1}
+
+    def test_excluded_folders_are_not_read(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        add(tmp_path, "a.jpg", "@eaDir/b.jpg", "old/c.jpg")
+        read: list[bytes] = []
+        scandir = os.scandir
+
+        def recorded(path: bytes) -> object:
+            read.append(path)
+            return scandir(path)
+
+        monkeypatch.setattr(os, "scandir", recorded)
+        list_images(tmp_path, exclude=["old"])
+        assert read == [os.fsencode(tmp_path)]
+
+    def test_linked_folders_are_left_out_by_their_name(self, tmp_path: Path) -> None:
+        add(tmp_path, "photos/a.jpg", "elsewhere/b.jpg")
+        (tmp_path / "photos/@eaDir").symlink_to(tmp_path / "elsewhere")
+        assert listed(tmp_path / "photos") == [b"a.jpg"]
+
+    def test_patterns_with_a_slash_start_at_the_root_of_all_inputs(self, tmp_path: Path) -> None:
+        add(tmp_path, "p/x/1.jpg", "p/x/y/2.jpg", "p/z/x/3.jpg")
+        images = list_images([tmp_path / "p/x", tmp_path / "p/z"], exclude=["x/y", "/z/x/*"])
+        assert list(images.paths) == [b"x/1.jpg"]
+
+    def test_folder_that_is_an_input_counts(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "@eaDir/b.jpg", "@eaDir/@eaDir/c.jpg", "old/d.jpg", "old/old/e.jpg")
+        for name, inside in (("@eaDir", "b.jpg"), ("old", "d.jpg")):
+            alone = list_images(tmp_path / name, exclude=["old"])
+            assert list(alone.paths) == [inside.encode()]
+            beside = list_images([tmp_path, tmp_path / name], exclude=["old"])
+            assert (
+                list(beside.paths)
+                == [f"{name}/{inside}".encode(), b"a.jpg"][:: 1 if name < "a" else -1]
+            )
+
+    def test_files_that_are_inputs_are_left_out_by_patterns_of_the_caller(
+        self, tmp_path: Path
+    ) -> None:
+        add(tmp_path, "p/a.jpg", "p/a_thumb.jpg", "p/old/b.jpg", "p/@eaDir/c.jpg")
+        inputs = [
+            tmp_path / "p" / name for name in ("a.jpg", "a_thumb.jpg", "old/b.jpg", "@eaDir/c.jpg")
+        ]
+        images = list_images(inputs, exclude=["*_thumb.jpg", "old/"])
+        assert list(images.paths) == [b"@eaDir/c.jpg", b"a.jpg"]
+        assert images.excluded == {"*_thumb.jpg": 1, "old": 1}
+
+    def test_nothing_left_is_an_error_that_counts(self, tmp_path: Path) -> None:
+        add(tmp_path, "p/a.jpg", "p/b.txt", "p/@eaDir/c.jpg")
+        message = r"no images in .*/p \(skipped 1 other file; excluded 1 file and 1 folder\)"
+        with pytest.raises(SourceError, match=message):
+            list_images(tmp_path / "p", exclude=["*.jpg"])
+        with pytest.raises(SourceError, match=r"no images in .*/a.jpg \(excluded 1 file\)"):
+            list_images(tmp_path / "p/a.jpg", exclude=["*.jpg"])
+
+    def test_lists_are_filtered_by_patterns_of_the_caller_only(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        lines = b"a.jpg\n@eaDir/b.jpg\nold/c.jpg\nd_thumb.jpg\n"
+        images = read_list(io.BytesIO(lines), exclude=["old", "*_thumb.jpg"])
+        assert list(images.paths) == [b"@eaDir/b.jpg", b"a.jpg"]
+        assert images.excluded == {"old": 1, "*_thumb.jpg": 1}
+        with pytest.raises(SourceError, match=r"no images in the list \(excluded 4 files\)"):
+            read_list(io.BytesIO(lines), exclude=["*"])
+
+    def test_order_marks_lines_that_are_left_out(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        lines = b"c.jpg\nb.gif\na.jpg\nc.jpg\n"
+        images = read_list(io.BytesIO(lines), exclude=["*.gif"])
+        assert list(images.order or ()) == [1, -1, 0, 1]
+        assert list(images.paths_in_order) == [b"c.jpg", b"", b"a.jpg", b"c.jpg"]
+        add(tmp_path, "c.jpg", "b.gif")
+        images = list_images(["c.jpg", "b.gif"], exclude=["*.gif"])
+        assert list(images.order or ()) == [0, -1]
+
+    def test_names_that_are_no_utf8_are_left_out(self, tmp_path: Path) -> None:
+        try:
+            add(tmp_path, b"a.jpg", b"old\xff/b.jpg", b"\xff_thumb.jpg")
+        except OSError:
+            pytest.skip("the file system takes only UTF-8 names")
+        images = list_images(tmp_path, exclude=[os.fsdecode(b"old\xff"), "?_thumb.jpg"])
+        assert list(images.paths) == [b"a.jpg"]
+
+
+class TestSkipped:
+    def test_skipped_files_are_counted_by_suffix(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", "1.txt", "b/2.TXT", "3.xmp", "README", "data.001", "data.002", "x.")
+        add(tmp_path, "long.abcdefghijklmnop", "odd.a b", "tab.\t")
+        os.mkfifo(tmp_path / "pipe.jpg")
+        (tmp_path / "link.txt").symlink_to("gone")
+        images = list_images(tmp_path)
+        assert images.skipped == {
+            ".txt": 2,
+            ".xmp": 1,
+            "no suffix": 2,
+            "numbered": 2,
+            "other": 3,
+            "special": 2,
+        }
+        assert images.passed_over == 12
+
+    def test_number_of_suffixes_is_bounded(self, tmp_path: Path) -> None:
+        add(tmp_path, "a.jpg", *(f"x.k{number}" for number in range(150)))
+        images = list_images(tmp_path)
+        assert images.passed_over == 150
+        assert len(images.skipped) == 101
+        assert images.skipped["other"] == 50
+
+    def test_every_path_that_is_left_out_is_reported(self, tmp_path: Path) -> None:
+        add(tmp_path, "p/a.jpg", "p/b/c.txt", "p/@eaDir/d.jpg", "p/e.gif", "p/.hidden.jpg")
+        seen: list[tuple[bytes, str]] = []
+        list_images(
+            tmp_path / "p", exclude=["*.gif"], left_out=lambda path, verb: seen.append((path, verb))
+        )
+        expected = [(b"@eaDir/", "excluded"), (b"b/c.txt", "skipped"), (b"e.gif", "excluded")]
+        assert sorted(seen) == expected
+
+
 class TestReadList:
     @pytest.fixture(autouse=True)
     def here(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
