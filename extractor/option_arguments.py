@@ -26,6 +26,7 @@ class BackboneArguments(TypedDict, total=False):
     pool: str
     keep_head: bool
     image_size: int | tuple[int, int] | None
+    test_size: bool
     crop_pct: float | None
     resize: Fit | None
     interpolation: Interpolation | None

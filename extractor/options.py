@@ -264,6 +264,17 @@ class Options:
             scope="backbone",
         ),
     )
+    test_size: bool = option(
+        False,
+        Flag(
+            "--test-size",
+            "use the size and crop that timm tests the weights with, where they differ from those "
+            "of training",
+            PIXELS,
+            advanced=True,
+            scope="backbone",
+        ),
+    )
     crop_pct: float | None = option(
         None,
         Flag(
@@ -638,6 +649,11 @@ class Options:
             )
 
     def _check_pixels(self) -> None:
+        if self.test_size and (self.image_size is not None or self.crop_pct is not None):
+            raise UsageError(
+                "test size: it sets the image size and the crop; leave out --test-size, or "
+                "--image-size and --crop-pct"
+            )
         size = self._image_size()
         if size is not None:
             is_pair = isinstance(self.image_size, (tuple, list))

@@ -225,6 +225,17 @@ class Preprocess:
         return replace(refitted, gray_bits=recolored.gray_bits)
 
     @property
+    def size_text(self) -> str:
+        """Sizes of the model's input and of the resized image, (height x width) in pixels.
+
+        >>> Preprocess.standard(224).size_text
+        '224 x 224 (resize 256 x 256)'
+        """
+        height, width = self.input_size
+        resized_height, resized_width = self.resize_size
+        return f"{height} x {width} (resize {resized_height} x {resized_width})"
+
+    @property
     def picture_key(self) -> tuple[object, ...]:
         """Values that the uint8 picture depends on. Models with equal keys share their pictures."""
         sizes = self.input_size, self.resize_size

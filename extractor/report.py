@@ -49,6 +49,8 @@ class StoreReport:
         shape: Shape of one embedding: ``(dim,)``, or the axes of a map or of tokens.
         backbone: Model and weights in a few words.
         first_failures: Paths and reasons of the first few failed images.
+        size: Image size of the model in words, with its other published size; empty if no model
+            was loaded.
     """
 
     out: Path
@@ -60,6 +62,7 @@ class StoreReport:
     shape: tuple[int, ...]
     backbone: str
     first_failures: tuple[tuple[str, str], ...]
+    size: str = ""
 
     @property
     def store(self) -> FeatureStore:

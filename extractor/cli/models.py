@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, say, warn
@@ -205,8 +205,9 @@ def _details(name: str) -> dict[str, Any]:
         backbone, known = load.load_backbone(name, device="cpu"), []
     else:
         if library == "timm":  # the name may end with a tag, which must exist
-            own_name = from_timm.full_name(own_name).partition(".")[0]
+            own_name = from_timm.full_name(own_name)
         backbone = outline(library, own_name)
+        own_name = backbone.provenance.model.partition(":")[2]
         known = (from_timm if library == "timm" else from_torchvision).known_weights(own_name)
     return {
         "model": backbone.provenance.model,
@@ -216,6 +217,7 @@ def _details(name: str) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in backbone.module.parameters()),
         "heads": list(backbone.heads),
         "preprocess": backbone.preprocess.as_dict(),
+        "test_preprocess": backbone.evaluations[1].as_dict() if backbone.evaluations else None,
         "weights": _weights(known),
         "layers": _layers(backbone),
     }
@@ -233,9 +235,19 @@ def _layers(backbone: Backbone) -> list[dict[str, Any]]:
     ]
 
 
+def _test_size(pixels: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    if pixels is None:
+        return []
+    return [("test size", f"{_size(pixels)}; use --test-size")]
+
+
+def _size(pixels: Mapping[str, Any]) -> str:
+    (height, width), (resized_height, resized_width) = pixels["input_size"], pixels["resize_size"]
+    return f"{height} x {width}, resize {pixels['resize']} to {resized_height} x {resized_width}"
+
+
 def _page(details: dict[str, Any]) -> list[str]:
     pixels = details["preprocess"]
-    height, width = pixels["input_size"]
     definition = {"pre-logits": "", "pooled-features": " (it has no classifier)"}
     lines = [
         ("model", details["model"]),
@@ -245,7 +257,8 @@ def _page(details: dict[str, Any]) -> list[str]:
             "heads",
             ", ".join(details["heads"]) or f"none{definition.get(details['definition'], '')}",
         ),
-        ("images", f"{height} x {width}, {pixels['interpolation']}, resize {pixels['resize']}"),
+        ("images", f"{_size(pixels)}, {pixels['interpolation']}"),
+        *_test_size(details["test_preprocess"]),
         ("mean, std", f"{pixels['mean']}, {pixels['std']}"),
         ("weights", _tags(details["weights"])),
     ]

@@ -31,6 +31,9 @@ def _store_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
     shape = " x ".join(str(axis) for axis in store.shape)
     yield "model", store.backbone
     yield "rows", f"{store.rows:,} of {images}, {shape} numbers each"
+    if store.size:
+        hint = "; --test-size takes it" if "; test size" in store.size else ""
+        yield "image size", f"{store.size}{hint}"
     yield "store", f"{store.out}"
     if 0 < store.added < store.rows or store.changed or store.gone:
         yield "new", plural(store.added, "row")

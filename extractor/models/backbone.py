@@ -63,6 +63,8 @@ class Backbone:
         is_compiled: Whether ``torch.compile`` compiled the network.
         folded: Normalizations and activations that became part of convolutions, see :meth:`fold`.
         kept_heads: Dotted names of the classifiers, if they were kept.
+        evaluations: Published evaluation transforms, if there are two: at the size of training and
+            at the size of tests.
     """
 
     module: nn.Module
@@ -78,6 +80,7 @@ class Backbone:
     is_compiled: bool = False
     folded: tuple[str, ...] = ()
     kept_heads: tuple[str, ...] = ()
+    evaluations: tuple[Preprocess, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
@@ -149,6 +152,16 @@ class Backbone:
     def dim(self) -> int:
         """Length of one embedding."""
         return self._only.dim
+
+    @property
+    def size_text(self) -> str:
+        """Image size in words, with the published sizes that are not in use."""
+        words = ("training size", "test size")
+        sizes = [self.preprocess.size_text]
+        for name, published in zip(words, self.evaluations, strict=False):
+            if published.size_text != self.preprocess.size_text:
+                sizes.append(f"{name} {published.size_text}")
+        return "; ".join(sizes)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -146,7 +146,10 @@ def survey(library: str, name: str) -> Entry:
 
 
 def outline(library: str, name: str) -> Backbone:
-    """Build a model without values, on the meta device if possible; it cannot run."""
+    """Build a model without values, on the meta device if possible; it cannot run.
+
+    The name of a timm model may end with a tag, which decides the evaluation transform.
+    """
     return from_timm.outline(name) if library == "timm" else from_torchvision.outline(name)
 
 

@@ -83,6 +83,11 @@ class EmbeddingSpec:
         """Backbones of the parts, without repetition."""
         return tuple({id(part.backbone): part.backbone for part in self.parts}.values())
 
+    @property
+    def size_text(self) -> str:
+        """Image sizes of the backbones in words."""
+        return " + ".join(dict.fromkeys(backbone.size_text for backbone in self.backbones))
+
     def __str__(self) -> str:
         return " + ".join(str(backbone.provenance) for backbone in self.backbones)
 

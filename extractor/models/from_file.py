@@ -48,7 +48,8 @@ def build(model: str, options: Options) -> Backbone:
     Raises:
         ModelError: The file or function is missing, fails, or returns something else.
         WeightsError: The weights cannot be read or do not fit.
-        UsageError: Weights other than a file were asked for, or the head is to be kept.
+        UsageError: Weights other than a file were asked for, or the head is to be kept, or the
+            size of tests.
     """
     file, _, name = model.rpartition(":")
     path = Path(file)
@@ -62,6 +63,8 @@ def build(model: str, options: Options) -> Backbone:
         )
     if not path.is_file():
         raise ModelError(f"model {model}: there is no file {path}")
+    if options.test_size:
+        raise UsageError(f"test size: {model} chooses its own; use --image-size for another one")
     if options.keep_head:
         raise UsageError(
             f"keep head: {model} makes its own network; return it with its classifier, as "

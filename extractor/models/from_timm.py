@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,8 @@ __all__ = [
     "outline",
     "version",
 ]
+
+log = logging.getLogger(__name__)
 
 # Prefixes of models that are not architectures: a repository of the hub, a folder.
 SCHEMES = (libraries.HUB, "local-dir:")
@@ -171,13 +174,22 @@ def _build(source: _Source, options: Options) -> Backbone:
                 label=f"{source.found.path} into {source.name}",
             )
     provenance = libraries.provenance(source.name, timm, module, source.found, options)
-    config = timm.data.resolve_model_data_config(module)
-    own_preprocess = _preprocess(config)
-    preprocess = own_preprocess.changed(options.pixel_changes, crop_pct=config["crop_pct"])
-    if preprocess.input_size != own_preprocess.input_size:
+    config = timm.data.resolve_model_data_config(module, use_test_size=options.test_size)
+    preprocess = _preprocess(config).changed(options.pixel_changes, crop_pct=config["crop_pct"])
+    trained, tested = _evaluations(module)
+    if options.test_size and trained == tested:
+        log.warning("%s has one size only: %s", source.full_name, tested.size_text)
+    if preprocess.input_size != trained.input_size:
         _set_input_size(module, preprocess.input_size, source.name)
-    output = _head_output(module) if kept else _output(module)
-    return Backbone(module, (output,), replaced, preprocess, provenance, kept_heads=kept)
+    return Backbone(
+        module,
+        (_head_output(module) if kept else _output(module),),
+        replaced,
+        preprocess,
+        provenance,
+        kept_heads=kept,
+        evaluations=(trained, tested) if trained != tested else (),
+    )
 
 
 def _with_head(source: _Source, options: Options) -> tuple[nn.Module, tuple[str, ...]]:
@@ -219,14 +231,20 @@ def _with_head(source: _Source, options: Options) -> tuple[nn.Module, tuple[str,
 
 
 def outline(name: str) -> Backbone:
-    """Build an architecture on the meta device, which has shapes but no values and cannot run."""
+    """Build ``architecture[.tag]`` on the meta device: shapes without values, which cannot run."""
     timm = _timm()
     with torch.device("meta"):
         module = timm.create_model(name)
     replaced = _remove_heads(module)
-    preprocess = _preprocess(timm.data.resolve_model_data_config(module))
-    provenance = libraries.without_weights(f"timm:{name}", timm)
-    return Backbone(module, (_output(module),), replaced, preprocess, provenance)
+    trained, tested = _evaluations(module)
+    return Backbone(
+        module,
+        (_output(module),),
+        replaced,
+        trained,
+        libraries.without_weights(f"timm:{_architecture(name)}", timm),
+        evaluations=(trained, tested) if trained != tested else (),
+    )
 
 
 def version() -> str:
@@ -482,6 +500,12 @@ def _set_input_size(module: nn.Module, size: tuple[int, int], model: str) -> Non
         raise ModelError(
             f"{model} cannot take images of {size[0]} x {size[1]} pixels ({first_line(error)})"
         ) from error
+
+
+def _evaluations(module: nn.Module) -> tuple[Preprocess, Preprocess]:
+    """Return timm's evaluation transforms of a model at its sizes of training and of tests."""
+    resolve = _timm().data.resolve_model_data_config
+    return _preprocess(resolve(module)), _preprocess(resolve(module, use_test_size=True))
 
 
 def _preprocess(config: Mapping[str, Any]) -> Preprocess:

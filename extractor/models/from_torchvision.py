@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from extractor.options import Options
 from extractor.preprocess import Preprocess
 
 __all__ = ["AUXILIARY", "build", "fetch", "known_weights", "names", "outline", "version"]
+
+log = logging.getLogger(__name__)
 
 # Arguments that torchvision adds when it loads its own weights. They change the computation.
 _ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -59,6 +62,9 @@ def build(name: str, options: Options) -> Backbone:
     chosen = libraries.chosen_file(wanted)
     entry = _entry(name, wanted, chosen)
     found = _fetch(name, entry) if chosen is None and wanted != "random" else chosen
+    if options.test_size:
+        size = _preprocess(entry.transforms()).size_text
+        log.warning("torchvision:%s has one size only: %s", name, size)
     if options.keep_head:
         return _with_head(name, options, entry, found)
     with libraries.seeded(options.seed):

@@ -117,7 +117,7 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
         ModelError: The model cannot take the image size, or there is no such module.
         UsageError: An image size for a backbone whose layers are already chosen.
     """
-    if options.image_size is not None:
+    if options.image_size is not None or options.test_size:
         if backbone.taps is not None:
             raise UsageError("image size: choose it before the layers of a backbone")
         with device_errors(backbone.device):
@@ -125,7 +125,9 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
                 backbone.module,
                 backbone.preprocess.input_size,
                 name=backbone.provenance.model,
-                advice="leave --image-size out, or try a multiple of 32",
+                advice="leave --test-size out"
+                if options.test_size
+                else "leave --image-size out, or try a multiple of 32",
             )
         if backbone.outputs[0] == Output(backbone.outputs[0].shape) and len(shape) == 1:
             backbone = replace(backbone, outputs=(Output(shape),))  # it may depend on the size
@@ -140,7 +142,7 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
     """Return a user's backbone with the changes of ``options``; the user's own stays as it is.
 
     Raises:
-        UsageError: The options name weights or keep the head, which is decided already.
+        UsageError: The options name weights, a head or a size that is decided already.
     """
     if options.weights != _DEFAULT.weights or options.weights_key is not None:
         raise UsageError("weights: the backbone already has weights; leave this option out")
@@ -149,6 +151,8 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
             "keep head: the backbone is built already; load it with keep_head=True, or pass "
             "head=None to Backbone.from_module"
         )
+    if options.test_size:
+        raise UsageError("test size: the backbone is built already; load it with test_size=True")
     if options.pixel_changes:
         changed = backbone.preprocess.changed(options.pixel_changes)
         backbone = replace(backbone, preprocess=changed)

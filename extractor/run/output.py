@@ -321,6 +321,7 @@ class StoreOutput:
             shape=self.spec.shape,
             backbone=str(self.spec),
             first_failures=self.first_failures,
+            size=self.spec.size_text,
         )
 
     def _all_paths(self) -> Iterable[bytes]:
