@@ -381,7 +381,7 @@ class Options:
             metavar="N",
             minimum=1,
             maximum=MAX_BATCH_SIZE,
-            unset="depends on the device",
+            unset="that of the store, else depends on the device",
             scope="images",
         ),
     )

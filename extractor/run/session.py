@@ -21,7 +21,7 @@ from extractor.images.types import ImageInfo
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.models.naming import join_names, store_folders
-from extractor.options import Options
+from extractor.options import MAX_BATCH_SIZE, Options
 from extractor.report import Report, StoreReport
 from extractor.run.describe import describe, precision_of
 from extractor.run.output import StoreOutput, claim_store
@@ -85,7 +85,7 @@ class Session:
             claims = stack.enter_context(self.claim_outputs(specs))
             inputs = Inputs(
                 self._options,
-                batch_size_for(specs, self._options),
+                self.batch_size(specs, claims, listed),
                 load_suspects(claim.staging for claim in claims),
                 timer,
             )
@@ -131,6 +131,21 @@ class Session:
             yield [
                 stack.enter_context(claim_store(Path(folder), self._options)) for folder in folders
             ]
+
+    def batch_size(
+        self, specs: Sequence[EmbeddingSpec], claims: Sequence[ClaimedFolder], images: ImageList
+    ) -> int:
+        """Return the number of images in one batch: that of existing rows, unless it was chosen."""
+        default = batch_size_for(specs, self._options)
+        if self._options.batch_size is not None:
+            return default
+        found = [
+            existing_computation(claim, describe(spec, self._options, images.root, default))
+            for claim, spec in zip(claims, specs, strict=True)
+        ]
+        sizes = {existing.computation.get("batch_size") for existing in found if existing}
+        (size,) = sizes if len(sizes) == 1 else (None,)
+        return size if isinstance(size, int) and 0 < size <= MAX_BATCH_SIZE else default
 
     def choose_precision(
         self,

@@ -34,6 +34,7 @@ from extractor.store.format import (
     LIST_ROWS,
     MANIFEST,
     Description,
+    Difference,
     FileEntry,
     Manifest,
     ShardEntry,
@@ -59,6 +60,16 @@ __all__ = [
 ]
 
 DIFFERENCES_SHOWN = 5
+# Flags whose value a description records as it is typed.
+FLAGS = {
+    "computation.batch_size": "--batch-size",
+    "computation.decode": "--decode",
+    "computation.device": "--device",
+    "computation.precision": "--precision",
+    "embedding.dtype": "--dtype",
+    "embedding.normalized": "--normalize",
+    "shard_images": "--shard-images",
+}
 
 
 @dataclass(frozen=True)
@@ -147,13 +158,27 @@ def _is_other_work(description: Description, other: Description) -> bool:
 
 
 def _check_same(claim: ClaimedFolder, old: Description, new: Description, kind: str) -> None:
-    differences = [str(difference) for difference in old.differences(new)]
-    if differences:
-        raise StoreError(
-            f"{claim.out} holds {kind} of something else "
-            f"({'; '.join(differences[:DIFFERENCES_SHOWN])}); repeat the earlier command, replace "
-            "it with --overwrite, or choose another --out"
-        )
+    differences = old.differences(new)
+    if not differences:
+        return
+    shown = "; ".join(map(str, differences[:DIFFERENCES_SHOWN]))
+    of, repeat = "of something else", "repeat the earlier command"
+    arguments = [_argument(difference) for difference in differences]
+    if all(arguments):
+        of, repeat = "made with other options", f"extend it {', '.join(arguments)}"
+    raise StoreError(
+        f"{claim.out} holds {kind} {of} ({shown}); {repeat}, replace it with --overwrite, or "
+        "choose another --out"
+    )
+
+
+def _argument(difference: Difference) -> str:
+    """Return how to ask for the earlier value: ``with --dtype float16``; empty if no flag can."""
+    flag, value = FLAGS.get(difference.setting, ""), difference.before
+    if isinstance(value, bool):
+        return flag and f"{'with' if value else 'without'} {flag}"
+    is_one_word = str(value).isalnum()  # the precision of joined backbones is none
+    return f"with {flag} {value}" if flag and is_one_word else ""
 
 
 def _load_finished(staging: Path, job: Job) -> dict[int, FinishedShard]:

@@ -433,7 +433,7 @@ def folder(tmp_path: Path) -> Folder:
 
 
 def run(folder: Folder, out: Path, **options: Any) -> Report:
-    return extract(folder.path, "mean", out, **SIZES, **options)
+    return extract(folder.path, "mean", out, **SIZES | options)
 
 
 def test_only_new_and_changed_images_are_computed(folder: Folder, tmp_path: Path) -> None:
@@ -461,6 +461,39 @@ def test_run_without_changes_writes_no_byte(folder: Folder, tmp_path: Path) -> N
     assert run(folder, tmp_path / "out").resumed == 7
     assert stamps() == before
     check_files(tmp_path / "out")
+
+
+def test_run_without_a_batch_size_takes_that_of_the_store(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    settings = {name: value for name, value in SIZES.items() if name != "batch_size"}
+    folder.write("new.png")
+    (store,) = extract(folder.path, "mean", out, **settings).stores
+    assert (store.added, store.store.manifest.description.computation["batch_size"]) == (1, 2)
+    folder.write("newer.png")
+    with pytest.raises(InterruptedRunError):
+        extract(folder.path, "mean", tmp_path / "other", **SIZES, stop=lambda: True)
+    report = extract(folder.path, "mean", tmp_path / "other", **settings)
+    assert (report.resumed, report.rows) == (2, 9)
+    with pytest.raises(
+        StoreError, match=r"batch_size: 2 there, 3 now\); extend it with --batch-size 2, replace"
+    ):
+        extract(folder.path, "mean", out, **settings, batch_size=3)
+    report = extract(folder.path, "mean", out, **settings, overwrite=True)
+    assert report.store.manifest.description.computation["batch_size"] == 3  # that of a shard
+
+
+def test_refused_options_are_named_with_their_values(folder: Folder, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out, dtype="float16")
+    with pytest.raises(
+        StoreError,
+        match=r"finished store made with other options .* extend it with --dtype float16, without "
+        r"--normalize, with --shard-images 3, replace it with --overwrite, or choose another --out",
+    ):
+        run(folder, out, normalize=True, shard_images=4)
+    with pytest.raises(StoreError, match=r"something else .* repeat the earlier command"):
+        extract(folder.path, "small", out, **SIZES)
 
 
 def test_update_of_software_is_reported_and_keeps_rows(

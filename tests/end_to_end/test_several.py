@@ -263,7 +263,7 @@ def test_one_existing_store_stops_all(images: Path, tmp_path: Path) -> None:
     models = [small(MeanPixel()), small(Stripes())]
     with pytest.raises(
         StoreError,
-        match=r"finished store of something else \(embedding.dtype",
+        match=r"finished store made with other options \(embedding.dtype.*--dtype float16",
     ):
         extract(images, models, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["module-Stripes"]
