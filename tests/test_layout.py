@@ -22,6 +22,7 @@ ORDER: list[set[str]] = [
     {"loading", "models"},
     {"network.fusion"},
     {"images", "network"},
+    {"images.containers"},
     {"report"},
     {"upkeep"},
     {"reading"},

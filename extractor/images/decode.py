@@ -17,11 +17,11 @@ from extractor.errors import DecodeError
 from extractor.images import files
 from extractor.images.budget import PixelBudget
 from extractor.images.color import to_rgb
+from extractor.images.containers.png import PNG_START, without_long_metadata
 from extractor.images.files import as_decode_errors, read_file, with_file_status
 from extractor.images.formats import open_image
 from extractor.images.jpeg import JPEG_START, LIBJPEG_FORMATS, reduce_size
 from extractor.images.orientation import read_orientation
-from extractor.images.png import PNG_START, without_long_metadata
 from extractor.images.render import render
 from extractor.images.types import (
     EncodedImage,

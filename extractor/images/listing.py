@@ -14,7 +14,7 @@ from typing import IO, NamedTuple, TypeAlias
 
 from extractor.errors import SourceError
 from extractor.images.exclude import Excludes, folders_above
-from extractor.images.formats import looks_like_image, readable_suffixes
+from extractor.images.formats import candidate_suffixes, looks_like_image
 from extractor.text import excluded_in_words, plural
 
 __all__ = ["ImageList", "Input", "UnlistedFolder", "display_path", "list_images", "read_list"]
@@ -371,7 +371,7 @@ class _Walk:
         self._root = root
         self._excludes = excludes
         self._tally = tally
-        self._suffixes = {os.fsencode(suffix) for suffix in readable_suffixes()}
+        self._suffixes = {os.fsencode(suffix) for suffix in candidate_suffixes()}
 
     def covers(self, folder: bytes, other: bytes) -> bool:
         """Return whether a walk of ``folder`` visits ``other``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from extractor.images.containers.kinds import KINDS
 from extractor.models.naming import split_model
 from extractor.options import Options
 from extractor.report import Report, StoreReport
@@ -65,6 +67,10 @@ RUN_ONLY = frozenset(
 def software_versions() -> dict[str, str]:
     """Return the versions of Python, this package and its libraries, without importing them."""
     libraries = {name: metadata.version(name) for name in LIBRARIES}
+    for kind in KINDS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            if kind.package:
+                libraries[kind.package] = metadata.version(kind.package)
     return {"python": platform.python_version(), "extractor": __version__, **libraries}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from extractor.errors import DecodeError
 from extractor.images.files import digest_of, open_regular, size_and_mtime
+from extractor.images.formats import has_decoder
 from extractor.images.listing import ImageList
 from extractor.store.plan import Snapshot
 
@@ -47,4 +48,11 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
             return False
         return True
 
-    return Snapshot(images.paths, sizes, mtimes, is_readable, digests if content else None)
+    return Snapshot(
+        images.paths,
+        sizes,
+        mtimes,
+        is_readable,
+        digests if content else None,
+        lambda index: has_decoder(images.full_path(index)),
+    )

@@ -17,6 +17,9 @@ __all__ = ["Plan", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
 TRANSIENT = frozenset({"out-of-memory"})
 # Failures to open a file. Their cause can go away while size and mtime stay the same.
 UNOPENED = frozenset({"unreadable", "not-a-file"})
+# Failures for want of a decoder, which may be installed meanwhile. Before there were decoders of
+# more formats than Pillow's, their files were recorded as no images.
+UNDECODABLE = frozenset({"no-decoder", "not-an-image"})
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Snapshot:
         is_readable: returns whether the image at an index can be opened.
         digests: returns the SHA-256 of the files at several indices, empty for an unreadable one.
             None compares sizes and times only.
+        has_decoder: returns whether the decoder that the image at an index needs beside Pillow is
+            installed.
     """
 
     paths: Sequence[bytes]
@@ -37,6 +42,7 @@ class Snapshot:
     mtimes: npt.NDArray[np.int64]
     is_readable: Callable[[int], bool]
     digests: Callable[[Sequence[int]], Sequence[bytes]] | None = None
+    has_decoder: Callable[[int], bool] = lambda index: False
 
 
 @dataclass(frozen=True)
@@ -197,4 +203,6 @@ def _is_same_file(failure: FailureRecord, snapshot: Snapshot, i: int) -> bool:
 def _may_be_over(failure: FailureRecord, snapshot: Snapshot, i: int) -> bool:
     if failure.reason in UNOPENED:
         return snapshot.is_readable(i)
+    if failure.reason in UNDECODABLE:
+        return snapshot.has_decoder(i)
     return failure.reason in TRANSIENT

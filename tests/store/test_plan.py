@@ -27,6 +27,7 @@ class File(NamedTuple):
     mtime: int
     digest: bytes = b""
     readable: bool = True
+    decodable: bool = False
 
 
 class Row(NamedTuple):
@@ -60,6 +61,7 @@ class Case:
             np.array([file.mtime for file in files], np.int64),
             lambda i: files[i].readable,
             (lambda places: [files[i].digest for i in places]) if self.content else None,
+            lambda i: files[i].decodable,
         )
 
     def stored(self) -> StoredImages:
@@ -372,6 +374,15 @@ def test_failure_remains_until_its_cause_may_be_over(
     assert made["todo"] == ([] if stands else [b"a"])
     # What was found since the last publishing is not tried again at once.
     assert made_of(files, {}, [], [failure], retry=retry)["failures"] == [failure]
+
+
+@pytest.mark.parametrize("reason", ["no-decoder", "not-an-image"])
+def test_failure_for_want_of_a_decoder_is_retried_once_it_is_there(reason: str) -> None:
+    failure = FailureRecord(b"a", reason, "why", 1, 1)
+    for decodable in (False, True):
+        made = made_of({b"a": File(1, 1, decodable=decodable)}, {}, [failure])
+        assert made["failures"] == ([] if decodable else [failure])
+        assert made["todo"] == ([b"a"] if decodable else [])
 
 
 @pytest.mark.parametrize("now", [File(2, 1), File(1, 2)])

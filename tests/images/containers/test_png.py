@@ -15,8 +15,8 @@ from PIL import Image, PngImagePlugin
 from support.images import encoded, photo, pixels, reason, unresized
 
 from extractor.images import decode, files
+from extractor.images.containers.png import without_long_metadata
 from extractor.images.formats import looks_like_image
-from extractor.images.png import without_long_metadata
 from extractor.images.types import EncodedImage
 
 LONG = b"node " * 400_000  # 2 MB
