@@ -20,6 +20,7 @@ class BackboneArguments(TypedDict, total=False):
 
     weights: str | os.PathLike[str]
     weights_key: str | None
+    weights_prefix: str | None
     seed: int
     bypass: Sequence[str]
     layers: Sequence[str]

@@ -167,6 +167,18 @@ class Options:
             scope="backbone",
         ),
     )
+    weights_prefix: str | None = option(
+        None,
+        Flag(
+            "--weights-prefix",
+            "take only the tensors whose names begin with this, such as teacher., and drop it",
+            MODEL,
+            metavar="PREFIX",
+            advanced=True,
+            unset="found by itself if there is one copy of the network",
+            scope="backbone",
+        ),
+    )
     seed: int = option(
         0,
         Flag(
@@ -599,6 +611,10 @@ class Options:
             raise UsageError("weights: got an empty name; try default, random, a tag or a file")
         if self.weights_key == "":
             raise UsageError("weights key: got an empty name; try model_ema")
+        if self.weights_prefix is not None:
+            if not self.weights_prefix.strip("."):
+                raise UsageError("weights prefix: got an empty one; try teacher., or leave it out")
+            object.__setattr__(self, "weights_prefix", self.weights_prefix.rstrip(".") + ".")
         self._check_layers()
         self._check_pixels()
 

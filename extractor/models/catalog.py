@@ -17,7 +17,7 @@ import torch
 
 from extractor.models import from_timm, from_torchvision
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import PREFIXES
+from extractor.network.prefixes import PREFIXES
 
 __all__ = ["Catalog", "Entry", "outline", "survey"]
 

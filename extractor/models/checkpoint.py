@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,9 +14,19 @@ from torch import nn
 
 from extractor.errors import WeightsError
 from extractor.models.stand_ins import stand_ins
-from extractor.models.torn_files import torn_safetensors
+from extractor.network.prefixes import COUNTERS, USUAL, complete_prefixes, usual_prefix
+from extractor.system.torn_files import torn_safetensors
+from extractor.text import plural
 
-__all__ = ["PREFIXES", "MisfitError", "State", "load_into", "read_checkpoint", "without_prefixes"]
+__all__ = [
+    "MisfitError",
+    "State",
+    "load_into",
+    "read_checkpoint",
+    "under_prefix",
+    "without_counters",
+    "without_prefixes",
+]
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +39,6 @@ TEXT_SHOWN = 40
 
 # Depth down to which an error message looks for state dicts in a checkpoint.
 KEYS_NESTED = 4
-
-# What trainers put before the names of a network's tensors: DistributedDataParallel, Lightning and
-# many more, torch.compile.
-PREFIXES = ("module.", "model.", "backbone.", "encoder.", "_orig_mod.")
-PREFIXES_NESTED = 3
 
 # Where checkpoints keep the state dict, and what they call the averaged copy of it.
 STATE_KEYS = ("state_dict", "model", "model_state_dict", "model_state")
@@ -295,34 +299,90 @@ def _is_state_dict(content: object) -> bool:
 # Fitting
 
 
-def without_prefixes(state: State, expected: Collection[str]) -> State:
+def under_prefix(state: State, prefix: str, label: str) -> State:
+    """Return the tensors below a prefix, without it.
+
+    Args:
+        state: Tensors of a checkpoint.
+        prefix: What the names of the tensors begin with, such as ``teacher.``.
+        label: The file, for the error message.
+
+    Raises:
+        WeightsError: No tensor has the prefix.
+    """
+    found = _without_prefix(state, prefix)
+    if not found:
+        parts = sorted({key.partition(".")[0] + "." for key in state if "." in key})
+        raise WeightsError(
+            f"{label} has no tensors under {prefix!r}; its names begin with {_shortened(parts)}"
+        )
+    return found
+
+
+def without_counters(state: State, label: str) -> State:
+    """Return a state dict without the counters that profilers leave, with a warning."""
+    counters = [
+        key for key, value in state.items() if key.split(".")[-1] in COUNTERS and value.numel() == 1
+    ]
+    if not counters:
+        return state
+    log.warning("%s: passed over %s of a profiler", label, plural(len(counters), "counter"))
+    kept = State((key, value) for key, value in state.items() if key not in set(counters))
+    kept._metadata = state._metadata
+    return kept
+
+
+def without_prefixes(
+    state: State,
+    expected: Mapping[str, torch.Tensor],
+    removed: tuple[str, ...] = (),
+    label: str = "",
+) -> State:
     """Return a state dict under the names that a network expects, without its trainer's prefixes.
 
-    Up to three of :data:`PREFIXES`, in any order, are dropped: the shortest combination that yields
-    the most expected names. Tensors outside of it (projectors, classifiers beside the backbone) are
-    left out, with a warning.
+    Any prefix under which all tensors of the network lie is dropped, if there is only one of them
+    or only one that trainers commonly use. Tensors outside of it (projectors, classifiers beside
+    the backbone, further copies) are left out, with a warning. Without such a prefix, up to three
+    of :data:`PREFIXES` are dropped: the shortest combination that yields the most expected names.
+
+    Args:
+        state: Tensors of a checkpoint.
+        expected: Tensors of the network.
+        removed: Names of the modules that were removed from the network.
+        label: The file and the model, for the error message.
+
+    Raises:
+        WeightsError: There are several copies of the network.
     """
-
-    def count_expected(prefix: str) -> int:
-        return sum(k.startswith(prefix) and k[len(prefix) :] in expected for k in state)
-
-    prefixes = [
-        "".join(combination)
-        for count in range(PREFIXES_NESTED + 1)
-        for combination in itertools.product(PREFIXES, repeat=count)
-    ]
-    # max takes the first of equals, and the shortest come first.
-    best = max((p for p in prefixes if any(k.startswith(p) for k in state)), key=count_expected)
+    copies = complete_prefixes(state, expected, removed)
+    usual = [prefix for prefix in copies if prefix in USUAL and prefix]
+    if len(copies) > 1 and len(usual) != 1:
+        named = ", ".join(prefix or "no prefix" for prefix in copies)
+        raise WeightsError(
+            f"{label}: the file holds {len(copies)} copies of this network, under {named}; choose "
+            f"one, for example with --weights-prefix {copies[-1]}"
+        )
+    best = usual[0] if usual else copies[0] if copies else usual_prefix(state, expected)
     if not best:
         return state
-    left_out = [key for key in state if not key.startswith(best)]
-    if left_out:
+    if left_out := [key for key in state if not key.startswith(best)]:
         log.warning("took the weights under %r, without %s", best, _shortened(left_out))
-    named = State((k[len(best) :], v) for k, v in state.items() if k.startswith(best))
+    elif best not in USUAL:
+        log.warning("took the weights under %r", best)
+    if others := [prefix for prefix in copies if prefix != best]:
+        log.warning(
+            "the file also holds this network under %s; choose with --weights-prefix",
+            ", ".join(prefix or "no prefix" for prefix in others),
+        )
+    return _without_prefix(state, best)
+
+
+def _without_prefix(state: State, prefix: str) -> State:
+    named = State((k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix))
     named._metadata = {
-        key[len(best) :]: value
+        key[len(prefix) :]: value
         for key, value in state._metadata.items()
-        if f"{key}." == best or key.startswith(best)
+        if f"{key}." == prefix or key.startswith(prefix)
     }
     return named
 
@@ -344,7 +404,7 @@ def load_into(
     """
     expected = module.state_dict()
     removed = tuple(discarded)
-    state = without_prefixes(State.of(state), expected.keys())
+    state = without_prefixes(State.of(state), expected, removed, label)
     kept = State((key, value) for key, value in state.items() if not _lies_in(key, removed))
     # A file without versions (.safetensors) is taken to be a recent one.
     kept._metadata = state._metadata or getattr(expected, "_metadata", {})

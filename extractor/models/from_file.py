@@ -72,6 +72,10 @@ def build(model: str, options: Options) -> Backbone:
         )
     if chosen is None and options.weights_key is not None:
         raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
+    if chosen is None and options.weights_prefix is not None:
+        raise UsageError(
+            f"weights prefix: {model} makes its own weights; name a file with --weights"
+        )
     log.warning("%s: running the code in this file", path)
     with libraries.seeded(options.seed):
         made = _call(_function(path, name), model)
@@ -115,6 +119,7 @@ def _load_weights(
         source=file.source,
         revision=file.revision,
         key=options.weights_key or "",
+        prefix=options.weights_prefix or "",
     )
 
 

@@ -14,7 +14,14 @@ from torch import nn
 
 from extractor.errors import UsageError, WeightsError
 from extractor.models import weight_files
-from extractor.models.checkpoint import MisfitError, State, load_into, read_checkpoint
+from extractor.models.checkpoint import (
+    MisfitError,
+    State,
+    load_into,
+    read_checkpoint,
+    under_prefix,
+    without_counters,
+)
 from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.models.weight_files import WeightsFile
@@ -84,7 +91,10 @@ def read_weights(file: WeightsFile, options: Options) -> State:
             read.
     """
     file.check()
-    return read_checkpoint(file.path, options.weights_key)
+    state = without_counters(read_checkpoint(file.path, options.weights_key), file.path.name)
+    if options.weights_prefix is None:
+        return state
+    return under_prefix(state, options.weights_prefix, str(file.path))
 
 
 def unknown_weights(model: str, tag: str, known: Sequence[str]) -> str:
@@ -165,14 +175,16 @@ def provenance(
         library: The module ``timm`` or ``torchvision``.
         module: The network.
         found: Its weights file; None for random weights.
-        options: Seed and weights key.
+        options: Seed, weights key and weights prefix.
 
     Raises:
-        UsageError: A weights key for random weights.
+        UsageError: A weights key or prefix for random weights.
     """
     name, version = library.__name__, library.__version__
     if found is None and options.weights_key is not None:
         raise UsageError("weights key: random weights have none; name a file with --weights")
+    if found is None and options.weights_prefix is not None:
+        raise UsageError("weights prefix: random weights have none; name a file with --weights")
     if found is None:
         digest = sha256_of_state(module.state_dict())
         return Provenance(model, name, version, "random", "", digest, seed=options.seed)
@@ -186,6 +198,7 @@ def provenance(
         found.source,
         found.revision,
         options.weights_key or "",
+        prefix=options.weights_prefix or "",
         file=str(found.path),
     )
 

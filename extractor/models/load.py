@@ -144,7 +144,8 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
     Raises:
         UsageError: The options name weights, a head or a size that is decided already.
     """
-    if options.weights != _DEFAULT.weights or options.weights_key is not None:
+    named = (options.weights_key, options.weights_prefix)
+    if options.weights != _DEFAULT.weights or named != (None, None):
         raise UsageError("weights: the backbone already has weights; leave this option out")
     if options.keep_head:
         raise UsageError(

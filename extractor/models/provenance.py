@@ -27,6 +27,8 @@ class Provenance:
         seed: Seed of random weights, or the one that a function of the user's ran with; else None.
         code: SHA-256 of a file of the user's that made the network, and of what it imported from
             its folder; else empty.
+        prefix: Prefix of the names that was asked for in a checkpoint with several copies; else
+            empty.
         file: Location of the weights on this machine, which no manifest records.
     """
 
@@ -41,14 +43,16 @@ class Provenance:
     key: str = ""
     seed: int | None = None
     code: str = ""
+    prefix: str = ""
     file: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a manifest records."""
         described = asdict(self)
         del described["file"]
-        if not self.code:
-            del described["code"]
+        for rare in ("code", "prefix"):
+            if not described[rare]:
+                del described[rare]
         return described
 
     def __str__(self) -> str:

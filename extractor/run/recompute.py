@@ -123,6 +123,7 @@ def _backbone(
     options = Options(
         weights=weights,
         weights_key=made_by["key"] or None,
+        weights_prefix=made_by.get("prefix") or None,
         seed=made_by["seed"] or 0,
         image_size=(height, width),
         bypass=made_by["bypassed"],

@@ -236,6 +236,137 @@ def test_encoder_module_of_the_network_is_not_a_prefix(prefix: str) -> None:
 
 
 # ---------------------------------------------------------------------------------------------
+# Any prefix, copies, and counters
+
+TEACHER, STUDENT = 3, 4  # seeds of networks
+
+
+def copies(teacher: str, student: str) -> Tensors:
+    """Two networks side by side in one state dict, and a tensor of neither."""
+    return {
+        **under(student, network(TIMM, STUDENT).state_dict()),
+        **under(teacher, network(TIMM, TEACHER).state_dict()),
+        "queue": noise(4, 8),
+    }
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["net.", "student.", "visual.trunk.", "module._orig_mod.net.", "a.b.c.d.e.", "0.", "models."],
+)
+@pytest.mark.parametrize("with_head", [True, False])
+def test_single_prefix_is_found_whatever_it_is(
+    prefix: str, with_head: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = network(TIMM)
+    state = trained.state_dict() if with_head else headless(trained.state_dict())
+    torch.save({"state_dict": under(prefix, state)}, tmp_path / "w.pth")
+    assert_close(loaded(TIMM, tmp_path / "w.pth"), embeddings(trained))
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == f"took the weights under {prefix!r}"
+
+
+# How self-supervised trainers name the two copies, and the one that is usually evaluated.
+PAIRS = [
+    ("teacher.", "student."),
+    ("module.encoder_k.", "module.encoder_q."),  # MoCo
+    ("online_encoder.net.", "target_encoder.net."),  # BYOL
+    ("model.teacher.backbone.", "model.student.backbone."),
+]
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_none_of_two_copies_is_chosen(pair: tuple[str, str], tmp_path: Path) -> None:
+    torch.save({"state_dict": copies(*pair)}, tmp_path / "w.pth")
+    match = f"holds 2 copies of this network, under {', '.join(sorted(pair))}; choose one"
+    with pytest.raises(WeightsError, match=match):
+        loaded(TIMM, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("dot", [".", ""])
+def test_weights_prefix_chooses_a_copy(pair: tuple[str, str], dot: str, tmp_path: Path) -> None:
+    torch.save({"state_dict": copies(*pair)}, tmp_path / "w.pth")
+    for prefix, seed in zip(pair, (TEACHER, STUDENT), strict=True):
+        typed = prefix.rstrip(".") + dot
+        backbone = load_backbone(
+            TIMM, weights=tmp_path / "w.pth", weights_prefix=typed, device="cpu"
+        )
+        assert_close(backbone(PIXELS), embeddings(network(TIMM, seed)))
+        assert backbone.provenance.as_dict()["prefix"] == prefix
+
+
+def test_prefix_is_recorded_only_if_asked_for(tmp_path: Path) -> None:
+    torch.save(under("net.", network(TIMM).state_dict()), tmp_path / "w.pth")
+    made = load_backbone(TIMM, weights=tmp_path / "w.pth", device="cpu").provenance
+    assert "prefix" not in made.as_dict()
+
+
+def test_copy_under_a_usual_prefix_is_taken_and_others_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"state_dict": copies("model.", "ema_model.")}, tmp_path / "w.pth")
+    assert_close(loaded(TIMM, tmp_path / "w.pth"), embeddings(network(TIMM, TEACHER)))
+    assert (
+        "the file also holds this network under ema_model.; choose with --weights-prefix"
+        in caplog.messages
+    )
+
+
+def test_copy_of_the_right_shapes_is_taken(tmp_path: Path) -> None:
+    """A student and a larger teacher of the same names are not two copies of one network."""
+    trained = network(TIMM)
+    larger = {
+        key: torch.cat([value, value]) if value.ndim else value
+        for key, value in trained.state_dict().items()
+    }
+    state = under("teacher.", larger) | under("student.", trained.state_dict())
+    torch.save(state, tmp_path / "w.pth")
+    assert_close(loaded(TIMM, tmp_path / "w.pth"), embeddings(trained))
+
+
+def test_unknown_prefix_lists_what_names_begin_with(tmp_path: Path) -> None:
+    torch.save(copies("teacher.", "student."), tmp_path / "w.pth")
+    match = r"no tensors under 'nope\.'; its names begin with student\., teacher\.$"
+    with pytest.raises(WeightsError, match=match):
+        load_backbone(TIMM, weights=tmp_path / "w.pth", weights_prefix="nope", device="cpu")
+
+
+@pytest.mark.parametrize("prefix", ["", ".", ".."])
+def test_empty_prefix_is_refused(prefix: str) -> None:
+    with pytest.raises(ExtractorError, match=r"weights prefix: got an empty one"):
+        load_backbone(TIMM, weights_prefix=prefix, device="cpu")
+
+
+def test_random_weights_reject_a_weights_prefix() -> None:
+    with pytest.raises(ExtractorError, match=r"weights prefix: random weights have none"):
+        load_backbone(TIMM, weights="random", weights_prefix="net.", device="cpu")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "net."])
+def test_counters_of_profilers_are_passed_over(
+    prefix: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained = network(TIMM)
+    state = dict(trained.state_dict())
+    modules = ["", *(f"{name}." for name, _ in trained.named_modules() if name)]
+    for module in modules:
+        for counter in ("total_ops", "total_params"):
+            state[module + counter] = torch.zeros(1, dtype=torch.float64)
+    torch.save(under(prefix, state), tmp_path / "w.pth")
+    assert_close(loaded(TIMM, tmp_path / "w.pth"), embeddings(trained))
+    assert f"w.pth: passed over {2 * len(modules)} counters of a profiler" in caplog.messages
+
+
+def test_network_inside_a_removed_head_is_no_copy() -> None:
+    module = nn.Sequential(nn.Linear(2, 2))
+    state = module.state_dict()
+    inside = {"head.0.weight": noise(2, 2), "head.0.bias": noise(2)}
+    load_into(module, {**state, **inside}, discarded=["head"], label="a into b")
+    assert torch.equal(module[0].weight, state["0.weight"])
+
+
+# ---------------------------------------------------------------------------------------------
 # Several state dicts in one file
 
 

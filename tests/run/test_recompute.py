@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from support.pictures import noise
 
 from extractor import FeatureStore, extract, load_backbone
@@ -50,6 +51,20 @@ def test_recompute_confirms_unchanged_rows(
 ) -> None:
     store = extract(folder, model, tmp_path / "s", weights="random", device="cpu", **settings).store
     assert list(recompute(store, 5, device="cpu")) == []
+
+
+def test_recompute_uses_the_weights_prefix_of_the_store(folder: Path, tmp_path: Path) -> None:
+    networks: dict[str, torch.Tensor] = {}
+    for seed, prefix in enumerate(("student.", "teacher.")):
+        torch.manual_seed(seed)
+        network = torchvision.models.squeezenet1_1()
+        networks |= {prefix + key: value for key, value in network.state_dict().items()}
+    torch.save({"state_dict": networks}, tmp_path / "w.pth")
+    weights = tmp_path / "w.pth"
+    settings: dict[str, Any] = {"weights": weights, "weights_prefix": "teacher", "device": "cpu"}
+    store = extract(folder, MODEL, tmp_path / "s", **settings).store
+    assert store.manifest.description.backbone["prefix"] == "teacher."
+    assert list(recompute(store, 5, weights=str(weights), device="cpu")) == []
 
 
 def test_recompute_uses_precision_of_store(
