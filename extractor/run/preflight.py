@@ -56,7 +56,9 @@ def check_output_folders(models: Sequence[str], out: str | None, options: Option
         StoreError: A folder cannot be written, is in use, or holds other files.
     """
     for folder in store_folders(out, planned_stores(models, options) or []):
-        check_output_folder(Path(folder), may_exist=True, check_lock=True)
+        check_output_folder(
+            Path(folder), may_exist=True, overwrite=options.overwrite, check_lock=True
+        )
 
 
 def check_order(images: ImageList, options: Options) -> None:

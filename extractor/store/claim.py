@@ -92,7 +92,7 @@ class ClaimedFolder:
 
     def check(self) -> None:
         """Check that the folder holds nothing but a store, as :func:`check_output_folder`."""
-        check_output_folder(self.out, may_exist=self._may_exist)
+        check_output_folder(self.out, may_exist=self._may_exist, overwrite=self.overwrite)
 
     def staged_job(self) -> Job | None:
         """Return the job of an interrupted run; None if there is none, or it left nothing."""

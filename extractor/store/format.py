@@ -33,6 +33,7 @@ __all__ = [
     "RUN",
     "STAGING",
     "SUSPECTS",
+    "DamagedManifestError",
     "Description",
     "Difference",
     "FileEntry",
@@ -65,6 +66,10 @@ JOURNAL = "journal"  # folder: finished batches of each shard
 IN_FLIGHT = "in-flight"  # images that are being decoded
 SUSPECTS = "suspects.json"  # images during whose decoding a run died
 REPLACED = "replaced.json"  # the old manifest, while the new store is published
+
+
+class DamagedManifestError(StoreError):
+    """The manifest of a store, of this version, that cannot be read."""
 
 
 def features_name(shard: int) -> str:
@@ -440,7 +445,9 @@ class Manifest:
         try:
             content = json.loads(text)
         except ValueError as error:
-            raise StoreError(f"{name} is not JSON ({error}); the store is damaged") from error
+            raise DamagedManifestError(
+                f"{name} is not JSON ({error}); the store is damaged"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise StoreError(
                 f'{name} is not the manifest of a store: expected "format": "{FORMAT}"'
@@ -464,7 +471,9 @@ class Manifest:
                 list_rows=FileEntry(**content["list_rows"]) if "list_rows" in content else None,
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{name} is damaged: {type(error).__name__} {error}") from error
+            raise DamagedManifestError(
+                f"{name} is damaged: {type(error).__name__} {error}"
+            ) from error
 
 
 # The second-last line of a manifest.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from extractor.errors import StoreError
@@ -18,8 +20,10 @@ from extractor.store.format import (
     LIST_ROWS,
     MANIFEST,
     REPLACED,
+    RUN,
     STAGING,
     SUSPECTS,
+    DamagedManifestError,
     FileEntry,
     Manifest,
 )
@@ -36,14 +40,19 @@ __all__ = [
 ]
 
 NAMES_SHOWN = 5
+# Everything that a store holds on its top level.
+_NAMES = frozenset({MANIFEST, RUN, FAILURES, LIST_ROWS, FEATURES, IMAGES, STAGING})
 
 
-def check_output_folder(out: Path, *, may_exist: bool, check_lock: bool = False) -> None:
+def check_output_folder(
+    out: Path, *, may_exist: bool, overwrite: bool = False, check_lock: bool = False
+) -> None:
     """Check that a store may be written to a folder; change nothing.
 
     Args:
         out: the folder.
         may_exist: accept a finished store, which is then extended or replaced.
+        overwrite: accept a store whose manifest is damaged, too.
         check_lock: also check that no other run is writing there.
 
     Raises:
@@ -61,14 +70,24 @@ def check_output_folder(out: Path, *, may_exist: bool, check_lock: bool = False)
         if check_lock:
             Lock(out / STAGING / "lock", required=False).check()
         if (out / MANIFEST).is_file():
-            manifest = Manifest.read(out / MANIFEST)
+            try:
+                manifest = Manifest.read(out / MANIFEST)
+            except DamagedManifestError as error:
+                if not overwrite:
+                    raise StoreError(
+                        f"{error}; restore the file, start over with --overwrite, or choose "
+                        "another --out"
+                    ) from error
+                _check_foreign_files(out, _files_by_name(out))
+                _check_foreign_names(out)
+                return
             if not may_exist:
                 raise StoreError(
                     f"{out} holds a finished store: {plural(manifest.rows, 'row')} of "
                     f"{manifest.description.made_with}; replace it with --overwrite, or choose "
                     "another --out"
                 )
-            _check_foreign_files(out, manifest)
+            _check_foreign_files(out, _files_of(manifest))
         elif any(name != STAGING for name in os.listdir(out)) and not _is_complete(out / STAGING):
             raise StoreError(
                 f"{out} is not empty and holds no store; nothing in it was changed, choose "
@@ -99,9 +118,19 @@ def _check_staging(staging: Path) -> None:
         )
 
 
-def _check_foreign_files(out: Path, manifest: Manifest) -> None:
+def _check_foreign_names(out: Path) -> None:
+    """Check that a folder with a damaged manifest holds nothing else than a store."""
+    foreign = sorted(set(os.listdir(out)) - _NAMES)
+    if foreign:
+        raise StoreError(
+            f"{out / MANIFEST} is damaged, and {out} holds files that are not part of a store "
+            f"({', '.join(foreign[:NAMES_SHOWN])}); move them away, or choose another --out"
+        )
+
+
+def _check_foreign_files(out: Path, files: Iterable[str]) -> None:
     """Check that the folders of a store hold no files of someone else."""
-    listed = {*_files_of(manifest), *_replaced_files(out)}
+    listed = {*files, *_replaced_files(out)}
     staged = out / STAGING / MANIFEST
     if staged.is_file():  # a run died while it moved the new files
         listed.update(_files_of(Manifest.read(staged)))
@@ -157,7 +186,7 @@ def publish_staged(out: Path) -> None:
         (staging / JOB).unlink(missing_ok=True)  # nothing is left to resume
         if (out / MANIFEST).is_file():
             content = (out / MANIFEST).read_bytes()
-            if _extends(new, Manifest.from_json(content, str(out / MANIFEST))):
+            if _extends(new, content):
                 write_atomically(replaced, content)
             else:
                 os.replace(out / MANIFEST, replaced)
@@ -221,12 +250,33 @@ def _is_complete(staging: Path) -> bool:
 def _replaced_files(out: Path) -> list[str]:
     """Return the files of the store that was replaced last, if a run died before removing them."""
     replaced = out / STAGING / REPLACED
-    return _files_of(Manifest.read(replaced)) if replaced.is_file() else []
+    if not replaced.is_file():
+        return []
+    try:
+        return _files_of(Manifest.read(replaced))
+    except DamagedManifestError:
+        return _files_by_name(out)
 
 
-def _extends(new: Manifest, old: Manifest) -> bool:
-    """Return whether all files of the old shards keep their content."""
-    before = {entry.name: entry for entry in old.shard_files}
+def _files_by_name(out: Path) -> list[str]:
+    """Return the files that have a name as in a store, for a store whose manifest is damaged."""
+    names = [
+        f"{folder}/{name}"
+        for folder, suffix in ((FEATURES, "npy"), (IMAGES, "parquet"))
+        if (out / folder).is_dir()
+        for name in os.listdir(out / folder)
+        if re.fullmatch(rf"\d{{5}}\.{suffix}", name)
+    ]
+    return [*names, *(name for name in (FAILURES, LIST_ROWS) if (out / name).is_file())]
+
+
+def _extends(new: Manifest, old: bytes) -> bool:
+    """Return whether all files of the shards in an old manifest keep their content."""
+    try:
+        shard_files = Manifest.from_json(old, MANIFEST).shard_files
+    except DamagedManifestError:
+        return False
+    before = {entry.name: entry for entry in shard_files}
     return all(before.get(entry.name, entry) == entry for entry in new.shard_files)
 
 

@@ -832,6 +832,56 @@ def test_run_resumes_after_death_at_any_step_of_growing(tmp_path: Path) -> None:
     assert stages == [(DIED, False), (DIED, True), (0, True)]
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: os.truncate(path, 300),
+        lambda path: os.truncate(path, 0),
+        lambda path: path.write_bytes(bytes(2000)),
+        lambda path: path.write_text(path.read_text().replace('"rows": 3', '"rows": 2')),
+        lambda path: path.write_text(path.read_text().replace('"counts"', '"count"')),
+    ],
+)
+def test_store_with_a_damaged_manifest_is_only_overwritten(
+    folder: Folder, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    damage(out / "store.json")
+    before = published(out)
+    with pytest.raises(StoreError, match=r"store\.json is .*damaged.* --overwrite, or choose"):
+        run(folder, out)
+    assert published(out) == before
+    for name in (*NAMES[3:6],):
+        folder.delete(name)
+    run(folder, out, overwrite=True)
+    assert view(out) == folder.colors
+    assert len(list((out / "features").iterdir())) == 2  # of three before
+    check_files(out)
+
+
+def test_overwrite_does_not_take_files_of_others_for_a_damaged_store(
+    folder: Folder, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    for text, message in (
+        ('{"format": "other"}', "is not the manifest of a store"),
+        ('{"format": "extractor-store", "version": 9}', "has format version 9"),
+    ):
+        (out / "store.json").write_text(text)
+        with pytest.raises(StoreError, match=message):
+            run(folder, out, overwrite=True)
+    (out / "store.json").write_text("")
+    for name in ("notes.txt", "features/thesis.npy"):
+        (out / name).write_text("precious")
+        before = published(out)
+        with pytest.raises(StoreError, match=rf"not part of .* store \({name}\); move them away"):
+            run(folder, out, overwrite=True)
+        assert published(out) == before
+        (out / name).unlink()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
     "cut": lambda path: os.truncate(path, 10),
