@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from extractor.cli.doctor import doctor_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
 from extractor.cli.parser import EXIT_CODES, command_options
 from extractor.cli.stores import compact_parser, info_parser, verify_parser
@@ -54,6 +55,7 @@ VERB_PARSERS = (
     info_parser,
     verify_parser,
     compact_parser,
+    doctor_parser,
 )
 
 ARGUMENTS_HEAD = '''\

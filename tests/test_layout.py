@@ -16,6 +16,7 @@ PACKAGE = Path(extractor.__file__).parent
 ORDER: list[set[str]] = [
     {"__init__", "__main__"},
     {"cli"},
+    {"doctor"},
     {"api"},
     {"run", "serving"},
     {"compute"},

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from extractor.cli.stderr import capture_stderr, duplicate_stderr
+from extractor.errors import ExtractorError
 from extractor.text import plural
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Bar",
+    "OutputError",
     "logging_to",
     "print_lines",
     "print_table",
@@ -37,6 +39,10 @@ MIN_COLUMNS = 40
 
 # Damaged files can make a library print one line per strip or tag.
 MAX_OUTPUT_LINES = 20
+
+
+class OutputError(ExtractorError):
+    """A result cannot be written to standard output."""
 
 
 class Bar:
@@ -185,7 +191,11 @@ def table_lines(name: str, text: str, width: int | None) -> list[str]:
 
 
 def print_lines(lines: Sequence[str]) -> None:
-    """Print a result on standard output; a reader that has gone away is no error."""
+    """Print a result on standard output; a reader that has gone away is no error.
+
+    Raises:
+        OutputError: The result cannot be written, as on a full disk. What follows goes nowhere.
+    """
     try:
         for line in lines:
             print(printable(line))
@@ -194,7 +204,7 @@ def print_lines(lines: Sequence[str]) -> None:
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            say(f"extract: cannot print the result: {error.strerror}")
+            raise OutputError(f"cannot print the result: {error.strerror}") from error
 
 
 def warn(message: str) -> None:

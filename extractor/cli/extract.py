@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from extractor.cli.console import Bar, logging_to, print_table, warn
+from extractor.cli.console import Bar, OutputError, logging_to, print_table, warn
 from extractor.cli.json_log import Events
 from extractor.cli.parser import Command, CommandOptions, parse
 from extractor.cli.summary import summary
@@ -49,7 +49,10 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
         report = _compute(images, command, stopping, events)
     events.end(report)
     if not own.quiet:
-        print_table(summary(report))
+        try:
+            print_table(summary(report))
+        except OutputError as error:  # the rows are stored
+            warn(str(error))
     return report.exit_code
 
 

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import NoReturn
 from urllib.parse import urlsplit
@@ -19,6 +15,7 @@ import torch
 from extractor.errors import WeightsError
 from extractor.models import lite_weights
 from extractor.models.digests import sha256_of_cached_file, sha256_of_file
+from extractor.system.network import answers
 
 __all__ = [
     "WeightsFile",
@@ -290,22 +287,4 @@ def _raise_missing(label: str, looked: str, fetch: str, folder: Path) -> NoRetur
 
 
 def _reachable(url: str) -> bool:
-    """Return whether the server of an address answers at all, through the proxies in use."""
-    parts = urlsplit(url)
-    outcome: list[bool] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(f"{parts.scheme}://{parts.netloc}/", method="HEAD")
-            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
-            outcome.append(True)
-        except urllib.error.HTTPError:  # it refuses the request, but it is there
-            outcome.append(True)
-        except (OSError, ValueError, HTTPException):
-            outcome.append(False)
-
-    # In a thread of its own: no time limit can be set on the look-up of a name.
-    asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(PROBE_SECONDS)
-    return outcome == [True]
+    return answers(url, PROBE_SECONDS)
