@@ -11,16 +11,17 @@ from typing import IO, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image
 
 from extractor.errors import DecodeError
 from extractor.images import files
 from extractor.images.budget import PixelBudget
 from extractor.images.color import to_rgb
-from extractor.images.containers.png import PNG_START, without_long_metadata
+from extractor.images.containers.png import without_long_metadata
 from extractor.images.files import as_decode_errors, read_file, with_file_status
 from extractor.images.formats import open_image
-from extractor.images.jpeg import JPEG_START, LIBJPEG_FORMATS, reduce_size
+from extractor.images.jpeg import LIBJPEG_FORMATS, reduce_size
+from extractor.images.jpeg_scans import check_scans
 from extractor.images.orientation import read_orientation
 from extractor.images.render import render
 from extractor.images.types import (
@@ -123,24 +124,10 @@ class _Decoder:
 
     def decode_bytes(self, content: bytes) -> Size:
         """Decode an encoded image in memory."""
-        # libjpeg uses a slower method at the end of each block, which may stop at any bit. Pillow
-        # reads blocks of 64 KiB by default, so pass all of the content as one block.
-        try:
-            with open_image(io.BytesIO(content), self.budget) as image:
-                if isinstance(image, ImageFile.ImageFile) and image.format in LIBJPEG_FORMATS:
-                    image.decodermaxblock = max(len(content), image.decodermaxblock)
-                return self.render_all(image)
-        except OSError:
-            if not content.startswith(JPEG_START):
-                raise
-        except ValueError:
-            if not content.startswith(PNG_START):
-                raise
-        # A JPEG without its end marker, followed by other data: Pillow decodes it in blocks only.
         return self.decode_stream(io.BytesIO(content))
 
     def decode_stream(self, file: IO[bytes]) -> Size:
-        """Decode an image that Pillow reads piece by piece."""
+        """Decode an encoded image in a file or in memory."""
         try:
             with open_image(file, self.budget) as image:
                 return self.render_all(image)
@@ -165,6 +152,7 @@ class _Decoder:
                 layout = StoredLayout(*image.size, read_orientation(image))
                 if may_reduce and self.decode_mode == "scaled":
                     reduced_by = reduce_size(image, layout, self.preprocesses)
+                check_scans(image)
                 image.load()
             else:
                 image.load()  # some formats turn the image, or find its orientation, only here
