@@ -73,7 +73,7 @@ def check_output_folder(
             try:
                 manifest = Manifest.read(out / MANIFEST)
             except DamagedManifestError as error:
-                if not overwrite:
+                if not overwrite or not _files_by_name(out):
                     raise StoreError(
                         f"{error}; restore the file, start over with --overwrite, or choose "
                         "another --out"

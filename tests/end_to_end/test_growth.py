@@ -880,6 +880,11 @@ def test_overwrite_does_not_take_files_of_others_for_a_damaged_store(
             run(folder, out, overwrite=True)
         assert published(out) == before
         (out / name).unlink()
+    shutil.rmtree(out / "features")
+    shutil.rmtree(out / "images")
+    (out / "failures.jsonl").unlink()
+    with pytest.raises(StoreError, match=r"store\.json is not JSON"):
+        run(folder, out, overwrite=True)
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
