@@ -26,6 +26,7 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         "extractor.doctor.packages:check_libraries",
         ("numpy", "pillow", "pyarrow", "safetensors", "huggingface-hub", "tqdm", "formats"),
     ),
+    "extras": ("extractor.doctor.packages:check_extras", ("HEIC", "JPEG XL", "camera raw")),
     "torch": (
         "extractor.doctor.packages:check_torch",
         ("torch", "devices", "torchvision", "timm", "extractor"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import shutil
 import subprocess
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 from extractor.doctor.finding import Checks, Finding, as_size
 from extractor.system.installation import (
     PACKAGES,
+    Package,
     explain_import,
     import_problem,
     misfit,
@@ -19,7 +21,7 @@ from extractor.system.installation import (
 )
 from extractor.text import first_line
 
-__all__ = ["check_libraries", "check_torch"]
+__all__ = ["check_extras", "check_libraries", "check_torch"]
 
 TRY = "; try: "
 SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.free", "--format=csv,noheader")
@@ -41,6 +43,28 @@ def check_libraries(_: str) -> Checks:
         yield _package(name)
     yield "formats"
     yield from _formats()
+
+
+def check_extras(_: str) -> Checks:
+    """Import the decoders of image formats that Pillow lacks; none of them is needed."""
+    from extractor.images.containers.kinds import KINDS
+
+    for kind in (kind for kind in KINDS if kind.extra):
+        yield kind.name
+        package = Package(kind.package, kind.module)
+        details = {"version": package.version}
+        install = f"pip install 'backbone-extractor[{kind.extra}]'"
+        if importlib.util.find_spec(kind.module) is None:
+            yield Finding(kind.name, "ok", f"not decoded; {install}", details=details)
+            continue
+        try:
+            importlib.import_module(kind.module)
+        except Exception as error:
+            text = f"{package} cannot be imported ({first_line(error)})"
+            advice = f"pip install --force-reinstall {kind.package}"
+            yield Finding(kind.name, "warning", text, advice, details)
+        else:
+            yield Finding(kind.name, "ok", f"decoded by {package}", details=details)
 
 
 def check_torch(_: str) -> Checks:

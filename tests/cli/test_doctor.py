@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ import extractor
 from extractor.cli import main as cli
 from extractor.doctor import children
 from extractor.doctor.finding import Finding
+from extractor.doctor.packages import check_extras
+from extractor.images.containers.kinds import KINDS
 
 ROOT = str(Path(extractor.__file__).parent.parent)
 
@@ -103,6 +106,32 @@ def test_interpreter_killed_by_torch_is_told(tmp_path: Path) -> None:
     states = {name: checks[name]["state"] for name in ("numpy", "pyarrow", "lock", "formats")}
     assert set(states.values()) == {"ok"}
     assert not (tmp_path / "out").exists()
+
+
+def test_names_of_the_checks_are_those_of_the_formats_with_an_extra() -> None:
+    assert children.GROUPS["extras"][1] == tuple(kind.name for kind in KINDS if kind.extra)
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "text"),
+    [
+        ("", "ok", "decoded by pillow-heif 99.0"),
+        ("raise ImportError('libheif.so')", "warning", "pillow-heif 99.0 cannot be imported"),
+        (None, "ok", "not decoded; pip install 'backbone-extractor[heif]'"),
+    ],
+)
+def test_broken_decoder_is_a_warning_and_a_missing_one_is_not(
+    code: str | None, state: str, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        stand_in(tmp_path, "pillow_heif", "99.0", code, "pillow-heif")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "pillow_heif", raising=False)
+    found = {each.name: each for each in check_extras("") if isinstance(each, Finding)}
+    assert found["HEIC"].state == state
+    assert text in found["HEIC"].text
 
 
 @pytest.mark.slow

@@ -14,9 +14,10 @@ def stand_in(folder: Path, name: str, version: str, code: str, distribution: str
     A later version replaces an earlier one.
     """
     distribution = distribution or name
-    for old in folder.glob(f"{distribution}-*.dist-info"):
+    file_name = distribution.replace("-", "_")
+    for old in folder.glob(f"{file_name}-*.dist-info"):
         shutil.rmtree(old)
-    metadata = folder / f"{distribution}-{version}.dist-info"
+    metadata = folder / f"{file_name}-{version}.dist-info"
     metadata.mkdir(parents=True)
     text = f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
     (metadata / "METADATA").write_text(text)
