@@ -19,7 +19,8 @@ from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
 from extractor.models.checkpoint import MisfitError, load_into
 from extractor.models.lite_weights import PACKAGES, timm_key
-from extractor.models.weight_files import WeightsFile
+from extractor.models.naming import HUB
+from extractor.models.weight_files import CONFIG, WeightsFile
 from extractor.network import heads
 from extractor.network.taps import HEAD, POOLED_FEATURES, Output
 from extractor.options import Options
@@ -35,6 +36,7 @@ __all__ = [
     "full_name",
     "has",
     "known_weights",
+    "name_of_repository",
     "names",
     "outline",
     "version",
@@ -43,7 +45,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 # Prefixes of models that are not architectures: a repository of the hub, a folder.
-SCHEMES = (libraries.HUB, "local-dir:")
+SCHEMES = (HUB, "local-dir:")
 
 
 def has(name: str) -> bool:
@@ -75,6 +77,24 @@ def _with_existing_tag(name: str) -> str:
     tags = _tags(architecture) if dot else []
     longer = [each for each in tags if each.startswith(f"{tag}_")]
     return f"{architecture}.{longer[0]}" if tag not in tags and len(longer) == 1 else name
+
+
+def name_of_repository(repository: str) -> str:
+    """Return ``architecture[.tag]`` whose weights a repository of the hub has, or an empty string.
+
+    >>> name_of_repository("timm/resnet50.a1_in1k"), name_of_repository("me/resnet50.a1_in1k")
+    ('resnet50.a1_in1k', '')
+    """
+    organization, _, name = repository.partition("/")
+    architecture, dot, tag = name.partition(".")
+    if organization == "timm" and has(architecture):
+        tags = _tags(_architecture(current_name(architecture)))
+        if not dot or tag in tags:
+            return name
+    timm = _timm()
+    published = timm.list_pretrained()
+    owned = [full for full in published if timm.get_pretrained_cfg(full).hf_hub_id == repository]
+    return owned[0] if len(owned) == 1 else ""
 
 
 def current_name(name: str) -> str:
@@ -330,11 +350,16 @@ def _described_source(name: str, wanted: str) -> _Source:
     if not location:
         raise ModelError(f"model {name!r}: expected hf-hub:ORG/NAME or local-dir:PATH")
     if scheme == "local-dir":
-        described = Path(location) / "config.json"
+        described = Path(location) / CONFIG
         if not described.is_file():
             raise ModelError(f"{name}: there is no {described}, which names the architecture")
+    elif "/" not in location:
+        hint = f"; for timm's own model write {location}" if has(location) else ""
+        raise WeightsError(
+            f"{name}: {location!r} is not a repository of the hub, expected ORG/NAME{hint}"
+        )
     else:
-        described = weight_files.find_hub_file(location, ["config.json"], tag="", label=name).path
+        described = weight_files.find_hub_file(location, [CONFIG], tag="", label=name).path
     architecture, config, arguments = _read_config(described, name)
     chosen = libraries.chosen_file(wanted)
     found = chosen
@@ -401,12 +426,15 @@ def full_name(name: str, wanted: str = "default") -> str:
         WeightsError: timm has no such tag.
     """
     architecture, _, tag = name.partition(".")
-    no_tag = wanted in ("default", "random") or wanted.startswith(libraries.HUB)
+    no_tag = wanted in ("default", "random") or wanted.startswith(HUB)
     if not no_tag and libraries.chosen_file(wanted) is None:
         tag = wanted
     tags = _tags(architecture)
     if tag and tag not in tags:
-        raise WeightsError(libraries.unknown_weights(f"timm:{architecture}", tag, tags))
+        message = libraries.unknown_weights(f"timm:{architecture}", tag, tags)
+        if "IMAGENET1K_" in tag:
+            message += "; torchvision's weights need --model torchvision:NAME"
+        raise WeightsError(message)
     return f"{architecture}.{tag}" if tag else architecture
 
 

@@ -20,7 +20,16 @@ from extractor.network.taps import HEAD, Output
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
-__all__ = ["AUXILIARY", "build", "fetch", "known_weights", "names", "outline", "version"]
+__all__ = [
+    "AUXILIARY",
+    "build",
+    "fetch",
+    "known_weights",
+    "names",
+    "outline",
+    "spelled_rightly",
+    "version",
+]
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +53,22 @@ def names() -> list[str]:
     """Return the names of all classification models of torchvision."""
     models = _models()
     return list(models.list_models(module=models))
+
+
+def spelled_rightly(name: str) -> str:
+    """Return the options for a model that is named as in torchvision's code, or an empty string.
+
+    >>> spelled_rightly("ResNet50_Weights.IMAGENET1K_V2")
+    'torchvision:resnet50 --weights IMAGENET1K_V2'
+    """
+    base, _, tag = name.removeprefix("torchvision.").removeprefix("models.").partition(".")
+    matching = [
+        model for model in names() if base in (model, _models().get_model_weights(model).__name__)
+    ]
+    if not matching:
+        return ""
+    known = _models().get_model_weights(matching[0]).__members__
+    return f"torchvision:{matching[0]}" + (f" --weights {tag}" if tag in known else "")
 
 
 def _models() -> Any:
@@ -186,6 +211,7 @@ def _entry(name: str, wanted: str, chosen: WeightsFile | None) -> Any:
         return named[0] if named else entries.DEFAULT
     if wanted in ("default", "random"):
         return entries.DEFAULT
+    wanted = wanted.removeprefix(f"{entries.__name__}.")
     if wanted not in entries.__members__:
         raise WeightsError(
             libraries.unknown_weights(f"torchvision:{name}", wanted, list(entries.__members__))

@@ -23,6 +23,7 @@ from extractor.models.checkpoint import (
     without_counters,
 )
 from extractor.models.digests import sha256_of_state
+from extractor.models.naming import HUB, is_repository, plain_name
 from extractor.models.provenance import Provenance
 from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
@@ -41,7 +42,6 @@ __all__ = [
     "without_weights",
 ]
 
-HUB = "hf-hub:"
 SUFFIXES = (".pth", ".pt", ".safetensors", ".bin", ".tar", ".ckpt")
 
 
@@ -63,6 +63,19 @@ def chosen_file(wanted: str) -> WeightsFile | None:
     """
     if wanted in ("default", "random"):
         return None
+    plain = plain_name(wanted)
+    is_page = is_repository(plain) and not is_repository(wanted.rstrip("/"))
+    wanted = HUB + plain if is_page else plain
+    if "://" in wanted:
+        raise WeightsError(
+            f"weights {wanted}: an address; download the file, and give its path, or give "
+            "hf-hub:ORG/NAME"
+        )
+    is_named = is_repository(wanted) and not wanted.endswith(SUFFIXES)
+    if is_named and not os.path.exists(wanted):
+        raise WeightsError(
+            f"weights {wanted}: no such file; write hf-hub:{wanted} for a repository of the hub"
+        )
     if wanted.startswith(HUB):
         repository = wanted.removeprefix(HUB)
         return weight_files.find_hub_file(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from extractor.models import from_file, from_timm, from_torchvision
 from extractor.models.backbone import Backbone
 from extractor.models.catalog import Catalog
 from extractor.models.checkpoint import MisfitError
+from extractor.models.naming import is_repository, plain_name
 from extractor.models.weight_files import WeightsFile
 from extractor.network.precision import resolve_precision
 from extractor.network.probe import probe
@@ -44,8 +46,8 @@ def load_backbone(model: str = DEFAULT_MODEL, **options: Unpack[BackboneArgument
     Args:
         model: ``timm:NAME``, ``torchvision:NAME``, or NAME alone, which means timm's model if timm
             has one. A timm name may carry its weights tag (``resnet50.a1_in1k``). Further forms
-            are ``hf-hub:ORG/NAME``, ``local-dir:PATH``, and ``FILE.py:FUNCTION``, which runs that
-            code.
+            are ``hf-hub:ORG/NAME``, ``ORG/NAME``, the address of a model's page on the hub,
+            ``local-dir:PATH``, and ``FILE.py:FUNCTION``, which runs that code.
         options: Fields of :class:`extractor.Options`, such as ``weights``, ``layers`` and
             ``device``.
 
@@ -176,10 +178,20 @@ def resolve_name(model: str) -> tuple[str, str]:
     """
     if from_file.is_function_name(model):
         return "file", model
-    if model.startswith(from_timm.SCHEMES):
-        return "timm", model
-    library, colon, name = model.rpartition(":")
+    plain = plain_name(model)
+    if plain.startswith(from_timm.SCHEMES):
+        return "timm", plain
+    if is_repository(plain):
+        _check_no_path(model)
+        return _repository(plain)
+    library, colon, name = plain.rpartition(":")
     if colon and library not in ("timm", "torchvision"):
+        _check_no_path(model)
+        if "://" in model:
+            raise ModelError(
+                f"model {model!r}: expected the page of a model, https://huggingface.co/ORG/NAME, "
+                "or a name such as resnet50; name a file of weights with --weights"
+            )
         raise ModelError(
             f"model {model!r}: unknown library {library!r}; expected timm:NAME, torchvision:NAME, "
             "hf-hub:ORG/NAME, local-dir:PATH, FILE.py:FUNCTION or NAME alone"
@@ -188,12 +200,48 @@ def resolve_name(model: str) -> tuple[str, str]:
         return "timm", _current_name(name)
     if library in ("", "torchvision") and name in from_torchvision.names():
         return "torchvision", name
+    _check_no_path(model)
+    raise ModelError(f"unknown model {model!r}; {_hint(library, name)}")
+
+
+def _hint(library: str, name: str) -> str:
+    """Return what an unknown name may mean."""
+    spelled = "" if library == "timm" else from_torchvision.spelled_rightly(name)
+    if spelled:
+        return f"write --model {spelled}"
     known = ([] if library == "torchvision" else from_timm.names()) + (
         [] if library == "timm" else from_torchvision.names()
     )
-    near = difflib.get_close_matches(name.partition(".")[0], sorted(set(known)), n=5, cutoff=0.5)
-    hint = f"did you mean {', '.join(near)}?" if near else "expected a name such as resnet50"
-    raise ModelError(f"unknown model {model!r}; {hint}")
+    base = name.rpartition("/")[2].partition(".")[0].lower()
+    near = difflib.get_close_matches(base, sorted(set(known)), n=5, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else "expected a name such as resnet50"
+
+
+def _repository(name: str) -> tuple[str, str]:
+    """Return what the name of a repository on the hub means: the library's own model, if known."""
+    organization, _, short = name.partition("/")
+    if organization == "torchvision" and short in from_torchvision.names():
+        return "torchvision", short
+    own_name = from_timm.name_of_repository(name)
+    return "timm", _current_name(own_name) if own_name else f"hf-hub:{name}"
+
+
+def _check_no_path(model: str) -> None:
+    """Check that a name is no path of this machine.
+
+    Raises:
+        ModelError: It is one.
+    """
+    if os.path.isdir(model):
+        raise ModelError(
+            f"model {model!r} is a folder here; write local-dir:{model} for a timm model with its "
+            "config.json, or hf-hub:ORG/NAME for a repository of the hub"
+        )
+    if os.path.isfile(model):
+        raise ModelError(
+            f"model {model!r} is a file; name the architecture with --model and the file with "
+            "--weights"
+        )
 
 
 def _current_name(name: str) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from urllib.parse import unquote, urlsplit
 
 from extractor.options import DEFAULT_OUT, Options, is_open_layer
 
 __all__ = [
+    "HUB",
+    "is_repository",
     "join_names",
+    "plain_name",
     "planned_stores",
     "split_model",
     "split_names",
@@ -18,12 +22,68 @@ __all__ = [
 ]
 
 
+HUB = "hf-hub:"
+
+# Other beginnings of hf-hub:ORG/NAME.
+_HUB_SCHEMES = ("hf_hub:", "hf://")
+_HUB_HOSTS = ("huggingface.co", "hf.co")
+# First parts of the hub's addresses that belong to no organization.
+_NO_ORGANIZATIONS = frozenset(
+    {"api", "blog", "collections", "datasets", "docs", "models", "papers", "spaces"}
+)
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@.+)?")
+
+
+def plain_name(model: str) -> str:
+    """Return a model's name without the address of a page, and with ``hf-hub:`` spelled so.
+
+    >>> plain_name("https://huggingface.co/timm/resnet50.a1_in1k/tree/main?x=1")
+    'timm/resnet50.a1_in1k'
+    >>> plain_name("hf_hub:timm/resnet50.a1_in1k"), plain_name("resnet50")
+    ('hf-hub:timm/resnet50.a1_in1k', 'resnet50')
+    """
+    stripped = model.strip().rstrip("/")
+    for scheme in (HUB, *_HUB_SCHEMES):
+        if stripped.startswith(scheme):
+            rest = stripped.removeprefix(scheme)
+            return HUB + (_repository_in(rest) or rest)
+    return _repository_in(stripped) or (stripped if is_repository(stripped) else model)
+
+
+def is_repository(name: str) -> bool:
+    """Return whether a name has the form of a hub's repository, ``ORG/NAME`` or with ``@REVISION``.
+
+    >>> is_repository("timm/resnet50.a1_in1k"), is_repository("./resnet50")
+    (True, False)
+    """
+    return _REPOSITORY.fullmatch(name) is not None and not name.endswith(".py")
+
+
+def _repository_in(address: str) -> str:
+    """Return the repository that a page of the hub shows, or an empty string."""
+    scheme, colons, rest = address.rpartition("://")
+    if colons and scheme not in ("http", "https"):
+        return ""
+    host, _, path = rest.partition("/")
+    mirror = urlsplit(os.environ.get("HF_ENDPOINT", "")).netloc
+    if not host or host.removeprefix("www.") not in (*_HUB_HOSTS, mirror):
+        return ""
+    parts = [unquote(part) for part in re.split(r"[?#]", path)[0].split("/")]
+    if len(parts) < 2 or parts[0] in _NO_ORGANIZATIONS:
+        return ""
+    repository = "/".join(parts[:2])
+    is_file_view = len(parts) > 3 and parts[2] in ("blob", "commit", "raw", "resolve", "tree")
+    revision = f"@{parts[3]}" if is_file_view and parts[3] != "main" else ""
+    return repository + revision if is_repository(repository) else ""
+
+
 def store_name(model: str, layer: str = "") -> str:
     """Return the folder name of a store, from the model as typed and one of its layers.
 
     >>> store_name("torchvision:resnet50"), store_name("resnet50", "layer3.1")
     ('torchvision-resnet50', 'resnet50@layer3.1')
     """
+    model = plain_name(model)
     if model.startswith("local-dir:") or re.search(r"\.py:[^:/]*$", model):
         folders, _, model = model.rstrip("/").rpartition("/")
         model = model if folders else model.removeprefix("local-dir:")
@@ -48,19 +108,28 @@ def split_model(model: str) -> list[str]:
     ['resnet50', 'torchvision:vgg16']
     """
     names: list[str] = []
-    for piece in model.split("+"):
-        if names and _is_cut_path(names[-1]):
+    pieces = model.split("+")
+    for index, piece in enumerate(pieces):
+        if names and _is_cut_path(names[-1], pieces[index:]):
             names[-1] += f"+{piece}"  # the plus sign belongs to the name of a folder
         else:
             names.append(piece)
     return names
 
 
-def _is_cut_path(name: str) -> bool:
-    """Return whether a name is the first part of a path that has a plus sign in it."""
+def _is_cut_path(name: str, rest: Sequence[str]) -> bool:
+    """Return whether a name is the first part of a path that has a plus sign in it.
+
+    Args:
+        name: The name up to a plus sign.
+        rest: The pieces after it, between plus signs.
+    """
     if name.startswith("local-dir:"):
         return not os.path.isdir(name.removeprefix("local-dir:"))
-    is_path = os.sep in name and not name.startswith("hf-hub:")
+    if is_repository(plain_name(name)):  # or a folder, if the whole path exists
+        paths = ("+".join([name, *rest[: count + 1]]) for count in range(len(rest)))
+        return any(os.path.isfile(path.rpartition(":")[0]) for path in paths)
+    is_path = os.sep in name and not plain_name(name).startswith(HUB)
     return is_path and re.search(r"\.py:\w+$", name) is None
 
 

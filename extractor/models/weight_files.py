@@ -18,6 +18,7 @@ from extractor.models.digests import sha256_of_cached_file, sha256_of_file
 from extractor.system.network import answers
 
 __all__ = [
+    "CONFIG",
     "WeightsFile",
     "cached_hub_file",
     "cached_url_file",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+
+CONFIG = "config.json"  # of timm: the architecture of a model and its evaluation transform
 
 # A server that says nothing for this long counts as unreachable.
 PROBE_SECONDS = 3.0
@@ -169,7 +172,8 @@ def find_hub_file(
         return cached
     repository, _, revision = repository.partition("@")
     folder = Path(constants.HF_HUB_CACHE) / ("models--" + repository.replace("/", "--"))
-    fetch = f"hf download {repository} {names[0]}"
+    at = f" --revision {revision}" if revision else ""
+    fetch = f"hf download {repository}{at} {names[0]}"
     if constants.HF_HUB_OFFLINE:
         _raise_missing(label, f"{folder} (HF_HUB_OFFLINE is set)", fetch, folder)
     if not _reachable(constants.ENDPOINT):
@@ -276,6 +280,13 @@ def _cache_path(url: str) -> Path:
 
 
 def _raise_missing(label: str, looked: str, fetch: str, folder: Path) -> NoReturn:
+    if fetch.endswith(f" {CONFIG}"):  # no other weights help without it
+        raise WeightsError(
+            f"{label}: {CONFIG} and the weights are not on this machine. Looked in {looked}. Fetch "
+            "the repository on a machine with network "
+            f"(`{fetch.removesuffix(f' {CONFIG}')}`) and copy it to {folder}; or name the "
+            "architecture with --model, and its weights with --weights"
+        )
     is_lite = any(name in label for name in lite_weights.PACKAGES)
     use = "" if is_lite else f" and use --model {lite_weights.MODEL}, which needs no hub"
     raise WeightsError(
