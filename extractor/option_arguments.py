@@ -63,6 +63,7 @@ class OptionArguments(EmbeddingArguments, total=False):
     shard_images: int
     check: Check
     keep_missing: bool
+    retire: bool
     retry_failed: bool
     new_root: bool
     max_failure_rate: float

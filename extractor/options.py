@@ -512,6 +512,15 @@ class Options:
             advanced=True,
         ),
     )
+    retire: bool = option(
+        False,
+        Flag(
+            "--retire",
+            "retire the rows of images that are gone from the disk, however many there are",
+            UPDATE,
+            advanced=True,
+        ),
+    )
     retry_failed: bool = option(
         False,
         Flag(

@@ -51,6 +51,9 @@ class StoreReport:
         first_failures: Paths and reasons of the first few failed images.
         size: Image size of the model in words, with its other published size; empty if no model
             was loaded.
+        unseen: Number of rows kept although their images could not be seen.
+        vanished: Number of rows kept although their images are gone from the disk; so many were
+            gone that ``retire`` must confirm it.
     """
 
     out: Path
@@ -63,6 +66,8 @@ class StoreReport:
     backbone: str
     first_failures: tuple[tuple[str, str], ...]
     size: str = ""
+    unseen: int = 0
+    vanished: int = 0
 
     @property
     def store(self) -> FeatureStore:
@@ -94,6 +99,7 @@ class Report:
             :class:`~extractor.images.listing.ImageList`.
         excluded: Number of files and folders left out, by pattern; as there.
         spent: Time by kind of work; None if no model was loaded because there was nothing to do.
+        unlisted: Paths of folders that could not be listed, with the reason.
     """
 
     stores: tuple[StoreReport, ...]
@@ -110,11 +116,17 @@ class Report:
     skipped: Mapping[str, int] = field(default_factory=dict)
     excluded: Mapping[str, int] = field(default_factory=dict)
     spent: Spent | None = None
+    unlisted: tuple[tuple[str, str], ...] = ()
 
     @property
     def exit_code(self) -> int:
-        """Exit code of the command: 0, or 3 if more images failed than accepted."""
-        return 0 if self.failure_rate <= self.accepted_failure_rate else SOME_IMAGES_FAILED
+        """Exit code of the command: 0, or 3 if more images failed than accepted, or were unseen.
+
+        Images that could not be seen, or that vanished in large numbers, are never accepted.
+        """
+        is_complete = not (self.unlisted or any(s.unseen or s.vanished for s in self.stores))
+        is_accepted = self.failure_rate <= self.accepted_failure_rate
+        return 0 if is_complete and is_accepted else SOME_IMAGES_FAILED
 
     @property
     def images_per_second(self) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from extractor.cli.console import Bar, OutputError, logging_to, print_table, warn
 from extractor.cli.json_log import Events
 from extractor.cli.parser import Command, CommandOptions, parse
-from extractor.cli.summary import summary
+from extractor.cli.summary import summary, warnings
 from extractor.errors import SourceError, UsageError
 from extractor.flags import options_in
 from extractor.options import Options
@@ -47,6 +47,9 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     report = up_to_date_report(images, models, own.out, command.options)
     if report is None:
         report = _compute(images, command, stopping, events)
+    if events.wanted or own.quiet:
+        for message in warnings(report):
+            (events.warning if events.wanted else warn)(message)
     events.end(report)
     if not own.quiet:
         try:

@@ -123,6 +123,8 @@ class Events:
                 "added": store.added,
                 "changed": store.changed,
                 "gone": store.gone,
+                "unseen": store.unseen,
+                "vanished": store.vanished,
             }
             for store in report.stores
         ]
@@ -133,6 +135,7 @@ class Events:
             resumed=report.resumed,
             skipped=dict(report.skipped),
             excluded=dict(report.excluded),
+            unlisted=len(report.unlisted),
             seconds=round(report.seconds, 3),
             stores=stores,
         )

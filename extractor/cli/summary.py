@@ -10,12 +10,15 @@ from extractor.text import counts_in_words, excluded_in_words, plural
 if TYPE_CHECKING:
     from extractor.report import Report, StoreReport
 
-__all__ = ["summary"]
+__all__ = ["summary", "warnings"]
+
+FOLDERS_SHOWN = 5
 
 
 def summary(report: Report) -> list[tuple[str, str]]:
     """Return what a run did, as rows of a name and a text."""
     rows = [row for store in report.stores for row in _store_rows(store)]
+    rows += _unlisted_rows(report)
     rows += _run_rows(report)
     if report.passed_over:
         files = plural(report.passed_over, "file")
@@ -24,6 +27,14 @@ def summary(report: Report) -> list[tuple[str, str]]:
         total = excluded_in_words(report.excluded)
         rows.append(("excluded", f"{total}: {counts_in_words(report.excluded)}"))
     return rows
+
+
+def warnings(report: Report) -> list[str]:
+    """Return what a person should know even if the summary is not printed."""
+    messages = [f"cannot list {text}" for label, text in _unlisted_rows(report) if label]
+    for store in report.stores:
+        messages += [f"{store.out}: {text}" for _, text in _kept_rows(store)]
+    return messages
 
 
 def _store_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
@@ -41,12 +52,29 @@ def _store_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
         changed = plural(store.changed, "changed image")
         gone = plural(store.gone, "removed image")
         yield "retired", f"rows of {changed} and {gone}; run extract compact to drop them"
+    yield from _kept_rows(store)
     if store.failed:
         yield "failed", f"{plural(store.failed, 'image')}, listed in {store.out}/failures.jsonl"
         for path, reason in store.first_failures:
             yield "", f"{path}: {reason}"
         if store.failed > len(store.first_failures):
             yield "", "..."
+
+
+def _kept_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
+    if store.unseen:
+        rows = plural(store.unseen, "row")
+        yield "not seen", f"images of {rows} could not be read; the rows are kept"
+    if store.vanished:
+        gone = f"images of {plural(store.vanished, 'row')} are gone from the disk"
+        yield "missing", f"{gone}; the rows are kept. If you deleted the images, add --retire"
+
+
+def _unlisted_rows(report: Report) -> Iterator[tuple[str, str]]:
+    for path, reason in report.unlisted[:FOLDERS_SHOWN]:
+        yield "not listed", f"{path}: {reason}"
+    if len(report.unlisted) > FOLDERS_SHOWN:
+        yield "", "..."
 
 
 def _run_rows(report: Report) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -19,6 +20,7 @@ from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.run.root import match_root
+from extractor.run.snapshot import seen_from
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import Description, Manifest, listing_digest
@@ -176,7 +178,7 @@ class StoreOutput:
         if listed is images:
             return
         self._images = listed
-        self._snapshot = lambda: replace(take_snapshot(), paths=listed.paths)
+        self._snapshot = functools.cache(lambda: seen_from(listed, take_snapshot()))
         self._description = replace(self._description, root=os.fsdecode(listed.root))
 
     def _report_software(self, existing: ExistingStore | InterruptedRun) -> None:
@@ -218,6 +220,8 @@ class StoreOutput:
             sealed = interrupted.seal()
             self._plan = plan_now
             return sealed.begin(self._job_for(plan_now, sealed))
+        # Those of the rows that the interrupted run computed are among them.
+        self._plan = replace(self._plan, unseen=plan_now.unseen, vanished=plan_now.vanished)
         self._count_failures(failures)
         self.rows += run.resumed - len(failures)
         self._added += run.resumed - len(failures)
@@ -236,6 +240,7 @@ class StoreOutput:
             stored,
             keep_missing=options.keep_missing,
             retry=options.retry_failed,
+            retire=options.retire,
         )
 
     def _job_for(self, plan: Plan, existing: ExistingStore | InterruptedRun) -> Job:
@@ -322,6 +327,8 @@ class StoreOutput:
             backbone=str(self.spec),
             first_failures=self.first_failures,
             size=self.spec.size_text,
+            unseen=self._plan.unseen,
+            vanished=self._plan.vanished,
         )
 
     def _all_paths(self) -> Iterable[bytes]:

@@ -53,6 +53,7 @@ RUN_ONLY = frozenset(
         "exclude",
         "keep_missing",
         "keep_order",
+        "retire",
         "retry_failed",
         "new_root",
         "max_pixels",
@@ -182,6 +183,8 @@ def _counts(report: Report, store: StoreReport) -> dict[str, int]:
         "added": store.added,
         "changed": store.changed,
         "gone": store.gone,
+        "unseen": store.unseen,
+        "vanished": store.vanished,
     }
 
 

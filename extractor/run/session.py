@@ -36,7 +36,7 @@ from extractor.run.preflight import (
 )
 from extractor.run.recorded_weights import recorded_weights
 from extractor.run.run_json import request_of, write_run_json
-from extractor.run.snapshot import take_snapshot
+from extractor.run.snapshot import take_snapshot, unlisted_folders
 from extractor.run.suspects import load_suspects
 from extractor.store.claim import ClaimedFolder
 from extractor.store.format import IN_FLIGHT
@@ -266,6 +266,7 @@ class Session:
             load_seconds=sum(seconds[name] for name in ("list", "load", "tune")),
             accepted_failure_rate=self._options.max_failure_rate,
             spent=spent,
+            unlisted=unlisted_folders(images),
         )
         names = self._model_names
         write_run_json(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
 from extractor.errors import DecodeError
 from extractor.images.files import digest_of, open_regular, size_and_mtime
 from extractor.images.formats import has_decoder
-from extractor.images.listing import ImageList
-from extractor.store.plan import Snapshot
+from extractor.images.listing import ImageList, display_path
+from extractor.store.plan import Sight, Snapshot
 
-__all__ = ["take_snapshot"]
+__all__ = ["look_at", "seen_from", "take_snapshot", "unlisted_folders"]
 
 # More threads than cores: some wait for the disk, and hashing releases the interpreter lock.
 THREADS = 8
@@ -41,18 +43,53 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
             known.update(zip(new, pool.map(digest_of, map(images.full_path, new)), strict=True))
         return [known[i] for i in indices]
 
-    def is_readable(index: int) -> bool:
-        try:
-            open_regular(images.full_path(index)).close()
-        except (OSError, DecodeError):
-            return False
-        return True
-
-    return Snapshot(
+    snapshot = Snapshot(
         images.paths,
         sizes,
         mtimes,
-        is_readable,
+        _looker(b""),
         digests if content else None,
         lambda index: has_decoder(images.full_path(index)),
     )
+    return seen_from(images, snapshot)
+
+
+def seen_from(images: ImageList, snapshot: Snapshot) -> Snapshot:
+    """Return a snapshot of the same images with their paths in a list, see ``relative_to``."""
+    unlisted = [folder.path for folder in images.unlisted]
+    return replace(snapshot, paths=images.paths, look=_looker(images.root), unlisted=unlisted)
+
+
+def _looker(root: bytes) -> Callable[[Sequence[bytes]], list[Sight]]:
+    """Return a function that looks once at each of several paths relative to a folder."""
+    seen: dict[bytes, Sight] = {}
+
+    def look(paths: Sequence[bytes]) -> list[Sight]:
+        new = [path for path in paths if path not in seen]
+        if new:
+            with ThreadPoolExecutor(THREADS) as pool:
+                full = [os.path.join(root, path) for path in new]
+                seen.update(zip(new, pool.map(look_at, full), strict=True))
+        return [seen[path] for path in paths]
+
+    return look
+
+
+def look_at(path: bytes) -> Sight:
+    """Return what is at a path. Only the answer that nothing is there counts as gone."""
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            return Sight.OTHER
+        open_regular(path).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return Sight.GONE
+    except OSError:
+        return Sight.UNSEEN
+    except (DecodeError, ValueError):  # replaced by a pipe just now, or no possible path
+        return Sight.OTHER
+    return Sight.READABLE
+
+
+def unlisted_folders(images: ImageList) -> tuple[tuple[str, str], ...]:
+    """Return the folders that could not be listed, as text for messages, with the reason."""
+    return tuple((display_path(folder.path) or ".", folder.reason) for folder in images.unlisted)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,9 +13,9 @@ from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, Report, StoreReport
 from extractor.run.run_json import request_of, request_that_made
-from extractor.run.snapshot import take_snapshot
+from extractor.run.snapshot import seen_from, take_snapshot, unlisted_folders
 from extractor.store.format import MANIFEST, STAGING, Manifest, listing_digest
-from extractor.store.plan import Snapshot, plan_run
+from extractor.store.plan import Snapshot, StoredImages, plan_run
 from extractor.store.writer import has_rows_of_list, published_images
 
 __all__ = ["up_to_date_report"]
@@ -29,17 +29,17 @@ def up_to_date_report(
     Compares the request of the last run, the index and the files. Loads no model.
     """
     started = datetime.now(timezone.utc)
-    manifests = _matching_manifests(images, models, out, options)
-    if not manifests:
+    existing = _matching_stores(images, models, out, options)
+    if not existing or not all(store.knows_all for store in existing):
         return None
     snapshot = take_snapshot(images, content=options.check == "content")
     stores = []
-    for folder, manifest in manifests.items():
-        report = _store_report(folder, manifest, images, snapshot, options)
+    for store in existing:
+        report = _store_report(store, snapshot, options)
         if report is None:
             return None
         stores.append(report)
-    computation = next(iter(manifests.values())).description.computation
+    computation = existing[0].manifest.description.computation
     return Report(
         stores=tuple(stores),
         images=len(images),
@@ -54,13 +54,33 @@ def up_to_date_report(
         seconds=(datetime.now(timezone.utc) - started).total_seconds(),
         load_seconds=0.0,
         accepted_failure_rate=options.max_failure_rate,
+        unlisted=unlisted_folders(images),
     )
 
 
-def _matching_manifests(
+@dataclass(frozen=True)
+class _Existing:
+    """A finished store, and the images of the run with their paths in it."""
+
+    folder: Path
+    manifest: Manifest
+    stored: StoredImages
+    images: ImageList
+
+    @property
+    def knows_all(self) -> bool:
+        """Whether the store has all images by name. Looks at no file."""
+        if self.manifest.listing == listing_digest(self.images.paths):
+            return True
+        known = {path for shard in self.stored.shards.values() for path in shard.paths}
+        known.update(failure.path for failure in self.stored.failures)
+        return known.issuperset(self.images.paths)
+
+
+def _matching_stores(
     images: ImageList, models: Sequence[str], out: str | None, options: Options
-) -> dict[Path, Manifest] | None:
-    """Return the manifest of each store if all were made by the same request, else None."""
+) -> list[_Existing] | None:
+    """Return all stores of the run if they were made by the same request, else None."""
     names = None if options.overwrite else planned_stores(models, options)
     request = request_of(models, options) if names is not None else None
     if names is None or request is None:
@@ -71,34 +91,29 @@ def _matching_manifests(
             manifest = Manifest.read(folder / MANIFEST)
         except OSError:
             return None
-        listed = _in_store(images, manifest)
+        listed = images.relative_to(os.fsencode(manifest.description.root))
         if (folder / STAGING).exists() or listed is None:
             return None
         if request_that_made(folder, manifest) != request:
             return None
-        # New or missing names show without a look at any file. With --keep-missing the store may
-        # hold more names than the images.
-        if manifest.listing != listing_digest(listed.paths) and not options.keep_missing:
-            return None
-        manifests[folder] = manifest
-    return manifests
+        manifests[folder] = manifest, listed
+    digests = options.check == "content"
+    return [
+        _Existing(folder, manifest, published_images(folder, manifest, digests=digests), listed)
+        for folder, (manifest, listed) in manifests.items()
+    ]
 
 
-def _in_store(images: ImageList, manifest: Manifest) -> ImageList | None:
-    """Return the images with their paths in a store; None if they are not below its root."""
-    return images.relative_to(os.fsencode(manifest.description.root))
-
-
-def _store_report(
-    folder: Path, manifest: Manifest, images: ImageList, snapshot: Snapshot, options: Options
-) -> StoreReport | None:
+def _store_report(store: _Existing, snapshot: Snapshot, options: Options) -> StoreReport | None:
     """Return the report of a store whose images are unchanged, else None."""
-    listed = _in_store(images, manifest)
-    assert listed is not None
-    snapshot = replace(snapshot, paths=listed.paths)
-    stored = published_images(folder, manifest, digests=options.check == "content")
+    folder, manifest, stored, listed = store.folder, store.manifest, store.stored, store.images
+    snapshot = seen_from(listed, snapshot)
     planned = plan_run(
-        snapshot, stored, keep_missing=options.keep_missing, retry=options.retry_failed
+        snapshot,
+        stored,
+        keep_missing=options.keep_missing,
+        retry=options.retry_failed,
+        retire=options.retire,
     )
     if planned.todo or planned.changes(stored):
         return None
@@ -117,4 +132,6 @@ def _store_report(
             (display_path(failure.path), failure.message)
             for failure in stored.failures[:FAILURES_SHOWN]
         ),
+        unseen=planned.unseen,
+        vanished=planned.vanished,
     )

@@ -345,6 +345,7 @@ class Manifest:
         created: end of the run, ISO 8601 in UTC.
         list_rows: file with the row of each line of the list, see ``--keep-order``; None if the
             last run that changed the store did not write one.
+        vanished: number of rows that are kept although their images are gone.
     """
 
     description: Description
@@ -355,6 +356,7 @@ class Manifest:
     failures: FileEntry
     created: str = field(compare=False)
     list_rows: FileEntry | None = None
+    vanished: int = 0
 
     def __post_init__(self) -> None:
         if self.list_rows is not None and self.list_rows.name != LIST_ROWS:
@@ -412,6 +414,7 @@ class Manifest:
                 "rows": self.rows,
                 "failures": self.failed,
                 "retired": self.retired,
+                **({"vanished": self.vanished} if self.vanished else {}),
             },
             "listing": self.listing,
             "shards": [asdict(shard) for shard in self.shards],
@@ -469,6 +472,7 @@ class Manifest:
                 failures=FileEntry(**content["failures"]),
                 created=content["created"],
                 list_rows=FileEntry(**content["list_rows"]) if "list_rows" in content else None,
+                vanished=content["counts"].get("vanished", 0),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedManifestError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import enum
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy.typing as npt
 from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
 
-__all__ = ["Plan", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
+__all__ = ["Plan", "Sight", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
 
 # Failures of the machine. They may not happen again, even with the same file.
 TRANSIENT = frozenset({"out-of-memory"})
@@ -20,6 +21,21 @@ UNOPENED = frozenset({"unreadable", "not-a-file"})
 # Failures for want of a decoder, which may be installed meanwhile. Before there were decoders of
 # more formats than Pillow's, their files were recorded as no images.
 UNDECODABLE = frozenset({"no-decoder", "not-an-image"})
+
+# A mount that is away looks like deleted images. Where more images than both limits are gone, their
+# rows stay until someone confirms: a share that is rarely deleted between two runs, and a number
+# below which computing again costs seconds.
+LARGE_SHARE = 0.1
+MANY_VANISHED = 10
+
+
+class Sight(enum.Enum):
+    """What a look at a path shows."""
+
+    READABLE = enum.auto()  # a regular file that can be opened
+    OTHER = enum.auto()  # a folder, a pipe or a device
+    GONE = enum.auto()  # nothing (ENOENT, ENOTDIR)
+    UNSEEN = enum.auto()  # unknown: no permission, a stale mount, a disk error
 
 
 @dataclass(frozen=True)
@@ -30,19 +46,21 @@ class Snapshot:
         paths: paths relative to the root, strictly ascending.
         sizes: ``(images,)`` int64, bytes; -1 if a file has no status.
         mtimes: ``(images,)`` int64, nanoseconds; -1 if a file has no status.
-        is_readable: returns whether the image at an index can be opened.
+        look: returns what is at several paths relative to the root, requested or not.
         digests: returns the SHA-256 of the files at several indices, empty for an unreadable one.
             None compares sizes and times only.
         has_decoder: returns whether the decoder that the image at an index needs beside Pillow is
             installed.
+        unlisted: folders whose images could not be listed; empty bytes are the root.
     """
 
     paths: Sequence[bytes]
     sizes: npt.NDArray[np.int64]
     mtimes: npt.NDArray[np.int64]
-    is_readable: Callable[[int], bool]
+    look: Callable[[Sequence[bytes]], Sequence[Sight]]
     digests: Callable[[Sequence[int]], Sequence[bytes]] | None = None
     has_decoder: Callable[[int], bool] = lambda index: False
+    unlisted: Sequence[bytes] = ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +72,19 @@ class StoredImages:
         live: by shard number ``(rows,)``, the rows that counted so far; new shards are left out.
         failures: images without a row in the published store.
         new_failures: failures that were found since then; they are not retried.
+        vanished: number of rows that were kept so far although their images were gone.
     """
 
     shards: Mapping[int, Images] = field(default_factory=dict)
     live: Mapping[int, npt.NDArray[np.bool_]] = field(default_factory=dict)
     failures: Sequence[FailureRecord] = ()
     new_failures: Sequence[FailureRecord] = ()
+    vanished: int = 0
+
+    def counted(self, shard: int) -> npt.NDArray[np.bool_]:
+        """Return ``(rows,)``, whether each row of a shard counted so far."""
+        live = self.live.get(shard)
+        return np.ones(len(self.shards[shard]), bool) if live is None else live
 
 
 @dataclass(frozen=True)
@@ -70,9 +95,11 @@ class Plan:
         todo: indices of the images to compute, ascending.
         live: by shard number ``(rows,)``, the rows that count from now on.
         failures: failures that remain, in the order of their paths.
-        missing: paths whose rows are kept although their images are not requested, in order.
+        missing: paths whose rows or failures are kept although they are not requested, in order.
         gone: number of rows that are retired because their images are not requested.
         changed: number of rows that are retired because their images changed.
+        unseen: number of rows that are kept because their images could not be seen.
+        vanished: number of rows that are kept although their images are gone, since so many are.
     """
 
     todo: Sequence[int]
@@ -81,11 +108,14 @@ class Plan:
     missing: Sequence[bytes]
     gone: int
     changed: int
+    unseen: int = 0
+    vanished: int = 0
 
     def changes(self, stored: StoredImages) -> bool:
         """Return whether rows or failures differ from those of a published store."""
         same = all(np.array_equal(live, stored.live[shard]) for shard, live in self.live.items())
-        return not same or list(self.failures) != list(stored.failures)
+        same &= list(self.failures) == list(stored.failures)
+        return not same or self.vanished != stored.vanished
 
     @property
     def rows(self) -> int:
@@ -94,7 +124,12 @@ class Plan:
 
 
 def plan_run(
-    snapshot: Snapshot, stored: StoredImages, *, keep_missing: bool = False, retry: bool = False
+    snapshot: Snapshot,
+    stored: StoredImages,
+    *,
+    keep_missing: bool = False,
+    retry: bool = False,
+    retire: bool = False,
 ) -> Plan:
     """Compare the requested images with those that have rows.
 
@@ -102,40 +137,54 @@ def plan_run(
     digests, it counts if its image has the same content. The latest of several such rows counts,
     so an image that disappears and comes back unchanged gets its row back.
 
+    Any other row that counted so far is retired only if a look at its path shows that the image
+    changed, is there and not requested, or is gone. What could not be seen keeps its row. So does
+    what is gone, once that is a large share of the store, until ``retire`` confirms it.
+
     Args:
         snapshot: the requested images.
         stored: the images of the store.
         keep_missing: keep rows that counted so far although their images are not requested.
         retry: retry all failures, not only those whose file or cause may have changed.
+        retire: retire the rows of images that are gone, however many there are.
     """
-    index = {path: i for i, path in enumerate(snapshot.paths)}
-    has_row = np.zeros(len(snapshot.paths), bool)
+    matched = _match(snapshot, stored)
+    unmatched = list(_unmatched(stored, matched))
+    seen = _look(snapshot, matched, unmatched, keep_missing=keep_missing)
+    vanished = {path for path, sight in seen.items() if sight is Sight.GONE}
+    if retire or not _are_many(len(vanished), stored):
+        vanished = set()
     missing: set[bytes] = set()
-    live: dict[int, npt.NDArray[np.bool_]] = {}
+    for row in unmatched:
+        sight = seen.get(row.path)  # None if nobody had to look
+        if sight in (None, Sight.UNSEEN) or row.path in vanished:
+            matched.live[row.shard][row.row] = True
+            if row.index >= 0:
+                matched.has_row[row.index] = True
+            else:
+                missing.add(row.path)
     gone = changed = 0
-    for shard, images in sorted(stored.shards.items(), reverse=True):
-        counted = stored.live.get(shard, np.ones(len(images), bool))
-        indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
-        requested = indices >= 0
-        counts = requested & _are_same(snapshot, images, indices)
-        counts[requested] &= ~has_row[indices[requested]]
-        has_row[indices[counts]] = True
-        for row in np.flatnonzero(~requested & counted).tolist():
-            path = images.paths[row]
-            if keep_missing and path not in missing:
-                missing.add(path)
-                counts[row] = True
-        gone += int(np.count_nonzero(counted & ~requested & ~counts))
-        changed += int(np.count_nonzero(counted & requested & ~counts))
-        live[shard] = counts
-    failed = _remaining_failures(snapshot, stored, index, has_row, retry=retry)
+    for shard, live in matched.live.items():
+        ended = stored.counted(shard) & ~live
+        requested = matched.indices[shard] >= 0
+        gone += int(np.count_nonzero(ended & ~requested))
+        changed += int(np.count_nonzero(ended & requested))
+    failed = _remaining_failures(snapshot, stored, matched, retry=retry)
+    unseen = _unseen_failures(snapshot, stored, matched, keep_gone=bool(vanished))
+    unseen = {path: failure for path, failure in unseen.items() if path not in missing}
+    failed |= unseen
+    missing |= unseen.keys()
     return Plan(
-        todo=[int(i) for i in np.flatnonzero(~has_row) if int(i) not in failed],
-        live=live,
-        failures=[failure for _, failure in sorted(failed.items())],
+        todo=[
+            int(i) for i in np.flatnonzero(~matched.has_row) if snapshot.paths[int(i)] not in failed
+        ],
+        live=matched.live,
+        failures=[failed[path] for path in sorted(failed)],
         missing=sorted(missing),
         gone=gone,
         changed=changed,
+        unseen=sum(sight is Sight.UNSEEN for sight in seen.values()),
+        vanished=len(vanished),
     )
 
 
@@ -149,36 +198,138 @@ def count_unchanged(snapshot: Snapshot, stored: StoredImages) -> tuple[int, int]
     index = {path: i for i, path in enumerate(snapshot.paths)}
     unchanged = total = 0
     for shard, images in stored.shards.items():
-        counted = stored.live.get(shard, np.ones(len(images), bool))
+        counted = stored.counted(shard)
         indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
-        same = counted & (indices >= 0) & _are_same(snapshot, images, indices)
+        same = counted & (indices >= 0) & _are_same(snapshot, images, indices, set())
         unchanged += int(np.count_nonzero(same))
         total += int(np.count_nonzero(counted))
     return unchanged, total
 
 
+@dataclass(frozen=True)
+class _Matched:
+    """Requested images and the rows that hold them unchanged.
+
+    Attributes:
+        index: index of each requested path.
+        indices: by shard number ``(rows,)``, index of the image of each row; -1 if not requested.
+        live: by shard number ``(rows,)``, the rows that count.
+        has_row: ``(images,)``, whether an image has a row that counts.
+        unread: indices of images that should be hashed and could not be read.
+    """
+
+    index: Mapping[bytes, int]
+    indices: dict[int, npt.NDArray[np.int64]]
+    live: dict[int, npt.NDArray[np.bool_]]
+    has_row: npt.NDArray[np.bool_]
+    unread: set[int]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Row that counted so far, of an image that no row holds unchanged; ``index`` as above."""
+
+    shard: int
+    row: int
+    path: bytes
+    index: int
+
+
+def _match(snapshot: Snapshot, stored: StoredImages) -> _Matched:
+    """Find the latest row of each requested image that is unchanged."""
+    index = {path: i for i, path in enumerate(snapshot.paths)}
+    matched = _Matched(index, {}, {}, np.zeros(len(snapshot.paths), bool), set())
+    for shard, images in sorted(stored.shards.items(), reverse=True):
+        indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
+        requested = indices >= 0
+        live = requested & _are_same(snapshot, images, indices, matched.unread)
+        live[requested] &= ~matched.has_row[indices[requested]]
+        matched.has_row[indices[live]] = True
+        matched.indices[shard], matched.live[shard] = indices, live
+    return matched
+
+
+def _unmatched(stored: StoredImages, matched: _Matched) -> Iterator[_Row]:
+    """Yield the latest row that counted so far of each image that no row holds unchanged."""
+    paths: set[bytes] = set()
+    for shard, images in sorted(stored.shards.items(), reverse=True):
+        indices = matched.indices[shard]
+        ended = stored.counted(shard) & ~matched.live[shard]
+        requested = indices >= 0
+        ended[requested] &= ~matched.has_row[indices[requested]]
+        for row in np.flatnonzero(ended).tolist():
+            path = images.paths[row]
+            if path not in paths:
+                paths.add(path)
+                yield _Row(shard, row, path, int(indices[row]))
+
+
+def _look(
+    snapshot: Snapshot, matched: _Matched, rows: Sequence[_Row], *, keep_missing: bool
+) -> dict[bytes, Sight]:
+    """Return what is at the paths of rows; rows that are kept anyway are left out."""
+    seen: dict[bytes, Sight] = {}
+    open_rows = []
+    for row in rows:
+        if row.index < 0 and _is_below(row.path, snapshot.unlisted):
+            seen[row.path] = Sight.UNSEEN
+        elif row.index >= 0 or not keep_missing:
+            open_rows.append(row)
+    sights = snapshot.look([row.path for row in open_rows])
+    for row, sight in zip(open_rows, sights, strict=True):
+        is_unread = sight is Sight.READABLE and row.index in matched.unread
+        seen[row.path] = Sight.UNSEEN if is_unread else sight
+    return seen
+
+
+def _are_many(vanished: int, stored: StoredImages) -> bool:
+    """Return whether so many images are gone that their rows stay, or did so far.
+
+    Rows that stayed once stay, although a store that grows makes them a smaller share.
+    """
+    counted = sum(int(np.count_nonzero(stored.counted(shard))) for shard in stored.shards)
+    return stored.vanished > 0 or vanished > max(MANY_VANISHED, LARGE_SHARE * counted)
+
+
+def _is_below(path: bytes, folders: Sequence[bytes]) -> bool:
+    return any(not folder or path.startswith(folder + b"/") for folder in folders)
+
+
 def _remaining_failures(
-    snapshot: Snapshot,
-    stored: StoredImages,
-    index: Mapping[bytes, int],
-    has_row: npt.NDArray[np.bool_],
-    *,
-    retry: bool,
-) -> dict[int, FailureRecord]:
-    """Return the failures that are not retried, by the index of their image."""
-    remaining: dict[int, FailureRecord] = {}
+    snapshot: Snapshot, stored: StoredImages, matched: _Matched, *, retry: bool
+) -> dict[bytes, FailureRecord]:
+    """Return the failures of requested images that are not retried, by path."""
+    remaining: dict[bytes, FailureRecord] = {}
     for failures, are_new in ((stored.failures, False), (stored.new_failures, True)):
         for failure in failures:
-            i = index.get(failure.path)
-            if i is None or has_row[i] or not _is_same_file(failure, snapshot, i):
+            i = matched.index.get(failure.path)
+            if i is None or matched.has_row[i] or not _is_same_file(failure, snapshot, i):
                 continue
             if are_new or not (retry or _may_be_over(failure, snapshot, i)):
-                remaining[i] = failure
+                remaining[failure.path] = failure
     return remaining
 
 
+def _unseen_failures(
+    snapshot: Snapshot, stored: StoredImages, matched: _Matched, *, keep_gone: bool
+) -> dict[bytes, FailureRecord]:
+    """Return the failures of images that are not requested, but could not be seen either."""
+    failures = {
+        failure.path: failure
+        for failure in (*stored.failures, *stored.new_failures)
+        if failure.path not in matched.index
+    }
+    kept = {Sight.UNSEEN, Sight.GONE} if keep_gone else {Sight.UNSEEN}
+    sights = snapshot.look(list(failures))
+    return {
+        path: failure
+        for (path, failure), sight in zip(failures.items(), sights, strict=True)
+        if sight in kept or _is_below(path, snapshot.unlisted)
+    }
+
+
 def _are_same(
-    snapshot: Snapshot, images: Images, indices: npt.NDArray[np.int64]
+    snapshot: Snapshot, images: Images, indices: npt.NDArray[np.int64], unread: set[int]
 ) -> npt.NDArray[np.bool_]:
     """Return ``(rows,)``, whether each image is still the one its row was computed from."""
     if not len(snapshot.paths):
@@ -193,6 +344,8 @@ def _are_same(
     same = np.zeros(len(images), bool)
     for row, digest in zip(rows.tolist(), digests, strict=True):
         same[row] = digest != b"" and digest == images.digests[row]
+        if not digest:
+            unread.add(int(indices[row]))
     return same
 
 
@@ -202,7 +355,8 @@ def _is_same_file(failure: FailureRecord, snapshot: Snapshot, i: int) -> bool:
 
 def _may_be_over(failure: FailureRecord, snapshot: Snapshot, i: int) -> bool:
     if failure.reason in UNOPENED:
-        return snapshot.is_readable(i)
+        (sight,) = snapshot.look([failure.path])
+        return sight is Sight.READABLE
     if failure.reason in UNDECODABLE:
         return snapshot.has_decoder(i)
     return failure.reason in TRANSIENT

@@ -386,14 +386,21 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
         {shard: read_images(path, digests=digests) for shard, path in indexes.items()},
         {shard.shard: shard.live_mask() for shard in manifest.shards},
         read_failures(out / FAILURES),
+        vanished=manifest.vanished,
     )
 
 
-def rewrite(claim: ClaimedFolder, job: Job) -> StoreRun:
-    """Begin a run that replaces the finished store; if it is interrupted, its work is lost."""
+def rewrite(claim: ClaimedFolder, job: Job, *, vanished: int = 0) -> StoreRun:
+    """Begin a run that replaces the finished store; if it is interrupted, its work is lost.
+
+    Args:
+        claim: the output folder.
+        job: the images of the new store.
+        vanished: number of rows that are kept although their images are gone.
+    """
     with store_errors(claim.out):
         claim.start_staging()
-    return StoreRun(claim, job)
+    return StoreRun(claim, job, vanished=vanished)
 
 
 class StoreRun:
@@ -405,6 +412,7 @@ class StoreRun:
         base: manifest of the store that the run extends.
         finished: finished shards in the staging folder, by number.
         resumed: number of images that were finished before, from the first on.
+        vanished: number of rows that are kept although their images are gone, without a plan.
     """
 
     def __init__(
@@ -415,11 +423,13 @@ class StoreRun:
         finished: dict[int, FinishedShard] | None = None,
         *,
         resumed: int = 0,
+        vanished: int = 0,
     ) -> None:
         self.job = job
         self.resumed = resumed
         self._claim = claim
         self._base = base
+        self._vanished = vanished
         self._finished = {} if finished is None else finished
 
     def is_finished(self, number: int) -> bool:
@@ -484,9 +494,10 @@ class StoreRun:
             rows + len(failures),
             listing,
             rows,
-            tuple(shard for shard in shards if shard.live_rows),
+            tuple(shards),
             FileEntry.of(path, FAILURES),
             datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            vanished=plan.vanished if plan is not None else self._vanished,
         )
 
     def _write_list_rows(self, manifest: Manifest, listed: Iterable[bytes]) -> FileEntry:

@@ -68,7 +68,7 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
         return before, before
     job = Job(before.description, len(order), before.listing)
     with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
-        run = rewrite(claim, job)
+        run = rewrite(claim, job, vanished=before.vanished)
         for number, entries in enumerate(shards):
             _copy_shard(run, number, entries, store, records, failures)
         return before, run.publish(listed=_listed(store, records))

@@ -36,6 +36,7 @@ from extractor.options import Options
 from extractor.run import describe as describe_module
 from extractor.run.run_json import software_versions
 from extractor.store.format import STAGING, listing_digest
+from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
 
 EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "15"))
@@ -149,7 +150,6 @@ def check_files(out: Path) -> None:
     assert {name: len(array) for name, array in arrays.items()} == {
         Path(shard.features.name).name: shard.rows for shard in shards
     }
-    assert all(shard.live_rows for shard in shards)
 
 
 def published(out: Path) -> dict[str, bytes]:
@@ -746,7 +746,7 @@ def test_folder_without_images_leaves_store_unchanged(
     check_files(out)
 
 
-def test_shards_without_live_rows_are_removed(folder: Folder, tmp_path: Path) -> None:
+def test_shards_without_live_rows_stay_until_compact(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)
 
@@ -757,18 +757,25 @@ def test_shards_without_live_rows_are_removed(folder: Folder, tmp_path: Path) ->
         return numbers
 
     assert shards() == [0, 1, 2]
+    first = (out / "features/00000.npy").read_bytes()
     for name in ("b.png", "a.png", "c.png"):
-        assert 0 in shards()
         folder.write(name)
         run(folder, out)
         assert view(out) == folder.colors
         check_files(out)
-    assert 0 not in shards()
-    was = shards()
-    folder.delete("z.png" if "z.png" in folder.files else "f.png")
+    folder.delete("f.png")  # alone in its shard
     run(folder, out)
-    assert 2 in was  # it held f.png alone
-    assert 2 not in shards()
+    assert view(out) == folder.colors
+    assert shards() == [0, 1, 2, 3, 4, 5]
+    assert (out / "features/00000.npy").read_bytes() == first
+    empty = [shard.shard for shard in FeatureStore.open(out).manifest.shards if not shard.live_rows]
+    assert empty == [0, 2]
+    assert run(folder, out).resumed == 6
+    rows = FeatureStore.open(out)
+    assert np.array_equal(rows.features[[0, -1]], np.asarray(rows.features)[[0, -1]])
+    compact(out)
+    assert view(out) == folder.colors
+    assert shards() == [0, 1]
     check_files(out)
 
 

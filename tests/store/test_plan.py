@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import extractor.store.plan as plan_module
 from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
-from extractor.store.plan import Plan, Snapshot, StoredImages, plan_run
+from extractor.store.plan import Plan, Sight, Snapshot, StoredImages, plan_run
 
 EXAMPLES = max(int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "0")), 300)
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=EXAMPLES, database=None)
@@ -26,7 +28,7 @@ class File(NamedTuple):
     size: int
     mtime: int
     digest: bytes = b""
-    readable: bool = True
+    sight: Sight = Sight.READABLE
     decodable: bool = False
 
 
@@ -51,6 +53,15 @@ class Case:
     content: bool = False
     keep_missing: bool = False
     retry: bool = False
+    others: Mapping[bytes, Sight] = field(default_factory=dict)  # not requested; the rest is gone
+    unlisted: Sequence[bytes] = ()
+    retire: bool = False
+    vanished: int = 0
+    many: int = 10
+    share: float = 0.1
+
+    def sight(self, path: bytes) -> Sight:
+        return self.files[path].sight if path in self.files else self.others.get(path, Sight.GONE)
 
     def snapshot(self) -> Snapshot:
         paths = sorted(self.files)
@@ -59,9 +70,10 @@ class Case:
             paths,
             np.array([file.size for file in files], np.int64),
             np.array([file.mtime for file in files], np.int64),
-            lambda i: files[i].readable,
+            lambda paths: [self.sight(path) for path in paths],
             (lambda places: [files[i].digest for i in places]) if self.content else None,
             lambda i: files[i].decodable,
+            self.unlisted,
         )
 
     def stored(self) -> StoredImages:
@@ -79,12 +91,18 @@ class Case:
             for number, rows in self.shards.items()
             if number not in self.new_shards
         }
-        return StoredImages(shards, live, self.failures, self.new_failures)
+        return StoredImages(shards, live, self.failures, self.new_failures, self.vanished)
 
     def plan(self) -> Plan:
-        return plan_run(
-            self.snapshot(), self.stored(), keep_missing=self.keep_missing, retry=self.retry
-        )
+        limits = {"MANY_VANISHED": self.many, "LARGE_SHARE": self.share}
+        with mock.patch.multiple(plan_module, **limits):
+            return plan_run(
+                self.snapshot(),
+                self.stored(),
+                keep_missing=self.keep_missing,
+                retry=self.retry,
+                retire=self.retire,
+            )
 
     def counted(self, shard: int, path: bytes) -> bool:
         return shard in self.new_shards or self.shards[shard][path].counted
@@ -108,6 +126,8 @@ def as_dict(case: Case, made: Plan) -> dict[str, Any]:
         "gone": made.gone,
         "changed": made.changed,
         "rows": made.rows,
+        "unseen": made.unseen,
+        "vanished": made.vanished,
     }
 
 
@@ -128,21 +148,44 @@ def slow_plan(case: Case) -> dict[str, Any]:
             return True
         if case.retry or failure.reason == "out-of-memory":
             return False
-        return not (failure.reason in ("unreadable", "not-a-file") and now.readable)
+        return not (failure.reason in ("unreadable", "not-a-file") and now.sight is Sight.READABLE)
+
+    def is_unlisted(path: bytes) -> bool:
+        return any(folder == b"" or path.startswith(folder + b"/") for folder in case.unlisted)
+
+    def sight(path: bytes) -> Sight | None:
+        """What decides about a row that no unchanged image has; None where it stays anyway."""
+        if path not in case.files:
+            if is_unlisted(path):
+                return Sight.UNSEEN
+            return None if case.keep_missing else case.sight(path)
+        now = case.files[path]
+        is_unread = case.content and not now.digest and now.sight is Sight.READABLE
+        return Sight.UNSEEN if is_unread else now.sight
 
     rows = [(number, path) for number, shard in case.shards.items() for path in shard]
     live = set()
-    missing = []
+    open_rows = {}
     for path in {path for _, path in rows}:
         shards = [number for number, other in rows if other == path]
-        if path in case.files:
-            right = [number for number in shards if is_same(path, case.shards[number][path])]
-        else:
-            right = [
-                number for number in shards if case.keep_missing and case.counted(number, path)
-            ]
-            missing += [path] if right else []
-        live |= {(max(right), path)} if right else set()
+        right = [
+            number
+            for number in shards
+            if path in case.files and is_same(path, case.shards[number][path])
+        ]
+        counted = [number for number in shards if case.counted(number, path)]
+        if right:
+            live.add((max(right), path))
+        elif counted:
+            open_rows[path] = max(counted)
+    seen = {path: sight(path) for path in open_rows}
+    gone = {path for path in seen if seen[path] is Sight.GONE}
+    total = sum(case.counted(number, path) for number, path in rows)
+    is_large = len(gone) > case.many and len(gone) > case.share * total
+    withheld = gone if (is_large or case.vanished) and not case.retire else set()
+    kept = {path for path in seen if seen[path] in (None, Sight.UNSEEN)} | withheld
+    live |= {(open_rows[path], path) for path in kept}
+    missing = [path for path in kept if path not in case.files]
     ended = [path for number, path in rows if case.counted(number, path)]
     for number, path in live:
         if case.counted(number, path):
@@ -157,14 +200,22 @@ def slow_plan(case: Case) -> dict[str, Any]:
             failures.append([*old, *new][-1])
         else:
             todo.append(path)
+    others = {one.path: one for one in [*case.failures, *case.new_failures]}
+    for path in sorted(set(others) - set(case.files) - set(missing)):
+        sights = [Sight.UNSEEN, Sight.GONE] if withheld else [Sight.UNSEEN]
+        if is_unlisted(path) or case.sight(path) in sights:
+            failures.append(others[path])
+            missing.append(path)
     return {
         "todo": todo,
         "live": live,
-        "failures": failures,
+        "failures": sorted(failures),
         "missing": sorted(missing),
         "gone": sum(path not in case.files for path in ended),
         "changed": sum(path in case.files for path in ended),
         "rows": len(live),
+        "unseen": sum(one is Sight.UNSEEN for one in seen.values()),
+        "vanished": len(withheld),
     }
 
 
@@ -172,8 +223,10 @@ def slow_plan(case: Case) -> dict[str, Any]:
 PATHS = st.sampled_from([b"a.png", b"b.png", b"c/d.png", b"c/\xff.png", b"e.png"])
 DIGESTS = st.sampled_from([b"", b"1" * 32, b"2" * 32])
 STAMPS = st.integers(1, 2)
+SIGHTS = st.sampled_from(list(Sight))
 FILES = st.one_of(
-    st.just(File(-1, -1, b"", False)), st.builds(File, STAMPS, STAMPS, DIGESTS, st.booleans())
+    st.builds(File, st.just(-1), st.just(-1), st.just(b""), SIGHTS),
+    st.builds(File, STAMPS, STAMPS, DIGESTS, SIGHTS),
 )
 ROWS = st.builds(Row, STAMPS, STAMPS, DIGESTS, st.booleans())
 REASONS = st.sampled_from(["corrupt", "unreadable", "not-a-file", "out-of-memory", "not-finite"])
@@ -200,6 +253,12 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
+        draw(st.dictionaries(PATHS, SIGHTS)),
+        draw(st.sampled_from([(), (b"c",), (b"",)])),
+        draw(st.booleans()),
+        draw(st.sampled_from([0, 0, 1])),
+        draw(st.integers(0, 2)),
+        draw(st.sampled_from([0.1, 0.5])),
     )
 
 
@@ -217,6 +276,26 @@ def test_each_image_has_one_row_or_a_failure_or_is_planned(case: Case) -> None:
     rows = [path for _, path in made["live"]]
     assert sorted([*made["todo"], *failed, *rows]) == sorted([*case.files, *made["missing"]])
     assert not set(made["missing"]) & set(case.files)
+
+
+@SETTINGS
+@given(cases())
+def test_row_is_retired_only_if_its_image_changed_or_is_unrequested_or_gone(case: Case) -> None:
+    rows = [(number, path) for number, shard in case.shards.items() for path in shard]
+    before = [path for number, path in rows if case.counted(number, path)]
+    retired = set(before) - {path for _, path in as_dict(case, case.plan())["live"]}
+    gone = {path for path in retired if case.sight(path) is Sight.GONE}
+    if not case.retire and gone:
+        assert not case.vanished
+        assert len(gone) <= max(case.many, case.share * len(before))
+    for path in retired:
+        assert case.sight(path) is not Sight.UNSEEN
+        if path not in case.files:
+            assert not case.keep_missing
+            assert b"" not in case.unlisted
+            assert b"c" not in case.unlisted or not path.startswith(b"c/")
+        elif case.content:
+            assert path in gone or case.files[path].digest != b"" or case.sight(path) is Sight.OTHER
 
 
 def carried_out(case: Case, made: Plan) -> Case:
@@ -248,7 +327,14 @@ def test_plan_after_a_run_is_empty(case: Case) -> None:
     lasting = [one._replace(reason="corrupt") for one in case.new_failures]
     case = replace(case, new_failures=lasting)
     done = carried_out(case, case.plan())
-    done = replace(done, new_failures=(), new_shards=frozenset(), retry=False)
+    done = replace(
+        done,
+        new_failures=(),
+        new_shards=frozenset(),
+        retry=False,
+        retire=False,
+        vanished=case.plan().vanished,
+    )
     again = done.plan()
     assert list(again.todo) == []
     assert (again.gone, again.changed) == (0, 0)
@@ -269,7 +355,7 @@ def made_of(*arguments: Any, **options: Any) -> dict[str, Any]:
 
 
 def test_plan_for_an_empty_store_computes_all_images() -> None:
-    made = made_of({b"a": File(1, 1), b"b": File(-1, -1)}, {})
+    made = made_of({b"a": File(1, 1), b"b": File(-1, -1, b"", Sight.GONE)}, {})
     assert made["todo"] == [b"a", b"b"]
     assert (made["rows"], made["gone"], made["changed"]) == (0, 0, 0)
 
@@ -279,7 +365,7 @@ def test_plan_without_images_retires_all_rows() -> None:
     assert (made["live"], made["todo"], made["gone"]) == (set(), [], 2)
 
 
-@pytest.mark.parametrize("now", [File(2, 1), File(1, 2), File(-1, -1)])
+@pytest.mark.parametrize("now", [File(2, 1), File(1, 2), File(-1, -1, b"", Sight.GONE)])
 def test_changed_size_or_time_retires_a_row(now: File) -> None:
     made = made_of({b"a": now, b"b": File(1, 1)}, {0: {b"a": OLD, b"b": OLD}})
     assert made["todo"] == [b"a"]
@@ -289,7 +375,11 @@ def test_changed_size_or_time_retires_a_row(now: File) -> None:
 
 def test_digests_override_size_and_time() -> None:
     there = {b"same": Row(1, 1, b"1" * 32), b"other": Row(1, 1, b"1" * 32), b"none": Row(1, 1)}
-    now = {b"same": File(1, 9, b"1" * 32), b"other": File(1, 1, b"2" * 32), b"none": File(1, 1)}
+    now = {
+        b"same": File(1, 9, b"1" * 32),
+        b"other": File(1, 1, b"2" * 32),
+        b"none": File(1, 1, b"1" * 32),
+    }
     made = made_of(now, {0: there}, content=True)
     assert made["live"] == {(0, b"same")}
     assert made["todo"] == [b"none", b"other"]  # no digest is no proof
@@ -303,7 +393,13 @@ def test_only_images_with_a_row_are_hashed() -> None:
         return [b"1" * 32 for _ in places]
 
     stamps = np.array([1, 1, 1])
-    current = Snapshot([b"a", b"b", b"c"], stamps, stamps, lambda i: True, digests)
+    current = Snapshot(
+        [b"a", b"b", b"c"],
+        stamps,
+        stamps,
+        lambda paths: [Sight.READABLE if path != b"z" else Sight.GONE for path in paths],
+        digests,
+    )
     rows = Images([b"b", b"z"], np.array([1, 1]), np.array([1, 1]), [b"1" * 32] * 2)
     made = plan_run(
         current, StoredImages({0: rows}, {}, [FailureRecord(b"c", "corrupt", "why", 1, 1)])
@@ -368,7 +464,7 @@ def test_failure_remains_until_its_cause_may_be_over(
     reason: str, readable: bool, retry: bool, stands: bool
 ) -> None:
     failure = FailureRecord(b"a", reason, "why", 1, 1)
-    files = {b"a": File(1, 1, b"", readable)}
+    files = {b"a": File(1, 1, b"", Sight.READABLE if readable else Sight.UNSEEN)}
     made = made_of(files, {}, [failure], retry=retry)
     assert made["failures"] == ([failure] if stands else [])
     assert made["todo"] == ([] if stands else [b"a"])
@@ -407,3 +503,80 @@ def test_failures_are_sorted_by_path() -> None:
     old, new = (FailureRecord(path, "corrupt", "why", 1, 1) for path in (b"b", b"a"))
     files = {b"a": File(1, 1), b"b": File(1, 1)}
     assert made_of(files, {}, [old], [new])["failures"] == [new, old]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is not seen is not gone
+
+TWENTY = {b"%02d" % number: OLD for number in range(20)}
+CLOSED = File(-1, -1, b"", Sight.UNSEEN)
+
+
+def test_row_of_an_image_that_cannot_be_seen_stays() -> None:
+    made = made_of({b"a": CLOSED, b"b": File(2, 2, b"", Sight.UNSEEN)}, {0: {b"a": OLD, b"b": OLD}})
+    assert made["live"] == {(0, b"a"), (0, b"b")}
+    assert (made["todo"], made["unseen"], made["changed"]) == ([], 2, 0)
+    made = made_of({}, {0: {b"a": OLD}}, others={b"a": Sight.UNSEEN}, retire=True)
+    assert (made["missing"], made["unseen"]) == ([b"a"], 1)
+
+
+def test_rows_below_an_unlisted_folder_stay_whatever_is_there() -> None:
+    rows = {b"sub.png": OLD, b"sub/a.png": OLD, b"sub2/a.png": OLD}
+    others = dict.fromkeys(rows, Sight.READABLE)
+    made = made_of({}, {0: rows}, others=others, unlisted=[b"sub"])
+    assert (made["missing"], made["unseen"], made["gone"]) == ([b"sub/a.png"], 1, 2)
+    made = made_of({}, {0: rows}, others=others, unlisted=[b""])
+    assert (made["missing"], made["unseen"], made["gone"]) == (sorted(rows), 3, 0)
+
+
+def test_unread_content_is_no_change() -> None:
+    there = {b"a": Row(1, 1, b"1" * 32), b"b": Row(1, 1, b"1" * 32)}
+    now = {b"a": File(1, 1, b""), b"b": File(1, 1, b"", Sight.OTHER)}
+    made = made_of(now, {0: there}, content=True)
+    assert (made["live"], made["unseen"], made["todo"]) == ({(0, b"a")}, 1, [b"b"])
+
+
+@pytest.mark.parametrize(
+    ("gone", "of", "stay"), [(10, 20, 0), (11, 20, 11), (11, 109, 11), (11, 110, 0), (20, 20, 20)]
+)
+@pytest.mark.parametrize("listed", [False, True])
+def test_many_vanished_images_keep_their_rows(gone: int, of: int, stay: int, listed: bool) -> None:
+    names = [b"%03d" % number for number in range(of)]
+    files = {name: File(1, 1) for name in names[gone:]}
+    if listed:
+        files |= {name: File(-1, -1, b"", Sight.GONE) for name in names[:gone]}
+    rows = {0: dict.fromkeys(names, OLD)}
+    made = made_of(files | {b"new": File(3, 3)}, rows)
+    retried = names[:gone] if listed and not stay else []
+    assert (made["vanished"], made["todo"]) == (stay, [*retried, b"new"])
+    assert made["rows"] == of - gone + stay
+    assert made_of(files, rows, retire=True)["rows"] == of - gone
+
+
+def test_images_that_are_there_but_not_requested_are_retired_however_many() -> None:
+    made = made_of({}, {0: TWENTY}, others=dict.fromkeys(TWENTY, Sight.READABLE))
+    assert (made["gone"], made["rows"], made["vanished"]) == (20, 0, 0)
+
+
+def test_vanished_images_stay_after_the_store_has_grown() -> None:
+    rows = {0: {b"a": OLD}, 1: {b"%03d" % number: OLD for number in range(500)}}
+    files = {path: File(1, 1) for path in rows[1]}
+    assert made_of(files, rows)["gone"] == 1
+    made = made_of(files, rows, vanished=12)
+    assert (made["gone"], made["vanished"], made["missing"]) == (0, 1, [b"a"])
+    assert made_of(files, rows, vanished=12, retire=True)["gone"] == 1
+
+
+def test_failures_of_what_was_not_seen_stay() -> None:
+    failures = [FailureRecord(path, "corrupt", "why", 1, 1) for path in (b"a", b"s/b", b"z")]
+    others = {b"a": Sight.UNSEEN, b"s/b": Sight.READABLE}
+    made = made_of({}, {}, failures, others=others, unlisted=[b"s"])
+    assert (made["failures"], made["missing"]) == (failures[:2], [b"a", b"s/b"])
+    assert made_of({}, {0: TWENTY}, failures)["failures"] == failures  # a mount may be away
+
+
+def test_change_of_what_vanished_is_a_change_of_the_store() -> None:
+    case = Case({path: File(1, 1) for path in TWENTY}, {0: TWENTY}, vanished=12)
+    assert case.plan().changes(case.stored())
+    case = replace(case, vanished=0)
+    assert not case.plan().changes(case.stored())
