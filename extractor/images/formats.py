@@ -21,6 +21,7 @@ __all__ = [
     "has_decoder",
     "looks_like_image",
     "open_image",
+    "pillow_suffixes",
     "readable_suffixes",
 ]
 
@@ -50,11 +51,17 @@ JPEG2000_DATA = b"\xff\x93"  # starts the pixels of each tile; a file without it
 @functools.cache
 def readable_suffixes() -> frozenset[str]:
     """Return the suffixes of all decoded formats, in lower case with the dot."""
+    return frozenset(suffix for found in pillow_suffixes().values() for suffix in found)
+
+
+def pillow_suffixes() -> dict[str, list[str]]:
+    """Return the suffixes of each format that Pillow decodes, with the suffixes in order."""
     # MPO has a suffix but no opener of its own: the JPEG opener reads it.
-    names = {*_formats(), "MPO"}
-    return frozenset(
-        suffix for suffix, name in Image.registered_extensions().items() if name in names
-    )
+    suffixes: dict[str, list[str]] = {name: [] for name in sorted({*_formats(), "MPO"})}
+    for suffix, name in sorted(Image.registered_extensions().items()):
+        if name in suffixes:
+            suffixes[name].append(suffix)
+    return suffixes
 
 
 def candidate_suffixes() -> frozenset[str]:

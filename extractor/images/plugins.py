@@ -97,6 +97,8 @@ def _with_reasons(kind: Kind) -> Iterator[None]:
             raise DecodeError("out-of-memory", message) from error
         if name in ("LibRawFileUnsupportedError", "LibRawNotImplementedError"):
             raise DecodeError("unsupported", f"{message}; a newer version may know it") from error
+        if "ecurity limit" in message:  # of libheif
+            raise DecodeError("too-large", message) from error
         reason = "truncated" if ENDS_EARLY.search(str(error)) else "corrupt"
         raise DecodeError(reason, message) from error
 
@@ -120,8 +122,10 @@ def _open_heif(module: Any, file: IO[bytes], budget: PixelBudget) -> Image.Image
 def _open_jxl(module: Any, file: IO[bytes], budget: PixelBudget) -> Image.Image:
     """Decode a JPEG XL file, or open the JPEG that it was made of."""
     content = file.read()
-    width, height = _jxl_size(content)
-    with budget.claim(width, height):
+    header = _JxlHeader(content)
+    if header.is_animated:  # the plugin decodes all frames and returns the last one
+        raise DecodeError("unsupported", f"{JXL.package} cannot decode the first frame alone")
+    with budget.claim(*header.size):
         jpeg, info, data, *_ = module.Decoder(num_threads=0)(content)
     if jpeg:
         return Image.open(io.BytesIO(data), formats=["JPEG"])
@@ -133,27 +137,53 @@ def _open_jxl(module: Any, file: IO[bytes], budget: PixelBudget) -> Image.Image:
     return Image.frombytes(mode, size, data)
 
 
-def _jxl_size(content: bytes) -> tuple[int, int]:
-    """Return the width and height in the header of a JPEG XL codestream, either order."""
-    if not content.startswith(JXL_CODESTREAM):
-        content = _jxl_codestream(content)
-    bits, used = int.from_bytes(content[2:14], "little"), 0
+class _JxlHeader:
+    """Start of a JPEG XL codestream (ISO/IEC 18181-1, annex D).
 
-    def read(count: int) -> int:
-        nonlocal used
-        used += count
-        return bits >> (used - count) & (1 << count) - 1
+    Args:
+        content: Content of the file, with boxes or without.
 
-    def read_length(small: int) -> int:
-        return 8 * (read(5) + 1) if small else read(JXL_BITS[read(2)]) + 1
+    Attributes:
+        size: Width and height as stored; the orientation may swap them.
+        is_animated: Whether the file may hold several frames.
+    """
 
-    small = read(1)
-    height = read_length(small)
-    ratio = read(3)
-    if ratio == 0:
-        return read_length(small), height
-    across, down = JXL_RATIOS[ratio - 1]
-    return height * across // down, height
+    def __init__(self, content: bytes) -> None:
+        if not content.startswith(JXL_CODESTREAM):
+            content = _jxl_codestream(content)
+        self._bits = int.from_bytes(content[2:64], "little")
+        self.size = self._read_size()
+        self.is_animated = False
+        if not self._read(1) and self._read(1):  # not all default, and with extra fields
+            self._read(3)  # orientation
+            if self._read(1):  # intrinsic size
+                self._read_size()
+            if self._read(1):  # a preview comes before the animation
+                self._read_preview()
+            self.is_animated = bool(self._read(1))
+
+    def _read(self, count: int) -> int:
+        value = self._bits & (1 << count) - 1
+        self._bits >>= count
+        return value
+
+    def _read_size(self) -> tuple[int, int]:
+        def read_length() -> int:
+            return 8 * (self._read(5) + 1) if small else self._read(JXL_BITS[self._read(2)]) + 1
+
+        small = self._read(1)
+        height = read_length()
+        if ratio := self._read(3):
+            across, down = JXL_RATIOS[ratio - 1]
+            return height * across // down, height
+        return read_length(), height
+
+    def _read_preview(self) -> None:
+        # Each length is one of two values, or of a few bits.
+        bits = (0, 0, 5, 9) if self._read(1) else (6, 8, 10, 12)
+        self._read(bits[self._read(2)])
+        if not self._read(3):
+            self._read(bits[self._read(2)])
 
 
 def _jxl_codestream(content: bytes) -> bytes:

@@ -35,6 +35,12 @@ for box, color in (
 ):
     QUADRANTS.paste(color, box)
 
+ANIMATION = (
+    "ff0a03054d0020260804010060004b188b1500d413638c3331ce014481f94580272d4e8c3e54080401006000"
+    "4b188b1500d413638c3331ce011c81f945804330ae84c543080405006c004b188b1500d41963c68913e700a2"
+    "e00c2a05b4f302341830405a08"
+)
+
 # The upright picture of an image that is stored with an EXIF orientation (CIPA DC-008).
 TURNS: dict[int, Any] = {
     1: lambda a: a,
@@ -52,6 +58,17 @@ def exif_with(orientation: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif.tobytes()
+
+
+def without_box(content: bytes, kind: bytes) -> bytes:
+    """Return a file of boxes without those of one kind."""
+    kept, offset = b"", 0
+    while offset < len(content):
+        length = int.from_bytes(content[offset : offset + 4], "big") or len(content) - offset
+        if content[offset + 4 : offset + 8] != kind:
+            kept += content[offset : offset + length]
+        offset += length
+    return kept
 
 
 def limited(source: EncodedImage, max_pixels: int) -> None:
@@ -184,6 +201,28 @@ class TestJxl:
         data = encoded(QUADRANTS, "JXL", lossless=True, exif=exif_with(6), use_container=True)
         assert np.array_equal(pixels(EncodedImage(data), 64, 32), np.asarray(QUADRANTS))
 
+    def test_animation_is_refused(self) -> None:
+        # Three frames of 24 x 16 pixels, made with libjxl: red, green, blue.
+        data = bytes.fromhex(ANIMATION)
+        header = plugins._JxlHeader(data)
+        assert (header.size, header.is_animated) == ((24, 16), True)
+        assert reason(EncodedImage(data)) == "unsupported"
+
+    @pytest.mark.filterwarnings("ignore:Using JPEG reconstruction")
+    @pytest.mark.parametrize("orientation", TURNS)
+    def test_orientation_of_the_codestream_is_applied_once(
+        self, tmp_path: Path, orientation: int
+    ) -> None:
+        path = tmp_path / "a.jpg"
+        path.write_bytes(encoded(QUADRANTS, "JPEG", quality=95, exif=exif_with(orientation)))
+        with Image.open(path) as image:
+            data = encoded(image, "JXL", lossless_jpeg=True)
+        without = without_box(data, b"jbrd")  # what restores the JPEG
+        assert len(without) < len(data)
+        expected = TURNS[orientation](np.asarray(QUADRANTS))
+        out = pixels(EncodedImage(without), expected.shape[1], expected.shape[0])
+        assert np.abs(out.astype(int) - expected).mean() < 4
+
     @pytest.mark.filterwarnings("ignore:Using JPEG reconstruction")
     @pytest.mark.parametrize("orientation", [1, 6])
     def test_jpeg_inside_gives_the_picture_of_the_jpeg(
@@ -205,7 +244,8 @@ class TestJxl:
         self, size: tuple[int, int], use_container: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         data = encoded(Image.new("RGB", size), "JXL", effort=1, use_container=use_container)
-        assert plugins._jxl_size(data) == size
+        header = plugins._JxlHeader(data)
+        assert (header.size, header.is_animated) == (size, False)
         monkeypatch.setattr(self.library, "Decoder", lambda **options: pytest.fail("decoded"))
         with pytest.raises(DecodeError, match=f"{size[0]} x {size[1]}") as caught:
             limited(EncodedImage(data), size[0] * size[1] - 1)

@@ -45,7 +45,7 @@ JXL = Kind(
     "jxl",
     "pillow-jxl-plugin",
     "pillow_jxl",
-    "the first frame, turned as the codestream says; EXIF orientation is ignored",
+    "the image, turned as the codestream says; EXIF orientation is ignored; no animations",
 )
 # fmt: off
 # Left out as they name other files too: .raw, .bay, .cap, .dcs, .fff, .mdc, .mos, .ori, .ptx, .pxn.
