@@ -130,7 +130,8 @@ def _rows(glob: str) -> list[dict[str, Any]]:
     for library, module in (("timm", from_timm), ("torchvision", from_torchvision)):
         for name in module.names():
             full = f"{library}:{name}"
-            if not (fnmatch.fnmatchcase(name, glob) or fnmatch.fnmatchcase(full, glob)):
+            spellings = (name, full, f"{library}/{name}")
+            if not any(fnmatch.fnmatchcase(each, glob) for each in spellings):
                 continue
             entry = catalog.entry(full)
             rows.append(

@@ -89,6 +89,9 @@ def load(
     except MisfitError as error:
         advice = _advice(error, f"{library}:{name.partition('.')[0]}")
         raise MisfitError(f"{error}. {advice}", error.state, foreign=error.foreign) from error
+    typed = f"timm:{model.removeprefix('timm:').partition('.')[0]}"
+    if library == "timm" and typed in (recorded_sha256 or {}):  # stores may have a deprecated name
+        backbone = replace(backbone, provenance=replace(backbone.provenance, model=typed))
     backbone = adapt(backbone.to(device), options)
     return backbone.to(device, resolve_precision(options.precision))
 

@@ -58,7 +58,7 @@ def torchvision_cache(home: Path) -> Path:
 # The table
 
 
-@pytest.mark.parametrize("glob", ["test_vit*", "timm:test_vit*"])
+@pytest.mark.parametrize("glob", ["test_vit*", "timm:test_vit*", "timm/test_vit*"])
 def test_list_agrees_with_timm(glob: str, capsys: pytest.CaptureFixture[str]) -> None:
     rows = json.loads(run(capsys, "models", glob, "--json"))
     assert [row["name"] for row in rows] == timm.list_models("test_vit*")

@@ -13,8 +13,9 @@ from support.pictures import noise
 from extractor import extract, load_backbone
 from extractor.errors import ModelError, WeightsError
 from extractor.models import from_timm
-from extractor.models.load import fetch, resolve_name
+from extractor.models.load import fetch, load, resolve_name
 from extractor.models.naming import plain_name, split_model, store_name
+from extractor.options import Options
 
 # Published before timm 0.9, with the present names from timm's release notes.
 RENAMED = {
@@ -81,11 +82,19 @@ def test_deprecated_name_loads_the_present_model() -> None:
     assert old.preprocess == now.preprocess
 
 
+def test_store_with_a_deprecated_name_keeps_it() -> None:
+    """Else it could not be extended: the name is part of its description."""
+    options = Options(weights="random", device="cpu")
+    old = "tf_efficientnet_b0_ns"
+    for recorded, name in (({}, "tf_efficientnet_b0"), ({f"timm:{old}": "0" * 64}, old)):
+        assert load(old, options, recorded).provenance.model == f"timm:{name}"
+
+
 @pytest.mark.parametrize("old", RENAMED)
 def test_missing_weights_of_a_deprecated_name_are_named(old: str) -> None:
-    for load in (load_backbone, fetch):
+    for function in (load_backbone, fetch):
         with pytest.raises(WeightsError, match=rf"timm:{RENAMED[old]}: the weights are not on"):
-            load(old)
+            function(old)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from torch import nn
 
 from extractor import Backbone, Preprocess, extract, load_backbone
 from extractor.cli import main as cli
-from extractor.errors import UsageError
+from extractor.errors import ExtractorError, UsageError
 from extractor.options import Options
+from extractor.run.recompute import recompute
 
 DOCS = Path(__file__).parents[2] / "docs" / "models.md"
 
@@ -110,6 +111,18 @@ def test_summary_and_manifest_name_the_size(
     assert ("--test-size takes it" in said) is not test_size
     report = extract(tmp_path / "1.png", "test_mambaout", tmp_path / "t", weights="random")
     assert report.store.manifest.description.preprocess["input_size"] == [160, 160]
+
+
+def test_store_of_the_test_size_can_be_recomputed(tmp_path: Path) -> None:
+    noise(1, 60, 50).save(tmp_path / "1.png")
+    common: dict[str, Any] = {"weights": "random", "device": "cpu"}
+    store = extract(
+        tmp_path / "1.png", "test_mambaout", tmp_path / "s", **common, test_size=True
+    ).store
+    assert store.manifest.description.preprocess["input_size"] == [192, 192]
+    assert list(recompute(store, 1, device="cpu")) == []
+    with pytest.raises(ExtractorError, match="input_size"):  # the other size makes other rows
+        extract(tmp_path / "1.png", "test_mambaout", tmp_path / "s", **common)
 
 
 def test_show_names_both_sizes_of_a_tag(capsys: pytest.CaptureFixture[str]) -> None:
