@@ -24,7 +24,12 @@ if TYPE_CHECKING:
         InterruptedRunError,
         ModelError,
         SourceError,
+        StoreBusyError,
+        StoreDamagedError,
         StoreError,
+        StoreNotFoundError,
+        StoreReplacedError,
+        UnknownTokenError,
         UsageError,
         WeightsError,
     )
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     from extractor.models.load import load_backbone
     from extractor.options import Options
     from extractor.preprocess import Preprocess
+    from extractor.reading.info import StoreInfo
     from extractor.reading.reader import FeatureStore
     from extractor.report import Progress, Report, StoreReport
 
@@ -52,8 +58,14 @@ __all__ = [
     "Progress",
     "Report",
     "SourceError",
+    "StoreBusyError",
+    "StoreDamagedError",
     "StoreError",
+    "StoreInfo",
+    "StoreNotFoundError",
+    "StoreReplacedError",
     "StoreReport",
+    "UnknownTokenError",
     "UsageError",
     "WeightsError",
     "__version__",
@@ -73,7 +85,12 @@ _MODULES = {
         "InterruptedRunError",
         "ModelError",
         "SourceError",
+        "StoreBusyError",
+        "StoreDamagedError",
         "StoreError",
+        "StoreNotFoundError",
+        "StoreReplacedError",
+        "UnknownTokenError",
         "UsageError",
         "WeightsError",
     ),
@@ -83,6 +100,7 @@ _MODULES = {
     "extractor.options": ("Options",),
     "extractor.preprocess": ("Preprocess",),
     "extractor.report": ("Progress", "Report", "StoreReport"),
+    "extractor.reading.info": ("StoreInfo",),
     "extractor.reading.reader": ("FeatureStore",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

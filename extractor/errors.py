@@ -12,7 +12,12 @@ __all__ = [
     "InterruptedRunError",
     "ModelError",
     "SourceError",
+    "StoreBusyError",
+    "StoreDamagedError",
     "StoreError",
+    "StoreNotFoundError",
+    "StoreReplacedError",
+    "UnknownTokenError",
     "UsageError",
     "WeightsError",
 ]
@@ -70,6 +75,26 @@ class InstallationError(ExtractorError):
 
 class StoreError(ExtractorError):
     """A store cannot be read or written as requested."""
+
+
+class StoreNotFoundError(StoreError):
+    """There is no store in this folder, or none that was ever finished."""
+
+
+class StoreDamagedError(StoreError):
+    """A file of a store is missing or has other content than the store recorded."""
+
+
+class StoreBusyError(StoreError):
+    """Another run is writing to the store."""
+
+
+class StoreReplacedError(StoreError):
+    """A store was replaced or removed after it was opened, so some of it can no longer be read."""
+
+
+class UnknownTokenError(StoreError):
+    """A store does not know a state that it is asked to compare with; do a full sync."""
 
 
 class InterruptedRunError(ExtractorError):

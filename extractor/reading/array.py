@@ -16,9 +16,10 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 
 from extractor.text import plural
 
-__all__ = ["KeptRows", "ShardedArray", "map_array"]
+__all__ = ["ConcatenatedRows", "KeptRows", "LazyArray", "ShardedArray", "map_array"]
 
 ATTEMPTS = 10
+TINY = 1e-12  # a row of zeros stays one, as in torch.nn.functional.normalize
 READ_ONLY = "the rows of a store are read-only; change a copy of them: np.array(store.features)"
 
 
@@ -47,6 +48,10 @@ class LazyArray(NDArrayOperatorsMixin):
     """
 
     dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: Any) -> Any:
+        raise NotImplementedError
 
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
@@ -85,27 +90,36 @@ class LazyArray(NDArrayOperatorsMixin):
 
 
 class KeptRows(LazyArray):
-    """Array of selected rows of another array, in order; reads only rows that are indexed.
+    """Array of selected rows of another array; reads only rows that are indexed.
+
+    The rows are those of a mask, or of indices in any order.
 
     >>> rows = KeptRows(np.arange(8).reshape(4, 2), np.array([True, False, False, True]))
     >>> rows.shape, rows[1], rows[:].tolist()
     ((2, 2), array([6, 7]), [[0, 1], [6, 7]])
     """
 
-    def __init__(self, array: npt.NDArray[Any], kept: npt.NDArray[np.bool_]):
-        self._array = array
-        self._rows = np.flatnonzero(kept)
+    def __init__(
+        self,
+        array: npt.NDArray[Any] | LazyArray,
+        kept: npt.NDArray[np.bool_] | npt.NDArray[np.int64],
+    ):
+        self._array: Any = array
+        self._rows = np.flatnonzero(kept) if kept.dtype == bool else kept
         self.shape: tuple[int, ...] = (len(self._rows), *array.shape[1:])
-        self.ndim = array.ndim
+        self.ndim = len(self.shape)
         self.dtype = array.dtype
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __iter__(self) -> Iterator[npt.NDArray[Any]]:
-        return (self._array[row] for row in self._rows)
+        return (self._array[row] for row in self._rows.tolist())
 
     def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            picked = (self._rows[index[0]], *index[1:])
+            return self._array[picked]
         return self._array[self._rows[index]]
 
     def __array__(
@@ -114,6 +128,55 @@ class KeptRows(LazyArray):
         if copy is False:
             raise ValueError("selected rows cannot become one array without a copy")
         return np.asarray(self[:], dtype=dtype)
+
+
+class ConcatenatedRows(LazyArray):
+    """Array whose rows are those of several arrays, joined to longer ones.
+
+    >>> array = ConcatenatedRows([np.zeros((4, 2)), np.ones((4, 1))])
+    >>> array.shape, array[1].tolist()
+    ((4, 3), [0.0, 0.0, 1.0])
+
+    Args:
+        arrays: Arrays ``(N, dim)`` of the same length.
+        unit_parts: Scale the part of each array to unit length.
+    """
+
+    def __init__(self, arrays: Sequence[npt.NDArray[Any] | LazyArray], *, unit_parts: bool = False):
+        self._arrays: Sequence[Any] = arrays
+        self._unit_parts = unit_parts
+        self.shape = (arrays[0].shape[0], sum(array.shape[1] for array in arrays))
+        self.ndim = 2
+        self.dtype = np.result_type(*(array.dtype for array in arrays))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, index: Any) -> Any:
+        rows, *axes = index if isinstance(index, tuple) else (index,)
+        parts = [np.asarray(array[rows], self.dtype) for array in self._arrays]
+        if self._unit_parts:
+            parts = [part / _lengths(part).clip(TINY) for part in parts]
+        joined = np.concatenate(parts, axis=-1)
+        of_row = (..., *axes)
+        return joined[of_row]
+
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
+        if copy is False:
+            raise ValueError("joined rows cannot become one array without a copy")
+        return np.asarray(self[:], dtype=dtype)
+
+
+def _lengths(rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return the Euclidean length of each row, computed in float32 at least."""
+    wide = rows.astype(np.result_type(rows.dtype, np.float32), copy=False)
+    lengths: npt.NDArray[Any] = np.linalg.norm(wide, axis=-1, keepdims=True)
+    return lengths.astype(rows.dtype)
 
 
 class ShardedArray(LazyArray):
@@ -149,6 +212,11 @@ class ShardedArray(LazyArray):
         self._starts = [0, *itertools.accumulate(len(part) for part in parts)]
         self.shape = (self._starts[-1], *row_shape)
         self.dtype = dtype
+
+    @property
+    def parts(self) -> tuple[npt.NDArray[Any] | KeptRows, ...]:
+        """The arrays, in order."""
+        return self._parts
 
     @property
     def ndim(self) -> int:

@@ -8,17 +8,28 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreError
+from extractor.errors import (
+    StoreDamagedError,
+    StoreError,
+    StoreNotFoundError,
+    StoreReplacedError,
+    UsageError,
+)
 from extractor.reading.array import KeptRows, ShardedArray, map_array
+from extractor.reading.info import StoreInfo
+from extractor.reading.rows import Rows
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.index import read_column
 from extractor.store.publish import check_size, locate
 from extractor.text import plural
+
+if TYPE_CHECKING:
+    from extractor.reading.groups import JoinedRows, StoreGroup
 
 __all__ = ["FeatureStore"]
 
@@ -31,44 +42,99 @@ MAX_ATTEMPTS = 10
 MOVE_RETRIES = 2
 
 
-class ReplacedError(StoreError):
-    """The store was replaced after it was opened."""
-
-
-class FeatureStore:
+class FeatureStore(Rows):
     """A finished store: row i of ``features`` is the embedding of ``paths[i]``.
 
     >>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
     >>> store.features.shape, store.paths[0]  # doctest: +SKIP
     ((334, 2048), 'n01440764_tench.JPEG')
-    >>> store[store.index_of("n01440764_tench.JPEG")].shape  # doctest: +SKIP
+    >>> store["n01440764_tench.JPEG"].shape  # doctest: +SKIP
     (2048,)
 
+    An open store shows one state, whatever is written meanwhile. Its embeddings stay readable even
+    if the store is replaced or deleted, since their files are mapped. What has not been read of the
+    index by then, such as :attr:`paths`, raises :class:`StoreReplacedError`. :meth:`is_current`
+    tells, and :meth:`reopen` opens the newest state.
+
+    A store that is pickled sends its path, not its rows; it is opened again in the same state.
+
     Attributes:
-        path: folder of the store.
-        manifest: how the store was made and what it holds. Retired rows, of images that changed or
+        path: Folder of the store.
+        manifest: How the store was made and what it holds. Retired rows, of images that changed or
             are gone, are in its files but not in the store.
-        features: ``(N, dim)``, memory-mapped; indexed like a numpy array. Layers that were kept
-            as maps ``(channels, height, width)`` or tokens have these axes instead of dim.
     """
 
     def __init__(self, path: Path, manifest: Manifest, features: ShardedArray, identity: object):
         self.path = path
         self.manifest = manifest
-        self.features = features
+        self._features = features
+        self._opened_identity = identity
         self._identity = identity
 
+    @overload
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> FeatureStore:
+    def open(cls, path: str | os.PathLike[str]) -> FeatureStore: ...
+
+    @overload
+    @classmethod
+    def open(
+        cls, path: list[str | os.PathLike[str]] | tuple[str | os.PathLike[str], ...]
+    ) -> StoreGroup: ...
+
+    @classmethod
+    def open(
+        cls,
+        path: str
+        | os.PathLike[str]
+        | list[str | os.PathLike[str]]
+        | tuple[str | os.PathLike[str], ...],
+    ) -> FeatureStore | StoreGroup:
         """Open a store and check that every listed file exists in its full size.
 
         While a run is writing to the store, this opens the last complete state.
 
+        Args:
+            path: Folder of the store; or several of stores that were made with the same backbone,
+                whose rows follow each other.
+
         Raises:
-            StoreError: not a finished store, an unknown version, or damaged files.
+            StoreNotFoundError: There is no finished store.
+            StoreDamagedError: A file is missing or damaged.
+            StoreError: The store has an unknown version, or several stores do not fit together.
         """
-        folder = Path(path)
-        return _retry_moved(folder, lambda: cls._open(folder))
+        if isinstance(path, (str, os.PathLike)):
+            folder = Path(path)
+            return _retry_moved(folder, lambda: cls._open(folder))
+        if not isinstance(path, (list, tuple)):
+            raise UsageError(
+                f"path: got {type(path).__name__}, expected the folder of a store, or a list of "
+                "folders"
+            )
+        from extractor.reading.groups import StoreGroup
+
+        return StoreGroup([cls.open(folder) for folder in path])
+
+    @staticmethod
+    def join(*stores: FeatureStore | str | os.PathLike[str], unit_parts: bool = True) -> JoinedRows:
+        """Join the embeddings of images that several stores have in common.
+
+        An image counts if it has the same path and the same content in all stores.
+
+        >>> both = FeatureStore.join("features/resnet50", "features/vit")  # doctest: +SKIP
+        >>> both.features.shape, both.left_out  # doctest: +SKIP
+        ((334, 2816), (0, 0))
+
+        Args:
+            stores: Stores or their folders. The rows have the order of the first one.
+            unit_parts: Scale the part of each store to unit length, as ``A+B`` does.
+
+        Raises:
+            StoreError: No image is in all stores, or their embeddings are no vectors.
+        """
+        from extractor.reading.groups import join_stores
+
+        opened = [s if isinstance(s, FeatureStore) else FeatureStore.open(s) for s in stores]
+        return join_stores(opened, unit_parts=unit_parts)
 
     @classmethod
     def _open(cls, folder: Path) -> FeatureStore:
@@ -81,7 +147,7 @@ class FeatureStore:
             state = "is not finished: a run is writing it or was stopped"
             if not started:
                 state = "is not a store"
-            raise StoreError(f"{folder} {state} ({MANIFEST} is missing)") from error
+            raise StoreNotFoundError(f"{folder} {state} ({MANIFEST} is missing)") from error
         except OSError as error:
             raise StoreError(f"cannot read {name}: {error.strerror}") from error
         row, dtype = manifest.description.shape, np.dtype(manifest.description.dtype)
@@ -94,22 +160,45 @@ class FeatureStore:
         store = cls(folder, manifest, ShardedArray(parts, row_shape=row, dtype=dtype), identity)
         try:
             store._check_unchanged()
-        except ReplacedError as error:
+        except StoreReplacedError as error:
             raise StoreError(str(error)) from error  # a plain StoreError is retried
         return store
 
     @property
-    def dim(self) -> int:
-        """Number of values in one embedding."""
-        return self.manifest.description.dim
+    def features(self) -> ShardedArray:
+        """``(N, dim)``, memory-mapped; indexed like a numpy array.
+
+        Layers that were kept as maps ``(channels, height, width)`` or tokens have these axes
+        instead of dim.
+        """
+        return self._features
 
     @functools.cached_property
-    def paths(self) -> list[str]:
-        """Path of each row's image, relative to :attr:`root`, with ``/``.
+    def info(self) -> StoreInfo:
+        """How the rows were made: model, weights, shape, precision and more."""
+        return StoreInfo.of(self.manifest)
 
-        A name that is not UTF-8 is decoded by ``os.fsdecode``, so that it opens the file.
+    @functools.cached_property
+    def token(self) -> str:
+        """Name of the state that this store shows; another state has another one."""
+        return self.manifest.checksum
+
+    def is_current(self) -> bool:
+        """Return whether the folder still holds the state that this store shows."""
+        if _identity(self.path) == self._opened_identity:
+            return True
+        try:
+            return FeatureStore.open(self.path).token == self.token
+        except StoreError:
+            return False
+
+    def reopen(self) -> FeatureStore:
+        """Open the newest state of the store.
+
+        Raises:
+            StoreError: As for :meth:`open`.
         """
-        return [os.fsdecode(path) for path in self.column("path")]
+        return FeatureStore.open(self.path)
 
     @property
     def root(self) -> str:
@@ -128,7 +217,7 @@ class FeatureStore:
                 with locate(self.path, entry.name).open(encoding="ascii") as lines:
                     failures = [json.loads(line) for line in lines]
             except (OSError, ValueError) as error:
-                raise StoreError(f"{self.path / entry.name}: {error}") from error
+                raise StoreDamagedError(f"{self.path / entry.name}: {error}") from error
             self._check_unchanged(entry)
             return failures
 
@@ -162,24 +251,23 @@ class FeatureStore:
                     locate(self.path, entry.name), allow_pickle=False
                 )
             except (OSError, ValueError) as error:
-                raise StoreError(f"{self.path / entry.name}: {error}") from error
+                raise StoreDamagedError(f"{self.path / entry.name}: {error}") from error
             self._check_unchanged(entry)
             return rows
 
         return _retry_moved(self.path, read)
 
+    def full_path(self, row: int) -> str:
+        """Return the absolute path of a row's image, as it was when the store was made."""
+        return os.path.join(self.root, self.paths[row])
+
     def column(self, name: str) -> list[Any]:
-        """Return one column of the index, one value per row.
-
-        Args:
-            name: ``path``, ``size``, ``mtime_ns``, ``width``, ``height`` or ``sha256``.
-
-        Raises:
-            StoreError: a file of the index is damaged, or the store was replaced in the meantime.
-        """
+        """Return one column of the index, one value per row; see :meth:`Rows.column`."""
         return _retry_moved(self.path, lambda: self._column(name))
 
     def _column(self, name: str) -> list[Any]:
+        if name == "id":
+            return self._ids()
         self._check_unchanged()
         values: list[Any] = []
         for shard in self.manifest.shards:
@@ -187,41 +275,34 @@ class FeatureStore:
             path = locate(self.path, shard.index.name)
             column = read_column(path, name)
             if len(column) != shard.rows:
-                raise StoreError(f"{path} has {plural(len(column), 'row')}, expected {shard.rows}")
+                raise StoreDamagedError(
+                    f"{path} has {plural(len(column), 'row')}, expected {shard.rows}"
+                )
             if shard.retired:
                 column = list(itertools.compress(column, shard.live_mask()))
             values.extend(column)
         self._check_unchanged()
         return values
 
-    def index_of(self, path: str | bytes | os.PathLike[str]) -> int:
-        """Return the row of an image.
+    def _ids(self) -> list[int]:
+        """Return the id of each row: its number among all rows in the files."""
+        ids: list[int] = []
+        first = 0
+        for shard in self.manifest.shards:
+            ids.extend((first + np.flatnonzero(shard.live_mask())).tolist())
+            first += shard.rows
+        return ids
 
-        Args:
-            path: path as in :attr:`paths`, or the full path.
+    def _row_of_full_path(self, path: str) -> int | None:
+        root = self.root.rstrip("/") + "/"
+        return self._row_of_path.get(path[len(root) :]) if path.startswith(root) else None
 
-        Raises:
-            KeyError: the image has no row.
-        """
-        name = os.fsdecode(path)
-        row = self._rows.get(name)
-        if row is None and name.startswith(self.root.rstrip("/") + "/"):
-            row = self._rows.get(name[len(self.root.rstrip("/")) + 1 :])
-        if row is None:
-            raise KeyError(f"{name!r} has no row in {self.path}")
-        return row
+    @property
+    def _source(self) -> str:
+        return str(self.path)
 
-    @functools.cached_property
-    def _rows(self) -> dict[str, int]:
-        return {path: row for row, path in enumerate(self.paths)}
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
-        """Return embeddings: ``store[i]`` is ``(dim,)``, ``store[a:b]`` is ``(b - a, dim)``."""
-        picked: npt.NDArray[Any] = self.features[index]
-        return picked
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopen, (self.path.absolute(), self.token)
 
     def __repr__(self) -> str:
         made_with = self.manifest.description.made_with
@@ -240,8 +321,23 @@ class FeatureStore:
         else:
             present = set(manifest.files)
         if not present.issuperset([*self.manifest.shard_files, *entries]):
-            raise ReplacedError(f"{self.path} was replaced since it was opened; open it again")
+            raise StoreReplacedError(
+                f"{self.path} was replaced or removed since it was opened; its embeddings stay "
+                "readable, for the rest call reopen()"
+            )
         self._identity = now  # it was extended
+
+
+def _reopen(path: Path, token: str) -> FeatureStore:
+    """Open a store that was pickled, in the same state.
+
+    Raises:
+        StoreReplacedError: The store has another state by now.
+    """
+    store = FeatureStore.open(path)
+    if store.token != token:
+        raise StoreReplacedError(f"{path} changed since it was pickled; send it again")
+    return store
 
 
 def _retry_moved(folder: Path, read: Callable[[], T]) -> T:
@@ -250,7 +346,7 @@ def _retry_moved(folder: Path, read: Callable[[], T]) -> T:
         before = _identity(folder)
         try:
             return read()
-        except ReplacedError:
+        except StoreReplacedError:
             raise
         except StoreError:
             unchanged = _identity(folder) == before and attempt >= MOVE_RETRIES
@@ -276,9 +372,11 @@ def _map(
     try:
         array = map_array(path)
     except Exception as error:  # numpy parses the header as Python and raises anything
-        raise StoreError(f"{path} is damaged: {error}") from error
+        raise StoreDamagedError(f"{path} is damaged: {error}") from error
     if array.shape != shape or array.dtype != dtype:
-        raise StoreError(f"{path} holds {array.shape} {array.dtype}, expected {shape} {dtype}")
+        raise StoreDamagedError(
+            f"{path} holds {array.shape} {array.dtype}, expected {shape} {dtype}"
+        )
     return array
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError
 
 __all__ = ["FailureRecord", "failure_lines", "read_failures"]
 
@@ -59,7 +59,7 @@ def read_failures(path: Path) -> list[FailureRecord]:
     """Read a file that :func:`failure_lines` wrote.
 
     Raises:
-        StoreError: the file holds something else.
+        StoreDamagedError: the file holds something else.
         OSError: the file cannot be read.
     """
     keys = ("error", "message", "size", "mtime_ns")
@@ -70,4 +70,4 @@ def read_failures(path: Path) -> list[FailureRecord]:
             for entry in entries
         ]
     except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{path} is damaged: {error}") from error
+        raise StoreDamagedError(f"{path} is damaged: {error}") from error

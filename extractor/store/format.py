@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError, StoreError
 from extractor.system.hashing import hash_file
 
 __all__ = [
@@ -68,7 +68,7 @@ SUSPECTS = "suspects.json"  # images during whose decoding a run died
 REPLACED = "replaced.json"  # the old manifest, while the new store is published
 
 
-class DamagedManifestError(StoreError):
+class DamagedManifestError(StoreDamagedError):
     """The manifest of a store, of this version, that cannot be read."""
 
 
@@ -429,7 +429,8 @@ class Manifest:
         """Read the manifest in a file.
 
         Raises:
-            StoreError: not a manifest, or one of an unknown format version.
+            StoreDamagedError: not a manifest.
+            StoreError: a manifest of an unknown format version.
             OSError: the file cannot be read.
         """
         return cls.from_json(path.read_bytes(), str(path))
@@ -443,7 +444,8 @@ class Manifest:
             name: path of the file, for error messages.
 
         Raises:
-            StoreError: not a manifest, or one of an unknown format version.
+            StoreDamagedError: not a manifest.
+            StoreError: a manifest of an unknown format version.
         """
         try:
             content = json.loads(text)
@@ -452,7 +454,7 @@ class Manifest:
                 f"{name} is not JSON ({error}); the store is damaged"
             ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise StoreError(
+            raise DamagedManifestError(
                 f'{name} is not the manifest of a store: expected "format": "{FORMAT}"'
             )
         if content.get("version") != VERSION:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError
 
 __all__ = [
     "Changes",
@@ -218,12 +218,12 @@ def parse_history(content: bytes, name: str) -> list[HistoryEntry]:
         name: Path of the file, for error messages.
 
     Raises:
-        StoreError: The content has another form.
+        StoreDamagedError: The content has another form.
     """
     try:
         return [HistoryEntry.from_line(line) for line in content.splitlines()]
     except ValueError as error:
-        raise StoreError(f"{name} is damaged: {error}") from error
+        raise StoreDamagedError(f"{name} is damaged: {error}") from error
 
 
 def _sorted_ids(ids: Iterable[Any]) -> Ids:

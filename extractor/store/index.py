@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError
 
-__all__ = ["ImageRecord", "Images", "index_bytes", "read_column", "read_images"]
+__all__ = ["ImageRecord", "Images", "index_bytes", "path_array", "read_column", "read_images"]
 
 DIGEST_BYTES = 32  # SHA-256
 
@@ -75,15 +75,10 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    paths: list[str] | list[bytes] = [record.path for record in records]
-    kind = pa.binary()
-    with contextlib.suppress(UnicodeDecodeError):
-        paths = [record.path.decode() for record in records]
-        kind = pa.string()
     digests = [record.sha256 or None for record in records]
     table = pa.table(
         {
-            "path": pa.array(paths, kind),
+            "path": path_array([record.path for record in records]),
             "size": pa.array([record.size for record in records], pa.int64()),
             "mtime_ns": pa.array([record.mtime_ns for record in records], pa.int64()),
             "width": pa.array([record.width for record in records], pa.int32()),
@@ -95,6 +90,15 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
     content = pa.BufferOutputStream()
     pq.write_table(table, content)
     return bytes(content.getvalue().to_pybytes())
+
+
+def path_array(paths: Sequence[bytes]) -> Any:
+    """Return paths as a pyarrow array of strings; of bytes if one of them is not UTF-8."""
+    import pyarrow as pa
+
+    with contextlib.suppress(UnicodeDecodeError):
+        return pa.array([path.decode() for path in paths], pa.string())
+    return pa.array(paths, pa.binary())
 
 
 def rows_of_paths(
@@ -117,7 +121,7 @@ def read_column(path: Path, name: str) -> list[Any]:
     """Read one column of a shard's index.
 
     Raises:
-        StoreError: the file or the column is missing or damaged.
+        StoreDamagedError: the file or the column is missing or damaged.
     """
     return list(_read(path, [name]).column(name).to_pylist())
 
@@ -130,7 +134,7 @@ def read_images(path: Path, *, digests: bool = True) -> Images:
         digests: also read the SHA-256 of the files.
 
     Raises:
-        StoreError: the file or a column is missing or damaged.
+        StoreDamagedError: the file or a column is missing or damaged.
     """
     table = _read(path, ["path", "size", "mtime_ns", *(["sha256"] if digests else [])])
     return Images(
@@ -151,8 +155,8 @@ def _read(path: Path, names: list[str]) -> Any:
             parquet = pq.ParquetFile(file, pre_buffer=False)
             table = parquet.read(columns=names, use_threads=False)
     except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
+        raise StoreDamagedError(f"{path} cannot be read: {error}") from error
     missing = set(names) - set(table.column_names)
     if missing:
-        raise StoreError(f"{path} has no column {', '.join(sorted(missing))}")
+        raise StoreDamagedError(f"{path} has no column {', '.join(sorted(missing))}")
     return table

@@ -8,7 +8,7 @@ import os
 import socket
 from pathlib import Path
 
-from extractor.errors import StoreError
+from extractor.errors import StoreBusyError, StoreError
 from extractor.store.atomic import NOT_SUPPORTED
 
 __all__ = ["Lock"]
@@ -74,7 +74,7 @@ class Lock:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-            raise StoreError(
+            raise StoreBusyError(
                 f"{self._path.parent.parent} is being written by {holder or 'another process'}; "
                 "wait for it, or choose another --out"
             ) from error

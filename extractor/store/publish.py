@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError, StoreError
 from extractor.store.atomic import store_errors, sync_folder, write_atomically
 from extractor.store.format import (
     FAILURES,
@@ -222,15 +222,15 @@ def check_size(folder: Path, entry: FileEntry) -> None:
     """Check that a file of a store is there with its size.
 
     Raises:
-        StoreError: It is missing, or has another size.
+        StoreDamagedError: It is missing, or has another size.
     """
     path = locate(folder, entry.name)
     try:
         size = path.stat().st_size
     except OSError as error:
-        raise StoreError(f"{path} is missing from the store") from error
+        raise StoreDamagedError(f"{path} is missing from the store") from error
     if size != entry.bytes:
-        raise StoreError(f"{path} has {size} bytes, expected {entry.bytes}")
+        raise StoreDamagedError(f"{path} has {size} bytes, expected {entry.bytes}")
 
 
 def clear_staging(staging: Path) -> None:

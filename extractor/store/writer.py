@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError, StoreError
 from extractor.store.atomic import ignore_signals, store_errors, sync_folder, write_atomically
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord, failure_lines, read_failures
@@ -374,13 +374,15 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
         digests: also read the SHA-256 of the files.
 
     Raises:
-        StoreError: A file of the store is missing, or has another size.
+        StoreDamagedError: A file of the store is missing, or has another size.
     """
     try:
         for entry in (*manifest.shard_files, manifest.failures):
             check_size(out, entry)
     except StoreError as error:
-        raise StoreError(f"{error}; restore the file, or start over with --overwrite") from error
+        raise StoreDamagedError(
+            f"{error}; restore the file, or start over with --overwrite"
+        ) from error
     indexes = {shard.shard: out / shard.index.name for shard in manifest.shards}
     return StoredImages(
         {shard: read_images(path, digests=digests) for shard, path in indexes.items()},

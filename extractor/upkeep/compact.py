@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extractor.errors import StoreError
+from extractor.errors import StoreDamagedError, StoreError
 from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord, read_failures
@@ -55,7 +55,7 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
     # Rewriting would give damaged bytes a valid checksum, and verify could not find them any more.
     problems = list(itertools.islice(verify(out), 1))
     if problems:
-        raise StoreError(f"{out} is damaged ({problems[0]}); see extract verify {out}")
+        raise StoreDamagedError(f"{out} is damaged ({problems[0]}); see extract verify {out}")
     records = _records(store)
     failures = read_failures(out / before.failures.name)
     order = sorted(

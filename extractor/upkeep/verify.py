@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from extractor.errors import StoreError
+from extractor.errors import StoreNotFoundError
 from extractor.reading.array import map_array
 from extractor.store.format import (
     FAILURES,
@@ -53,7 +53,9 @@ def verify(folder: Path) -> Iterator[str]:
     try:
         text = name.read_bytes()
     except OSError as error:
-        raise StoreError(f"{folder} is not a finished store: {name}: {error.strerror}") from error
+        raise StoreNotFoundError(
+            f"{folder} is not a finished store: {name}: {error.strerror}"
+        ) from error
     manifest = Manifest.from_json(text, str(name))
     yield from _own_checksum(MANIFEST, text)
     if (folder / RUN).exists():

@@ -139,7 +139,7 @@ def test_open_reader_does_not_read_rows_of_another_list(photos: Path, out: Path)
     run(photos, LINES, out)
     store = FeatureStore.open(out)
     run(photos, LINES[::-1], out)
-    with pytest.raises(StoreError, match="was replaced since it was opened; open it again"):
+    with pytest.raises(StoreError, match="was replaced or removed since it was opened"):
         store.list_rows  # noqa: B018
     assert store.paths == ["0", "2", "5", "7"]
 

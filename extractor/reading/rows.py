@@ -1,0 +1,278 @@
+"""Rows of a store, of a part of one, or of several: an array and a mapping at once."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import math
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.errors import UsageError
+from extractor.reading.array import KeptRows, LazyArray
+
+if TYPE_CHECKING:
+    import torch
+
+    from extractor.reading.dataset import FeatureDataset
+
+__all__ = ["Rows", "Selection"]
+
+BATCH_BYTES = 64 * 2**20
+
+
+class Rows(ABC):
+    """Rows of embeddings with the paths of their images.
+
+    ``rows[i]`` is the embedding of ``rows.paths[i]``, and ``rows["cats/tom.jpg"]`` that of an
+    image.
+    """
+
+    @property
+    @abstractmethod
+    def features(self) -> LazyArray:
+        """``(N, dim)``, memory-mapped; indexed like a numpy array."""
+
+    @abstractmethod
+    def column(self, name: str) -> list[Any]:
+        """Return one column of the index, one value per row.
+
+        Args:
+            name: ``path``, ``size``, ``mtime_ns``, ``width``, ``height``, ``sha256`` or ``id``.
+
+        Raises:
+            StoreError: A file of the index is damaged, or the store was replaced in the meantime.
+        """
+
+    @abstractmethod
+    def full_path(self, row: int) -> str:
+        """Return the absolute path of a row's image, as it was when the store was made."""
+
+    @property
+    @abstractmethod
+    def _source(self) -> str:
+        """Name of the store in messages."""
+
+    @property
+    def dim(self) -> int:
+        """Number of values in one embedding."""
+        return math.prod(self.features.shape[1:])
+
+    @functools.cached_property
+    def paths(self) -> list[str]:
+        """Path of each row's image, relative to the folder of the images, with ``/``.
+
+        A name that is not UTF-8 is decoded by ``os.fsdecode``, so that it opens the file.
+        """
+        return [os.fsdecode(path) for path in self.column("path")]
+
+    @functools.cached_property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """``(N,)`` int64, the id of each row, which stays the same as long as the row exists."""
+        return np.array(self.column("id"), np.int64)
+
+    def index_of(self, path: str | bytes | os.PathLike[str]) -> int:
+        """Return the row of an image.
+
+        Args:
+            path: Path as in :attr:`paths`, or the full path.
+
+        Raises:
+            KeyError: The image has no row.
+        """
+        name = os.fsdecode(path)
+        row = self._row_of_path.get(name)
+        if row is None and os.path.isabs(name):
+            row = self._row_of_full_path(name)
+        if row is None:
+            raise KeyError(f"{name!r} has no row in {self._source}")
+        return row
+
+    def _row_of_full_path(self, path: str) -> int | None:
+        """Return the row of an image by its absolute path."""
+        return None
+
+    @functools.cached_property
+    def _row_of_path(self) -> dict[str, int]:
+        return {path: row for row, path in enumerate(self.paths)}
+
+    def rows_of(self, ids: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Return the rows of ids, ``(n,)`` int64.
+
+        Raises:
+            KeyError: An id has no row.
+        """
+        wanted = np.asarray(ids, np.int64)
+        order = np.argsort(self.ids)
+        at = np.searchsorted(self.ids, wanted, sorter=order)
+        rows = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros_like(wanted)
+        missing = wanted[self.ids[rows] != wanted] if len(order) else wanted
+        if missing.size:
+            raise KeyError(f"id {missing.flat[0]} has no row in {self._source}")
+        return rows.astype(np.int64)
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def __contains__(self, path: object) -> bool:
+        """Return whether an image has a row: ``"cats/tom.jpg" in store``."""
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            return False
+        try:
+            self.index_of(path)
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[npt.NDArray[Any]]:
+        """Return an iterator over the embeddings, in the order of the rows."""
+        return iter(self[row] for row in range(len(self)))
+
+    def __getitem__(self, index: Any) -> npt.NDArray[Any]:
+        """Return embeddings.
+
+        ``rows[i]`` and ``rows["cats/tom.jpg"]`` are ``(dim,)``; ``rows[a:b]`` is ``(b - a, dim)``.
+        """
+        if isinstance(index, (str, bytes, os.PathLike)):
+            index = self.index_of(index)
+        elif isinstance(index, list) and index and isinstance(index[0], (str, bytes, os.PathLike)):
+            index = [self.index_of(path) for path in index]
+        picked: npt.NDArray[Any] = self.features[index]
+        return picked
+
+    def batches(self, *, bytes: int = BATCH_BYTES) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+        """Yield the rows in blocks that fit into memory.
+
+        >>> for rows, block in store.batches():  # doctest: +SKIP
+        ...     index.add_with_ids(block, store.ids[rows])
+
+        Args:
+            bytes: Size of a block; it holds at least one row.
+
+        Yields:
+            The slice of the rows, and the rows ``(n, dim)`` in memory.
+        """
+        row_bytes = self.dim * self.features.dtype.itemsize
+        size = max(bytes // max(row_bytes, 1), 1)
+        for start in range(0, len(self), size):
+            rows = slice(start, min(start + size, len(self)))
+            yield rows, np.asarray(self.features[rows])
+
+    def select(self, which: str | npt.ArrayLike) -> Selection:
+        """Return some of the rows, without reading them.
+
+        >>> cats = store.select("cats/*")  # doctest: +SKIP
+        >>> cats.features.shape, cats.paths[0]  # doctest: +SKIP
+        ((25, 2048), 'cats/tom.jpg')
+
+        Args:
+            which: A glob over :attr:`paths`, whose ``*`` also matches ``/``; a mask ``(N,)``; or
+                rows in any order.
+
+        Raises:
+            UsageError: Something else.
+            IndexError: A row that does not exist, or a mask of another length.
+        """
+        if isinstance(which, str):
+            matches = re.compile(fnmatch.translate(which)).match
+            rows = [row for row, path in enumerate(self.paths) if matches(path)]
+            return Selection(self, np.array(rows, np.int64))
+        index = np.asarray(which)
+        if index.size == 0 and index.dtype != bool:
+            index = index.astype(np.int64)
+        if index.ndim != 1 or index.dtype.kind not in "biu":
+            raise UsageError(
+                f"select: got {type(which).__name__}, expected a glob, a mask or a list of rows"
+            )
+        return Selection(self, np.arange(len(self), dtype=np.int64)[index])
+
+    def frame(self, kind: Literal["arrow", "pandas"] = "arrow", *, embeddings: bool = True) -> Any:
+        """Return a table: id, path, size, mtime_ns, width, height, sha256, embedding.
+
+        >>> store.frame().schema.names  # doctest: +SKIP
+        ['id', 'path', 'size', 'mtime_ns', 'width', 'height', 'sha256', 'embedding']
+
+        Args:
+            kind: ``arrow`` for a :class:`pyarrow.Table`, ``pandas`` for a data frame.
+            embeddings: Whether to read the embeddings, a column of fixed-size lists.
+
+        Raises:
+            UsageError: pandas is not installed.
+        """
+        from extractor.reading.frame import table_of
+
+        return table_of(self, kind, embeddings=embeddings)
+
+    def torch(self, index: Any = slice(None)) -> torch.Tensor:
+        """Return rows as a tensor of its own, ``(N, dim)``.
+
+        Args:
+            index: Rows, as for :meth:`__getitem__`.
+        """
+        import torch
+
+        return torch.from_numpy(np.array(self[index]))
+
+    def dataset(self, labels: Sequence[Any] | npt.ArrayLike | None = None) -> FeatureDataset:
+        """Return a dataset for :class:`torch.utils.data.DataLoader`.
+
+        Its workers map the same files: what they get is the path of the store, not its rows.
+
+        Args:
+            labels: One value per row; each item is then a pair of a row and its label.
+
+        Raises:
+            UsageError: Another number of labels than of rows.
+        """
+        from extractor.reading.dataset import FeatureDataset
+
+        return FeatureDataset(self, labels)
+
+
+class Selection(Rows):
+    """Some rows of a store, in an order of their own.
+
+    Attributes:
+        base: What they were selected from.
+        rows: ``(n,)`` int64, their rows there.
+    """
+
+    def __init__(self, base: Rows, rows: npt.NDArray[np.int64]) -> None:
+        self.base = base
+        self.rows = rows
+        self._features = KeptRows(base.features, rows)
+
+    @property
+    def features(self) -> LazyArray:
+        """``(n, dim)``; indexed like a numpy array."""
+        return self._features
+
+    def column(self, name: str) -> list[Any]:
+        """Return one column of the index, one value per row; see :meth:`Rows.column`."""
+        values = self.base.paths if name == "path" else self.base.column(name)
+        return [values[row] for row in self.rows.tolist()]
+
+    def full_path(self, row: int) -> str:
+        """Return the absolute path of a row's image, as it was when the store was made."""
+        return self.base.full_path(int(self.rows[row]))
+
+    @property
+    def _source(self) -> str:
+        return f"a selection of {self.base._source}"
+
+    def _row_of_full_path(self, path: str) -> int | None:
+        row = self.base._row_of_full_path(path)
+        found = np.flatnonzero(self.rows == row) if row is not None else np.empty(0)
+        return int(found[0]) if found.size else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Selection, (self.base, self.rows)
+
+    def __repr__(self) -> str:
+        return f"Selection({len(self)} of {len(self.base)} rows of {self.base!r})"
