@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections import Counter
 from collections.abc import Iterator
 
 from PIL import Image
 
 from extractor.errors import DecodeError
 
-__all__ = ["PixelBudget", "allow_pixels"]
+__all__ = ["PixelBudget", "allow_pixels", "pillow_allows"]
 
 
 class PixelBudget:
@@ -64,6 +65,51 @@ def allow_pixels(max_pixels: int) -> None:
     """Set Pillow's own limit, which also guards images nested in containers such as icons.
 
     Pillow's default is lower than ours. The setting belongs to the whole process, so programs call
-    this and the library does not.
+    this and the library does not. See :func:`pillow_allows`.
     """
-    Image.MAX_IMAGE_PIXELS = (max_pixels + 1) // 2  # Pillow refuses more than twice this number
+    Image.MAX_IMAGE_PIXELS = _pillow_limit(max_pixels)
+
+
+def pillow_allows(max_pixels: int) -> contextlib.AbstractContextManager[None]:
+    """Let Pillow open images of so many pixels during a block, if its own limit is lower.
+
+    Blocks of several threads may overlap. After the last one, the limit is what the program set.
+    """
+    return _raised_limit.to(max_pixels)
+
+
+def _pillow_limit(max_pixels: int) -> int:
+    return (max_pixels + 1) // 2  # Pillow refuses more than twice this number
+
+
+class _RaisedLimit:
+    """Pillow's own limit while threads decode; see :func:`pillow_allows`."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._needed: Counter[int] = Counter()  # blocks by the limit that they need
+        self._programs = self._ours = Image.MAX_IMAGE_PIXELS
+
+    @contextlib.contextmanager
+    def to(self, max_pixels: int) -> Iterator[None]:
+        limit = _pillow_limit(max_pixels)
+        self._count(limit, 1)
+        try:
+            yield
+        finally:
+            self._count(limit, -1)
+
+    def _count(self, limit: int, blocks: int) -> None:
+        with self._lock:
+            if self._ours != Image.MAX_IMAGE_PIXELS:  # the program set it meanwhile
+                self._programs = Image.MAX_IMAGE_PIXELS
+            self._needed[limit] += blocks
+            if not self._needed[limit]:
+                del self._needed[limit]
+            self._ours = self._programs
+            if self._programs is not None:
+                self._ours = max(self._programs, *self._needed, 0)
+            Image.MAX_IMAGE_PIXELS = self._ours
+
+
+_raised_limit = _RaisedLimit()

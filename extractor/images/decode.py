@@ -15,7 +15,7 @@ from PIL import Image
 
 from extractor.errors import DecodeError
 from extractor.images import files
-from extractor.images.budget import PixelBudget
+from extractor.images.budget import PixelBudget, pillow_allows
 from extractor.images.color import to_rgb
 from extractor.images.containers.png import without_long_metadata
 from extractor.images.files import as_decode_errors, read_file, with_file_status
@@ -75,22 +75,10 @@ def decode_into(
             raise ValueError(
                 f"out: got {out.dtype} {out.shape}, expected uint8 {(*preprocess.input_size, 3)}"
             )
-    decoder = _Decoder(
-        tuple(preprocesses), tuple(outs), budget or PixelBudget(MAX_PIXELS), decode_mode
-    )
-    if isinstance(source, (str, bytes, os.PathLike)):
-        source = read_file(source)
-    if isinstance(source, ReadFile):
-        return decoder.decode_read_file(source)
-    if isinstance(source, (str, bytes, os.PathLike)):
-        return decoder.decode_large_file(source)
-    if not isinstance(source, (EncodedImage, Image.Image, np.ndarray)):
-        raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
-    with as_decode_errors():
-        if isinstance(source, EncodedImage):
-            return ImageInfo(len(source.data), -1, *decoder.decode_bytes(source.data))
-        image = source if isinstance(source, Image.Image) else _from_array(source)
-        return ImageInfo(-1, -1, *decoder.render_all(image, may_reduce=False))
+    budget = budget or PixelBudget(MAX_PIXELS)
+    decoder = _Decoder(tuple(preprocesses), tuple(outs), budget, decode_mode)
+    with pillow_allows(budget.max_pixels):
+        return decoder.decode(source)
 
 
 @dataclass(frozen=True)
@@ -101,6 +89,22 @@ class _Decoder:
     outs: tuple[npt.NDArray[np.uint8], ...]
     budget: PixelBudget
     decode_mode: str
+
+    def decode(self, source: ImageSource) -> ImageInfo:
+        """Decode an image from any source."""
+        if isinstance(source, (str, bytes, os.PathLike)):
+            source = read_file(source)
+        if isinstance(source, ReadFile):
+            return self.decode_read_file(source)
+        if isinstance(source, (str, bytes, os.PathLike)):
+            return self.decode_large_file(source)
+        if not isinstance(source, (EncodedImage, Image.Image, np.ndarray)):
+            raise TypeError(f"source: got {type(source).__name__}, expected a path or an image")
+        with as_decode_errors():
+            if isinstance(source, EncodedImage):
+                return ImageInfo(len(source.data), -1, *self.decode_bytes(source.data))
+            image = source if isinstance(source, Image.Image) else _from_array(source)
+            return ImageInfo(-1, -1, *self.render_all(image, may_reduce=False))
 
     def decode_read_file(self, file: ReadFile) -> ImageInfo:
         """Decode a file whose content is in memory."""

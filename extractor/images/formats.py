@@ -81,6 +81,8 @@ def looks_like_image(path: FilePath) -> bool:
         return error.reason == "no-picture"
     except ValueError:  # the texts of a PNG exceed Pillow's limits; see containers.png
         return _starts_with(path, PNG_START)
+    except Image.DecompressionBombError:
+        return True
     except Exception:  # not an image, for whatever reason
         return False
 

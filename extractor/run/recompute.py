@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from extractor.compute.embed import embed
 from extractor.compute.inputs import pictures_of
@@ -20,7 +21,7 @@ from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_cho
 from extractor.models.load import load
 from extractor.models.naming import split_names
 from extractor.network.taps import PRE_LOGITS
-from extractor.options import Options
+from extractor.options import MAX_PIXELS, Options
 from extractor.preprocess import Preprocess
 from extractor.reading.reader import FeatureStore
 from extractor.system.cpu import compute_threads
@@ -63,7 +64,10 @@ def recompute(
             iter([[path] for path in paths]),
             pictures_of([spec]),
             LoaderOptions(
-                batch_size=1, workers=1, decode_mode="exact" if decode == "gpu" else decode
+                batch_size=1,
+                workers=1,
+                max_pixels=_max_pixels(store, rows),
+                decode_mode="exact" if decode == "gpu" else decode,
             ),
         ) as loader,
     ):
@@ -78,6 +82,12 @@ def recompute(
             difference = np.linalg.norm(now - stored) / max(float(np.linalg.norm(stored)), 1e-12)
             if not difference <= tolerance:
                 yield f"row {row}: {path!a} gives another row now, off by {difference:.2g}"
+
+
+def _max_pixels(store: FeatureStore, rows: npt.NDArray[np.int64]) -> int:
+    """Return a limit that the images of some rows do not exceed, whatever limit they had then."""
+    widths, heights = (np.array(store.column(name), np.int64)[rows] for name in ("width", "height"))
+    return max(MAX_PIXELS, int((widths * heights).max(initial=0)))
 
 
 def _spec_of(store: FeatureStore, weights: str | None, device: str) -> EmbeddingSpec:

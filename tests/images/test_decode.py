@@ -29,7 +29,8 @@ from support.images import (
 )
 
 from extractor.errors import DecodeError
-from extractor.images import files
+from extractor.images import decode, files
+from extractor.images.budget import PixelBudget
 from extractor.images.jpeg import JPEG_END
 from extractor.images.types import EncodedImage, ImageInfo
 from extractor.preprocess import Preprocess
@@ -50,6 +51,19 @@ def test_jpeg_without_end_marker_is_decoded_despite_trailing_data(
         out = np.zeros_like(expected)
         decode_into(source, preprocess, out)
         np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"])
+def test_only_the_budget_limits_pixels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    data, out = EncodedImage(encoded(photo(24, 16), kind)), np.zeros((8, 8, 3), np.uint8)
+    assert decode_into(data, unresized(8, 8), out).width == 24
+    decode.decode_into(data, [unresized(8, 8)], [out], PixelBudget(24 * 16))
+    with pytest.raises(DecodeError, match=r"exceeds limit|the limit is") as caught:
+        decode.decode_into(data, [unresized(8, 8)], [out], PixelBudget(24 * 16 - 1))
+    assert caught.value.reason == "too-large"
+    assert Image.MAX_IMAGE_PIXELS == 10
 
 
 class TestAnimation:
@@ -386,7 +400,8 @@ class TestFailures:
     def test_random_changes_raise_only_decode_errors(
         self, kind: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)  # broken sizes cost no time
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500_000)
+        budget = PixelBudget(500_000)  # broken sizes cost no time
         good = encoded(photo(24, 17), kind)
         random = np.random.default_rng(0)
         out = np.zeros((8, 8, 3), np.uint8)
@@ -400,7 +415,7 @@ class TestFailures:
             if random.random() < 0.2:
                 del data[random.integers(len(data)) :]
             try:
-                decode_into(EncodedImage(bytes(data)), unresized(8, 8), out)
+                decode.decode_into(EncodedImage(bytes(data)), [unresized(8, 8)], [out], budget)
             except DecodeError as error:
                 errors.append(error)
         assert len(errors) > 10  # else the changes were too kind to show anything

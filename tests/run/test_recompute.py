@@ -16,6 +16,7 @@ from extractor import FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.compute.embed import embed
 from extractor.errors import StoreError
+from extractor.loading.options import LoaderOptions
 from extractor.models.embedding import EmbeddingSpec
 from extractor.run.recompute import recompute
 
@@ -81,6 +82,23 @@ def test_recompute_uses_precision_of_store(
     store = extract(folder, MODEL, tmp_path / "s", **settings).store
     assert list(recompute(store, 2, device="cpu")) == []
     assert computed == ["mixed"]
+
+
+def test_recompute_allows_the_pixels_of_the_stored_images(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings: dict[str, Any] = {"weights": "random", "device": "cpu", "max_pixels": 64 * 50}
+    store = extract(folder, MODEL, tmp_path / "s", **settings).store
+    limits: list[int] = []
+
+    def spy(**options: Any) -> LoaderOptions:
+        limits.append(options["max_pixels"])
+        return LoaderOptions(**options)
+
+    monkeypatch.setattr("extractor.run.recompute.MAX_PIXELS", 100)
+    monkeypatch.setattr("extractor.run.recompute.LoaderOptions", spy)
+    assert list(recompute(store, 5, device="cpu")) == []
+    assert limits == [64 * 50]
 
 
 def test_different_row_is_named(folder: Path, tmp_path: Path) -> None:
