@@ -187,7 +187,8 @@ class StoreOutput:
         if before is None:
             return
         changes = [
-            f"{change.name} {change.before}, now {change.now}"
+            (f"{change.name} {change.before}" if change.before else f"no {change.name}")
+            + f", now {change.now or 'none'}"
             for change in before.software_changes(self._description)
         ]
         if changes:

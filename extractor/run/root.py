@@ -82,8 +82,8 @@ def _advice(before: str, now: str, options: Options) -> str:
     choices = "accept it with --new-root, or choose another --out"
     if os.path.commonpath([before, now]) in (before, now):
         return (
-            "paths are relative to the deepest folder that holds all inputs, so name the earlier "
-            f"inputs, {choices}"
+            "paths are relative to the deepest folder that holds all inputs, and those of a list "
+            f"start at the current folder; name the earlier inputs, {choices}"
         )
     if options.check == "content":
         return choices

@@ -74,9 +74,9 @@ def check_output_folder(
                 manifest = Manifest.read(out / MANIFEST)
             except DamagedManifestError as error:
                 if not overwrite or not _files_by_name(out):
+                    start = "" if overwrite else "start over with --overwrite, "
                     raise StoreError(
-                        f"{error}; restore the file, start over with --overwrite, or choose "
-                        "another --out"
+                        f"{error}; restore the file, {start}or choose another --out"
                     ) from error
                 _check_foreign_files(out, _files_by_name(out))
                 _check_foreign_names(out)

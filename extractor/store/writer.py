@@ -164,12 +164,21 @@ def _check_same(claim: ClaimedFolder, old: Description, new: Description, kind: 
     shown = "; ".join(map(str, differences[:DIFFERENCES_SHOWN]))
     of, repeat = "of something else", "repeat the earlier command"
     arguments = [_argument(difference) for difference in differences]
+    source = _renamed_source(old, new)
+    if source and all(difference.key.startswith("preprocess.") for difference in differences):
+        repeat = f"give the file of the weights its earlier name, {source}, which sets the pixels"
     if all(arguments):
         of, repeat = "made with other options", f"extend it {', '.join(arguments)}"
     raise StoreError(
         f"{claim.out} holds {kind} {of} ({shown}); {repeat}, replace it with --overwrite, or "
         "choose another --out"
     )
+
+
+def _renamed_source(old: Description, new: Description) -> str:
+    """Return the earlier name of the file of the weights; empty if it is the same now."""
+    names = [str(side.backbone.get("source") or "").rpartition("/")[2] for side in (old, new)]
+    return names[0] if names[0] != names[1] else ""
 
 
 def _argument(difference: Difference) -> str:

@@ -137,6 +137,23 @@ def test_interrupted_run_of_something_else_is_rejected_and_kept(
         take_up_interrupted(claim, job)
 
 
+def test_earlier_name_of_weights_that_sets_the_pixels_is_named(
+    tmp_path: Path,
+    write_store: Callable[..., Path],
+    parts: list[np.ndarray],
+    describe_store: Callable[..., Description],
+) -> None:
+    backbone = {"model": "timm:tiny", "tag": "a1", "sha256": "0123456789abcdef"}
+    before, now = (
+        {"backbone": {**backbone, "source": source}, "preprocess": {"size": [size, size]}}
+        for source, size in (("https://host/net-0123abcd.pth", 8), ("mine.pth", 9))
+    )
+    out = write_store(tmp_path / "finished", parts, **before)
+    message = r"preprocess\.size.* file of the weights its earlier name, net-0123abcd\.pth, which"
+    with ClaimedFolder(out, extend=True) as claim, pytest.raises(StoreError, match=message):
+        take_up(claim, describe_store(**now))
+
+
 def test_run_of_images_elsewhere_resumes_unless_it_starts_over(
     out: Path, job: Job, describe_store: Callable[..., Description]
 ) -> None:
