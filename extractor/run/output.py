@@ -20,13 +20,13 @@ from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.run.root import match_root
-from extractor.run.snapshot import seen_from
+from extractor.run.snapshot import look_at, seen_from
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import Description, Manifest, listing_digest
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
-from extractor.store.plan import Plan, Snapshot, StoredImages, plan_run
+from extractor.store.plan import Plan, Sight, Snapshot, StoredImages, plan_run
 from extractor.store.publish import finish_publishing
 from extractor.store.shard import ShardWriter
 from extractor.store.writer import (
@@ -315,6 +315,7 @@ class StoreOutput:
     def publish(self) -> StoreReport:
         """Make the store visible, and report what it holds."""
         if self._run is not None:
+            self._keep_unread(self._run)
             listing = listing_digest(self._all_paths())
             self._run.publish(self._plan, listing=listing, listed=self._listed)
         return StoreReport(
@@ -331,6 +332,23 @@ class StoreOutput:
             unseen=self._plan.unseen,
             vanished=self._plan.vanished,
         )
+
+    def _keep_unread(self, run: StoreRun) -> None:
+        """Keep the row of each changed image that could not be read; a failure may be over soon."""
+        unread = [
+            failure.path
+            for failure in (*self._plan.failures, *run.failures)
+            if failure.reason == "unreadable" and failure.path in self._plan.replaced
+        ]
+        # What disappeared while the run lasted is gone, and its failure stands.
+        root = self._images.root
+        there = (Sight.READABLE, Sight.UNSEEN)
+        kept = {path for path in unread if look_at(os.path.join(root, path)) in there}
+        self._plan = self._plan.keeping(kept)
+        self.rows += len(kept)
+        self.failed -= len(kept)
+        names = {display_path(path) for path in kept}
+        self._first_failures = [entry for entry in self._first_failures if entry[0] not in names]
 
     def _all_paths(self) -> Iterable[bytes]:
         missing = self._plan.missing

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from extractor.errors import DecodeError
+from extractor.images.exclude import Excludes
 from extractor.images.files import digest_of, open_regular, size_and_mtime
 from extractor.images.formats import has_decoder
 from extractor.images.listing import ImageList, display_path
@@ -43,6 +44,13 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
             known.update(zip(new, pool.map(digest_of, map(images.full_path, new)), strict=True))
         return [known[i] for i in indices]
 
+    # A list has no patterns but those of the caller.
+    excludes = Excludes(images.exclude, defaults=images.order is None)
+    above = images.root.rstrip(b"/") + b"/"
+
+    def is_excluded(path: bytes) -> bool:
+        return path.startswith(above) and excludes.match_file(path[len(above) :]) is not None
+
     snapshot = Snapshot(
         images.paths,
         sizes,
@@ -50,14 +58,20 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
         _looker(b""),
         digests if content else None,
         lambda index: has_decoder(images.full_path(index)),
+        is_excluded=is_excluded,
     )
     return seen_from(images, snapshot)
 
 
 def seen_from(images: ImageList, snapshot: Snapshot) -> Snapshot:
     """Return a snapshot of the same images with their paths in a list, see ``relative_to``."""
-    unlisted = [folder.path for folder in images.unlisted]
-    return replace(snapshot, paths=images.paths, look=_looker(images.root), unlisted=unlisted)
+    return replace(
+        snapshot,
+        paths=images.paths,
+        look=_looker(images.root),
+        unlisted=[folder.path for folder in images.unlisted],
+        is_excluded=lambda path: snapshot.is_excluded(os.path.join(images.root, path)),
+    )
 
 
 def _looker(root: bytes) -> Callable[[Sequence[bytes]], list[Sight]]:

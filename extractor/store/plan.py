@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,7 @@ class Sight(enum.Enum):
     OTHER = enum.auto()  # a folder, a pipe or a device
     GONE = enum.auto()  # nothing (ENOENT, ENOTDIR)
     UNSEEN = enum.auto()  # unknown: no permission, a stale mount, a disk error
+    EXCLUDED = enum.auto()  # unknown, and not wanted: a pattern leaves it out
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Snapshot:
         has_decoder: returns whether the decoder that the image at an index needs beside Pillow is
             installed.
         unlisted: folders whose images could not be listed; empty bytes are the root.
+        is_excluded: returns whether a pattern leaves out a path relative to the root.
     """
 
     paths: Sequence[bytes]
@@ -61,6 +63,7 @@ class Snapshot:
     digests: Callable[[Sequence[int]], Sequence[bytes]] | None = None
     has_decoder: Callable[[int], bool] = lambda index: False
     unlisted: Sequence[bytes] = ()
+    is_excluded: Callable[[bytes], bool] = lambda path: False
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,8 @@ class Plan:
         changed: number of rows that are retired because their images changed.
         unseen: number of rows that are kept because their images could not be seen.
         vanished: number of rows that are kept although their images are gone, since so many are.
+        replaced: shard and row of each requested image whose row is retired, by path.
+        kept: paths whose rows are kept although their images failed in this run.
     """
 
     todo: Sequence[int]
@@ -110,6 +115,29 @@ class Plan:
     changed: int
     unseen: int = 0
     vanished: int = 0
+    replaced: Mapping[bytes, tuple[int, int]] = field(default_factory=dict)
+    kept: frozenset[bytes] = frozenset()
+
+    def keeping(self, paths: Iterable[bytes]) -> Plan:
+        """Return a plan that keeps replaced rows, since their images could not be read.
+
+        Args:
+            paths: some of :attr:`replaced`.
+        """
+        kept = frozenset(paths)
+        live = dict(self.live)
+        for path in kept:
+            shard, row = self.replaced[path]
+            live[shard] = live[shard].copy()
+            live[shard][row] = True
+        return replace(
+            self,
+            live=live,
+            failures=[failure for failure in self.failures if failure.path not in kept],
+            changed=self.changed - len(kept),
+            unseen=self.unseen + len(kept),
+            kept=kept,
+        )
 
     def changes(self, stored: StoredImages) -> bool:
         """Return whether rows or failures differ from those of a published store."""
@@ -155,6 +183,7 @@ def plan_run(
     if retire or not _are_many(len(vanished), stored):
         vanished = set()
     missing: set[bytes] = set()
+    replaced: dict[bytes, tuple[int, int]] = {}
     for row in unmatched:
         sight = seen.get(row.path)  # None if nobody had to look
         if sight in (None, Sight.UNSEEN) or row.path in vanished:
@@ -163,6 +192,8 @@ def plan_run(
                 matched.has_row[row.index] = True
             else:
                 missing.add(row.path)
+        elif row.index >= 0:
+            replaced[row.path] = row.shard, row.row
     gone = changed = 0
     for shard, live in matched.live.items():
         ended = stored.counted(shard) & ~live
@@ -185,6 +216,7 @@ def plan_run(
         changed=changed,
         unseen=sum(sight is Sight.UNSEEN for sight in seen.values()),
         vanished=len(vanished),
+        replaced=replaced,
     )
 
 
@@ -273,6 +305,8 @@ def _look(
     for row in rows:
         if row.index < 0 and _is_below(row.path, snapshot.unlisted):
             seen[row.path] = Sight.UNSEEN
+        elif row.index < 0 and not keep_missing and snapshot.is_excluded(row.path):
+            seen[row.path] = Sight.EXCLUDED
         elif row.index >= 0 or not keep_missing:
             open_rows.append(row)
     sights = snapshot.look([row.path for row in open_rows])
@@ -317,7 +351,7 @@ def _unseen_failures(
     failures = {
         failure.path: failure
         for failure in (*stored.failures, *stored.new_failures)
-        if failure.path not in matched.index
+        if failure.path not in matched.index and not snapshot.is_excluded(failure.path)
     }
     kept = {Sight.UNSEEN, Sight.GONE} if keep_gone else {Sight.UNSEEN}
     sights = snapshot.look(list(failures))

@@ -443,6 +443,16 @@ class StoreRun:
         self._vanished = vanished
         self._finished = {} if finished is None else finished
 
+    @property
+    def failures(self) -> list[FailureRecord]:
+        """Failures of the images of this run so far, in finished shards."""
+        return [
+            failure
+            for number, shard in sorted(self._finished.items())
+            if number >= self.job.first
+            for failure in shard.failures
+        ]
+
     def is_finished(self, number: int) -> bool:
         """Return whether a shard is finished."""
         return number in self._finished
@@ -493,10 +503,9 @@ class StoreRun:
         new = [shard.entry for shard in finished if shard.entry is not None]
         live = plan.live if plan is not None else {}
         shards = [_retire(entry, live.get(entry.shard)) for entry in (*base, *new)]
+        kept = plan.kept if plan is not None else ()
         failures = list(plan.failures) if plan is not None else []
-        for shard in finished:
-            if shard.shard >= self.job.first:
-                failures.extend(shard.failures)
+        failures.extend(failure for failure in self.failures if failure.path not in kept)
         path = self._claim.staging / FAILURES
         write_atomically(path, failure_lines(sorted(failures)))
         rows = sum(shard.live_rows for shard in shards)

@@ -18,8 +18,9 @@ from support.networks import mean_pixel
 from extractor import FeatureStore, extract
 from extractor.api import Report
 from extractor.cli.summary import summary, warnings
-from extractor.errors import InterruptedRunError
+from extractor.errors import DecodeError, InterruptedRunError
 from extractor.images.listing import ImageList, list_images
+from extractor.loading import image_decoder
 from extractor.models import embedding
 from extractor.options import Options
 from extractor.run.up_to_date import up_to_date_report
@@ -293,3 +294,44 @@ def test_up_to_date_store_reports_what_is_not_seen(
     assert report is not None
     assert (report.rows, report.stores[0].unseen, report.exit_code) == (6, 1, 3)
     assert warnings(report) == [f"{out}: images of 1 row could not be read; the rows are kept"]
+
+
+def test_excluded_folder_that_cannot_be_seen_is_retired(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    with failing(folder / "sub"):
+        report = run(list_images(folder, exclude=["sub"]), out)
+    assert (report.rows, report.stores[0].gone, report.exit_code) == (3, 3, 0)
+
+
+@pytest.mark.parametrize("is_deleted", [False, True])
+def test_changed_image_whose_content_cannot_be_read_keeps_its_row(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_deleted: bool
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)
+    before = rows(out)
+    os.utime(folder / "b.png", (9, 9))
+    add(folder, "new.png")
+    read_file = image_decoder.read_file
+
+    def broken(path: bytes, *arguments: Any) -> Any:
+        if path.endswith(b"b.png"):
+            if is_deleted:
+                (folder / "b.png").unlink()
+            raise DecodeError("unreadable", "Input/output error")
+        return read_file(path, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_decoder, "read_file", broken)
+        report = run(folder, out)
+    (store,) = report.stores
+    if is_deleted:
+        assert (store.rows, store.failed, store.unseen, store.changed) == (6, 1, 0, 1)
+        return
+    assert (store.rows, store.failed, store.unseen, store.changed) == (7, 0, 1, 0)
+    assert (report.exit_code, store.first_failures) == (3, ())
+    assert before.items() <= rows(out).items()
+    assert FeatureStore.open(out).failures == []
+    report = run(folder, out)
+    assert (report.rows, report.stores[0].changed, report.exit_code) == (7, 1, 0)

@@ -57,6 +57,7 @@ class Case:
     unlisted: Sequence[bytes] = ()
     retire: bool = False
     vanished: int = 0
+    excluded: frozenset[bytes] = frozenset()
     many: int = 10
     share: float = 0.1
 
@@ -74,6 +75,7 @@ class Case:
             (lambda places: [files[i].digest for i in places]) if self.content else None,
             lambda i: files[i].decodable,
             self.unlisted,
+            self.excluded.__contains__,
         )
 
     def stored(self) -> StoredImages:
@@ -158,7 +160,9 @@ def slow_plan(case: Case) -> dict[str, Any]:
         if path not in case.files:
             if is_unlisted(path):
                 return Sight.UNSEEN
-            return None if case.keep_missing else case.sight(path)
+            if case.keep_missing:
+                return None
+            return Sight.EXCLUDED if path in case.excluded else case.sight(path)
         now = case.files[path]
         is_unread = case.content and not now.digest and now.sight is Sight.READABLE
         return Sight.UNSEEN if is_unread else now.sight
@@ -203,7 +207,7 @@ def slow_plan(case: Case) -> dict[str, Any]:
     others = {one.path: one for one in [*case.failures, *case.new_failures]}
     for path in sorted(set(others) - set(case.files) - set(missing)):
         sights = [Sight.UNSEEN, Sight.GONE] if withheld else [Sight.UNSEEN]
-        if is_unlisted(path) or case.sight(path) in sights:
+        if path not in case.excluded and (is_unlisted(path) or case.sight(path) in sights):
             failures.append(others[path])
             missing.append(path)
     return {
@@ -223,7 +227,7 @@ def slow_plan(case: Case) -> dict[str, Any]:
 PATHS = st.sampled_from([b"a.png", b"b.png", b"c/d.png", b"c/\xff.png", b"e.png"])
 DIGESTS = st.sampled_from([b"", b"1" * 32, b"2" * 32])
 STAMPS = st.integers(1, 2)
-SIGHTS = st.sampled_from(list(Sight))
+SIGHTS = st.sampled_from([Sight.READABLE, Sight.OTHER, Sight.GONE, Sight.UNSEEN])
 FILES = st.one_of(
     st.builds(File, st.just(-1), st.just(-1), st.just(b""), SIGHTS),
     st.builds(File, STAMPS, STAMPS, DIGESTS, SIGHTS),
@@ -257,6 +261,7 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.sampled_from([(), (b"c",), (b"",)])),
         draw(st.booleans()),
         draw(st.sampled_from([0, 0, 1])),
+        draw(st.frozensets(PATHS, max_size=2)),
         draw(st.integers(0, 2)),
         draw(st.sampled_from([0.1, 0.5])),
     )
@@ -284,6 +289,8 @@ def test_row_is_retired_only_if_its_image_changed_or_is_unrequested_or_gone(case
     rows = [(number, path) for number, shard in case.shards.items() for path in shard]
     before = [path for number, path in rows if case.counted(number, path)]
     retired = set(before) - {path for _, path in as_dict(case, case.plan())["live"]}
+    excluded = {path for path in case.excluded if path not in case.files}
+    retired -= excluded  # nobody wants them
     gone = {path for path in retired if case.sight(path) is Sight.GONE}
     if not case.retire and gone:
         assert not case.vanished
@@ -580,3 +587,22 @@ def test_change_of_what_vanished_is_a_change_of_the_store() -> None:
     assert case.plan().changes(case.stored())
     case = replace(case, vanished=0)
     assert not case.plan().changes(case.stored())
+
+
+def test_row_of_an_excluded_image_is_retired_without_a_look() -> None:
+    rows = {0: {b"a": OLD, b"b": OLD}}
+    others = dict.fromkeys(rows[0], Sight.UNSEEN)
+    made = made_of({}, rows, others=others, excluded=frozenset([b"a"]))
+    assert (made["live"], made["gone"], made["unseen"]) == ({(0, b"b")}, 1, 1)
+    kept = made_of({}, rows, others=others, excluded=frozenset([b"a"]), keep_missing=True)
+    assert kept["missing"] == [b"a", b"b"]
+
+
+def test_replaced_row_is_kept_if_its_image_could_not_be_read() -> None:
+    case = Case({b"a": File(2, 2), b"b": File(2, 2)}, {0: {b"a": OLD}, 3: {b"b": OLD, b"c": OLD}})
+    made = case.plan()
+    assert (dict(made.replaced), made.changed) == ({b"a": (0, 0), b"b": (3, 0)}, 2)
+    kept = made.keeping([b"b"])
+    assert (kept.changed, kept.unseen, kept.kept) == (1, 1, frozenset([b"b"]))
+    assert [kept.live[shard].tolist() for shard in (0, 3)] == [[False], [True, False]]
+    assert made.live[3].tolist() == [False, False]
