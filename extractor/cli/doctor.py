@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from extractor.cli import environment
 from extractor.cli.console import print_lines, print_table
-from extractor.cli.parser import command_options
+from extractor.cli.parser import Parser, command_options
 from extractor.flags import PREFIX
 from extractor.text import plural
 from extractor.version import __version__
@@ -30,7 +30,7 @@ is broken, else 0.
 
 def doctor_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract doctor``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract doctor",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from extractor.errors import UsageError
 from extractor.flags import PREFIX, Option
 
-__all__ = ["unknown", "values"]
+__all__ = ["unknown", "values", "with_variable"]
 
 TEST_PREFIXES = ("EXTRACTOR_TEST_", "EXTRACTOR_REQUIRE_")
 YES, NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
@@ -28,6 +28,14 @@ def values(declared: Iterable[Option], variables: Mapping[str, str]) -> dict[str
         for each in declared
         if variables.get(each.variable)
     }
+
+
+def with_variable(error: UsageError, declared: Iterable[Option]) -> UsageError:
+    """Return an error about a value, with the variable's name if one of ``declared`` caused it."""
+    for each in declared:
+        if str(error).startswith(f"{each.label}: "):
+            return UsageError(each.variable + str(error)[len(each.label) :])
+    return error
 
 
 def unknown(declared: Iterable[Option], variables: Mapping[str, str]) -> Iterator[str]:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, say, warn
+from extractor.cli.parser import Parser
 from extractor.errors import ModelError, WeightsError
 from extractor.options import Options
 
@@ -37,7 +38,7 @@ RENAMED_SHOWN = 3
 
 def list_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract models``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract models",
         description=LIST_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -55,7 +56,7 @@ def list_parser() -> argparse.ArgumentParser:
 
 def show_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract models show``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract models show",
         description="Show one model with its heads, its weights and the shapes of its layers.",
     )
@@ -66,7 +67,7 @@ def show_parser() -> argparse.ArgumentParser:
 
 def download_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract download``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract download",
         description=DOWNLOAD_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

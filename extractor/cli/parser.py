@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from extractor.cli import environment
+from extractor.errors import UsageError
 from extractor.flags import Flag, Option, option, options_in
 from extractor.options import DEFAULT_MODEL, GROUPS, INPUT, MODEL, RUN, Options
 from extractor.version import __version__
 
-__all__ = ["EXIT_CODES", "Command", "CommandOptions", "build_parser", "command_options", "parse"]
+__all__ = [
+    "EXIT_CODES",
+    "Command",
+    "CommandOptions",
+    "Parser",
+    "build_parser",
+    "command_options",
+    "parse",
+]
 
 USAGE = "extract [--model NAME] INPUT... [--out OUT] [options]"
 
@@ -129,6 +139,20 @@ class Command:
     warnings: tuple[str, ...]
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser that suggests an option where one is mistyped."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print a usage error and exit with 2."""
+        if message.startswith("unrecognized arguments: "):
+            known = [word for word in self._option_string_actions if word.startswith("--")]
+            typed = (word.partition("=")[0] for word in message.split() if word.startswith("--"))
+            close = [difflib.get_close_matches(word, known, 1) for word in typed]
+            if found := [words[0] for words in close if words]:
+                message += f"; did you mean {', '.join(dict.fromkeys(found))}?"
+        super().error(message)
+
+
 def command_options() -> list[Option]:
     """Return every option of the command, group by group."""
     declared = [*options_in(CommandOptions).values(), *options_in(Options).values()]
@@ -141,7 +165,7 @@ def build_parser(*, show_all: bool = False) -> argparse.ArgumentParser:
     Args:
         show_all: Let the help page show the advanced options.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract",
         usage=USAGE,
         description=DESCRIPTION,
@@ -235,12 +259,15 @@ def parse(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> Co
     """
     declared = command_options()
     typed = vars(build_parser().parse_args(words))
-    values = {**environment.values(declared, variables), **typed}
+    from_variables = environment.values(declared, variables)
+    values = {**from_variables, **typed}
     if not values.get("inputs"):
         values.pop("inputs", None)  # argparse gives an empty list
     own = {name: values.pop(name) for name in options_in(CommandOptions) if name in values}
-    return Command(
-        CommandOptions(**own),
-        Options(**values),
-        tuple(environment.unknown(declared, variables)),
-    )
+    try:
+        options = Options(**values)
+    except UsageError as error:
+        untyped = [each for each in declared if each.name in from_variables.keys() - typed.keys()]
+        raise environment.with_variable(error, untyped) from error
+    unknown = tuple(environment.unknown(declared, variables))
+    return Command(CommandOptions(**own), options, unknown)

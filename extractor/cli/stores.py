@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, warn
+from extractor.cli.parser import Parser
 from extractor.errors import UsageError
 from extractor.options import Options
 from extractor.text import plural
@@ -23,9 +24,7 @@ MAX_PROBLEMS_SHOWN = 100
 
 def info_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract info``."""
-    parser = argparse.ArgumentParser(
-        prog="extract info", description="Show what a store holds and how it was made."
-    )
+    parser = Parser(prog="extract info", description="Show what a store holds and how it was made.")
     parser.add_argument("store", metavar="STORE", help="folder of the store")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     return parser
@@ -108,7 +107,7 @@ def _computation(computation: Mapping[str, Any]) -> str:
 
 def compact_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract compact``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract compact",
         description="Rewrite a store without the rows of images that changed or went, sorted by "
         "path like a new store. The old store stays until the new one is complete, so the disk "
@@ -144,7 +143,7 @@ def compact(arguments: Sequence[str]) -> int:
 
 def verify_parser() -> argparse.ArgumentParser:
     """Return the parser of ``extract verify``."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="extract verify",
         description="Check every byte of a store: sizes, checksums, shapes, row counts and values.",
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -31,7 +32,7 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from extractor.reading.groups import JoinedRows, StoreGroup
 
-__all__ = ["FeatureStore"]
+__all__ = ["FeatureStore", "manifest_errors"]
 
 T = TypeVar("T")
 
@@ -40,6 +41,7 @@ MAX_ATTEMPTS = 10
 # Retries if a file seems to be missing although nothing was replaced. A file may move between the
 # moment it is located and the moment it is opened.
 MOVE_RETRIES = 2
+MAX_NAMES = 5  # of stores in one message
 
 
 class FeatureStore(Rows):
@@ -138,18 +140,9 @@ class FeatureStore(Rows):
 
     @classmethod
     def _open(cls, folder: Path) -> FeatureStore:
-        name = locate(folder, MANIFEST)
-        try:
+        with manifest_errors(folder):
             identity = _identity(folder)
-            manifest = Manifest.read(name)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            started = (folder / STAGING).is_dir()
-            state = "is not finished: a run is writing it or was stopped"
-            if not started:
-                state = "is not a store"
-            raise StoreNotFoundError(f"{folder} {state} ({MANIFEST} is missing)") from error
-        except OSError as error:
-            raise StoreError(f"cannot read {name}: {error.strerror}") from error
+            manifest = Manifest.read(locate(folder, MANIFEST))
         row, dtype = manifest.description.shape, np.dtype(manifest.description.dtype)
         parts = [
             _live(_map(folder, shard.features, (shard.rows, *row), dtype), shard)
@@ -338,6 +331,47 @@ def _reopen(path: Path, token: str) -> FeatureStore:
     if store.token != token:
         raise StoreReplacedError(f"{path} changed since it was pickled; send it again")
     return store
+
+
+@contextlib.contextmanager
+def manifest_errors(folder: Path) -> Iterator[None]:
+    """Raise an error where the manifest of a store cannot be read.
+
+    Raises:
+        StoreNotFoundError: The folder holds no finished store.
+        StoreError: The manifest cannot be read.
+    """
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise StoreNotFoundError(_why_no_store(folder)) from error
+    except OSError as error:
+        raise StoreError(f"cannot read {folder / MANIFEST}: {error.strerror}") from error
+
+
+def _why_no_store(folder: Path) -> str:
+    """Return why a folder without a manifest is no store, and which folder may be meant."""
+    if not folder.exists():
+        return f"{folder} is not a store: there is no such folder"
+    if not folder.is_dir():
+        return f"{folder} is not a store: it is a file"
+    if (folder / STAGING).is_dir():
+        return (
+            f"{folder} is not finished: a run is writing it or was stopped ({MANIFEST} is missing)"
+        )
+    with contextlib.suppress(OSError):
+        stores = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+        if stores:
+            names = ", ".join(store.name for store in stores[:MAX_NAMES])
+            more = f" and {len(stores) - MAX_NAMES} more" if len(stores) > MAX_NAMES else ""
+            return (
+                f"{folder} is not a store but holds {plural(len(stores), 'store')}: {names}{more}; "
+                f"try {stores[0]}"
+            )
+    parent = folder.absolute().parent
+    if (parent / MANIFEST).is_file():
+        return f"{folder} is a part of a store; try {parent}"
+    return f"{folder} is not a store ({MANIFEST} is missing)"
 
 
 def _retry_moved(folder: Path, read: Callable[[], T]) -> T:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from extractor.errors import StoreNotFoundError
 from extractor.reading.array import map_array
+from extractor.reading.reader import manifest_errors
 from extractor.store.format import (
     FAILURES,
     FEATURES,
@@ -50,12 +50,8 @@ def verify(folder: Path) -> Iterator[str]:
         StoreError: no finished store, or a manifest that cannot be read.
     """
     name = folder / MANIFEST
-    try:
+    with manifest_errors(folder):
         text = name.read_bytes()
-    except OSError as error:
-        raise StoreNotFoundError(
-            f"{folder} is not a finished store: {name}: {error.strerror}"
-        ) from error
     manifest = Manifest.from_json(text, str(name))
     yield from _own_checksum(MANIFEST, text)
     if (folder / RUN).exists():
@@ -90,6 +86,10 @@ def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
     """
     manifest = Manifest.read(folder / MANIFEST)
     top = os.fsencode(root or manifest.description.root)
+    if not os.path.isdir(top):
+        hint = "" if root else "; if the images were moved, name their folder with --root"
+        yield f"{os.fsdecode(top)!a}: no such folder of images{hint}"
+        return
     for shard in manifest.shards:
         images = read_images(folder / shard.index.name)
         for row in np.flatnonzero(shard.live_mask()):

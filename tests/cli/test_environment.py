@@ -111,3 +111,21 @@ def test_the_command_reads_the_environment(
     assert FeatureStore.open(tmp_path / "there").features.dtype == "float16"
     monkeypatch.setenv("EXTRACTOR_DTYPE", "int4")
     assert cli.main([str(photos)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("EXTRACTOR_BATCH_SIZE", "0", "EXTRACTOR_BATCH_SIZE: got 0, expected an integer from 1"),
+        ("EXTRACTOR_IMAGE_SIZE", "0", "EXTRACTOR_IMAGE_SIZE: got 0, expected an integer from 1"),
+        ("EXTRACTOR_SEED", "x", "EXTRACTOR_SEED: got 'x', expected an integer"),
+    ],
+)
+def test_value_out_of_range_names_its_variable(variable: str, value: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(["a"], {variable: value})
+
+
+def test_typed_value_out_of_range_names_no_variable() -> None:
+    with pytest.raises(UsageError, match=r"^batch size: got 0"):
+        parse(["a", "--batch-size", "0"], {"EXTRACTOR_BATCH_SIZE": "7"})

@@ -52,3 +52,20 @@ def test_help_all_is_printed_by_the_command() -> None:
     words = [sys.executable, "-m", "extractor", "--help-all"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert "--image-timeout SECONDS" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "end"),
+    [
+        (["--modle", "resnet50", "a"], "unrecognized arguments: --modle; did you mean --model?"),
+        (["--modle=resnet50", "a"], "--modle=resnet50; did you mean --model?"),
+        (["--shard-image", "--oot", "a"], "did you mean --shard-images, --out?"),
+        (["--xyzxyz", "a"], "unrecognized arguments: --xyzxyz"),
+    ],
+)
+def test_mistyped_option_gets_a_suggestion(
+    words: list[str], end: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parse(words, {})
+    assert capsys.readouterr().err.rstrip().endswith(end)

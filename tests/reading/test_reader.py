@@ -186,9 +186,23 @@ def test_repr_names_folder_shape_and_model(out: Path) -> None:
 
 def test_missing_or_empty_folder_is_not_a_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
-        with pytest.raises(StoreError, match=f"{folder} is not a store .*store.json is missing"):
-            FeatureStore.open(folder)
+    reasons = {"": r" \(store.json is missing\)", "nowhere": ": there is no such folder"}
+    for name, reason in {**reasons, "file": ": it is a file"}.items():
+        with pytest.raises(StoreError, match=f"{tmp_path / name} is not a store{reason}"):
+            FeatureStore.open(tmp_path / name)
+
+
+def test_store_that_may_be_meant_is_named(
+    tmp_path: Path, parts: list[np.ndarray], write_store: Callable[..., Path]
+) -> None:
+    for name in ("b", "a"):
+        write_store(tmp_path / name, parts)
+    message = f"{tmp_path} is not a store but holds 2 stores: a, b; try {tmp_path}/a"
+    with pytest.raises(StoreError, match=message):
+        FeatureStore.open(tmp_path)
+    message = f"{tmp_path}/a/features is a part of a store; try {tmp_path}/a"
+    with pytest.raises(StoreError, match=message):
+        FeatureStore.open(tmp_path / "a" / "features")
 
 
 def test_unfinished_store_is_reported_as_unfinished(

@@ -117,7 +117,7 @@ def test_unsorted_paths_are_found(tmp_path: Path, write_store: Callable[..., Pat
 
 
 def test_verifying_an_empty_folder_fails(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="is not a finished store"):
+    with pytest.raises(StoreError, match=r"is not a store \(store.json is missing\)"):
         problems(tmp_path)
 
 
@@ -137,8 +137,14 @@ def test_changed_and_missing_images_are_found(
         "image '0/3.jpg': No such file or directory",
     ]
     (tmp_path / "in").rename(tmp_path / "moved")
-    assert len(list(verify_images(store))) == 4
+    (problem,) = verify_images(store)
+    assert problem == (
+        f"'{tmp_path}/in': no such folder of images; if the images were moved, name their folder "
+        "with --root"
+    )
     assert len(list(verify_images(store, str(tmp_path / "moved")))) == 3
+    (problem,) = verify_images(store, str(tmp_path / "nowhere"))
+    assert problem == f"'{tmp_path}/nowhere': no such folder of images"
 
 
 def test_verify_command_prints_problems(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,7 +158,7 @@ def test_verify_command_prints_problems(store: Path, capsys: pytest.CaptureFixtu
     assert cli.main(["verify", str(store)]) == 1
     assert "features/00001.npy: content changed" in capsys.readouterr().out
     assert cli.main(["verify", str(store / "features")]) == 1
-    assert "is not a finished store" in capsys.readouterr().err
+    assert "features is a part of a store; try" in capsys.readouterr().err
     assert cli.main(["verify", str(store), "--recompute", "0"]) == 2
 
 
