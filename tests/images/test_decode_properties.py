@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import re
@@ -17,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, features
+from support.tiffs import LONG, TiffFile, dng
 
 from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget, allow_pixels
@@ -41,6 +43,9 @@ REASONS = {  # the others come from a run: not-finite, timeout, crashed
     "corrupt",
     "too-large",
     "out-of-memory",
+    "no-decoder",
+    "no-picture",
+    "unsupported",
 }
 
 PREPROCESSES = [
@@ -79,6 +84,33 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     except (OSError, KeyError, ValueError):
         return b""
     return file.getvalue()
+
+
+def tiff_with_preview() -> bytes:
+    """Return a TIFF whose first page is a reduced image, and whose SubIFD is the picture."""
+    file = TiffFile()
+    inner = file.directory(file.picture(grain(), 0))
+    return file.finish(file.directory(file.picture(grain("L", (6, 4)), 1, {330: (LONG, [inner])})))
+
+
+def _files_of_extras() -> dict[str, bytes]:
+    """Return files that the installed extras decode."""
+    files = {}
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        content = io.BytesIO()
+        pillow_heif.from_pillow(grain()).save(content)
+        files["heic"] = content.getvalue()
+    if importlib.util.find_spec("pillow_jxl"):
+        import pillow_jxl  # noqa: F401  # registers itself with Pillow
+
+        files["jxl"] = encoded(grain(), "JXL")
+        files["jxl-boxes"] = encoded(grain(), "JXL", use_container=True)
+    if importlib.util.find_spec("rawpy"):
+        levels = np.random.default_rng(0).integers(0, 65536, (24, 24, 3)).astype(float)
+        files["dng"] = dng(levels, grain(size=(8, 6)))
+    return files
 
 
 def _files() -> dict[str, bytes]:
@@ -135,6 +167,8 @@ def _files() -> dict[str, bytes]:
         files[f"tiff-{compression}"] = encoded(grain("1"), "TIFF", compression=compression)
     files["tiff-float"] = encoded(grain("F"), "TIFF")
     files["tiff-16"] = encoded(grain("I;16"), "TIFF", compression="tiff_lzw")
+    files["tiff-preview"] = tiff_with_preview()
+    files |= _files_of_extras()
     if features.check("jpg_2000"):
         files["jp2"] = encoded(image, "JPEG2000")
         files["j2k"] = encoded(image, "JPEG2000", no_jp2=True)
