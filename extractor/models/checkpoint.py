@@ -21,11 +21,13 @@ from extractor.text import plural
 __all__ = [
     "MisfitError",
     "State",
+    "find_prefix",
+    "fits",
     "load_into",
     "read_checkpoint",
     "under_prefix",
     "without_counters",
-    "without_prefixes",
+    "without_prefix",
 ]
 
 log = logging.getLogger(__name__)
@@ -53,14 +55,21 @@ class MisfitError(WeightsError):
     Attributes:
         state: The tensors of the file.
         foreign: Whether names and shapes suggest another model. False if only values are wrong.
+        advice: What to try, if that is known.
     """
 
     def __init__(
-        self, message: str, state: Mapping[str, torch.Tensor], *, foreign: bool = True
+        self,
+        message: str,
+        state: Mapping[str, torch.Tensor],
+        *,
+        foreign: bool = True,
+        advice: str = "",
     ) -> None:
         super().__init__(message)
         self.state = state
         self.foreign = foreign
+        self.advice = advice
 
 
 class State(dict[str, torch.Tensor]):
@@ -310,7 +319,7 @@ def under_prefix(state: State, prefix: str, label: str) -> State:
     Raises:
         WeightsError: No tensor has the prefix.
     """
-    found = _without_prefix(state, prefix)
+    found = without_prefix(state, prefix)
     if not found:
         parts = sorted({key.partition(".")[0] + "." for key in state if "." in key})
         raise WeightsError(
@@ -332,18 +341,14 @@ def without_counters(state: State, label: str) -> State:
     return kept
 
 
-def without_prefixes(
-    state: State,
-    expected: Mapping[str, torch.Tensor],
-    removed: tuple[str, ...] = (),
-    label: str = "",
-) -> State:
-    """Return a state dict under the names that a network expects, without its trainer's prefixes.
+def find_prefix(
+    state: State, expected: Mapping[str, torch.Tensor], removed: tuple[str, ...], label: str
+) -> tuple[str, list[str]]:
+    """Return the prefix before the names of a network's tensors, and those of further copies.
 
-    Any prefix under which all tensors of the network lie is dropped, if there is only one of them
-    or only one that trainers commonly use. Tensors outside of it (projectors, classifiers beside
-    the backbone, further copies) are left out, with a warning. Without such a prefix, up to three
-    of :data:`PREFIXES` are dropped: the shortest combination that yields the most expected names.
+    Any prefix under which all tensors of the network lie counts, if there is only one of them or
+    only one that trainers commonly use. Without such a prefix it is the usual one that yields the
+    most expected names.
 
     Args:
         state: Tensors of a checkpoint.
@@ -363,21 +368,43 @@ def without_prefixes(
             f"one, for example with --weights-prefix {copies[-1]}"
         )
     best = usual[0] if usual else copies[0] if copies else usual_prefix(state, expected)
+    return best, [prefix for prefix in copies if prefix != best]
+
+
+def _without_prefixes(
+    state: State, expected: Mapping[str, torch.Tensor], removed: tuple[str, ...], label: str
+) -> State:
+    """Return a state dict under the names that a network expects, and warn of what is left out."""
+    best, others = find_prefix(state, expected, removed, label)
     if not best:
         return state
     if left_out := [key for key in state if not key.startswith(best)]:
         log.warning("took the weights under %r, without %s", best, _shortened(left_out))
     elif best not in USUAL:
         log.warning("took the weights under %r", best)
-    if others := [prefix for prefix in copies if prefix != best]:
+    if others:
         log.warning(
             "the file also holds this network under %s; choose with --weights-prefix",
             ", ".join(prefix or "no prefix" for prefix in others),
         )
-    return _without_prefix(state, best)
+    return without_prefix(state, best)
 
 
-def _without_prefix(state: State, prefix: str) -> State:
+def fits(
+    state: State, expected: Mapping[str, torch.Tensor], removed: tuple[str, ...], label: str = ""
+) -> bool:
+    """Return whether a state dict has all names and shapes of a network and no others.
+
+    Raises:
+        WeightsError: There are several copies of the network.
+    """
+    named = without_prefix(state, find_prefix(state, expected, removed, label)[0])
+    kept = State((key, value) for key, value in named.items() if not _lies_in(key, removed))
+    return not any(keys for _, keys in _wrong_names(kept, expected))
+
+
+def without_prefix(state: State, prefix: str) -> State:
+    """Return the tensors whose names begin with a prefix, without it."""
     named = State((k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix))
     named._metadata = {
         key[len(prefix) :]: value
@@ -404,7 +431,7 @@ def load_into(
     """
     expected = module.state_dict()
     removed = tuple(discarded)
-    state = without_prefixes(State.of(state), expected, removed, label)
+    state = _without_prefixes(State.of(state), expected, removed, label)
     kept = State((key, value) for key, value in state.items() if not _lies_in(key, removed))
     # A file without versions (.safetensors) is taken to be a recent one.
     kept._metadata = state._metadata or getattr(expected, "_metadata", {})

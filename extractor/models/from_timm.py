@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -15,9 +16,9 @@ import torch
 from torch import nn
 
 from extractor.errors import ExtractorError, ModelError, UsageError, WeightsError
-from extractor.models import libraries, weight_files
+from extractor.models import libraries, timm_layouts, weight_files
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import MisfitError, load_into
+from extractor.models.checkpoint import MisfitError, State, load_into
 from extractor.models.lite_weights import PACKAGES, timm_key
 from extractor.models.naming import HUB
 from extractor.models.weight_files import CONFIG, WeightsFile
@@ -179,20 +180,14 @@ def _build(source: _Source, options: Options) -> Backbone:
         module = _with_own_weights(source, options)
         replaced = _remove_heads(module)
     else:
+        source, state, label = _fitted(source, options)
         with libraries.seeded(options.seed):
-            module = timm.create_model(
-                source.full_name, pretrained_cfg=source.config, **source.arguments
-            )
+            module = _create(source)
         before = tuple(module.state_dict())
         replaced = _remove_heads(module)
-        if source.found is not None:
-            weight_files.warn_if_renamed(source.found, _published(source.full_name))
-            load_into(
-                module,
-                libraries.read_weights(source.found, options),
-                discarded=libraries.removed_modules(before, module),
-                label=f"{source.found.path} into {source.name}",
-            )
+        if state is not None:
+            removed = libraries.removed_modules(before, module)
+            load_into(module, state, discarded=removed, label=label)
     provenance = libraries.provenance(source.name, timm, module, source.found, options)
     config = timm.data.resolve_model_data_config(module, use_test_size=options.test_size)
     preprocess = _preprocess(config).changed(options.pixel_changes, crop_pct=config["crop_pct"])
@@ -212,6 +207,31 @@ def _build(source: _Source, options: Options) -> Backbone:
     )
 
 
+def _create(source: _Source, **more: Any) -> nn.Module:
+    arguments = {**source.arguments, **more}
+    module: nn.Module = _timm().create_model(
+        source.full_name, pretrained_cfg=source.config, **arguments
+    )
+    return module
+
+
+def _fitted(source: _Source, options: Options) -> tuple[_Source, State | None, str]:
+    """Return what to build for a file of weights, its tensors, and the label of both."""
+    if source.found is None:
+        return source, None, ""
+    weight_files.warn_if_renamed(source.found, _published(source.full_name))
+    label = f"{source.found.path} into {source.name}"
+    arguments, state = timm_layouts.fitted(
+        functools.partial(_create, source),
+        _remove_heads,
+        libraries.read_weights(source.found, options),
+        options.pixel_changes.image_size,
+        label,
+    )
+    arguments = {**source.arguments, **arguments}
+    return dataclasses.replace(source, arguments=arguments), state, label
+
+
 def _with_head(source: _Source, options: Options) -> tuple[nn.Module, tuple[str, ...]]:
     """Build a network with its classifier and its weights; return it and the classifier's names.
 
@@ -219,15 +239,14 @@ def _with_head(source: _Source, options: Options) -> tuple[nn.Module, tuple[str,
         ModelError: It has no classifier.
         WeightsError: The weights have none, or do not fit.
     """
-    timm = _timm()
+    own_state: State | None = None
+    label = ""
+    if not source.own:
+        source, own_state, label = _fitted(source, options)
 
     def build(classes: int | None) -> nn.Module:
-        chosen = {} if classes is None else {"num_classes": classes}
         with libraries.seeded(options.seed):
-            module: nn.Module = timm.create_model(
-                source.full_name, pretrained_cfg=source.config, **{**source.arguments, **chosen}
-            )
-        return module
+            return _create(source, **({} if classes is None else {"num_classes": classes}))
 
     with torch.device("meta"):
         sketch = build(None)
@@ -238,16 +257,13 @@ def _with_head(source: _Source, options: Options) -> tuple[nn.Module, tuple[str,
         raise ModelError(f"{source.full_name} has no classifier to keep; leave --keep-head out")
     if source.found is None:
         return build(None), names
-    if source.own:
+    if own_state is None:
         return _with_own_weights(source, options), names
     removed = libraries.removed_modules(tuple(rows), sketch)
     classifier = {
         name for name in rows if rows[name] == classes and name.rpartition(".")[0] in removed
     }
-    weight_files.warn_if_renamed(source.found, _published(source.full_name))
-    state = libraries.read_weights(source.found, options)
-    label = f"{source.found.path} into {source.name}"
-    return libraries.load_with_head(build, state, classifier, label=label), names
+    return libraries.load_with_head(build, own_state, classifier, label=label), names
 
 
 def outline(name: str) -> Backbone:

@@ -107,6 +107,8 @@ def _build(library: str, name: str, options: Options, recorded: Mapping[str, str
 
 def _advice(error: MisfitError, model: str) -> str:
     """Return what to try when weights do not fit a model."""
+    if error.advice:
+        return error.advice
     if not error.foreign:
         return "Names and shapes are right: check how these values were made"
     likely = [name for name in Catalog.read().models_with(error.state) if name != model]
