@@ -21,6 +21,7 @@ from extractor.loading.read_ahead import MAX_FILE_BYTES, ReadAhead
 from extractor.loading.task import Task
 from extractor.loading.task_queue import TaskQueue
 from extractor.loading.watchdog import Watchdog
+from extractor.system.running_clock import LOOK_SECONDS, running_seconds
 from extractor.system.timing import Timer
 
 if TYPE_CHECKING:
@@ -106,7 +107,7 @@ class BatchLoader:
         while True:
             with self._progress:
                 while not self._progress.wait_for(
-                    self._is_decided, self._watchdog.seconds_until_late()
+                    self._is_decided, min(self._watchdog.seconds_until_late(), LOOK_SECONDS)
                 ):
                     self._abandon_late()
                 if self._error is not None:
@@ -254,7 +255,7 @@ class BatchLoader:
             self._claimable.notify_all()
         task = self._ahead.pop()
         task.is_read_ahead = False
-        task.started = time.monotonic()
+        task.started = running_seconds()
         return task
 
     def _is_reading(self) -> bool:

@@ -29,6 +29,7 @@ from extractor.images.files import size_and_mtime
 from extractor.images.types import ImageInfo
 from extractor.options import DECODE
 from extractor.preprocess import Preprocess
+from extractor.system.running_clock import LOOK_SECONDS, running_seconds
 
 __all__ = ["decode_apart"]
 
@@ -80,17 +81,27 @@ def decode_apart(
 def _run_child(task: bytes, timeout_seconds: float) -> subprocess.CompletedProcess[bytes]:
     folder = str(Path(extractor.__file__).resolve().parents[1])
     python_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
+    deadline = running_seconds() + timeout_seconds
+    with subprocess.Popen(
         [sys.executable, "-m", "extractor.loading.subprocess_decode"],
-        input=task,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        timeout=timeout_seconds,
-        check=False,
         cwd=folder,  # Python looks for modules in the current folder first
         env={**os.environ, "PYTHONPATH": python_path},
         start_new_session=True,  # Ctrl-C is for the run, not for the image
-    )
+    ) as child:
+        left: bytes | None = task
+        try:
+            while running_seconds() < deadline:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    output, _ = child.communicate(left, LOOK_SECONDS)
+                    return subprocess.CompletedProcess(child.args, child.returncode, output)
+                left = None  # a further call goes on with the input of the first one
+            raise subprocess.TimeoutExpired(child.args, timeout_seconds)
+        except BaseException:
+            child.kill()
+            raise
 
 
 def _parse_answer(head: bytes) -> dict[str, Any] | None:

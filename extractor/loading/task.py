@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import time
 from collections.abc import Iterator
 
 from extractor.images.budget import PixelBudget
 from extractor.images.files import size_and_mtime
 from extractor.images.types import EncodedJpeg, Failure, ImageInfo, ImageSource, ReadFile
 from extractor.loading.batch import Batch
+from extractor.system.running_clock import running_seconds
 
 __all__ = ["Task", "TaskBudget"]
 
@@ -29,7 +29,7 @@ class Task:
         outs: Rows to write the pictures to.
         encoded: The image if it is left for the GPU to decode.
         claimed_pixels: Pixels that it holds of the budget.
-        started: Start of the time limit, by ``time.monotonic()``; infinite while it is paused.
+        started: Start of the time limit, by ``running_seconds()``; infinite while it is paused.
         is_abandoned: Whether it took too long, and its thread is left to itself.
         is_read_ahead: Whether a reading thread holds it.
     """
@@ -42,7 +42,7 @@ class Task:
         self.outs = [rows[index] for rows in batch.rows]
         self.encoded: EncodedJpeg | None = None
         self.claimed_pixels = 0
-        self.started = time.monotonic()
+        self.started = running_seconds()
         self.is_abandoned = False
         self.is_read_ahead = False
         self._rows = batch.rows
@@ -59,7 +59,7 @@ class Task:
         try:
             yield
         finally:
-            self.started = time.monotonic()
+            self.started = running_seconds()
 
     def settle(self, outcome: ImageInfo | Failure) -> None:
         """Record the outcome in the batch. Copy the rows if the batch moved meanwhile."""

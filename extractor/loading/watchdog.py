@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 from extractor.errors import SourceError
 from extractor.loading.task import Task
+from extractor.system.running_clock import running_seconds
 
 __all__ = ["MAX_ABANDONED", "Watchdog"]
 
@@ -43,7 +43,7 @@ class Watchdog:
 
     def seconds_until_late(self) -> float:
         """Return the time after which the oldest image may be late."""
-        now = time.monotonic()
+        now = running_seconds()
         oldest = min([now, *(task.started for task in self._running)])
         return max(oldest + self._timeout - now, 0.0) + 0.001
 
@@ -53,7 +53,7 @@ class Watchdog:
         Raises:
             SourceError: So many images were late that the disk must be the reason.
         """
-        now = time.monotonic()
+        now = running_seconds()
         late = [task for task in self._running if now - task.started >= self._timeout]
         for task in late:
             self._running.discard(task)

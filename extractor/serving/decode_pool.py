@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -16,6 +15,7 @@ from extractor.images.budget import PixelBudget
 from extractor.images.decode import decode_into
 from extractor.images.types import Failure, ImageInfo, ImageSource
 from extractor.preprocess import Preprocess
+from extractor.system.running_clock import LOOK_SECONDS, running_seconds
 
 __all__ = ["DecodeOptions", "DecodePool", "Decoded"]
 
@@ -134,7 +134,7 @@ class DecodePool:
     def decode_job(self, job: _Job) -> ImageInfo | Failure:
         """Decode the image of a job in the calling thread."""
         self._slots.acquire()
-        job.started = time.monotonic()
+        job.started = running_seconds()
         try:
             return decode_into(
                 job.source, self._preprocesses, job.outs, self._budget, self._options.decode_mode
@@ -149,8 +149,10 @@ class DecodePool:
 
     def _wait(self, job: _Job) -> ImageInfo | Failure:
         timeout = self._options.timeout_seconds
-        while not job.done.wait(min(max(job.started + timeout - time.monotonic(), 0.001), timeout)):
-            if time.monotonic() - job.started >= timeout and self._abandon(job):
+        while not job.done.wait(
+            min(max(job.started + timeout - running_seconds(), 0.001), timeout, LOOK_SECONDS)
+        ):
+            if running_seconds() - job.started >= timeout and self._abandon(job):
                 return Failure("timeout", f"not decoded within {timeout:g} s")
         return job.outcome()
 

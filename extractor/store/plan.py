@@ -15,7 +15,7 @@ from extractor.store.index import Images
 __all__ = ["Plan", "Sight", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
 
 # Failures of the machine. They may not happen again, even with the same file.
-TRANSIENT = frozenset({"out-of-memory"})
+TRANSIENT = frozenset({"out-of-memory", "timeout"})
 # Failures to open a file. Their cause can go away while size and mtime stay the same.
 UNOPENED = frozenset({"unreadable", "not-a-file"})
 # Failures for want of a decoder, which may be installed meanwhile. Before there were decoders of

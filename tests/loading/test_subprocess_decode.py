@@ -144,6 +144,44 @@ def test_modules_in_the_current_folder_are_not_imported(
     assert not (tmp_path / "run").exists()
 
 
+STOPPED = """
+import sys, time
+from extractor.images.types import ImageInfo
+from extractor.loading import image_decoder
+from extractor.loading.loader import BatchLoader
+from extractor.loading.options import LoaderOptions
+from extractor.preprocess import Preprocess
+
+def slow(*_):
+    for step in range(40):  # two seconds, each of which the process has to live through
+        time.sleep(0.05)
+    return ImageInfo(1, 1, 1, 1)
+
+image_decoder.decode_into = slow
+options = LoaderOptions(2, 2, image_timeout_seconds=4)
+loader = BatchLoader([[sys.argv[1]] * 2], [Preprocess.standard(8)], options)
+with loader:
+    print("begins", flush=True)
+    for batch in loader:
+        print(*(type(outcome).__name__ for outcome in batch.outcomes), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_images_of_a_stopped_process_do_not_time_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    noise(3, 40, 30).save(path)
+    command = [sys.executable, "-c", STOPPED, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begins\n"
+        time.sleep(0.5)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(6)
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == "ImageInfo ImageInfo\n"
+
+
 PARENT = """
 import os, signal, sys
 import numpy as np

@@ -11,11 +11,13 @@ from support.loading import make_batch
 from extractor.errors import SourceError
 from extractor.loading.task import Task
 from extractor.loading.watchdog import MAX_ABANDONED, Watchdog
+from extractor.system import running_clock
+from extractor.system.running_clock import running_seconds
 
 
 def watched(watchdog: Watchdog, age_seconds: float) -> Task:
     task = Task(make_batch(), 0)
-    task.started = time.monotonic() - age_seconds
+    task.started = running_seconds() - age_seconds
     watchdog.watch(task)
     return task
 
@@ -56,6 +58,24 @@ def test_too_many_late_images_are_an_error_of_the_disk() -> None:
         SourceError, match=r"33 images .* within 0\.5 s each; check that their disk"
     ):
         list(watchdog.abandon_late())
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(running_clock, "_clock", running_clock._RunningClock())
+    watchdog = Watchdog(10)
+    task = watched(watchdog, 5)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 3600)
+    assert list(watchdog.abandon_late()) == []
+    assert watchdog.seconds_until_late() == pytest.approx(4, abs=0.2)
+    for step in range(10):
+        monkeypatch.setattr(time, "monotonic", lambda step=step: now + 3600 + step / 2)
+        late = list(watchdog.abandon_late())
+        assert late == ([task] if step >= 8 else [])
+        if late:
+            break
 
 
 def test_reading_tasks_are_told_from_decoding_ones() -> None:

@@ -148,7 +148,7 @@ def slow_plan(case: Case) -> dict[str, Any]:
             return False
         if fresh:
             return True
-        if case.retry or failure.reason == "out-of-memory":
+        if case.retry or failure.reason in ("out-of-memory", "timeout"):
             return False
         return not (failure.reason in ("unreadable", "not-a-file") and now.sight is Sight.READABLE)
 
@@ -233,7 +233,9 @@ FILES = st.one_of(
     st.builds(File, STAMPS, STAMPS, DIGESTS, SIGHTS),
 )
 ROWS = st.builds(Row, STAMPS, STAMPS, DIGESTS, st.booleans())
-REASONS = st.sampled_from(["corrupt", "unreadable", "not-a-file", "out-of-memory", "not-finite"])
+REASONS = st.sampled_from(
+    ["corrupt", "unreadable", "not-a-file", "out-of-memory", "timeout", "not-finite"]
+)
 FAILED = st.builds(
     FailureRecord, PATHS, REASONS, st.just("why"), st.sampled_from([-1, 1, 2]), STAMPS
 )
@@ -460,6 +462,7 @@ def test_rows_of_a_new_shard_count() -> None:
         ("corrupt", True, True, False),
         ("not-finite", True, False, True),
         ("out-of-memory", True, False, False),
+        ("timeout", True, False, False),
         ("unreadable", False, False, True),
         ("unreadable", True, False, False),
         ("not-a-file", False, False, True),
