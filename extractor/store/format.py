@@ -292,6 +292,8 @@ _MAY_DIFFER = frozenset(
 )
 # Keys that name weights. The SHA-256 beside them tells whether the weights are the same.
 _WEIGHTS_NAMES = frozenset({"weights", "tag", "source", "revision"})
+# Models named by the folder or the repository that describes them, which may move.
+_LOCATIONS = ("local-dir:", "hf-hub:")
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Difference]:
@@ -305,9 +307,17 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Diff
 
 
 def _is_name_of_same_weights(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    if key == "backbone.model" and "backbone.parts.0.sha256" in before.keys() & now.keys():
+        return True  # joined from the names of the parts, which have keys of their own
+    if _without_part(key) == "embedding.model":
+        return True  # a name in backbone, again
     owner, _, name = key.rpartition(".")
     digest = before.get(f"{owner}.sha256")
-    return name in _WEIGHTS_NAMES and bool(digest) and digest == now.get(f"{owner}.sha256")
+    if not digest or digest != now.get(f"{owner}.sha256"):
+        return False
+    if name == "model":
+        return all(str(side.get(key)).startswith(_LOCATIONS) for side in (before, now))
+    return name in _WEIGHTS_NAMES
 
 
 def _without_part(key: str) -> str:

@@ -297,6 +297,36 @@ def test_digest_of_each_joined_backbone_decides(
     ]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("local-dir:/mnt/a/net", "local-dir:/mnt/b/net", True),
+        ("hf-hub:org/net", "local-dir:/mnt/net", True),
+        ("local-dir:/mnt/a/net", "timm:net", False),
+        ("timm:net", "timm:other", False),
+    ],
+)
+def test_model_in_another_folder_is_the_same_if_its_weights_are(
+    describe_store: Callable[..., Description], before: str, now: str, same: bool
+) -> None:
+    def described(model: str, digest: str = SHA) -> Description:
+        return describe_store(backbone={"model": model, "sha256": digest})
+
+    def as_part(model: str) -> Description:
+        parts = [{"model": "timm:first", "sha256": "aa"}, {"model": model, "sha256": SHA}]
+        joined = {"model": f"timm:first+{model}", "sha256": "bb", "parts": parts}
+        embedding = {"dim": 2, "shape": [2], "dtype": "float32"}
+        models = [{"model": part["model"], "dim": 1} for part in parts]
+        return describe_store(backbone=joined, embedding={**embedding, "parts": models})
+
+    expected = [] if same else ["backbone.model"]
+    assert keys(described(before).differences(described(now))) == expected
+    expected = [] if same else ["backbone.parts.1.model"]
+    assert keys(as_part(before).differences(as_part(now))) == expected
+    other = described(now, "cd" * 32)
+    assert keys(described(before).differences(other)) == ["backbone.model", "backbone.sha256"]
+
+
 def test_versions_of_software_are_changes_but_no_differences(
     describe_store: Callable[..., Description],
 ) -> None:
