@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from extractor.cli import environment
 from extractor.cli.console import print_lines, print_table
 from extractor.cli.parser import Parser, command_options
+from extractor.errors import UsageError
 from extractor.flags import PREFIX
 from extractor.text import plural
 from extractor.version import __version__
@@ -43,8 +44,14 @@ def doctor_parser() -> argparse.ArgumentParser:
 
 
 def doctor(arguments: Sequence[str]) -> int:
-    """Print the findings of all checks, and what to try; return the exit code."""
+    """Print the findings of all checks, and what to try; return the exit code.
+
+    Raises:
+        UsageError: The name of the output folder is empty.
+    """
     parsed = doctor_parser().parse_args(arguments)
+    if parsed.out == "":
+        raise UsageError("out: got an empty name, expected a folder for the store")
     from extractor.doctor.children import examine
 
     findings = [*_variables(), *examine(parsed.out)]

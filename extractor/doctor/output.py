@@ -14,6 +14,7 @@ from pathlib import Path
 from extractor.doctor.finding import Checks, Finding, State, as_size
 from extractor.errors import StoreError
 from extractor.store.atomic import NOT_SUPPORTED
+from extractor.store.format import MANIFEST
 from extractor.store.publish import check_output_folder
 
 __all__ = ["check_output"]
@@ -32,8 +33,11 @@ def check_output(out: str) -> Checks:
     try:
         check_output_folder(folder, may_exist=True, check_lock=True)
     except StoreError as error:
-        yield Finding("out", "broken", str(error), CHOOSE)
-        return
+        # A folder of several stores is no store, but several models may fill it.
+        if not any(folder.glob(f"*/{MANIFEST}")):
+            text = str(error)
+            yield Finding("out", "broken", text, "" if "--out" in text else CHOOSE)
+            return
     folder = folder.absolute()
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     status = os.stat(existing)

@@ -57,6 +57,11 @@ def test_states_are_aligned_and_advice_ends_the_page(
     assert capsys.readouterr().out.endswith("\nextract can run\n")
 
 
+def test_empty_output_folder_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "-o", ""]) == 2
+    assert "out: got an empty name" in capsys.readouterr().err
+
+
 def test_json_has_every_check(
     found: list[Finding], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

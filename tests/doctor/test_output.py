@@ -57,6 +57,13 @@ def test_folder_with_other_files_is_broken_and_untouched(tmp_path: Path) -> None
     assert state_of(tmp_path) == before
 
 
+def test_folder_of_several_stores_can_be_written(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "store.json").write_text("{}")
+    assert findings(tmp_path)["out"].state == "ok"
+
+
 def test_read_only_folder_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "mkdtemp", failing(errno.EROFS))
     (found,) = findings(tmp_path / "out").values()
