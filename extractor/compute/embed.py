@@ -19,9 +19,11 @@ from extractor.compute.inputs import pictures_of
 from extractor.errors import UsageError
 from extractor.images.types import Failure, ImageInfo
 from extractor.loading.batch import Batch
+from extractor.loading.buffers import MIN_BUFFERS
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
+from extractor.network.memory import is_out_of_memory
 from extractor.system.devices import device_errors
 from extractor.system.timing import Timer
 
@@ -143,11 +145,55 @@ class _Step:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
         (self.device,) = devices
         self._images_at_a_time = 0  # 0 for a whole batch
+        self._checked = 0  # number of images that are known to fit
         keys = [preprocess.picture_key for preprocess in pictures_of(specs)]
         self._picture = [
             keys.index(backbone.preprocess.picture_key) for backbone in self._backbones
         ]
         self._normalize = [Normalize(backbone) for backbone in self._backbones]
+
+    def in_fitting_parts(
+        self, pictures: Sequence[torch.Tensor], release: Callable[[], None]
+    ) -> list[torch.Tensor]:
+        """Compute a batch whole if the memory suffices, else in parts that fit.
+
+        Args:
+            pictures: ``(B, H, W, 3)`` uint8 on the device.
+            release: Called once the pictures are no longer needed.
+
+        Raises:
+            DeviceError: A single image does not fit in the memory of the CPU.
+        """
+        self._check_memory(pictures)
+        if not 0 < self._images_at_a_time < len(pictures[0]):
+            pending = [release]
+            try:
+                return self(pictures, lambda: pending.pop()())
+            except (RuntimeError, MemoryError) as error:
+                if not (pending and is_out_of_memory(error) and len(pictures[0]) > 1):
+                    raise
+            self._halve(len(pictures[0]))
+        rows = self.in_parts(pictures)
+        release()
+        return rows
+
+    def _check_memory(self, pictures: Sequence[torch.Tensor]) -> None:
+        """Choose the size of parts before a CPU runs out of memory, of which it cannot tell."""
+        count = len(pictures[0])
+        if self.device.type != "cpu" or self._images_at_a_time or count <= self._checked:
+            return
+        reserved = MIN_BUFFERS * sum(picture.nbytes for picture in pictures)
+        fitting = min(
+            backbone.images_at_a_time(count, reserved_bytes=reserved)
+            for backbone in self._backbones
+        )
+        self._checked = count
+        if fitting < count:
+            self._images_at_a_time = fitting
+            log.warning(
+                "the memory does not suffice for a batch of %d images; computing %d at a time",
+                *(count, fitting),
+            )
 
     def in_parts(self, pictures: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Compute a batch in parts that fit the memory of the device.
@@ -156,7 +202,9 @@ class _Step:
 
         Raises:
             torch.cuda.OutOfMemoryError: A single image does not fit.
+            RuntimeError: The same on a CPU.
         """
+        self._check_memory(pictures)
         while True:
             size = self._images_at_a_time or len(pictures[0])
             starts = range(0, len(pictures[0]), size)
@@ -165,18 +213,23 @@ class _Step:
                     self([picture[start : start + size] for picture in pictures], lambda: None)
                     for start in starts
                 ]
-            except torch.cuda.OutOfMemoryError:
-                if size == 1:
+            except (RuntimeError, MemoryError) as error:
+                is_full = isinstance(error, torch.cuda.OutOfMemoryError) or is_out_of_memory(error)
+                if size == 1 or not is_full:
                     raise
-                self._images_at_a_time = (size + 1) // 2
             else:
                 return [torch.cat(rows) for rows in zip(*parts, strict=True)]
             # Outside of the handler, which would keep the tensors of the failed pass alive.
-            torch.cuda.empty_cache()
-            log.warning(
-                "%s is out of memory with %d images at a time; continuing with %d",
-                *(self.device, size, self._images_at_a_time),
-            )
+            self._halve(size)
+
+    def _halve(self, size: int) -> None:
+        """Compute at most half as many images at a time from now on."""
+        torch.cuda.empty_cache()
+        self._images_at_a_time = (size + 1) // 2
+        log.warning(
+            "%s is out of memory with %d images at a time; continuing with %d",
+            *(self.device, size, self._images_at_a_time),
+        )
 
     def __call__(
         self, pictures: Sequence[torch.Tensor], release: Callable[[], None]
@@ -192,8 +245,20 @@ class _Step:
             pixels = self._normalize[index](pictures[self._picture[index]])
             if index == len(self._backbones) - 1:
                 release()
-            outputs[id(backbone)] = backbone.embed(pixels)
+            outputs[id(backbone)] = self._embed(backbone, pixels)
         return [self._rows(spec, outputs) for spec in self._specs]
+
+    def _embed(self, backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Run a backbone. Where a CPU runs out of memory, compute halves."""
+        try:
+            return backbone.embed(pixels)
+        except (RuntimeError, MemoryError) as error:
+            if len(pixels) == 1 or not is_out_of_memory(error):
+                raise
+        self._halve(len(pixels))
+        halves = torch.split(pixels, self._images_at_a_time)
+        parts = [self._embed(backbone, half) for half in halves]
+        return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     def _rows(
         self, spec: EmbeddingSpec, outputs: dict[int, tuple[torch.Tensor, ...]]
@@ -279,7 +344,7 @@ def _computed(step: _Step, batch: Batch, timer: Timer, decoder: NvjpegDecoder | 
         if decoder is not None:
             decoder.decode_batch(batch, pictures)
     with timer.spent("model"):
-        rows = [output.cpu() for output in step(pictures, batch.release)]
+        rows = [output.cpu() for output in step.in_fitting_parts(pictures, batch.release)]
     return _collect(batch, rows)
 
 

@@ -226,7 +226,8 @@ class _Trial:
     def _embed(self, backbone: Backbone) -> tuple[Rows, float]:
         """Return the embeddings of the sample, and seconds per image of the fastest batch."""
         pictures = self._pictures()
-        size = max(min(self._batch_size, len(pictures) // 2), 1)
+        wanted = max(min(self._batch_size, len(pictures) // 2), 1)
+        size = backbone.images_at_a_time(wanted)
         batches, seconds = [], []
         for start in range(0, len(pictures), size):
             rows, taken = _timed(backbone, pictures[start : start + size])
@@ -238,10 +239,9 @@ class _Trial:
         """Return the approximate seconds that the best variant takes per image."""
         if self._seconds_per_image is None:
             height, width = self.best.preprocess.input_size
-            gray = torch.full((TIMED_IMAGES, height, width, 3), 127, dtype=torch.uint8)
-            self._seconds_per_image = (
-                min(_timed(self.best, gray)[1] for _ in range(2)) / TIMED_IMAGES
-            )
+            count = self.best.images_at_a_time(TIMED_IMAGES)
+            gray = torch.full((count, height, width, 3), 127, dtype=torch.uint8)
+            self._seconds_per_image = min(_timed(self.best, gray)[1] for _ in range(2)) / count
         return self._seconds_per_image
 
     def try_compiled(self, *, even_without_gain: bool) -> None:
@@ -254,6 +254,9 @@ class _Trial:
             pictures = self._pictures()
             if not len(pictures):
                 return
+            fitting = self.best.images_at_a_time(self._batch_size)
+            if fitting < self._batch_size:
+                raise ExtractorError("the memory does not suffice for whole batches")
             # The shape of all batches: another shape would be compiled again.
             batch = pictures.repeat(-(-self._batch_size // len(pictures)), 1, 1, 1)
             batch = batch[: self._batch_size]

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from extractor.errors import ModelError, UsageError
+from extractor.errors import DeviceError, ModelError, UsageError
 from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.network import heads
 from extractor.network.fusion.fuse import fuse, may_fuse
+from extractor.network.memory import images_that_fit
 from extractor.network.module_names import find_modules
 from extractor.network.precision import convert, input_dtype, resolve_precision
 from extractor.network.probe import describe_shapes, probe
@@ -289,6 +290,29 @@ class Backbone:
         self.bypassed = (*self.bypassed, *replaced)
         return self
 
+    def images_at_a_time(self, wanted: int, *, reserved_bytes: int = 0) -> int:
+        """Return how many images fit in the memory of a CPU at a time, at most ``wanted``.
+
+        Args:
+            wanted: Number of images.
+            reserved_bytes: Memory that other things will take.
+
+        Raises:
+            DeviceError: A single image does not fit.
+        """
+        if self.device.type != "cpu" or self.is_compiled:
+            return wanted
+        height, width = self.preprocess.input_size
+        fit = images_that_fit(self, (height, width), wanted, reserved_bytes=reserved_bytes)
+        if not fit.images:
+            others = f", the decoded batches {_gib(reserved_bytes)}" if reserved_bytes else ""
+            raise DeviceError(
+                f"{self.provenance.model}: one image of {height} x {width} pixels needs about "
+                f"{_gib(fit.image_bytes)}{others}, and {_gib(fit.free_bytes)} of memory are free; "
+                f"try a smaller --image-size{' or --batch-size' if reserved_bytes else ''}"
+            )
+        return fit.images
+
     @property
     def may_fold(self) -> bool:
         """Whether :meth:`fold` would try to change the network."""
@@ -313,8 +337,9 @@ class Backbone:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(3, 3, *self.preprocess.input_size, generator=generator)
         flat = [torch.full_like(noise[:1], level) for level in FLAT_LEVELS]
+        count = self.images_at_a_time(len(flat) + len(noise))
         with device_errors(self.device):
-            pixels = torch.cat([*flat, noise])
+            pixels = torch.cat([*flat, noise])[-count:]
             pixels = pixels.to(self.device, memory_format=torch.channels_last)
             self.folded = fuse(self.module, self.embed, pixels)
         return self
@@ -343,6 +368,10 @@ class Backbone:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.device, self.precision = device, precision
         return self
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _head_names(head: object) -> tuple[str, ...]:

@@ -18,9 +18,14 @@ from extractor.models.checkpoint import MisfitError
 from extractor.models.naming import is_repository, plain_name
 from extractor.models.weight_files import WeightsFile
 from extractor.network.precision import resolve_precision
-from extractor.network.probe import probe
+from extractor.network.probe import PROBE_IMAGES, probe
 from extractor.network.taps import Output
-from extractor.options import DEFAULT_MODEL, Options, signature_with_options
+from extractor.options import (
+    DEFAULT_MODEL,
+    Options,
+    default_batch_size,
+    signature_with_options,
+)
 from extractor.system.devices import device_errors, resolve_device
 
 if TYPE_CHECKING:
@@ -123,10 +128,15 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
     Raises:
         ModelError: The model cannot take the image size, or there is no such module.
         UsageError: An image size for a backbone whose layers are already chosen.
+        DeviceError: A single image does not fit in the memory of the CPU.
     """
-    if options.image_size is not None or options.test_size:
-        if backbone.taps is not None:
-            raise UsageError("image size: choose it before the layers of a backbone")
+    # Refuses what cannot fit. Twice the batch, for the memory is estimated here or never.
+    batch = options.batch_size or default_batch_size(backbone.device.type)
+    fitting = backbone.images_at_a_time(max(2 * batch, PROBE_IMAGES))
+    has_new_size = options.image_size is not None or options.test_size
+    if has_new_size and backbone.taps is not None:
+        raise UsageError("image size: choose it before the layers of a backbone")
+    if has_new_size and fitting >= PROBE_IMAGES:
         with device_errors(backbone.device):
             shape = probe(
                 backbone.module,

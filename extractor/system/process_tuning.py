@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Iterator
 
-__all__ = ["freeze_imports", "keep_freed_memory", "spin_briefly"]
+__all__ = ["freeze_imports", "keep_freed_memory", "return_freed_memory", "spin_briefly"]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 # Variables of GNU OpenMP, which reads them when it is loaded. 30,000 spins take about 1 ms.
 SPINS, SPINNING = "30000", ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+
+_kept = False  # whether keep_freed_memory() had an effect
 
 ARROW_POOL = "ARROW_DEFAULT_MEMORY_POOL"
 
@@ -30,11 +32,30 @@ def keep_freed_memory() -> None:
     Arrow uses the same memory if it is imported later. With its own pool, which no page had been
     faulted into, the first index of a run took 20 ms instead of 3. A value in the environment wins.
     """
+    global _kept
     os.environ.setdefault(ARROW_POOL, "system")
-    with contextlib.suppress(OSError, AttributeError):
+    with contextlib.suppress(OSError, AttributeError, TypeError):
         mallopt = ctypes.CDLL(None).mallopt
         for parameter, value in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)):
             mallopt(parameter, value)
+        _kept = True
+
+
+def return_freed_memory() -> None:
+    """Undo :func:`keep_freed_memory` where memory is scarce, and return what is free.
+
+    What glibc keeps has gaps: a process held up to three times the memory of its tensors. Does
+    nothing if the program did not choose to keep memory.
+    """
+    global _kept
+    if not _kept:
+        return
+    _kept = False
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**20), (M_TRIM_THRESHOLD, 2**26)):
+            library.mallopt(parameter, value)
+        library.malloc_trim(0)
 
 
 def spin_briefly() -> None:

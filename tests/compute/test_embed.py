@@ -181,6 +181,93 @@ def test_full_device_gets_smaller_parts_from_then_on(
     assert len(caplog.records) == warned
 
 
+@pytest.mark.parametrize("fits", [1, 3, 4, 5])
+@pytest.mark.parametrize("error", [RuntimeError("can't allocate memory: ..."), MemoryError()])
+def test_full_cpu_gets_smaller_parts_from_then_on(
+    fits: int, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = embed_module._Step([mean_spec()], normalize=False)
+    sizes = []
+    original = Backbone.embed
+
+    def crowded(backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(pixels))
+        if len(pixels) > fits:
+            raise error
+        return original(backbone, pixels)
+
+    pictures = torch.randint(0, 256, (8, 24, 32, 3), dtype=torch.uint8)
+    (expected,) = step([pictures], lambda: None)
+    monkeypatch.setattr(Backbone, "embed", crowded)
+    for turn in range(2):
+        reused = pictures.clone()
+        releases: list[int] = []
+
+        def release(reused: torch.Tensor = reused, releases: list[int] = releases) -> None:
+            releases.append(reused.zero_().numel())  # decoders write into it at once
+
+        sizes.clear()
+        (rows,) = step.in_fitting_parts([reused], release)
+        assert torch.equal(rows, expected)
+        assert len(releases) == 1
+        assert (max(sizes) <= fits) is (turn == 1)
+
+
+def test_cpu_without_memory_for_normalized_pixels_gets_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    step = embed_module._Step([mean_spec()], normalize=False)
+    pictures = torch.randint(0, 256, (8, 24, 32, 3), dtype=torch.uint8)
+    (expected,) = step([pictures], lambda: None)
+    original = embed_module.Normalize.__call__
+
+    def crowded(normalize: embed_module.Normalize, uint8: torch.Tensor) -> torch.Tensor:
+        if len(uint8) > 2:
+            raise RuntimeError("can't allocate memory: ...")
+        return original(normalize, uint8)
+
+    monkeypatch.setattr(embed_module.Normalize, "__call__", crowded)
+    (rows,) = step.in_fitting_parts([pictures], lambda: None)
+    assert torch.equal(rows, expected)
+
+
+def test_other_errors_of_a_network_are_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(Backbone, "embed", broken)
+    step = embed_module._Step([mean_spec()], normalize=False)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        step.in_fitting_parts([torch.zeros(4, 24, 32, 3, dtype=torch.uint8)], lambda: None)
+
+
+@pytest.mark.parametrize("fitting", [1, 3, 7])
+def test_parts_are_chosen_before_the_memory_is_full(
+    fitting: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def images_at_a_time(backbone: Backbone, wanted: int, *, reserved_bytes: int) -> int:
+        # Four batches of decoded pictures wait or are being filled.
+        assert reserved_bytes == 4 * 8 * 24 * 32 * 3
+        return min(wanted, fitting)
+
+    monkeypatch.setattr(Backbone, "images_at_a_time", images_at_a_time)
+    step = embed_module._Step([mean_spec()], normalize=False)
+    pictures = torch.randint(0, 256, (8, 24, 32, 3), dtype=torch.uint8)
+    (expected,) = step([pictures], lambda: None)
+    sizes = []
+    original = Backbone.embed
+
+    def watched(backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        sizes.append(len(pixels))
+        return original(backbone, pixels)
+
+    monkeypatch.setattr(Backbone, "embed", watched)
+    (rows,) = step.in_fitting_parts([pictures], lambda: None)
+    assert torch.equal(rows, expected)
+    assert max(sizes) == fitting
+    assert f"a batch of 8 images; computing {fitting} at a time" in caplog.text
+
+
 def test_device_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")

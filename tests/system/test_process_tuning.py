@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 from support.pictures import noise
 
+from extractor.system import process_tuning
 from extractor.system.process_tuning import (
     ARROW_POOL,
     SPINNING,
     SPINS,
     freeze_imports,
+    keep_freed_memory,
+    return_freed_memory,
     spin_briefly,
 )
 
@@ -96,3 +100,31 @@ def test_freeze_imports_does_nothing_once_torch_is_imported() -> None:
     with freeze_imports():
         assert gc.isenabled()
     assert not gc.get_freeze_count()
+
+
+def test_memory_is_returned_only_if_it_was_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, ...]] = []
+
+    class Library:
+        def mallopt(self, *values: int) -> None:
+            calls.append(values)
+
+        def malloc_trim(self, *values: int) -> None:
+            calls.append(values)
+
+    monkeypatch.setenv(ARROW_POOL, "system")
+    monkeypatch.setattr(process_tuning, "_kept", False)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library())
+    return_freed_memory()  # as in a program that only uses the library
+    assert calls == []
+    keep_freed_memory()
+    kept: dict[int, int] = dict(calls)  # type: ignore[arg-type]
+    calls.clear()
+    return_freed_memory()
+    assert calls.pop() == (0,)  # of malloc_trim
+    returned: dict[int, int] = dict(calls)  # type: ignore[arg-type]
+    assert returned.keys() == kept.keys()
+    assert all(returned[parameter] < kept[parameter] for parameter in kept)
+    calls.clear()
+    return_freed_memory()
+    assert calls == []
