@@ -17,6 +17,7 @@ from PIL import Image, features
 
 from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget
+from extractor.images.containers.boxes import ends_early
 from extractor.images.containers.kinds import AVIF, HEIF, JXL, RAW, Kind
 from extractor.text import first_line
 
@@ -113,6 +114,9 @@ def _text_of(error: Exception) -> str:
 
 def _open_heif(module: Any, file: IO[bytes], budget: PixelBudget) -> Image.Image:
     """Decode the primary image of a HEIC file, upright; its EXIF orientation reads 1."""
+    if ends_early(file):  # libheif leaves tiles gray that lie behind the end
+        raise DecodeError("truncated", "the file ends before its image data")
+    file.seek(0)
     image: Image.Image = module.HeifImageFile(file)
     with budget.claim(image.width, image.height):
         image.load()

@@ -165,6 +165,27 @@ class TestHeic:
             assert reason(EncodedImage(data[:end])) in ("truncated", "corrupt")
         assert reason(EncodedImage(data[:300] + bytes(2000))) in ("truncated", "corrupt")
 
+    def test_cut_grid_of_tiles_is_truncated(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        # Phones write tiles. libheif leaves those gray that it does not find.
+        monkeypatch.setattr(self.library.options, "GRID_TILE_SIZE", 128)
+        image = photo(300, 200)
+        data = self.heic(image)
+        assert b"grid" in data
+        for whole in (data, data + b"rubbish behind the file" * 9, data + bytes(3)):
+            out = pixels(EncodedImage(whole), 300, 200)
+            assert np.abs(out.astype(int) - np.asarray(image)).mean() < 1
+        start = data.index(b"mdat") - 4
+        ends = [start, start + 4, start + 8, *range(start + 9, len(data), 997), len(data) - 1]
+        for end in ends:
+            assert reason(EncodedImage(data[:end])) == "truncated"
+
+    def test_data_to_the_end_of_the_file_is_complete(self) -> None:
+        data = bytearray(self.heic(QUADRANTS))
+        start = data.index(b"mdat") - 4
+        assert start + int.from_bytes(data[start : start + 4], "big") == len(data)
+        data[start : start + 4] = bytes(4)
+        assert furthest(pixels(EncodedImage(bytes(data)), 64, 32), np.asarray(QUADRANTS)) <= 4
+
     def test_child_process_gives_the_same_picture(self, tmp_path: Path) -> None:
         path = tmp_path / "a.heic"
         path.write_bytes(self.heic(IMAGE, exif=exif_with(6)))
