@@ -41,6 +41,8 @@ MAX_GROUP_IMAGES = 256
 COMPARED_IMAGES = 8
 MAX_MEAN_DIFFERENCE = 1.0  # of 255 levels, over one picture
 
+FLAT_PIXELS = 8  # edge of a block
+
 
 class NvjpegDecoder:
     """Renders the images that the decoding threads left encoded, on the GPU.
@@ -107,6 +109,7 @@ class NvjpegDecoder:
     ) -> set[int]:
         """Return the indices that were rendered; none of them if the decoder proved wrong."""
         decoded = self._decode_images(images)
+        doubtful = _with_flat_end(decoded)
         rendered: set[int] = set()
         same_layout: dict[StoredLayout, list[int]] = {}
         for index in decoded:
@@ -124,7 +127,7 @@ class NvjpegDecoder:
         if self._left_to_compare and not self._is_right(images, rendered, pictures):
             self.is_trusted = False
             return set()
-        return rendered
+        return rendered - doubtful
 
     def _decode_images(self, images: Mapping[int, EncodedJpeg]) -> dict[int, torch.Tensor]:
         """Return ``(3, H, W)`` uint8 for each image that the device can decode."""
@@ -212,6 +215,21 @@ class NvjpegDecoder:
         except DecodeError as error:
             return Failure.from_error(error)
         return rows
+
+
+def _with_flat_end(decoded: Mapping[int, torch.Tensor]) -> set[int]:
+    """Return the images that end in one color, as those do whose data end early.
+
+    The CPU decodes them again and sees whether data are missing. White paper and black frames are
+    too common for that.
+    """
+    ends = {index: image[:, -FLAT_PIXELS:, -FLAT_PIXELS:] for index, image in decoded.items()}
+    if not ends:
+        return set()
+    low = torch.stack([end.amin((1, 2)) for end in ends.values()]).int()
+    high = torch.stack([end.amax((1, 2)) for end in ends.values()]).int()
+    is_flat = ((high - low).amax(1) <= 1) & (low.amin(1) < 254) & (high.amax(1) > 1)
+    return {index for index, flat in zip(ends, is_flat.tolist(), strict=True) if flat}
 
 
 def _groups(images: Mapping[int, EncodedJpeg]) -> Iterator[list[int]]:

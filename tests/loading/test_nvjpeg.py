@@ -236,6 +236,19 @@ def test_an_image_that_the_gpu_refuses_is_decoded_by_the_cpu(run: Run) -> None:
     assert sorted(run.calls) == [1, 1, 1, 1, 4, 4]
 
 
+def test_a_cut_image_fails_and_flat_ones_do_not(run: Run) -> None:
+    whole = jpeg(smooth(60, 40))
+    cut = whole[:-300].rstrip(b"\xff") + b"\xff\xd9"
+    (run.folder / "cut.jpg").write_bytes(cut)
+    for color in ("gray", "white", "red"):
+        (run.folder / f"{color}.jpg").write_bytes(jpeg(Image.new("RGB", (60, 40), color)))
+    report = run()
+    assert sum(run.calls) == 8 + 4
+    assert run.is_as_exact(report)
+    (failure,) = report.stores[0].store.failures
+    assert (failure["path"], failure["error"]) == ("cut.jpg", "truncated")
+
+
 def test_an_image_of_unexpected_size_is_decoded_by_the_cpu(run: Run) -> None:
     run.decode = lambda encoded: [image[:, :, :-1] for image in pillow(encoded)]
     assert run.is_as_exact(run())
