@@ -464,7 +464,7 @@ class Manifest:
                 f"{name} is not JSON ({error}); the store is damaged"
             ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise DamagedManifestError(
+            raise StoreDamagedError(
                 f'{name} is not the manifest of a store: expected "format": "{FORMAT}"'
             )
         if content.get("version") != VERSION:
