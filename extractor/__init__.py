@@ -3,7 +3,7 @@
 >>> from extractor import extract
 >>> report = extract("images/", "resnet50")  # doctest: +SKIP
 >>> report.store.features.shape  # doctest: +SKIP
-(334, 2048)
+(25, 2048)
 """
 
 from __future__ import annotations

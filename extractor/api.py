@@ -52,7 +52,13 @@ def extract(
 
     >>> report = extract("images", "resnet50", "features/resnet50")  # doctest: +SKIP
     >>> report.rows, report.store.features.shape  # doctest: +SKIP
-    (334, (334, 2048))
+    (25, (25, 2048))
+
+    Several models, named or loaded, fill a store each in one pass over the images:
+
+    >>> both = extract("images", ["resnet50", "torchvision:resnet18"], "both")  # doctest: +SKIP
+    >>> [store.out.name for store in both.stores]  # doctest: +SKIP
+    ['resnet50', 'torchvision-resnet18']
 
     Args:
         images: A folder, an image, several of them, or an :class:`ImageList`.

@@ -139,6 +139,9 @@ class Options:
 
     ``docs/cli.md`` lists the options with their flags, environment variables and defaults.
 
+    >>> Options(layers=["layer3"], pool="gem", normalize=True).batch_size is None
+    True
+
     Raises:
         UsageError: A value is out of range, or two options contradict each other.
     """

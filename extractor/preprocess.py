@@ -96,6 +96,9 @@ class Geometry(NamedTuple):
 class Preprocess:
     """Evaluation transform of one model: resize, center crop or pad, normalize.
 
+    >>> Preprocess.standard(224).resize_size, Preprocess.standard(224).mean
+    ((256, 256), (0.485, 0.456, 0.406))
+
     Attributes:
         input_size: (height, width) of the model's input in pixels.
         resize: ``shortest`` scales the shorter edge to ``resize_size[0]`` (torchvision's

@@ -24,6 +24,12 @@ FAILURES_SHOWN = 5
 class Progress:
     """Progress of a run, in images.
 
+    >>> def show(progress):  # doctest: +SKIP
+    ...     if progress.done == progress.total:
+    ...         print(f"{progress.done} images, {progress.failed} failed")
+    >>> report = extract("images", out="shown", progress=show)  # doctest: +SKIP
+    25 images, 0 failed
+
     Attributes:
         done: Number of images that are done, failed ones included.
         total: Number of images of the run.
@@ -38,6 +44,10 @@ class Progress:
 @dataclass(frozen=True)
 class StoreReport:
     """Result of one run in one store.
+
+    >>> result = extract("images").stores[0]  # doctest: +SKIP
+    >>> result.out.name, result.rows, result.failed, result.shape  # doctest: +SKIP
+    ('resnet50', 25, 0, (2048,))
 
     Attributes:
         out: Folder of the store.
@@ -78,6 +88,10 @@ class StoreReport:
 @dataclass(frozen=True)
 class Report:
     """Result of one run.
+
+    >>> report = extract("images", "resnet50")  # doctest: +SKIP
+    >>> report.rows, report.failed, report.store["cats/tom.jpg"].shape  # doctest: +SKIP
+    (25, 0, (2048,))
 
     ``out``, ``rows``, ``failed``, ``dim``, ``store``, ``failures`` and ``first_failures`` belong to
     the only store of the run. With several stores, see :attr:`stores`.

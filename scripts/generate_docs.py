@@ -1,6 +1,6 @@
-"""Write what follows from the code: options, and the table of image formats.
+"""Write what follows from the code: options, the table of image formats, the API reference.
 
-python scripts/generate_docs.py            # docs/cli.md, docs/pixels.md, option_arguments.py
+python scripts/generate_docs.py            # docs/{api,cli,pixels}.md, option_arguments.py
 python scripts/generate_docs.py --check    # exit with 1 if one of them is out of date
 """
 
@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import PIL
+from api_reference import api_reference
 
 from extractor.cli.doctor import doctor_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
@@ -30,6 +31,7 @@ ARGUMENTS = ROOT / "extractor" / "option_arguments.py"
 
 COMMAND_LINE = ROOT / "docs" / "cli.md"
 PIXELS = ROOT / "docs" / "pixels.md"
+API = ROOT / "docs" / "api.md"
 
 # Pillow's formats that may hold more than a picture, and what is decoded of them.
 DECODED = {
@@ -227,7 +229,12 @@ def main(words: list[str]) -> int:
     """Write the files, or check them; return the exit code."""
     outdated = 0
     page = pixels_page(PIXELS.read_text("utf-8")) if PIXELS.exists() else ""
-    written = ((ARGUMENTS, option_arguments()), (COMMAND_LINE, command_line()), (PIXELS, page))
+    written = (
+        (ARGUMENTS, option_arguments()),
+        (COMMAND_LINE, command_line()),
+        (PIXELS, page),
+        (API, api_reference()),
+    )
     for path, text in written:
         if "--check" not in words:
             path.write_text(text, "utf-8")

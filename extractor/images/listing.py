@@ -48,6 +48,10 @@ class UnlistedFolder(NamedTuple):
 class ImageList:
     """Paths of images in the order of their rows.
 
+    >>> images = list_images("images")  # doctest: +SKIP
+    >>> len(images), images.paths[0]  # doctest: +SKIP
+    (25, b'cats/00.jpg')
+
     Attributes:
         root: Absolute folder that the paths are relative to, as bytes.
         paths: Relative paths with ``/``, in ascending order of their bytes, without duplicates.
@@ -125,6 +129,9 @@ def list_images(
     left_out: Callable[[bytes, str], None] | None = None,
 ) -> ImageList:
     """List the images in folders, which are walked recursively, and single files.
+
+    >>> len(list_images("images", exclude=["dogs/"]))  # doctest: +SKIP
+    12
 
     A file in a folder is an image if its suffix belongs to an image format, or else if its content
     does. Hidden files and folders are skipped. Links are followed, except back to a folder above.

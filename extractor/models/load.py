@@ -47,6 +47,8 @@ def load_backbone(model: str = DEFAULT_MODEL, **options: Unpack[BackboneArgument
 
     >>> load_backbone("resnet50", layers=["layer3"], pool="gem").dim  # doctest: +SKIP
     1024
+    >>> load_backbone("torchvision:vgg11", weights="random").heads  # doctest: +SKIP
+    ('classifier.6',)
 
     Args:
         model: ``timm:NAME``, ``torchvision:NAME``, or NAME alone, which means timm's model if timm

@@ -15,6 +15,10 @@ __all__ = ["StoreInfo"]
 class StoreInfo:
     """How the rows of a store were made, and how many there are.
 
+    >>> info = FeatureStore.open("features/resnet50").info  # doctest: +SKIP
+    >>> info.model, info.shape, info.normalized, info.rows  # doctest: +SKIP
+    ('timm:resnet50', (2048,), False, 25)
+
     Attributes:
         model: Full name, such as ``timm:resnet50``; joined names for several backbones.
         library: Library that built the model; joined for several.

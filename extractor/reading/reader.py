@@ -49,8 +49,8 @@ class FeatureStore(Rows):
 
     >>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
     >>> store.features.shape, store.paths[0]  # doctest: +SKIP
-    ((334, 2048), 'n01440764_tench.JPEG')
-    >>> store["n01440764_tench.JPEG"].shape  # doctest: +SKIP
+    ((25, 2048), 'cats/00.jpg')
+    >>> store["cats/tom.jpg"].shape  # doctest: +SKIP
     (2048,)
 
     An open store shows one state, whatever is written meanwhile. Its embeddings stay readable even
@@ -122,9 +122,9 @@ class FeatureStore(Rows):
 
         An image counts if it has the same path and the same content in all stores.
 
-        >>> both = FeatureStore.join("features/resnet50", "features/vit")  # doctest: +SKIP
+        >>> both = FeatureStore.join("both/resnet50", "both/torchvision-resnet18")  # doctest: +SKIP
         >>> both.features.shape, both.left_out  # doctest: +SKIP
-        ((334, 2816), (0, 0))
+        ((25, 2560), (0, 0))
 
         Args:
             stores: Stores or their folders. The rows have the order of the first one.
@@ -223,8 +223,9 @@ class FeatureStore(Rows):
         ``(lines,)`` int64, duplicates included; -1 for an image without a row. Empty lines of the
         list do not count.
 
-        >>> rows = store.list_rows  # doctest: +SKIP
-        >>> features, labels = store.features[rows[rows >= 0]], labels[rows >= 0]  # doctest: +SKIP
+        >>> listed = ["images/dogs/03.jpg", "images/cats/tom.jpg"]  # doctest: +SKIP
+        >>> extract(listed, out="listed", keep_order=True).store.list_rows  # doctest: +SKIP
+        array([1, 0])
 
         Raises:
             StoreError: the last run that changed the store did not keep the order of a list.

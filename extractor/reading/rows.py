@@ -149,8 +149,10 @@ class Rows(ABC):
     def batches(self, *, bytes: int = BATCH_BYTES) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
         """Yield the rows in blocks that fit into memory.
 
-        >>> for rows, block in store.batches():  # doctest: +SKIP
-        ...     index.add_with_ids(block, store.ids[rows])
+        >>> for rows, block in store.batches(bytes=2**17):  # doctest: +SKIP
+        ...     print(rows.start, block.shape)
+        0 (16, 2048)
+        16 (9, 2048)
 
         Args:
             bytes: Size of a block; it holds at least one row.
@@ -169,7 +171,7 @@ class Rows(ABC):
 
         >>> cats = store.select("cats/*")  # doctest: +SKIP
         >>> cats.features.shape, cats.paths[0]  # doctest: +SKIP
-        ((25, 2048), 'cats/tom.jpg')
+        ((12, 2048), 'cats/00.jpg')
 
         Args:
             which: A glob over :attr:`paths`, whose ``*`` also matches ``/``; a mask ``(N,)``; or
@@ -212,6 +214,9 @@ class Rows(ABC):
     def torch(self, index: Any = slice(None)) -> torch.Tensor:
         """Return rows as a tensor of its own, ``(N, dim)``.
 
+        >>> store.torch().shape, store.torch("cats/tom.jpg").shape  # doctest: +SKIP
+        (torch.Size([25, 2048]), torch.Size([2048]))
+
         Args:
             index: Rows, as for :meth:`__getitem__`.
         """
@@ -223,6 +228,12 @@ class Rows(ABC):
         """Return a dataset for :class:`torch.utils.data.DataLoader`.
 
         Its workers map the same files: what they get is the path of the store, not its rows.
+
+        >>> from torch.utils.data import DataLoader  # doctest: +SKIP
+        >>> labels = [path.startswith("cats/") for path in store.paths]  # doctest: +SKIP
+        >>> loader = DataLoader(store.dataset(labels), batch_size=16)  # doctest: +SKIP
+        >>> [rows.shape for rows, labels in loader]  # doctest: +SKIP
+        [torch.Size([16, 2048]), torch.Size([9, 2048])]
 
         Args:
             labels: One value per row; each item is then a pair of a row and its label.
