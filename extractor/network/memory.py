@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 # Largest memory of a pass that needs no estimate, in sizes of its pixels in float32. resnet50 takes
 # 13, mobilenetv3_large_100 9, vgg16 about 50.
-UNESTIMATED = 128
+UNESTIMATED = 64
 
 # Share of the free memory that feature maps may take. The rest is for what the estimate does not
 # see: decoded images, and what kernels of oneDNN hold for themselves.

@@ -68,9 +68,9 @@ def test_estimate_is_the_sum_of_what_exists_at_a_time(monkeypatch: pytest.Monkey
 
 
 def test_nothing_is_estimated_where_memory_is_plenty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda: 3 * 128 * 10 * PLANE)
+    monkeypatch.setattr(memory, "free_memory", lambda: 3 * memory.UNESTIMATED * 10 * PLANE)
     made = backbone(Widen())
-    assert fit(made, 10) == (10, 0, 3 * 128 * 10 * PLANE)
+    assert fit(made, 10) == (10, 0, 3 * memory.UNESTIMATED * 10 * PLANE)
     assert not memory._known
     assert fit(made, 11).image_bytes > 0
 
