@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 from extractor.errors import ModelError, WeightsError
 from extractor.models import libraries, weight_files
 from extractor.models.backbone import Backbone
-from extractor.models.checkpoint import State, load_into
+from extractor.models.checkpoint import MisfitError, State, load_into
 from extractor.models.weight_files import WeightsFile
 from extractor.network import heads
 from extractor.network.taps import HEAD, Output
@@ -93,7 +94,7 @@ def build(name: str, options: Options) -> Backbone:
     if options.keep_head:
         return _with_head(name, options, entry, found)
     with libraries.seeded(options.seed):
-        module = _network(name, entry)
+        module = _network(name, entry, edge=_edge(name, entry, options))
     classifiers = heads.modules_with_outputs(module, _CLASSES)
     dim = _input_width(module, classifiers, name)
     before = tuple(module.state_dict())
@@ -120,7 +121,7 @@ def _with_head(name: str, options: Options, entry: Any, found: WeightsFile | Non
 
     def build(classes: int | None) -> nn.Module:
         with libraries.seeded(options.seed):
-            return _network(name, entry, classes or published)
+            return _network(name, entry, classes or published, _edge(name, entry, options))
 
     sketch = _sketch(name, entry)
     classifiers = heads.modules_with_outputs(sketch, _CLASSES)
@@ -153,7 +154,50 @@ def _read(found: WeightsFile, name: str, entry: Any, options: Options) -> State:
     state = libraries.read_weights(found, options)
     if name.startswith("densenet"):
         state.rename(lambda key: _DENSENET_KEY.sub(r"\1\2", key))
+    if name.startswith("vit_"):
+        _resample(state, name, _edge(name, entry, options), options)
     return state
+
+
+def _edge(name: str, entry: Any, options: Options) -> int:
+    """Return the edge in pixels of the images for which a vision transformer is built.
+
+    Without a square of whole patches it keeps its own, and is refused when it is tried.
+    """
+    own: int = entry.meta["min_size"][0]
+    height, width = options.pixel_changes.image_size or (own, own)
+    if not name.startswith("vit_") or height != width or height % _patch(name):
+        return own
+    return height
+
+
+def _patch(name: str) -> int:
+    """Return the edge in pixels of a vision transformer's patches, such as 16 for ``vit_b_16``."""
+    return int(name.rpartition("_")[2])
+
+
+def _resample(state: State, name: str, edge: int, options: Options) -> None:
+    """Resample the position embeddings of a file for another image size, as torchvision does.
+
+    Raises:
+        MisfitError: The file is of another size than the network, and none was asked for.
+    """
+    patch = _patch(name)
+    for key in (key for key in state if key.endswith("encoder.pos_embedding")):
+        positions = state[key]
+        grid = math.isqrt(max(0, positions.shape[1] - 1)) if positions.ndim == 3 else 0
+        if grid * patch == edge or not grid or grid**2 + 1 != positions.shape[1]:
+            continue
+        if options.pixel_changes.image_size is None:
+            raise MisfitError(
+                f"torchvision:{name}: the weights are of another image size ({grid * patch} pixels "
+                f"instead of {edge})",
+                state,
+                advice=f"Use the size that they were trained at: --image-size {grid * patch}",
+            )
+        resample = _models().vision_transformer.interpolate_embeddings
+        named = {"encoder.pos_embedding": positions.float()}
+        state[key] = resample(edge, patch, named)["encoder.pos_embedding"]
 
 
 def _sketch(name: str, entry: Any) -> nn.Module:
@@ -224,11 +268,18 @@ def _fetch(name: str, entry: Any) -> WeightsFile:
     return weight_files.find_url_file(entry.url, tag=entry.name, label=label)
 
 
-def _network(name: str, entry: Any, classes: int = _CLASSES) -> nn.Module:
-    """Build an untrained network as torchvision does for its own weights."""
+def _network(name: str, entry: Any, classes: int = _CLASSES, edge: int | None = None) -> nn.Module:
+    """Build an untrained network as torchvision does for its own weights.
+
+    Args:
+        name: Name of the model.
+        entry: Its weights.
+        classes: Number of classes.
+        edge: Edge of its images in pixels, for a vision transformer; None stands for the entry's.
+    """
     arguments = dict(_ARGUMENTS.get(name, {}))
     if name.startswith("vit_"):
-        arguments["image_size"] = entry.meta["min_size"][0]
+        arguments["image_size"] = edge or entry.meta["min_size"][0]
     network: nn.Module = _models().get_model_builder(name)(
         weights=None, num_classes=classes, **arguments
     )

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torchvision
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from extractor import extract, load_backbone
-from extractor.errors import WeightsError
+from extractor.errors import ModelError, WeightsError
 from extractor.models.checkpoint import MisfitError
 from extractor.run.recompute import recompute
 
@@ -242,3 +243,40 @@ def test_recompute_repeats_a_file_of_another_size(
     out = tmp_path / "s"
     store = extract(photos, VIT, out, weights=path, image_size=128, device="cpu").store
     assert list(recompute(store, 3, weights=str(path), device="cpu")) == []
+
+
+# ---------------------------------------------------------------------------------------------
+# Vision transformers of torchvision
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("keep_head", [False, True])
+def test_torchvision_resamples_positions(keep_head: bool, save: Callable[..., Path]) -> None:
+    vision_transformer = torchvision.models.vision_transformer
+    torch.manual_seed(3)
+    trained = torchvision.models.vit_b_32(image_size=96).eval()
+    nn.init.normal_(trained.heads[0].weight)
+    path = save({f"module.{key}": value for key, value in trained.state_dict().items()})
+    reference = torchvision.models.vit_b_32(image_size=160).eval()
+    state = vision_transformer.interpolate_embeddings(160, 32, dict(trained.state_dict()))
+    reference.load_state_dict(state)
+    for network, edge in ((trained, 96), (reference, 160)):
+        network.heads[0] = network.heads[0] if keep_head else nn.Identity()
+        backbone = load_backbone(
+            "torchvision:vit_b_32",
+            weights=path,
+            image_size=edge,
+            keep_head=keep_head,
+            device="cpu",
+        )
+        with torch.inference_mode():
+            assert_close(backbone(pixels(edge)), network(pixels(edge)))
+    with pytest.raises(MisfitError, match=r"\(96 pixels instead of 224\)\. .*--image-size 96$"):
+        load_backbone("torchvision:vit_b_32", weights=path, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [100, (64, 96)])
+def test_torchvision_refuses_a_size_without_whole_square_patches(size: Any) -> None:
+    with pytest.raises(ModelError, match="cannot take images of"):
+        load_backbone("torchvision:vit_b_32", weights="random", image_size=size, device="cpu")
