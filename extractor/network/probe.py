@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from extractor.errors import ModelError
+from extractor.network.memory import is_out_of_memory
 from extractor.text import first_line
 
 __all__ = ["PROBE_IMAGES", "describe_shapes", "probe"]
@@ -28,6 +29,7 @@ def probe(
     Raises:
         ModelError: The network rejects this size or returns no tensor with one row per image.
         torch.OutOfMemoryError: The device is full.
+        RuntimeError: The memory of the CPU is full.
     """
     weight = next(network.parameters(), torch.zeros(()))
     pixels = torch.zeros(PROBE_IMAGES, 3, *size, device=weight.device, dtype=weight.dtype)
@@ -37,6 +39,8 @@ def probe(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # networks reject a shape with all kinds of exceptions
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"{name} cannot take images of {size[0]} x {size[1]} pixels ({first_line(error)})"
             f"{advice and '; ' + advice}"

@@ -10,7 +10,9 @@ from torch import nn
 
 from extractor import Backbone, Extractor, Preprocess, load_backbone
 from extractor.errors import DeviceError
+from extractor.models.load import adapt
 from extractor.network import memory
+from extractor.options import Options
 
 SIZE = 40
 PLANE = SIZE * SIZE * 4  # bytes of one channel of one image in float32
@@ -122,3 +124,14 @@ def test_batches_that_do_not_fit_are_refused_with_figures(monkeypatch: pytest.Mo
 )
 def test_full_memory_is_told_from_other_errors(error: Exception, is_full: bool) -> None:
     assert memory.is_out_of_memory(error) is is_full
+
+
+def test_full_memory_is_not_called_a_wrong_image_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = backbone(Widen())
+
+    def full(*_: object) -> torch.Tensor:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+
+    monkeypatch.setattr(Widen, "forward", full)
+    with pytest.raises(DeviceError, match=r"not enough memory: .*can't allocate memory"):
+        adapt(made, Options(image_size=SIZE))
