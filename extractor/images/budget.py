@@ -75,6 +75,8 @@ def pillow_allows(max_pixels: int) -> contextlib.AbstractContextManager[None]:
 
     Blocks of several threads may overlap. After the last one, the limit is what the program set.
     """
+    if _raised_limit.is_enough(_pillow_limit(max_pixels)):
+        return _NOTHING_TO_DO  # counting costs up to one percent of decoding a photo
     return _raised_limit.to(max_pixels)
 
 
@@ -89,6 +91,11 @@ class _RaisedLimit:
         self._lock = threading.Lock()
         self._needed: Counter[int] = Counter()  # blocks by the limit that they need
         self._programs = self._ours = Image.MAX_IMAGE_PIXELS
+
+    def is_enough(self, limit: int) -> bool:
+        """Return whether the program's own limit is as high, without the help of any block."""
+        current = Image.MAX_IMAGE_PIXELS
+        return not self._needed and (current is None or current >= limit)
 
     @contextlib.contextmanager
     def to(self, max_pixels: int) -> Iterator[None]:
@@ -113,3 +120,4 @@ class _RaisedLimit:
 
 
 _raised_limit = _RaisedLimit()
+_NOTHING_TO_DO = contextlib.nullcontext()
