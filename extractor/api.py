@@ -68,8 +68,11 @@ def extract(
         out: Folder of the store; with several stores the folder that holds them. None writes to
             ``features/<name>``, where the name is that of the model, with ``@layer`` if one was
             chosen.
-        progress: Called after every batch, in the calling thread.
-        stop: Asked after every batch. When it returns true, the run ends and keeps its rows.
+        progress: Called with a :class:`Progress` when a phase begins and after every batch, in the
+            calling thread; also if there is nothing to do. If it raises, the run ends as if
+            stopped, with that exception. The run waits for it.
+        stop: Asked after each of these calls until all rows are computed, so before the models are
+            loaded as well. When it returns true, the run ends and keeps its rows.
 
     All other arguments are fields of :class:`Options`, such as ``weights`` and ``batch_size``.
 
@@ -90,8 +93,9 @@ def extract(
         if callback is not None and not callable(callback):
             raise UsageError(f"{name}: got {callback!r}, expected a function or None")
     session = Session(models, check_output_name(out), checked)
-    with installation_errors():
-        return session.run(images, Callbacks(progress, stop))
+    callbacks = Callbacks(progress, stop)
+    with installation_errors(callbacks.has_raised):
+        return session.run(images, callbacks)
 
 
 # help() and editors show every option.

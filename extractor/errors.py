@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 from extractor.text import plural
 
 __all__ = [
@@ -56,6 +59,9 @@ class DecodeError(ExtractorError):
         self.mtime_ns = -1
         self.index: int | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.reason, str(self)), self.__dict__
+
 
 class ModelError(ExtractorError):
     """A model is unknown, or its classifier cannot be removed."""
@@ -101,13 +107,21 @@ class InterruptedRunError(ExtractorError):
     """A run was asked to stop; its finished batches are saved, and the same call resumes.
 
     Args:
-        done: Number of images that are done.
-        total: Number of images of the run.
+        done: Number of images that are done; 0 if the run had not looked yet.
+        total: Number of images of the run; 0 if it had not listed them yet.
+        is_computing: Whether the run had begun to compute.
     """
 
-    def __init__(self, done: int, total: int) -> None:
+    def __init__(self, done: int, total: int, *, is_computing: bool = True) -> None:
+        when = f"after {done:,} of {plural(total, 'image')}"
         super().__init__(
-            f"stopped after {done:,} of {plural(total, 'image')}; repeat the same call to resume"
+            f"stopped {when if is_computing else 'before the first image'}; repeat the same call "
+            "to resume"
         )
         self.done = done
         self.total = total
+        self.is_computing = is_computing
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        make = functools.partial(type(self), is_computing=self.is_computing)
+        return make, (self.done, self.total), self.__dict__

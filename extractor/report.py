@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from extractor.errors import UsageError
 from extractor.reading.reader import FeatureStore
 from extractor.system.timing import Spent
 
-__all__ = ["FAILURES_SHOWN", "Progress", "Report", "StoreReport"]
+__all__ = ["FAILURES_SHOWN", "Phase", "Progress", "Report", "StoreReport"]
+
+Phase = Literal["listing", "loading", "tuning", "computing", "publishing"]
+"""Phases of a run, in their order."""
 
 SOME_IMAGES_FAILED = 3  # exit code
 
@@ -22,23 +26,30 @@ FAILURES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a run, in images.
+    """Progress of a run: its phase, and how many images are done.
 
     >>> def show(progress):  # doctest: +SKIP
-    ...     if progress.done == progress.total:
-    ...         print(f"{progress.done} images, {progress.failed} failed")
+    ...     print(progress.phase, progress.done, progress.total)
     >>> report = extract("images", out="shown", progress=show)  # doctest: +SKIP
-    25 images, 0 failed
+    listing 0 0
+    loading 0 25
+    tuning 0 25
+    computing 0 25
+    computing 25 25
+    publishing 25 25
 
     Attributes:
-        done: Number of images that are done, failed ones included.
-        total: Number of images of the run.
-        failed: Number of images without a row.
+        done: Number of images that are done, failed ones included; 0 before ``computing``.
+        total: Number of images of the run; 0 while they are listed.
+        failed: Number of images without a row; 0 before ``computing``.
+        phase: ``listing`` the images, ``loading`` the models, ``tuning`` (precision, compilation,
+            and which rows exist), ``computing`` or ``publishing``, in this order.
     """
 
     done: int
     total: int
     failed: int
+    phase: Phase = "computing"
 
 
 @dataclass(frozen=True)
@@ -83,6 +94,29 @@ class StoreReport:
     def store(self) -> FeatureStore:
         """Open the store."""
         return FeatureStore.open(self.out)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Numbers of rows and images, as in ``run.json`` and in the events of ``--log-json``."""
+        return {
+            "rows": self.rows,
+            "failures": self.failed,
+            "added": self.added,
+            "changed": self.changed,
+            "gone": self.gone,
+            "unseen": self.unseen,
+            "vanished": self.vanished,
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as JSON: ``out``, the :attr:`counts`, and more; see :class:`Report`."""
+        return {
+            "out": os.fspath(self.out),
+            **self.counts,
+            "shape": list(self.shape),
+            "model": self.backbone,
+            "first_failures": [list(failure) for failure in self.first_failures],
+        }
 
 
 @dataclass(frozen=True)
@@ -141,6 +175,42 @@ class Report:
         is_complete = not (self.unlisted or any(s.unseen or s.vanished for s in self.stores))
         is_accepted = self.failure_rate <= self.accepted_failure_rate
         return 0 if is_complete and is_accepted else SOME_IMAGES_FAILED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as values that JSON has.
+
+        >>> import json
+        >>> report = extract("images", "resnet50")  # doctest: +SKIP
+        >>> json.loads(json.dumps(report.as_dict()))["stores"][0]["rows"]  # doctest: +SKIP
+        25
+
+        Returns:
+            ``exit_code``, ``images``, ``resumed``, ``passed_over``, ``skipped``, ``excluded``,
+            ``unlisted`` (pairs of path and reason), ``device``, ``precision``, ``least_cosine``,
+            ``compiled``, ``failure_rate``, ``seconds``, ``load_seconds``, ``spent`` (as in
+            ``run.json``) and ``stores``. Each store has ``out``, ``rows``, ``failures``, ``added``,
+            ``changed``, ``gone``, ``unseen``, ``vanished``, ``shape``, ``model`` and
+            ``first_failures`` (pairs of path and reason). Paths are text as :func:`os.fsdecode`
+            makes it.
+        """
+        return {
+            "exit_code": self.exit_code,
+            "images": self.images,
+            "resumed": self.resumed,
+            "passed_over": self.passed_over,
+            "skipped": dict(self.skipped),
+            "excluded": dict(self.excluded),
+            "unlisted": [list(folder) for folder in self.unlisted],
+            "device": self.device,
+            "precision": self.precision,
+            "least_cosine": self.least_cosine,
+            "compiled": self.is_compiled,
+            "failure_rate": self.failure_rate,
+            "seconds": self.seconds,
+            "load_seconds": self.load_seconds,
+            "spent": self.spent and self.spent.as_dict(),
+            "stores": [store.as_dict() for store in self.stores],
+        }
 
     @property
     def images_per_second(self) -> float:

@@ -39,6 +39,7 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
         (events.warning if events.wanted else warn)(message)
     _check(command)
     # Everything above and up to here happens without torch, which takes seconds to load.
+    from extractor.report import Progress
     from extractor.run.up_to_date import up_to_date_report
 
     models = list(own.model)
@@ -47,6 +48,9 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     report = up_to_date_report(images, models, own.out, command.options)
     if report is None:
         report = _compute(images, command, stopping, events)
+    else:
+        failed = max(store.failed for store in report.stores)
+        events.progress(Progress(len(images), len(images), failed))
     if events.wanted or own.quiet:
         for message in warnings(report):
             (events.warning if events.wanted else warn)(message)
@@ -93,9 +97,12 @@ def _compute(images: ImageList, command: Command, stopping: Stopping, events: Ev
         allow_pixels(options.max_pixels)
 
         def show(progress: Progress) -> None:
-            stopping.graceful = True  # from now on there is a batch worth finishing
-            bar.update(progress)
+            if progress.phase == "listing":  # done before the call
+                return
             events.progress(progress)
+            if progress.phase == "computing":
+                stopping.graceful = True  # from now on there is a batch worth finishing
+                bar.update(progress)
 
         arguments: Any = {name: getattr(options, name) for name in options_in(Options)}
         return api.extract(

@@ -43,6 +43,7 @@ class Events:
         self._file: TextIO | None = None
         self._clock = clock
         self._last = -PROGRESS_SECONDS
+        self._phase = ""
         self._first: tuple[float, int] | None = None
         self._left_out: dict[str, list[str]] = {}
 
@@ -93,21 +94,29 @@ class Events:
         self.write("start", version=version, models=models, images=images, **process)
 
     def progress(self, progress: Progress) -> None:
-        """Write how far the run is, at most every ten seconds and at its end."""
+        """Write how far the run is: when a phase begins, every ten seconds, and at the end."""
         now = self._clock()
-        self._first = self._first or (now, progress.done)
-        if now - self._last < PROGRESS_SECONDS and progress.done < progress.total:
+        is_over = progress.done >= progress.total
+        is_new = progress.phase != self._phase
+        if not (is_new or is_over or now - self._last >= PROGRESS_SECONDS):
             return
-        self._last = now
-        started, done_before = self._first
-        rate = (progress.done - done_before) / max(now - started, 1e-9)
+        self._last, self._phase = now, progress.phase
         self.write(
             "progress",
+            phase=progress.phase,
             done=progress.done,
             total=progress.total,
             failed=progress.failed,
-            images_per_second=round(rate, 2) if now > started else None,
+            images_per_second=self._rate(now, progress),
         )
+
+    def _rate(self, now: float, progress: Progress) -> float | None:
+        """Return the images per second since the computation began; None before it is known."""
+        if progress.phase != "computing":
+            return None
+        self._first = self._first or (now, progress.done)
+        started, done_before = self._first
+        return round((progress.done - done_before) / (now - started), 2) if now > started else None
 
     def warning(self, message: str) -> None:
         """Write a warning."""
@@ -115,19 +124,7 @@ class Events:
 
     def end(self, report: Report) -> None:
         """Write the exit code and the counts of each store."""
-        stores = [
-            {
-                "out": os.fspath(store.out),
-                "rows": store.rows,
-                "failures": store.failed,
-                "added": store.added,
-                "changed": store.changed,
-                "gone": store.gone,
-                "unseen": store.unseen,
-                "vanished": store.vanished,
-            }
-            for store in report.stores
-        ]
+        stores = [{"out": os.fspath(store.out), **store.counts} for store in report.stores]
         self.write(
             "end",
             exit_code=report.exit_code,

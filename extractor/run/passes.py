@@ -6,7 +6,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from extractor.compute.embed import Embedded, embed
 from extractor.compute.float32_retry import Float32Retry
@@ -29,17 +29,52 @@ from extractor.system.timing import Spent, Timer
 __all__ = ["Callbacks", "PassRunner"]
 
 
-@dataclass(frozen=True)
 class Callbacks:
-    """What a run calls after every batch, in the thread that started it.
+    """What a run calls when a phase begins and after every batch, in the thread that started it.
 
-    Attributes:
+    Args:
         progress: Called with the progress.
-        stop: Asked whether to stop; the run then ends and keeps its work.
+        stop: Asked whether to stop; the run then ends and keeps its work. Not asked once all rows
+            are computed.
     """
 
-    progress: Callable[[Progress], None] | None = None
-    stop: Callable[[], bool] | None = None
+    def __init__(
+        self,
+        progress: Callable[[Progress], None] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> None:
+        self._progress = progress
+        self._stop = stop
+        self._raised: BaseException | None = None
+        self._last = Progress(0, 0, 0)
+
+    def publishing(self) -> None:
+        """Report that all rows are computed and are published next."""
+        self.report(replace(self._last, phase="publishing"))
+
+    def report(self, progress: Progress) -> None:
+        """Report the progress, and end the run if it should stop.
+
+        Raises:
+            InterruptedRunError: ``stop`` returned true.
+        """
+        is_computing = progress.phase == "computing"
+        self._last = progress
+        try:
+            if self._progress is not None:
+                self._progress(progress)
+            if progress.phase == "publishing" or (is_computing and progress.done >= progress.total):
+                return
+            stops = self._stop is not None and self._stop()
+        except BaseException as error:
+            self._raised = error
+            raise
+        if stops:
+            raise InterruptedRunError(progress.done, progress.total, is_computing=is_computing)
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Return whether an error comes from a callback."""
+        return error is self._raised
 
 
 class PassRunner:
@@ -92,25 +127,16 @@ class PassRunner:
         for output in outputs:
             if output.pending:
                 passes.setdefault(output.todo_digest, []).append(output)
-        if not passes:
-            return
         total = max(len(self._images), sum(map(_pending, passes.values())))
 
-        def report() -> int:
+        def report() -> None:
             done = total - sum(map(_pending, passes.values()))
-            if callbacks.progress is not None:
-                failed = max(output.failed for output in outputs)
-                callbacks.progress(Progress(done, total, failed))
-            return done
-
-        def after_batch() -> None:
-            done = report()
-            if callbacks.stop is not None and callbacks.stop() and done < total:
-                raise InterruptedRunError(done, total)
+            failed = max(output.failed for output in outputs)
+            callbacks.report(Progress(done, total, failed, "computing"))
 
         report()
         for sharing in passes.values():
-            self._run_pass(sharing, after_batch)
+            self._run_pass(sharing, report)
 
     def _run_pass(self, outputs: Sequence[StoreOutput], after_batch: Callable[[], None]) -> None:
         """Compute the images that all of these stores lack, shard by shard."""

@@ -178,13 +178,7 @@ def _counts(report: Report, store: StoreReport) -> dict[str, int]:
         "images": report.images,
         "resumed": report.resumed,
         "passed_over": report.passed_over,
-        "rows": store.rows,
-        "failures": store.failed,
-        "added": store.added,
-        "changed": store.changed,
-        "gone": store.gone,
-        "unseen": store.unseen,
-        "vanished": store.vanished,
+        **store.counts,
     }
 
 

@@ -22,7 +22,7 @@ from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.models.naming import join_names, store_folders
 from extractor.options import MAX_BATCH_SIZE, Options
-from extractor.report import Report, StoreReport
+from extractor.report import Progress, Report, StoreReport
 from extractor.run.describe import describe, precision_of
 from extractor.run.output import StoreOutput, claim_store
 from extractor.run.passes import Callbacks, PassRunner
@@ -76,9 +76,16 @@ class Session:
             check_output_folders(self._model_names, out, options)
 
     def run(self, images: Input | Iterable[Input] | ImageList, callbacks: Callbacks) -> Report:
-        """Run all stages and return the report."""
+        """Run all stages and return the report.
+
+        Raises:
+            InterruptedRunError: A callback asked the run to stop.
+        """
+        callbacks.report(Progress(0, 0, 0, "listing"))
         listed = self.list_images(images)
+        callbacks.report(Progress(0, len(listed), 0, "loading"))
         specs = self.load()
+        callbacks.report(Progress(0, len(listed), 0, "tuning"))
         timer = Timer(trace=self._options.profile is not None)
         with ExitStack() as stack:
             stack.enter_context(compute_threads(self._options.threads))
@@ -94,6 +101,7 @@ class Session:
             pending = max(output.pending for output in outputs)
             self.check_space(outputs)
             spent = self.compute(outputs, listed, inputs, callbacks)
+            callbacks.publishing()
             stores = self.publish(outputs)
         return self._report(listed, specs, stores, pending, spent)
 

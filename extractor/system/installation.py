@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -146,12 +146,18 @@ def explain_import(error: BaseException) -> str:
 
 
 @contextmanager
-def installation_errors() -> Iterator[None]:
-    """Raise :class:`InstallationError` where a package cannot be imported."""
+def installation_errors(
+    is_foreign: Callable[[BaseException], bool] = lambda _: False,
+) -> Iterator[None]:
+    """Raise :class:`InstallationError` where a package cannot be imported.
+
+    Args:
+        is_foreign: Returns whether an error comes from code of the caller, and stays as it is.
+    """
     try:
         yield
     except Exception as error:
-        explained = explain_import(error)
+        explained = "" if is_foreign(error) else explain_import(error)
         if not explained:
             raise
         raise InstallationError(explained) from error

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.callbacks import stop_after
 from support.networks import mean_pixel
 from support.pictures import noise
 from torch import nn
@@ -187,9 +188,8 @@ def test_store_refuses_another_precision(run: Callable[..., Report], photos: Pat
 def test_resumed_run_keeps_its_precision(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, overwrite: bool
 ) -> None:
-    batches = iter([False, True])
     with pytest.raises(InterruptedRunError, match=r"stopped after 8 of 11"):
-        run(error=1e-3, stop=lambda: next(batches), overwrite=overwrite)
+        run(error=1e-3, stop=stop_after(2), overwrite=overwrite)
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ())
     report = run(error=1e-3, overwrite=overwrite)
     assert (report.precision, report.resumed) == ("bfloat16", 8)
@@ -246,9 +246,8 @@ def test_long_run_is_compiled_and_resumes_compiled(
     monkeypatch.setattr(tuning, "faster_precisions", lambda _: ())
     assert not run().is_compiled  # it would not repay it
     monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 0.0})
-    batches = iter([False, True])
     with pytest.raises(InterruptedRunError, match=r"stopped after 8 of 11"):
-        run(overwrite=True, stop=lambda: next(batches))
+        run(overwrite=True, stop=stop_after(2))
     monkeypatch.setattr(tuning, "COMPILE_SECONDS", {"cpu": 1e9})
     report = run(overwrite=True)
     assert report.is_compiled

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.callbacks import stop_after
 from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, extract
@@ -69,9 +70,8 @@ def test_work_with_a_time_that_no_index_holds_is_computed_again(
     folder: Path, tmp_path: Path, overwrite: bool
 ) -> None:
     out = tmp_path / "out"
-    asked = iter([False, True])
     with pytest.raises(Exception, match="stopped after"):
-        extract(folder, "mean", out, **SIZES, stop=lambda: next(asked))
+        extract(folder, "mean", out, **SIZES, stop=stop_after(2))
     (journal,) = (out / STAGING / "journal").glob("*.jsonl")
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     lines[-1]["records"][0][2] = SECONDS["2446.png"] * 10**9

@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from PIL import Image
+from support.callbacks import stop_after as after
 from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, extract
@@ -160,12 +161,6 @@ def published(out: Path) -> dict[str, bytes]:
         for name, path in files.items()
         if STAGING not in name.parts and name.name != "run.json"
     }
-
-
-def after(batches: int) -> Callable[[], bool]:
-    """Says yes when it is asked for the ``batches``-th time."""
-    asked = iter(range(1, 10**9))
-    return lambda: next(asked) >= batches
 
 
 def in_child(
@@ -472,7 +467,7 @@ def test_run_without_a_batch_size_takes_that_of_the_store(folder: Folder, tmp_pa
     assert (store.added, store.store.manifest.description.computation["batch_size"]) == (1, 2)
     folder.write("newer.png")
     with pytest.raises(InterruptedRunError):
-        extract(folder.path, "mean", tmp_path / "other", **SIZES, stop=lambda: True)
+        extract(folder.path, "mean", tmp_path / "other", **SIZES, stop=after(1))
     report = extract(folder.path, "mean", tmp_path / "other", **settings)
     assert (report.resumed, report.rows) == (2, 9)
     with pytest.raises(

@@ -20,12 +20,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.callbacks import stop_after
 from support.commands import run_python
 from support.hostile_decoder import hostile_python, write_hostile
 from support.networks import mean_pixel, normalized
 from support.pictures import color
 
-from extractor import FeatureStore, extract
+from extractor import FeatureStore, Progress, extract
 from extractor.errors import InterruptedRunError, SourceError
 from extractor.images import decode as decode_module
 from extractor.images import files as files_module
@@ -401,7 +402,7 @@ def test_new_images_do_not_erase_memory_of_a_crash(photos: Path, tmp_path: Path)
 def leave_suspects(photos: Path, out: Path, *paths: bytes) -> None:
     """What a run leaves that died while it decoded these, after a batch that it did."""
     with pytest.raises(InterruptedRunError, match="stopped after 3"):
-        extract(photos, "mean", out, batch_size=3, stop=lambda: True)
+        extract(photos, "mean", out, batch_size=3, stop=stop_after(1))
     names = json.dumps([os.fsdecode(path) for path in paths])
     (out / ".extractor-partial/suspects.json").write_text(names)
 
@@ -424,7 +425,7 @@ def test_suspects_survive_a_stopped_run(photos: Path, tmp_path: Path) -> None:
     bad = hostile_photo(photos, 10, "exit 9")
     leave_suspects(photos, out, bad)
     with pytest.raises(InterruptedRunError, match="stopped after 6"):
-        extract(photos, "mean", out, batch_size=3, stop=lambda: True)
+        extract(photos, "mean", out, batch_size=3, stop=stop_after(1))
     report = extract(photos, "mean", out, batch_size=3)
     assert failures_of(report.store) == {"10.bmp": "crashed"}
 
@@ -435,8 +436,9 @@ def test_suspects_survive_interruption_before_the_first_batch(photos: Path, tmp_
     out = tmp_path / "out"
     assert run(photos, out).returncode == 9
 
-    def interrupted(_: object) -> None:
-        raise KeyboardInterrupt("Ctrl-C")
+    def interrupted(progress: Progress) -> None:
+        if progress.phase == "computing":
+            raise KeyboardInterrupt("Ctrl-C")
 
     with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
         extract(photos, "mean", out, batch_size=3, progress=interrupted)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.callbacks import stop_after
 from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, Report, extract
@@ -179,7 +180,7 @@ def test_damaged_rows_of_a_list_are_found_and_written_again(
 
 def test_interrupted_run_keeps_the_order_at_its_end(photos: Path, out: Path) -> None:
     with pytest.raises(InterruptedRunError):
-        run(photos, LINES, out, stop=lambda: True)
+        run(photos, LINES, out, stop=stop_after(1))
     run(photos, LINES, out)
     assert_in_order(out, NAMES)
     run(photos, LINES[::-1], out, overwrite=True)

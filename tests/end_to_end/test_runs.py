@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.callbacks import stop_after
 from support.commands import run_python
 from support.networks import mean_pixel
 from support.pictures import noise
@@ -266,7 +267,8 @@ def test_run_json_holds_request_and_result(photos: Path, tmp_path: Path) -> None
     assert run(photos, tmp_path / "out", "--max-failure-rate", "0.1") == 0
     content = json.loads((tmp_path / "out/run.json").read_text("ascii"))
     counts = {"images": 11, "resumed": 0, "passed_over": 0, "rows": 10, "failures": 1}
-    assert content["counts"] == {**counts, "added": 10, "changed": 0, "gone": 0}
+    kept = {"unseen": 0, "vanished": 0}
+    assert content["counts"] == {**counts, "added": 10, "changed": 0, "gone": 0, **kept}
     assert content["exit_code"] == 0
     assert content["options"]["max_failure_rate"] == 0.1
     assert content["request"]["models"] == ["mean"]
@@ -295,9 +297,15 @@ def test_events_are_one_json_object_a_line(
     output = capsys.readouterr()
     assert output.out == ""
     events = events_of(output.err)
-    assert [one["event"] for one in events] == ["start", "progress", "progress", "end"]
+    assert [one["event"] for one in events] == ["start", *["progress"] * 5, "end"]
     assert (events[0]["images"], events[0]["models"]) == (11, ["mean"])
-    assert [one["done"] for one in events[1:3]] == [0, 11]
+    assert [(one["phase"], one["done"], one["failed"]) for one in events[1:6]] == [
+        ("loading", 0, 0),
+        ("tuning", 0, 0),
+        ("computing", 0, 0),
+        ("computing", 11, 1),
+        ("publishing", 11, 1),
+    ]
     assert events[-1]["exit_code"] == 3
     assert events[-1]["stores"] == [
         {
@@ -307,6 +315,8 @@ def test_events_are_one_json_object_a_line(
             "added": 10,
             "changed": 0,
             "gone": 0,
+            "unseen": 0,
+            "vanished": 0,
         }
     ]
 
@@ -488,7 +498,7 @@ def test_store_with_interrupted_run_is_not_compacted(photos: Path, tmp_path: Pat
     for index in range(4):
         noise(index, 9, 9).save(photos / f"new{index}.png")
     with pytest.raises(InterruptedRunError, match="stopped after 13"):
-        extract(photos, "mean", out, batch_size=2, stop=lambda: True)
+        extract(photos, "mean", out, batch_size=2, stop=stop_after(1))
     with pytest.raises(StoreError, match="holds an interrupted run; resume it first"):
         compact(out)
     with pytest.raises(StoreError, match="is not a store"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.callbacks import stop_after
 from support.networks import mean_pixel
 
 from extractor import FeatureStore, extract
@@ -181,9 +182,8 @@ def test_all_stores_of_a_run_keep_their_rows(folder: Path, tmp_path: Path) -> No
 
 def test_interrupted_run_keeps_rows_that_are_unseen_by_now(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    asked = iter([False, True])
     with pytest.raises(InterruptedRunError, match="stopped after 3 of 6"):
-        run(folder, out, stop=lambda: next(asked))
+        run(folder, out, stop=stop_after(2))
     with failing(folder / "sub"):
         report = run(folder, out)
     assert (report.rows, report.stores[0].unseen, report.exit_code) == (4, 1, 3)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.callbacks import stop_after
 from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, Report, extract
@@ -201,11 +202,6 @@ def test_single_image_is_found_in_another_folder(old: Path, new: Path, out: Path
     assert run(new / "1.ppm", out).resumed == 1
     with pytest.raises(StoreError, match=r"0 of 1 image with rows"):
         run(old / "2.ppm", out)
-
-
-def stop_after(batches: int) -> Any:
-    calls = iter(range(100))
-    return lambda: next(calls) >= batches - 1
 
 
 @pytest.mark.parametrize("extended", [False, True])
