@@ -41,9 +41,11 @@ if TYPE_CHECKING:
     from extractor.reading.info import StoreInfo
     from extractor.reading.reader import FeatureStore
     from extractor.report import Progress, Report, StoreReport
+    from extractor.store.history import Changes
 
 __all__ = [
     "Backbone",
+    "Changes",
     "DecodeError",
     "DeviceError",
     "Extractor",
@@ -102,6 +104,7 @@ _MODULES = {
     "extractor.report": ("Progress", "Report", "StoreReport"),
     "extractor.reading.info": ("StoreInfo",),
     "extractor.reading.reader": ("FeatureStore",),
+    "extractor.store.history": ("Changes",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

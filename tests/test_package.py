@@ -23,6 +23,7 @@ ROOT = Path(extractor.__file__).parent.parent
 def test_exported_members() -> None:
     assert extractor.__all__ == [
         "Backbone",
+        "Changes",
         "DecodeError",
         "DeviceError",
         "Extractor",

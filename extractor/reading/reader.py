@@ -19,12 +19,15 @@ from extractor.errors import (
     StoreError,
     StoreNotFoundError,
     StoreReplacedError,
+    UnknownTokenError,
     UsageError,
 )
 from extractor.reading.array import KeptRows, ShardedArray, map_array
 from extractor.reading.info import StoreInfo
 from extractor.reading.rows import Rows
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
+from extractor.store.history import Changes, HistoryEntry, net_changes
+from extractor.store.ids import live_ids, read_history
 from extractor.store.index import read_column
 from extractor.store.publish import check_size, locate
 from extractor.text import plural
@@ -261,7 +264,7 @@ class FeatureStore(Rows):
 
     def _column(self, name: str) -> list[Any]:
         if name == "id":
-            return self._ids()
+            return list(self._ids().tolist())
         self._check_unchanged()
         values: list[Any] = []
         for shard in self.manifest.shards:
@@ -278,14 +281,63 @@ class FeatureStore(Rows):
         self._check_unchanged()
         return values
 
-    def _ids(self) -> list[int]:
-        """Return the id of each row: its number among all rows in the files."""
-        ids: list[int] = []
-        first = 0
-        for shard in self.manifest.shards:
-            ids.extend((first + np.flatnonzero(shard.live_mask())).tolist())
-            first += shard.rows
+    @functools.cached_property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """``(N,)`` int64, the id of each row, which is never used for another one."""
+        return _retry_moved(self.path, self._ids)
+
+    def _ids(self) -> npt.NDArray[np.int64]:
+        shards = self.manifest.shards
+        if any(shard.first_id is None for shard in shards):
+            self._check_unchanged()
+        ids = live_ids(shards, lambda name: locate(self.path, name))
+        if any(shard.first_id is None for shard in shards):
+            self._check_unchanged()
         return ids
+
+    def changes_since(self, token: str) -> Changes:
+        """Return which rows were added, removed, changed and moved since an earlier state.
+
+        >>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
+        >>> changes = store.changes_since(store.token)  # doctest: +SKIP
+        >>> len(changes.added), len(changes.removed)  # doctest: +SKIP
+        (0, 0)
+
+        A store remembers its last 100 states, and fewer if many ids changed.
+
+        Args:
+            token: :attr:`token` of the earlier state. An empty one stands for no state: all rows
+                were added.
+
+        Raises:
+            UnknownTokenError: The store does not remember that state, or never had it. Read all
+                ids instead.
+            StoreReplacedError: The store was changed since it was opened; call :meth:`reopen`.
+        """
+        if not isinstance(token, str):
+            raise UsageError(f"token: got {type(token).__name__}, expected the token of a store")
+        if token == self.token:
+            return net_changes([], self.token)
+        if not token:
+            return net_changes([HistoryEntry.of("", "", added=self.ids)], self.token)
+        history = _retry_moved(self.path, self._history)
+        for i, entry in enumerate(history):
+            if entry.since == token:
+                return net_changes(history[i:], self.token)
+        raise UnknownTokenError(
+            f"{self.path} does not know the state {token[:12]!r}, which is too old or of another "
+            "store; do a full sync: read all of store.ids, and remember store.token"
+        )
+
+    def _history(self) -> list[HistoryEntry]:
+        entry = self.manifest.history
+        if entry is None:
+            return []
+        self._check_unchanged(entry)
+        check_size(self.path, entry)
+        history = read_history(locate(self.path, entry.name), self.manifest)
+        self._check_unchanged(entry)
+        return history
 
     def _row_of_full_path(self, path: str) -> int | None:
         root = self.root.rstrip("/") + "/"

@@ -269,6 +269,11 @@ class Selection(Rows):
         values = self.base.paths if name == "path" else self.base.column(name)
         return [values[row] for row in self.rows.tolist()]
 
+    @functools.cached_property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """``(n,)`` int64, the id of each row, as in the store."""
+        return self.base.ids[self.rows]
+
     def full_path(self, row: int) -> str:
         """Return the absolute path of a row's image, as it was when the store was made."""
         return self.base.full_path(int(self.rows[row]))

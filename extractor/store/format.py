@@ -1,4 +1,4 @@
-"""File names and manifest of a store on disk, version 1 (``docs/store-format.md``)."""
+"""File names and manifest of a store on disk (``docs/store-format.md``)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ __all__ = [
     "DEFAULTS",
     "FAILURES",
     "FEATURES",
+    "HISTORY",
     "IMAGES",
     "IN_FLIGHT",
     "JOB",
@@ -48,13 +49,15 @@ __all__ = [
 ]
 
 FORMAT = "extractor-store"
-VERSION = 1
+VERSION = 2  # what is written
+VERSIONS = (1, 2)  # what is read
 MAX_SHARDS = 100_000  # shard names have five digits, so that name order is row order
 
 MANIFEST = "store.json"
 FEATURES = "features"
 IMAGES = "images"
 FAILURES = "failures.jsonl"
+HISTORY = "history.jsonl"
 LIST_ROWS = "list_rows.npy"
 RUN = "run.json"
 # The staging folder, in which a run builds its shards. It is hidden, so that no tool mistakes it
@@ -121,6 +124,8 @@ class ShardEntry:
         index: file of the image index.
         retired: rows that no longer count, as ranges such as ``"0,7-12"``, because their images
             changed or are gone.
+        first_id: id of the first row in the files; the others count up from there. None if the
+            index holds the ids.
     """
 
     shard: int
@@ -129,6 +134,7 @@ class ShardEntry:
     features: FileEntry
     index: FileEntry
     retired: str = ""
+    first_id: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.rows <= self.images:
@@ -160,9 +166,16 @@ class ShardEntry:
         """Number of rows that count."""
         return int(np.count_nonzero(self.live_mask()))
 
+    def to_mapping(self, *, with_ids: bool = False) -> dict[str, Any]:
+        """Return a mapping for JSON, with or without :attr:`first_id`."""
+        values = asdict(self)
+        if not with_ids:
+            del values["first_id"]
+        return values
+
     @classmethod
     def from_mapping(cls, entry: Mapping[str, Any]) -> ShardEntry:
-        """Return the entry that :func:`dataclasses.asdict` turned into a mapping."""
+        """Return the entry that :meth:`to_mapping` made."""
         features, index = FileEntry(**entry["features"]), FileEntry(**entry["index"])
         return cls(**{**entry, "features": features, "index": index})
 
@@ -356,6 +369,9 @@ class Manifest:
         list_rows: file with the row of each line of the list, see ``--keep-order``; None if the
             last run that changed the store did not write one.
         vanished: number of rows that are kept although their images are gone.
+        history: file of the ids that the last runs added and removed; None in version 1.
+        next_id: lowest number that is free for the id of a later row.
+        version: version of the format, 1 for a store that no run has changed since.
     """
 
     description: Description
@@ -367,8 +383,13 @@ class Manifest:
     created: str = field(compare=False)
     list_rows: FileEntry | None = None
     vanished: int = 0
+    history: FileEntry | None = None
+    next_id: int = 0
+    version: int = VERSION
 
     def __post_init__(self) -> None:
+        if self.history is not None and self.history.name != HISTORY:
+            raise ValueError(f"history in {self.history.name!r}")
         if self.list_rows is not None and self.list_rows.name != LIST_ROWS:
             raise ValueError(f"rows of a list in {self.list_rows.name!r}")
         if self.failures.name != FAILURES:
@@ -379,6 +400,16 @@ class Manifest:
         numbers = [shard.shard for shard in self.shards]
         if numbers != sorted(set(numbers)):
             raise ValueError(f"shards out of order: {numbers}")
+        first = 0
+        for shard in self.shards:
+            if shard.first_id is not None:
+                if shard.first_id < first:
+                    raise ValueError(
+                        f"shard {shard.shard}: first id {shard.first_id} below {first}"
+                    )
+                first = shard.first_id + shard.rows
+        if first > self.next_id:
+            raise ValueError(f"next id {self.next_id}, but shards hold ids below {first}")
 
     @property
     def failed(self) -> int:
@@ -398,8 +429,8 @@ class Manifest:
     @property
     def files(self) -> list[FileEntry]:
         """Every file of the store except the manifest itself."""
-        lists = [] if self.list_rows is None else [self.list_rows]
-        return [*self.shard_files, self.failures, *lists]
+        optional = (self.list_rows, self.history)
+        return [*self.shard_files, self.failures, *filter(None, optional)]
 
     @property
     def next_shard(self) -> int:
@@ -414,9 +445,10 @@ class Manifest:
     def to_json(self) -> str:
         """Return the text of ``store.json``, ASCII, with the keys in a fixed order."""
         description = asdict(self.description)
+        has_ids = self.version > 1
         content = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": self.version,
             "created": self.created,
             **description,
             "counts": {
@@ -427,9 +459,11 @@ class Manifest:
                 **({"vanished": self.vanished} if self.vanished else {}),
             },
             "listing": self.listing,
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.to_mapping(with_ids=has_ids) for shard in self.shards],
             "failures": asdict(self.failures),
             **({} if self.list_rows is None else {"list_rows": asdict(self.list_rows)}),
+            **({} if self.history is None else {"history": asdict(self.history)}),
+            **({"next_id": self.next_id} if has_ids else {}),
             "checksum": "",
         }
         return with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
@@ -467,12 +501,16 @@ class Manifest:
             raise StoreDamagedError(
                 f'{name} is not the manifest of a store: expected "format": "{FORMAT}"'
             )
-        if content.get("version") != VERSION:
+        version = content.get("version")
+        if version not in VERSIONS:
             raise StoreError(
-                f"{name} has format version {content.get('version')!r}; this program reads "
-                f"version {VERSION}, try a newer release"
+                f"{name} has format version {version!r}; this program reads "
+                f"versions {VERSIONS[0]} to {VERSIONS[-1]}, try a newer release"
             )
         try:
+            shards = tuple(ShardEntry.from_mapping(entry) for entry in content["shards"])
+            if version == 1:
+                shards = _numbered(shards)
             return cls(
                 description=Description(
                     **{key: content[key] for key in Description.__dataclass_fields__}
@@ -480,16 +518,29 @@ class Manifest:
                 images=content["counts"]["images"],
                 listing=content["listing"],
                 rows=content["counts"]["rows"],
-                shards=tuple(ShardEntry.from_mapping(entry) for entry in content["shards"]),
+                shards=shards,
                 failures=FileEntry(**content["failures"]),
                 created=content["created"],
                 list_rows=FileEntry(**content["list_rows"]) if "list_rows" in content else None,
                 vanished=content["counts"].get("vanished", 0),
+                history=FileEntry(**content["history"]) if "history" in content else None,
+                next_id=content["next_id"] if version > 1 else sum(s.rows for s in shards),
+                version=version,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DamagedManifestError(
                 f"{name} is damaged: {type(error).__name__} {error}"
             ) from error
+
+
+def _numbered(shards: Iterable[ShardEntry]) -> tuple[ShardEntry, ...]:
+    """Return shards with ids that count the rows in their files; version 1 has no others."""
+    numbered = []
+    first = 0
+    for shard in shards:
+        numbered.append(replace(shard, first_id=first))
+        first += shard.rows
+    return tuple(numbered)
 
 
 # The second-last line of a manifest.

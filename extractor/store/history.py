@@ -140,6 +140,11 @@ class Changes:
     An index that removes the rows of :attr:`removed` and adds those of :attr:`added` is in sync.
     An image whose content changed counts in both, since its new content has a new id.
 
+    >>> from extractor import FeatureStore  # doctest: +SKIP
+    >>> changes = FeatureStore.open("features/resnet50").changes_since("")  # doctest: +SKIP
+    >>> changes.added[:3], len(changes.removed), bool(changes)  # doctest: +SKIP
+    (array([0, 1, 2]), 0, True)
+
     Attributes:
         token: Token of the present state, for the next call.
         added: ``(n,)`` int64, ids that are new, ascending.

@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from extractor.errors import StoreDamagedError
 
-__all__ = ["ImageRecord", "Images", "index_bytes", "path_array", "read_column", "read_images"]
+__all__ = [
+    "ImageRecord",
+    "Images",
+    "index_bytes",
+    "path_array",
+    "read_column",
+    "read_ids",
+    "read_images",
+]
 
 DIGEST_BYTES = 32  # SHA-256
 
@@ -70,8 +78,13 @@ class Images:
         return len(self.paths)
 
 
-def index_bytes(records: Sequence[ImageRecord]) -> bytes:
-    """Return the Parquet file of a shard's index."""
+def index_bytes(records: Sequence[ImageRecord], ids: npt.NDArray[np.int64] | None = None) -> bytes:
+    """Return the Parquet file of a shard's index.
+
+    Args:
+        records: the rows.
+        ids: ``(rows,)``, the id of each row, if they do not count up from a first one.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -84,6 +97,7 @@ def index_bytes(records: Sequence[ImageRecord]) -> bytes:
             "width": pa.array([record.width for record in records], pa.int32()),
             "height": pa.array([record.height for record in records], pa.int32()),
             "sha256": pa.array(digests, pa.binary(DIGEST_BYTES)),
+            **({} if ids is None else {"id": pa.array(ids, pa.int64())}),
         }
     )
     # Written to memory: with a Python file, each small write would wait for the interpreter lock.
@@ -124,6 +138,19 @@ def read_column(path: Path, name: str) -> list[Any]:
         StoreDamagedError: the file or the column is missing or damaged.
     """
     return list(_read(path, [name]).column(name).to_pylist())
+
+
+def read_ids(path: Path) -> npt.NDArray[np.int64]:
+    """Read the ids that a shard's index holds, ``(rows,)``.
+
+    Raises:
+        StoreDamagedError: the file or the column is missing or damaged.
+    """
+    column = _read(path, ["id"]).column("id")
+    if column.null_count or str(column.type) != "int64":
+        raise StoreDamagedError(f"{path}: column id holds {column.type}, expected int64")
+    ids: npt.NDArray[np.int64] = column.to_numpy()
+    return ids
 
 
 def read_images(path: Path, *, digests: bool = True) -> Images:

@@ -22,6 +22,8 @@ class Job:
         listing: digest of their paths, :func:`extractor.store.format.listing_digest`.
         first: number of the first new shard.
         base: checksum of the manifest that the run extends; empty for a new store.
+        first_id: id of the first row of the first new shard. None if it is not known yet, or if
+            version 1 of the format began the run.
 
     Raises:
         StoreError: more shards than the format allows.
@@ -32,6 +34,7 @@ class Job:
     listing: str
     first: int = 0
     base: str = ""
+    first_id: int | None = None
 
     def __post_init__(self) -> None:
         shards = self.first + -(-self.images // self.description.shard_images)
@@ -47,6 +50,8 @@ class Job:
         """Return the text of ``job.json``."""
         own = {"images": self.images, "listing": self.listing, "first": self.first}
         content = {**asdict(self.description), **own, "base": self.base}
+        if self.first_id is not None:
+            content["first_id"] = self.first_id
         return json.dumps(content, ensure_ascii=True) + "\n"
 
     @classmethod
@@ -60,8 +65,12 @@ class Job:
         """
         content = json.loads(text)
         described = {key: content[key] for key in Description.__dataclass_fields__}
-        own = [content[key] for key in ("images", "listing", "first", "base")]
-        return cls(Description(**described), *own)
+        own = {key: content[key] for key in ("images", "listing", "first", "base")}
+        return cls(Description(**described), **own, first_id=content.get("first_id"))
+
+    def first_id_in_shard(self, shard: int) -> int:
+        """Return the id of the first row of a shard, of this run or of one that it follows."""
+        return (self.first_id or 0) + (shard - self.first) * self.description.shard_images
 
     def images_in_shard(self, shard: int) -> int:
         """Return the number of images that fall to one shard."""

@@ -13,6 +13,7 @@ from extractor.store.atomic import store_errors, sync_folder, write_atomically
 from extractor.store.format import (
     FAILURES,
     FEATURES,
+    HISTORY,
     IMAGES,
     IN_FLIGHT,
     JOB,
@@ -41,7 +42,7 @@ __all__ = [
 
 NAMES_SHOWN = 5
 # Everything that a store holds on its top level.
-_NAMES = frozenset({MANIFEST, RUN, FAILURES, LIST_ROWS, FEATURES, IMAGES, STAGING})
+_NAMES = frozenset({MANIFEST, RUN, FAILURES, HISTORY, LIST_ROWS, FEATURES, IMAGES, STAGING})
 
 
 def check_output_folder(
@@ -108,7 +109,7 @@ def _check_parent(out: Path) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Check that a staging folder holds only what this program leaves there."""
-    files = (FAILURES, LIST_ROWS, MANIFEST, JOB, REPLACED, SUSPECTS)
+    files = (FAILURES, HISTORY, LIST_ROWS, MANIFEST, JOB, REPLACED, SUSPECTS)
     known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, *files}
     known |= {f"{name}.partial" for name in files}
     if staging.is_symlink() or (staging.is_dir() and not known.issuperset(os.listdir(staging))):
@@ -267,7 +268,7 @@ def _files_by_name(out: Path) -> list[str]:
         for name in os.listdir(out / folder)
         if re.fullmatch(rf"\d{{5}}\.{suffix}", name)
     ]
-    return [*names, *(name for name in (FAILURES, LIST_ROWS) if (out / name).is_file())]
+    return [*names, *(name for name in (FAILURES, HISTORY, LIST_ROWS) if (out / name).is_file())]
 
 
 def _extends(new: Manifest, old: bytes) -> bool:

@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,7 @@ class FinishedShard:
 
     def to_json(self) -> str:
         """Return the text of the ``.done`` file."""
-        entry = None if self.entry is None else asdict(self.entry)
+        entry = None if self.entry is None else self.entry.to_mapping()
         content = {
             "shard": self.shard,
             "images": self.images,
@@ -164,8 +164,12 @@ class ShardWriter:
             self._journal.append(np.ascontiguousarray(rows, dtype=self._dtype).tobytes(), entry)
         self.entries.append(entry)
 
-    def finish(self) -> ShardEntry | None:
-        """Finish the shard and return its entry; None, without files, if no image has a row."""
+    def finish(self, ids: npt.NDArray[np.int64] | None = None) -> ShardEntry | None:
+        """Finish the shard and return its entry; None, without files, if no image has a row.
+
+        Args:
+            ids: ``(rows,)``, the id of each row, for the index; None if they count up.
+        """
         records = [record for entry in self.entries for record in entry.records]
         failures = [failure for entry in self.entries for failure in entry.failures]
         entry = None
@@ -179,7 +183,7 @@ class ShardWriter:
                 self._file.close()
                 os.replace(self._partial, self._path)
                 index = images_name(self._number)
-                write_atomically(self._staging / index, index_bytes(records))
+                write_atomically(self._staging / index, index_bytes(records, ids))
                 entry = ShardEntry(
                     self._number,
                     self.images,

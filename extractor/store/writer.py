@@ -12,7 +12,7 @@ Only a :class:`StoreRun` writes shards, and only it can publish.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -28,11 +28,13 @@ from extractor.store.failures import FailureRecord, failure_lines, read_failures
 from extractor.store.format import (
     FAILURES,
     FEATURES,
+    HISTORY,
     IMAGES,
     JOB,
     JOURNAL,
     LIST_ROWS,
     MANIFEST,
+    DamagedManifestError,
     Description,
     Difference,
     FileEntry,
@@ -40,6 +42,14 @@ from extractor.store.format import (
     ShardEntry,
     images_name,
     ranges,
+)
+from extractor.store.history import history_lines
+from extractor.store.ids import (
+    history_of_new,
+    history_of_same_rows,
+    history_with,
+    id_after_damage,
+    read_history,
 )
 from extractor.store.index import Images, read_images, rows_of_paths
 from extractor.store.job import Job
@@ -136,7 +146,9 @@ def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | I
         if not claim.overwrite and (claim.out / MANIFEST).is_file():
             base = Manifest.read(claim.out / MANIFEST)
             _check_same(claim, base.description, description, "a finished store")
-        existing = ExistingStore(claim, base, base.next_shard if base is not None else 0)
+        replaced, first_id = _replaced(claim) if base is None else (None, base.next_id)
+        first_shard = base.next_shard if base is not None else 0
+        existing = ExistingStore(claim, base, first_shard, first_id, replaced=replaced)
         job = claim.staged_job()
         if job is None:
             return existing
@@ -149,7 +161,22 @@ def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | I
                 f"with --overwrite, or discard the run: rm -r {claim.staging}"
             )
         claim.keep_work()
-        return InterruptedRun(claim, base, job, _load_finished(claim.staging, job))
+        if job.first_id is None:  # version 1 of the format began the run
+            before = (job.first - first_shard) * description.shard_images
+            job = replace(job, first_id=first_id + before)
+        finished = _load_finished(claim.staging, job)
+        return InterruptedRun(claim, base, job, finished, replaced=replaced)
+
+
+def _replaced(claim: ClaimedFolder) -> tuple[Manifest | None, int]:
+    """Return the manifest of a store that is replaced, if it can be read, and the next id."""
+    try:
+        manifest = Manifest.read(claim.out / MANIFEST)
+    except FileNotFoundError:
+        return None, 0
+    except DamagedManifestError:
+        return None, id_after_damage()
+    return manifest, manifest.next_id
 
 
 def _is_other_work(description: Description, other: Description) -> bool:
@@ -219,13 +246,17 @@ class ExistingStore:
         claim: the output folder.
         base: manifest of the finished store; None if there is none.
         first_shard: number of the first shard of the next run.
+        first_id: id of the first row of that shard.
         sealed: finished shards of an interrupted run; None if nothing is staged.
+        replaced: manifest of the store that the run replaces, if it can be read.
     """
 
     claim: ClaimedFolder
     base: Manifest | None
     first_shard: int
+    first_id: int
     sealed: dict[int, FinishedShard] | None = None
+    replaced: Manifest | None = None
 
     @property
     def description(self) -> Description | None:
@@ -242,13 +273,14 @@ class ExistingStore:
 
     def begin(self, job: Job) -> StoreRun:
         """Begin a run; if it is interrupted, the next one can resume it."""
+        job = replace(job, first_id=self.first_id)
         with store_errors(self.claim.out):
             if self.sealed is None:
                 self.claim.start_staging()
             write_atomically(self.claim.staging / JOB, job.to_json().encode())
             sync_folder(self.claim.staging)
             self.claim.keep_work()
-        return StoreRun(self.claim, job, self.base, self.sealed)
+        return StoreRun(self.claim, job, self.base, self.sealed, replaced=self.replaced)
 
 
 @dataclass(frozen=True)
@@ -260,12 +292,14 @@ class InterruptedRun:
         base: manifest of the finished store; None if there is none.
         job: the images that the run was computing.
         finished: its finished shards by number, and those of runs that were sealed before it.
+        replaced: manifest of the store that the run replaces, if it can be read.
     """
 
     claim: ClaimedFolder
     base: Manifest | None
     job: Job
     finished: dict[int, FinishedShard]
+    replaced: Manifest | None = None
 
     @property
     def description(self) -> Description:
@@ -307,6 +341,7 @@ class InterruptedRun:
 
     def resume(self, job: Job) -> StoreRun | None:
         """Resume the run; None if its shards are not the beginning of this job."""
+        job = replace(job, first_id=self.job.first_id)
         if replace(self.job, description=job.description) != job:
             return None
         done = 0
@@ -327,7 +362,9 @@ class InterruptedRun:
                 done += shard.images
             if job != self.job:  # software or the root changed
                 write_atomically(self.claim.staging / JOB, job.to_json().encode())
-        return StoreRun(self.claim, job, self.base, self.finished, resumed=done)
+        return StoreRun(
+            self.claim, job, self.base, self.finished, resumed=done, replaced=self.replaced
+        )
 
     def seal(self) -> ExistingStore:
         """End the run: keep its rows, so that the remaining images can be planned anew."""
@@ -340,7 +377,11 @@ class InterruptedRun:
                     else:
                         shard.discard()
         base = self.base.next_shard if self.base is not None else 0
-        return ExistingStore(self.claim, self.base, max(base, self._next_shard), self.finished)
+        first_shard = max(base, self._next_shard)
+        first_id = self.job.first_id_in_shard(first_shard)
+        return ExistingStore(
+            self.claim, self.base, first_shard, first_id, self.finished, self.replaced
+        )
 
     @property
     def _next_shard(self) -> int:
@@ -386,8 +427,10 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
         StoreDamagedError: A file of the store is missing, or has another size.
     """
     try:
-        for entry in (*manifest.shard_files, manifest.failures):
-            check_size(out, entry)
+        for entry in manifest.files:
+            if entry != manifest.list_rows:  # the next run writes it anew
+                check_size(out, entry)
+        read_history(out / HISTORY, manifest)  # now, since publishing it comes after all the work
     except StoreError as error:
         raise StoreDamagedError(
             f"{error}; restore the file, or start over with --overwrite"
@@ -401,17 +444,25 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
     )
 
 
-def rewrite(claim: ClaimedFolder, job: Job, *, vanished: int = 0) -> StoreRun:
+def rewrite(
+    claim: ClaimedFolder, job: Job, *, vanished: int = 0, same_rows: Manifest | None = None
+) -> StoreRun:
     """Begin a run that replaces the finished store; if it is interrupted, its work is lost.
 
     Args:
         claim: the output folder.
         job: the images of the new store.
         vanished: number of rows that are kept although their images are gone.
+        same_rows: manifest of the finished store, if the new one holds the same rows in another
+            order. The indexes then hold the ids of the rows.
     """
     with store_errors(claim.out):
         claim.start_staging()
-    return StoreRun(claim, job, vanished=vanished)
+        replaced, first_id = _replaced(claim)
+    job = replace(job, first_id=first_id)
+    if same_rows is not None:
+        return StoreRun(claim, job, vanished=vanished, replaced=same_rows, keeps_ids=True)
+    return StoreRun(claim, job, vanished=vanished, replaced=replaced)
 
 
 class StoreRun:
@@ -424,6 +475,8 @@ class StoreRun:
         finished: finished shards in the staging folder, by number.
         resumed: number of images that were finished before, from the first on.
         vanished: number of rows that are kept although their images are gone, without a plan.
+        replaced: manifest of the store that the run replaces, if it can be read.
+        keeps_ids: the rows are those of the replaced store, and the indexes hold their ids.
     """
 
     def __init__(
@@ -435,12 +488,16 @@ class StoreRun:
         *,
         resumed: int = 0,
         vanished: int = 0,
+        replaced: Manifest | None = None,
+        keeps_ids: bool = False,
     ) -> None:
         self.job = job
         self.resumed = resumed
         self._claim = claim
         self._base = base
         self._vanished = vanished
+        self._replaced = replaced
+        self._keeps_ids = keeps_ids
         self._finished = {} if finished is None else finished
 
     @property
@@ -497,18 +554,17 @@ class StoreRun:
         return manifest
 
     def _manifest(self, plan: Plan | None, listing: str) -> Manifest:
-        """Write ``failures.jsonl`` and return the manifest of the complete store."""
-        finished = [shard for _, shard in sorted(self._finished.items())]
+        """Write the lists of failures and of changes; return the manifest of the complete store."""
         base = self._base.shards if self._base is not None else ()
-        new = [shard.entry for shard in finished if shard.entry is not None]
         live = plan.live if plan is not None else {}
-        shards = [_retire(entry, live.get(entry.shard)) for entry in (*base, *new)]
+        shards = [_retire(entry, live.get(entry.shard)) for entry in (*base, *self._new_shards())]
         kept = plan.kept if plan is not None else ()
         failures = list(plan.failures) if plan is not None else []
         failures.extend(failure for failure in self.failures if failure.path not in kept)
         path = self._claim.staging / FAILURES
         write_atomically(path, failure_lines(sorted(failures)))
         rows = sum(shard.live_rows for shard in shards)
+        created = datetime.now(timezone.utc).isoformat(timespec="seconds")
         return Manifest(
             self.job.description,
             rows + len(failures),
@@ -516,9 +572,38 @@ class StoreRun:
             rows,
             tuple(shards),
             FileEntry.of(path, FAILURES),
-            datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created,
             vanished=plan.vanished if plan is not None else self._vanished,
+            history=self._write_history(shards, created),
+            next_id=self._next_id,
         )
+
+    def _new_shards(self) -> list[ShardEntry]:
+        finished = [shard for _, shard in sorted(self._finished.items())]
+        entries = [shard.entry for shard in finished if shard.entry is not None]
+        if self._keeps_ids:
+            return entries
+        return [
+            replace(entry, first_id=self.job.first_id_in_shard(entry.shard)) for entry in entries
+        ]
+
+    @property
+    def _next_id(self) -> int:
+        if self._keeps_ids and self._replaced is not None:
+            return self._replaced.next_id
+        # Those of images without a row included, so that it does not depend on failures.
+        return (self.job.first_id or 0) + self.job.images
+
+    def _write_history(self, shards: Sequence[ShardEntry], created: str) -> FileEntry:
+        out, staging = self._claim.out, self._claim.staging
+        if self._base is not None:
+            history = history_with(self._base, shards, created, out=out, staging=staging)
+        elif self._keeps_ids and self._replaced is not None:
+            history = history_of_same_rows(self._replaced, created, out=out)
+        else:
+            history = history_of_new(self._replaced, shards, created, out=out)
+        write_atomically(staging / HISTORY, history_lines(history))
+        return FileEntry.of(staging / HISTORY, HISTORY)
 
     def _write_list_rows(self, manifest: Manifest, listed: Iterable[bytes]) -> FileEntry:
         out, staging = self._claim.out, self._claim.staging

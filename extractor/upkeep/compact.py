@@ -68,7 +68,7 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
         return before, before
     job = Job(before.description, len(order), before.listing)
     with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
-        run = rewrite(claim, job, vanished=before.vanished)
+        run = rewrite(claim, job, vanished=before.vanished, same_rows=before)
         for number, entries in enumerate(shards):
             _copy_shard(run, number, entries, store, records, failures)
         return before, run.publish(listed=_listed(store, records))
@@ -101,7 +101,7 @@ def _copy_shard(
                 [records[row] for row in rows],
                 [failures[-1 - row] for _, row in block if row < 0],
             )
-        shard.finish()
+        shard.finish(store.ids[[row for _, row in entries if row >= 0]])
 
 
 def _is_compact(manifest: Manifest, shards: Sequence[Sequence[Entry]]) -> bool:

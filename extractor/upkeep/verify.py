@@ -7,16 +7,18 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from extractor.errors import StoreError
 from extractor.reading.array import map_array
 from extractor.reading.reader import manifest_errors
 from extractor.store.format import (
     FAILURES,
     FEATURES,
+    HISTORY,
     IMAGES,
     LIST_ROWS,
     MANIFEST,
@@ -27,6 +29,8 @@ from extractor.store.format import (
     ShardEntry,
     checksum,
 )
+from extractor.store.history import net_changes
+from extractor.store.ids import live_ids, read_history, shard_ids
 from extractor.store.index import Images, read_column, read_images
 from extractor.text import plural
 
@@ -41,7 +45,7 @@ def verify(folder: Path) -> Iterator[str]:
 
     Checks the checksum of the manifest, and size and SHA-256 of every file. Features must have the
     right shape and type, and finite values. The index must have one row per embedding, and no path
-    may occur twice. The folders may hold no other files.
+    may occur twice, nor an id. The history must fit the ids. The folders may hold no other files.
 
     Args:
         folder: folder of the store.
@@ -58,6 +62,7 @@ def verify(folder: Path) -> Iterator[str]:
         yield from _own_checksum(RUN, (folder / RUN).read_bytes())
     yield from _extra(folder, manifest)
     seen: dict[bytes, int] = {}
+    intact = []
     for shard in manifest.shards:
         is_intact = True
         for entry in (shard.features, shard.index):
@@ -65,13 +70,20 @@ def verify(folder: Path) -> Iterator[str]:
                 is_intact = False
                 yield problem
         if is_intact:
+            intact.append(shard)
             yield from _rows(folder, shard, manifest)
             yield from _index(folder, shard, seen)
+    yield from _ids(folder, intact, manifest)
     problems = list(_file(folder, manifest.failures))
     yield from problems or _failures(folder, manifest, seen)
     if manifest.list_rows is not None:
         problems = list(_file(folder, manifest.list_rows))
         yield from problems or _list_rows(folder, manifest)
+    if manifest.history is not None:
+        problems = list(_file(folder, manifest.history))
+        if len(intact) == len(manifest.shards):  # otherwise the ids are not all known
+            problems = problems or list(_history(folder, manifest))
+        yield from problems
 
 
 def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
@@ -196,6 +208,47 @@ def _index(folder: Path, shard: ShardEntry, seen: dict[bytes, int]) -> Iterator[
         if path in seen:
             yield f"{name}: {os.fsdecode(path)!a} already has a row in shard {seen[path]}"
         seen[path] = shard.shard
+
+
+def _ids(folder: Path, shards: Sequence[ShardEntry], manifest: Manifest) -> Iterator[str]:
+    parts = [np.empty(0, np.int64)]
+    for shard in shards:
+        try:
+            ids = shard_ids(shard, folder / shard.index.name)
+        except Exception as error:  # damaged bytes make pyarrow raise anything
+            yield f"{shard.index.name}: {error}"
+            continue
+        if len(ids) and not 0 <= ids.min() <= ids.max() < manifest.next_id:
+            yield f"{shard.index.name}: holds ids outside of 0 to {manifest.next_id - 1}"
+        parts.append(ids)
+    values, counts = np.unique(np.concatenate(parts), return_counts=True)
+    for row_id in values[counts > 1].tolist():
+        yield f"{IMAGES}: id {row_id} belongs to several rows"
+
+
+def _history(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Check that the history is a chain, and that it ends at the ids that count."""
+    try:
+        history = read_history(folder / HISTORY, manifest)
+        live = live_ids(manifest.shards, lambda name: folder / name)
+    except StoreError as error:
+        yield f"{HISTORY}: {error}"
+        return
+    tokens = [entry.since for entry in history]
+    if not tokens:
+        yield f"{HISTORY}: is empty, expected at least one state"
+    elif "" in tokens[1:] or len(set(tokens)) < len(tokens):
+        yield f"{HISTORY}: holds the same state twice"
+    changes = net_changes(history, manifest.checksum)
+    stray = np.setdiff1d(np.concatenate([changes.added, changes.moved]), live)
+    if len(stray):
+        yield f"{HISTORY}: id {int(stray[0])} was added, but its row does not count"
+    stray = np.intersect1d(changes.removed, live)
+    if len(stray):
+        yield f"{HISTORY}: id {int(stray[0])} was removed, but its row counts"
+    if tokens and not tokens[0] and len(changes.added) != len(live):
+        added, rows = len(changes.added), len(live)
+        yield f"{HISTORY}: adds {plural(added, 'id')} to an empty store, expected {rows}"
 
 
 def _failures(folder: Path, manifest: Manifest, seen: dict[bytes, int]) -> Iterator[str]:

@@ -223,7 +223,10 @@ def test_unfinished_store_is_reported_as_unfinished(
         (b'{"format": "extractor-store", "root": "\xff"}', r"store\.json is not JSON"),
         (b"[1]", r"store\.json is not the manifest"),
         (b'{"format": "zarr"}', r"store\.json is not the manifest"),
-        (b'{"format": "extractor-store", "version": 2}', "has format version 2; .*reads version 1"),
+        (
+            b'{"format": "extractor-store", "version": 3}',
+            "has format version 3; .*reads versions 1",
+        ),
         (b'{"format": "extractor-store", "version": 1}', r"store\.json is damaged: KeyError"),
     ],
 )

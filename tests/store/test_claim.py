@@ -37,7 +37,13 @@ def test_only_the_hidden_folder_exists_before_publishing(
         assert os.listdir(out) == [STAGING]
         assert STAGING.startswith(".")
         run.publish()
-    assert sorted(os.listdir(out)) == ["failures.jsonl", "features", "images", "store.json"]
+    assert sorted(os.listdir(out)) == [
+        "failures.jsonl",
+        "features",
+        "history.jsonl",
+        "images",
+        "store.json",
+    ]
     assert not [name for name in tree(out) if "partial" in name]
 
 
@@ -93,7 +99,7 @@ def test_overwriting_leaves_no_stale_files(
     new = [np.full((2, 3), number, np.float32) for number in range(count)]
     write_store(out, new, overwrite=True)
     assert np.array_equal(checked(out), np.concatenate([*new, np.empty((0, 3))]))
-    expected = {"failures.jsonl", "features", "images", "store.json"}
+    expected = {"failures.jsonl", "features", "history.jsonl", "images", "store.json"}
     for number in range(count):
         expected |= {f"features/{number:05d}.npy", f"images/{number:05d}.parquet"}
     assert set(tree(out)) == expected
@@ -253,7 +259,10 @@ def test_finished_store_is_not_replaced_without_overwrite(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format": "extractor-store", "version": 2}', "has format version 2; .*reads version 1"),
+        (
+            b'{"format": "extractor-store", "version": 3}',
+            "has format version 3; .*reads versions 1",
+        ),
         (b'{"format": "other"}', "is not the manifest of a store"),
         (b"{", "is not JSON"),
     ],

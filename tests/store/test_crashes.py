@@ -123,7 +123,9 @@ def is_same(found: np.ndarray | None, shards: list[np.ndarray]) -> bool:
 
 
 def names_of(shards: list[np.ndarray]) -> set[str]:
-    names = {"failures.jsonl", "features", "images", "store.json"} if shards else set()
+    names = (
+        {"failures.jsonl", "features", "history.jsonl", "images", "store.json"} if shards else set()
+    )
     for number in range(len(shards)):
         names |= {f"features/{number:05d}.npy", f"images/{number:05d}.parquet"}
     return names

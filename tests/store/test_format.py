@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,17 @@ def shard(number: int, rows: int = 2, images: int = 4) -> ShardEntry:
 def manifest(describe_store: Callable[..., Description]) -> Manifest:
     shards = (shard(0), shard(3, rows=1))
     failures = FileEntry("failures.jsonl", 7, SHA)
-    return Manifest(describe_store(), 5, LISTING, 3, shards, failures, "2024-01-02T03:04:05+00:00")
+    return Manifest(
+        describe_store(),
+        5,
+        LISTING,
+        3,
+        shards,
+        failures,
+        "2024-01-02T03:04:05+00:00",
+        history=FileEntry("history.jsonl", 9, SHA),
+        next_id=16,
+    )
 
 
 LISTING = "0" * 64
@@ -77,10 +88,12 @@ def test_manifest_keys_have_a_fixed_order(content: dict[str, Any]) -> None:
         "listing",
         "shards",
         "failures",
+        "history",
+        "next_id",
         "checksum",
     ]
     assert content["format"] == "extractor-store"
-    assert content["version"] == 1
+    assert content["version"] == 2
     assert content["counts"] == {"images": 5, "rows": 3, "failures": 2, "retired": 0}
     assert list(content["shards"][0]) == [
         "shard",
@@ -89,6 +102,7 @@ def test_manifest_keys_have_a_fixed_order(content: dict[str, Any]) -> None:
         "features",
         "index",
         "retired",
+        "first_id",
     ]
     assert content["shards"][1]["features"] == {
         "name": "features/00003.npy",
@@ -109,19 +123,9 @@ def test_root_survives_a_round_trip_through_ascii(
 
 
 def test_manifest_equality_ignores_creation_time(manifest: Manifest) -> None:
-    later = Manifest(
-        manifest.description,
-        5,
-        LISTING,
-        3,
-        manifest.shards,
-        manifest.failures,
-        "2030-01-01T00:00:00+00:00",
-    )
+    later = replace(manifest, created="2030-01-01T00:00:00+00:00")
     assert later == manifest
-    assert later != Manifest(
-        manifest.description, 6, LISTING, 3, manifest.shards, manifest.failures, later.created
-    )
+    assert later != replace(later, images=6)
 
 
 def test_file_names_sort_in_row_order() -> None:
@@ -146,10 +150,10 @@ def test_json_of_something_else_is_rejected(content: object) -> None:
         read(content)
 
 
-@pytest.mark.parametrize("version", [0, 2, 17, "1", None, [1]])
+@pytest.mark.parametrize("version", [0, 3, 17, "1", None, [1]])
 def test_unknown_version_is_rejected(content: dict[str, Any], version: object) -> None:
     shown = repr(version).replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises(StoreError, match=f"has format version {shown}; .* reads version 1"):
+    with pytest.raises(StoreError, match=f"has format version {shown}; .* reads versions 1 to 2"):
         read({**content, "version": version})
 
 
@@ -176,6 +180,7 @@ KEYS = [
     ("shards", 1, "index", "name"),
     ("failures",),
     ("failures", "bytes"),
+    ("next_id",),
 ]
 
 
@@ -223,6 +228,39 @@ def test_failures_entry_with_another_name_is_damaged(content: dict[str, Any]) ->
     content["failures"]["name"] = "../failures.jsonl"
     with pytest.raises(StoreError, match=r"OUT/store\.json is damaged"):
         read(content)
+
+
+def test_manifest_of_version_1_counts_its_ids(manifest: Manifest) -> None:
+    old = replace(manifest, version=1, history=None)
+    content = json.loads(old.to_json())
+    assert content["version"] == 1
+    assert not {"next_id", "history"} & set(content)
+    assert not any("first_id" in entry for entry in content["shards"])
+    content["shards"][0]["retired"] = "1"  # ids count the rows in the files
+    content["counts"] = {**content["counts"], "rows": 2, "retired": 1}
+    again = read(content)
+    assert [entry.first_id for entry in again.shards] == [0, 2]
+    assert (again.next_id, again.history, again.version) == (3, None, 1)
+    assert Manifest.from_json(again.to_json(), "OUT/store.json") == again
+
+
+@pytest.mark.parametrize(
+    ("first_ids", "next_id", "problem"),
+    [
+        ((0, 1), 16, "shard 3: first id 1 below 2"),
+        ((4, 0), 16, "shard 3: first id 0 below 6"),
+        ((-1, 4), 16, "shard 0: first id -1 below 0"),
+        ((0, 4), 4, "next id 4, but shards hold ids below 5"),
+        ((7, None), 8, "next id 8, but shards hold ids below 9"),
+    ],
+)
+def test_ids_that_overlap_are_damage(
+    content: dict[str, Any], first_ids: tuple[int | None, ...], next_id: int, problem: str
+) -> None:
+    for entry, first_id in zip(content["shards"], first_ids, strict=True):
+        entry["first_id"] = first_id
+    with pytest.raises(StoreError, match=f"damaged: .*{problem}"):
+        read({**content, "next_id": next_id})
 
 
 @pytest.mark.parametrize(("rows", "images"), [(0, 4), (5, 4), (-1, 4)])

@@ -163,14 +163,14 @@ def test_run_of_images_elsewhere_resumes_unless_it_starts_over(
         assert isinstance(take_up(claim, other.description), ExistingStore)
     with ClaimedFolder(out) as claim:
         assert take_up_interrupted(claim, other).resume(other) is not None
-        assert claim.staged_job() == other
+        assert claim.staged_job() == replace(other, first_id=0)
 
 
 def test_run_that_does_not_extend_its_store_is_rejected(
     out: Path, job: Job, write_store: Callable[..., Path], parts: list[np.ndarray], tmp_path: Path
 ) -> None:
     write_store(tmp_path / "other", parts)
-    for name in ("store.json", "features", "images", "failures.jsonl"):
+    for name in ("store.json", "features", "images", "failures.jsonl", "history.jsonl"):
         (tmp_path / "other" / name).rename(out / name)
     message = "does not extend its store; start over with --overwrite"
     with ClaimedFolder(out, extend=True) as claim, pytest.raises(StoreError, match=message):

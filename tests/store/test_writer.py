@@ -33,7 +33,7 @@ GOLDEN_FEATURES = (
 GOLDEN_MANIFEST = """\
 {
   "format": "extractor-store",
-  "version": 1,
+  "version": 2,
   "created": "2024-01-02T03:04:05+00:00",
   "backbone": {
     "model": "timm:tiny",
@@ -87,7 +87,8 @@ GOLDEN_MANIFEST = """\
         "bytes": INDEX_BYTES,
         "sha256": "INDEX_SHA256"
       },
-      "retired": ""
+      "retired": "",
+      "first_id": 0
     }
   ],
   "failures": {
@@ -95,6 +96,12 @@ GOLDEN_MANIFEST = """\
     "bytes": 60,
     "sha256": "FAILURES_SHA256"
   },
+  "history": {
+    "name": "history.jsonl",
+    "bytes": HISTORY_BYTES,
+    "sha256": "HISTORY_SHA256"
+  },
+  "next_id": 3,
   "checksum": ""
 }
 """
@@ -102,6 +109,11 @@ GOLDEN_MANIFEST = """\
 GOLDEN_FAILURES = (
     b'{"path": "b\\udcff.jpg", "error": "empty", "message": "0 \\u00b5", '
     b'"size": -1, "mtime_ns": -1}\n'
+)
+
+GOLDEN_HISTORY = (
+    b'{"since": "", "created": "2024-01-02T03:04:05+00:00", "added": "0-1", "removed": "", '
+    b'"moved": "", "changed": []}\n'
 )
 
 
@@ -120,10 +132,13 @@ def test_store_bytes_match_the_golden_bytes(tmp_path: Path, write_store: WriteSt
         .replace("INDEX_BYTES", str(len(index)))
         .replace("INDEX_SHA256", hashlib.sha256(index).hexdigest())
         .replace("FAILURES_SHA256", hashlib.sha256(GOLDEN_FAILURES).hexdigest())
+        .replace("HISTORY_BYTES", str(len(GOLDEN_HISTORY)))
+        .replace("HISTORY_SHA256", hashlib.sha256(GOLDEN_HISTORY).hexdigest())
         .replace('"bytes": 60', f'"bytes": {len(GOLDEN_FAILURES)}')
     )
     assert (out / "features/00000.npy").read_bytes() == GOLDEN_FEATURES
     assert (out / "failures.jsonl").read_bytes() == GOLDEN_FAILURES
+    assert (out / "history.jsonl").read_bytes() == GOLDEN_HISTORY
     digest = hashlib.sha256(manifest.encode()).hexdigest()
     manifest = manifest.replace('"checksum": ""', f'"checksum": "{digest}"')
     assert (out / "store.json").read_bytes().decode("ascii") == manifest
@@ -196,7 +211,7 @@ def test_failures_are_json_lines_sorted_by_path(
 
 def test_store_without_rows_opens(tmp_path: Path, write_store: WriteStore, tree: Tree) -> None:
     out = write_store(tmp_path / "out", [])
-    assert set(tree(out)) == {"failures.jsonl", "features", "images", "store.json"}
+    assert set(tree(out)) == {"failures.jsonl", "features", "history.jsonl", "images", "store.json"}
     store = FeatureStore.open(out)
     assert store.features.shape == (0, 3)
     assert store.paths == []
@@ -209,7 +224,7 @@ def test_manifest_agrees_with_the_files(
     out = write_store(tmp_path / "out", parts, failures=[(b"x", "empty", "no bytes")])
     manifest = json.loads((out / "store.json").read_bytes())
     entries = [shard[kind] for shard in manifest["shards"] for kind in ("features", "index")]
-    entries.append(manifest["failures"])
+    entries.extend(manifest[name] for name in ("failures", "history"))
     files = {name: content for name, content in tree(out).items() if content is not None}
     del files["store.json"]
     assert sorted(entry["name"] for entry in entries) == sorted(files)

@@ -67,8 +67,11 @@ def _fill(
     """Write the shards of a store; the run that comes back can be published."""
     dtype = parts[0].dtype.name if parts else "float32"
     dim = parts[0].shape[1] if parts else 3
-    description = _description(**{"dim": dim, "dtype": dtype, **described})
-    run = rewrite(claim, Job(description, sum(map(len, parts)) + len(failures), "0" * 64))
+    size = max([4, *map(len, parts)])
+    description = _description(**{"dim": dim, "dtype": dtype, "shard_images": size, **described})
+    last = len(parts) - 1 if numbers is None else max(numbers)
+    images = last * size + len(parts[-1]) if parts else 0
+    run = rewrite(claim, Job(description, max(images, 0) + len(failures), "0" * 64))
     for i, part in enumerate(parts):
         number = i if numbers is None else numbers[i]
         shard_names = _names(number, len(part)) if names is None else names[i]

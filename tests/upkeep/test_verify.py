@@ -41,7 +41,7 @@ def test_untouched_store_verifies(store: Path) -> None:
 
 def test_flipped_bytes_and_cut_tails_are_found(store: Path, tmp_path: Path) -> None:
     files = sorted(path.relative_to(store) for path in store.rglob("*") if path.is_file())
-    assert len(files) == 7
+    assert len(files) == 8
     draw = random.Random(0)
     for turn in range(MUTATIONS):
         copy = tmp_path / "copy"

@@ -1,0 +1,205 @@
+"""An external index that is fed only by ``changes_since`` equals the store after every step."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from PIL import Image
+from support.networks import mean_pixel
+
+from extractor import FeatureStore, extract
+from extractor.models import embedding
+from extractor.upkeep.compact import compact
+from extractor.upkeep.verify import verify
+
+# Several shards and several batches a shard, even of few images.
+SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "device": "cpu"}
+NAMES = ["a.png", "b.png", "c.png", "d/a.png", "d/ü b.png", "e.png", "f.png", "g.png"]
+START = 1_700_000_000_000_000_000  # modification time of the first file, in nanoseconds
+
+
+@pytest.fixture(autouse=True)
+def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "load", lambda *_: mean_pixel(size=(4, 4)))
+
+
+class Index:
+    """An index of another program: what it knows of each id, and the state that it has seen."""
+
+    def __init__(self) -> None:
+        self.token = ""
+        self.rows: dict[int, tuple[str, bytes]] = {}
+
+    def sync(self, store: FeatureStore) -> None:
+        """Follow a store; what is gone and what is new must fit what is known."""
+        changes = store.changes_since(self.token)
+        for row_id in changes.removed.tolist():
+            del self.rows[row_id]
+        assert not self.rows.keys() & set(changes.added.tolist())
+        assert set(changes.moved.tolist()) <= self.rows.keys()
+        before = {path: row_id for row_id, (path, _) in self.rows.items()}
+        assert not before.keys() & {store.paths[row] for row in store.rows_of(changes.added)}
+        for row_id in [*changes.added.tolist(), *changes.moved.tolist()]:
+            self.rows[row_id] = entry(store, row_id)
+        self.token = changes.token
+
+
+def entry(store: FeatureStore, row_id: int) -> tuple[str, bytes]:
+    (row,) = store.rows_of([row_id])
+    return store.paths[row], np.asarray(store.features[int(row)]).tobytes()
+
+
+class Sync(RuleBasedStateMachine):
+    """Changes images, runs and compacts, at random."""
+
+    def __init__(self, home: Path) -> None:
+        super().__init__()
+        self.out = home / "out"
+        self.folder = home / "in"
+        self.home = home
+        self.folder.mkdir(parents=True)
+        self.clock = 0
+        self.index = Index()
+        self.slow_index = Index()  # syncs now and then
+        self.contents: dict[int, tuple[bytes, bytes]] = {}  # digest and vector of each id ever
+
+    def teardown(self) -> None:
+        shutil.rmtree(self.home)
+
+    # -- the images
+
+    @initialize(names=st.sets(st.sampled_from(NAMES), min_size=1))
+    def begin(self, names: set[str]) -> None:
+        self.write(names, bad=False)
+
+    @rule(
+        names=st.sets(st.sampled_from(NAMES), min_size=1), bad=st.sampled_from([False] * 3 + [True])
+    )
+    def write(self, names: set[str], bad: bool) -> None:
+        for name in sorted(names):
+            self.clock += 1
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if bad:
+                path.write_bytes(b"no image")
+            else:
+                color = (self.clock % 256, self.clock * 7 % 256, self.clock // 256)
+                Image.new("RGB", (4 + self.clock % 3, 4), color).save(path)
+            self.stamp(path)
+
+    @rule(names=st.sets(st.sampled_from(NAMES), min_size=1))
+    def delete(self, names: set[str]) -> None:
+        for name in sorted(names):
+            (self.folder / name).unlink(missing_ok=True)
+
+    @rule(names=st.sets(st.sampled_from(NAMES), min_size=1))
+    def touch(self, names: set[str]) -> None:
+        for name in sorted(names):
+            if (self.folder / name).exists():
+                self.clock += 1
+                self.stamp(self.folder / name)
+
+    @rule(name=st.sampled_from(NAMES), to=st.sampled_from(NAMES))
+    def rename(self, name: str, to: str) -> None:
+        if (self.folder / name).exists():
+            (self.folder / to).parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / name).rename(self.folder / to)
+
+    @rule(name=st.sampled_from(NAMES), to=st.sampled_from(NAMES))
+    def swap(self, name: str, to: str) -> None:
+        first, second = self.folder / name, self.folder / to
+        if first != second and first.exists() and second.exists():
+            first.rename(self.home / "other")
+            second.rename(first)
+            (self.home / "other").rename(second)
+
+    @rule(name=st.sampled_from(NAMES), to=st.sampled_from(NAMES))
+    def copy(self, name: str, to: str) -> None:
+        if name != to and (self.folder / name).exists():
+            (self.folder / to).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(self.folder / name, self.folder / to)
+
+    def stamp(self, path: Path) -> None:
+        os.utime(path, ns=(START + self.clock, START + self.clock))
+
+    # -- the store
+
+    @rule(check=st.sampled_from(["stat", "stat", "content"]), stop=st.integers(0, 3))
+    def run(self, check: str, stop: int) -> None:
+        if not any(path.is_file() for path in self.folder.rglob("*")):
+            self.write({NAMES[0]}, bad=False)
+        options: dict[str, Any] = {"check": check, "retire": True}
+        if stop:
+            asked = iter(range(1, 10**9))
+            extract(
+                self.folder, "mean", self.out, **SIZES, **options, stop=lambda: next(asked) >= stop
+            )
+        extract(self.folder, "mean", self.out, **SIZES, **options)
+        self.check()
+
+    @rule(overwrite=st.sampled_from([False] * 5 + [True]))
+    def rewrite(self, overwrite: bool) -> None:
+        if not (self.out / "store.json").exists():
+            return
+        if overwrite:
+            self.write({NAMES[0]}, bad=False)
+            extract(self.folder, "mean", self.out, **SIZES, overwrite=True)
+        else:
+            before = FeatureStore.open(self.out)
+            expected = {int(i): entry(before, int(i)) for i in before.ids}
+            compact(self.out)
+            store = FeatureStore.open(self.out)
+            assert {int(i): entry(store, int(i)) for i in store.ids} == expected
+            assert not store.changes_since(before.token)
+        self.check()
+
+    @rule()
+    def sync_late(self) -> None:
+        if (self.out / "store.json").exists():
+            store = FeatureStore.open(self.out)
+            self.slow_index.sync(store)
+            assert self.slow_index.rows == {int(i): entry(store, int(i)) for i in store.ids}
+
+    def check(self) -> None:
+        store = FeatureStore.open(self.out)
+        assert list(verify(self.out)) == []
+        self.index.sync(store)
+        assert self.index.rows == {int(i): entry(store, int(i)) for i in store.ids}
+        assert self.index.token == store.token
+        digests = store.column("sha256")
+        for row, row_id in enumerate(store.ids.tolist()):
+            content = digests[row], np.asarray(store.features[row]).tobytes()
+            assert self.contents.setdefault(row_id, content) == content  # for ever
+
+
+def follow(home: Path, *, examples: int, steps: int) -> None:
+    numbers = itertools.count()
+    run_state_machine_as_test(
+        lambda: Sync(home / str(next(numbers))),  # type: ignore[arg-type]
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=steps,
+            deadline=None,
+            derandomize=True,
+            database=None,
+        ),
+    )
+
+
+def test_index_fed_by_changes_equals_the_store(tmp_path: Path) -> None:
+    follow(tmp_path, examples=6, steps=15)
+
+
+@pytest.mark.slow
+def test_index_fed_by_changes_equals_the_store_after_many_steps(tmp_path: Path) -> None:
+    examples = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "15"))
+    follow(tmp_path, examples=examples, steps=40)
