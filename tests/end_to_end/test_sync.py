@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from PIL import Image
 from support.networks import mean_pixel
 
 from extractor import FeatureStore, extract
+from extractor.errors import InterruptedRunError
 from extractor.models import embedding
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
@@ -140,9 +142,10 @@ class Sync(RuleBasedStateMachine):
         options: dict[str, Any] = {"check": check, "retire": True}
         if stop:
             asked = iter(range(1, 10**9))
-            extract(
-                self.folder, "mean", self.out, **SIZES, **options, stop=lambda: next(asked) >= stop
-            )
+            options["stop"] = lambda: next(asked) >= stop
+            with contextlib.suppress(InterruptedRunError):
+                extract(self.folder, "mean", self.out, **SIZES, **options)
+            del options["stop"]
         extract(self.folder, "mean", self.out, **SIZES, **options)
         self.check()
 
@@ -191,6 +194,7 @@ def follow(home: Path, *, examples: int, steps: int) -> None:
             deadline=None,
             derandomize=True,
             database=None,
+            phases=[Phase.generate],  # the folder of a failing example shows what happened
         ),
     )
 
