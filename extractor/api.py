@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -16,8 +16,12 @@ from extractor.images.listing import ImageList, Input
 from extractor.images.types import Failure, ImageSource
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec, Model, load_specs
-from extractor.options import DEFAULT_MODEL, Options, signature_with_options
+from extractor.options import DEFAULT_MODEL, SERVING, Options, signature_with_options
+from extractor.reading.groups import StoreGroup
+from extractor.reading.reader import FeatureStore
+from extractor.reading.rows import Rows, Selection
 from extractor.report import Progress, Report
+from extractor.run.encoder import encoder_of
 from extractor.run.passes import Callbacks
 from extractor.run.preflight import check_output_name
 from extractor.run.session import Session
@@ -28,7 +32,7 @@ from extractor.system.installation import installation_errors
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from extractor.option_arguments import EmbeddingArguments, OptionArguments
+    from extractor.option_arguments import EmbeddingArguments, OptionArguments, ServingArguments
 
 __all__ = ["Extractor", "Progress", "Report", "extract"]
 
@@ -147,6 +151,77 @@ class Extractor:
             )
         self._serve(specs[0], checked, batch_window_ms)
 
+    @classmethod
+    def for_store(
+        cls,
+        store: Rows | str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        weights: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | None = None,
+        backbone: Backbone | None = None,
+        exact: bool = False,
+        batch_window_ms: float | None = None,
+        **options: Unpack[ServingArguments],
+    ) -> Extractor:
+        """Return an extractor whose rows can be compared with those of a store.
+
+        The manifest of the store decides the model, its weights, layers and pooling, the pixels,
+        the precision and the scaling. Weights with another SHA-256 are refused. Files of your own
+        are found where they were, as ``run.json`` keeps it.
+
+        >>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
+        >>> with Extractor.for_store(store) as embed:  # doctest: +SKIP
+        ...     scores = store.features[:] @ embed(["images/cats/tom.jpg"])[0]
+        >>> scores.shape  # doctest: +SKIP
+        (25,)
+
+        Args:
+            store: A store, a selection of one, stores of one backbone, or the folder of a store.
+            device: Device to compute on. ``auto`` with ``exact`` is the kind of the store's.
+            weights: File or tag of the weights, if they are no longer where they were. For a store
+                of several backbones a mapping from model to file. ``FILE.py:FUNCTION`` for code of
+                your own.
+            backbone: The network, if the store was made with a :class:`Backbone` of your own.
+            exact: Compute in batches of the store's size, with its threads, compiled if it was, and
+                round to its ``dtype``. Rows then equal the store's bit by bit on the same machine.
+                Without it their cosine similarity is at least 0.9999, in half precision 0.999.
+            batch_window_ms: As for :class:`Extractor`.
+            options: ``batch_size``, ``workers``, ``threads``, ``max_pixels`` and ``image_timeout``,
+                as for :class:`Extractor`.
+
+        Raises:
+            TypeError: Another option, which the store decides.
+            WeightsError: The weights are missing, or others than those of the store.
+            StoreError: There is no store, or this installation would make other embeddings.
+            UsageError: ``exact`` on another kind of device, or with options that contradict it.
+            ExtractorError: The model cannot be loaded.
+        """
+        for name in options:
+            if name not in SERVING:
+                raise TypeError(
+                    f"option {name!r} does not apply here: the store decides how images are "
+                    f"embedded; expected {', '.join(SERVING)}"
+                )
+        _check_window(batch_window_ms)
+        if backbone is not None and weights is not None:
+            raise UsageError("weights: the backbone already has weights; leave this option out")
+        encoder = encoder_of(
+            _store_of(store),
+            options,
+            weights=weights if backbone is None else backbone,
+            device=device,
+            exact=exact,
+        )
+        extractor = cls.__new__(cls)
+        extractor._serve(
+            encoder.spec,
+            encoder.options,
+            batch_window_ms,
+            pad_to=encoder.pad_to,
+            dtype=encoder.dtype,
+        )
+        return extractor
+
     def _serve(
         self,
         spec: EmbeddingSpec,
@@ -154,10 +229,12 @@ class Extractor:
         batch_window_ms: float | None,
         *,
         pad_to: int | None = None,
+        dtype: str = "float32",
     ) -> None:
-        """Start the threads for a loaded embedding."""
+        """Start the threads for a loaded embedding, whose rows are rounded to a type."""
         self._process = os.getpid()
         self._spec = spec
+        self._dtype = np.dtype(dtype)
         service = EmbeddingService(
             spec, options, pad_to=pad_to, window_seconds=_seconds(batch_window_ms)
         )
@@ -233,12 +310,36 @@ class Extractor:
             raise UsageError("this Extractor is closed; make a new one")
         sources = check_images(images)
         rows, failures = self._service.embed(sources, stop_at_failure=on_error == "raise")
+        if self._dtype != rows.dtype:
+            with np.errstate(over="ignore"):  # infinite, as a run rounds it
+                rows = rows.astype(self._dtype).astype(np.float32)
         errors = {i: _decode_error(sources[i], i, failure) for i, failure in failures.items()}
         if on_error == "return":
             return [errors[i] if i in errors else rows[i] for i in range(len(sources))]
         if errors:
             raise errors[min(errors)]
         return rows
+
+
+def _store_of(rows: object) -> FeatureStore:
+    """Return a store that was made as all these rows were.
+
+    Raises:
+        StoreError: There is no store.
+        UsageError: The rows have no common encoder.
+    """
+    while isinstance(rows, Selection):
+        rows = rows.base
+    if isinstance(rows, StoreGroup):
+        return rows.stores[0]
+    if isinstance(rows, (str, os.PathLike)):
+        return FeatureStore.open(rows)
+    if not isinstance(rows, FeatureStore):
+        raise UsageError(
+            f"store: got {type(rows).__name__}, expected a FeatureStore or the folder of one; for "
+            "joined stores make an extractor for each"
+        )
+    return rows
 
 
 def _seconds(milliseconds: float | None) -> float | None:

@@ -12,7 +12,7 @@ from typing import TypedDict
 from extractor.options import Check, Compile, Decode, Dtype, Fuse, Precision
 from extractor.preprocess import Fit, GrayBits, Interpolation
 
-__all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments"]
+__all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments", "ServingArguments"]
 
 
 class BackboneArguments(TypedDict, total=False):
@@ -69,3 +69,13 @@ class OptionArguments(EmbeddingArguments, total=False):
     max_failure_rate: float
     lock: bool
     profile: str | os.PathLike[str] | None
+
+
+class ServingArguments(TypedDict, total=False):
+    """Options that :meth:`extractor.Extractor.for_store` takes as keyword arguments."""
+
+    batch_size: int | None
+    workers: int | None
+    threads: int | None
+    max_pixels: int
+    image_timeout: float

@@ -30,6 +30,7 @@ from extractor.preprocess import (
 __all__ = [
     "DEFAULT_MODEL",
     "GROUPS",
+    "SERVING",
     "Options",
     "Pooling",
     "default_batch_size",
@@ -58,6 +59,9 @@ MAX_SECONDS = 1e6
 MAX_INTEGER = 2**63 - 1
 
 MAX_PIXELS = 200_000_000  # default limit for one image before it is resized
+# Options of Extractor.for_store: they change no rows. A store decides all others.
+SERVING = ("batch_size", "workers", "threads", "max_pixels", "image_timeout")
+
 DECODE: Decode = get_args(Decode)[0]
 
 INPUT = "input and output"

@@ -24,7 +24,7 @@ from extractor.cli.stores import compact_parser, info_parser, verify_parser
 from extractor.flags import Option, Scope, options_in
 from extractor.images.containers.kinds import KINDS
 from extractor.images.formats import pillow_suffixes
-from extractor.options import Options
+from extractor.options import SERVING, Options
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "extractor" / "option_arguments.py"
@@ -103,7 +103,13 @@ from typing import TypedDict
 from extractor.options import {imports}
 from extractor.preprocess import Fit, GrayBits, Interpolation
 
-__all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments"]
+__all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments", "ServingArguments"]
+
+'''
+
+SERVING_HEAD = '''
+class ServingArguments(TypedDict, total=False):
+    """Options that :meth:`extractor.Extractor.for_store` takes as keyword arguments."""
 
 '''
 
@@ -128,6 +134,8 @@ def option_arguments() -> str:
         ]
         docstring = f"Options that :class:`{function}` takes as keyword arguments."
         parts.append(f'\nclass {head}:\n    """{docstring}"""\n\n{"".join(lines)}\n')
+    lines = [f"    {name}: {annotation_of(declared[name])}\n" for name in SERVING]
+    parts.append(SERVING_HEAD + "".join(lines))
     return "".join(parts).rstrip() + "\n"
 
 

@@ -95,6 +95,7 @@ def build(model: str, options: Options) -> Backbone:
         library="file",
         seed=options.seed,
         code=_digest_of_code(path.resolve()),
+        function=f"{path.absolute()}:{name}",
     )
     if chosen is not None:
         provenance = _load_weights(backbone, chosen, options, model, provenance)
@@ -120,6 +121,7 @@ def _load_weights(
         revision=file.revision,
         key=options.weights_key or "",
         prefix=options.weights_prefix or "",
+        file=str(file.path),
     )
 
 

@@ -30,6 +30,7 @@ class Provenance:
         prefix: Prefix of the names that was asked for in a checkpoint with several copies; else
             empty.
         file: Location of the weights on this machine, which no manifest records.
+        function: Location of the code that made the network, ``FILE.py:FUNCTION``, likewise.
     """
 
     model: str
@@ -45,11 +46,12 @@ class Provenance:
     code: str = ""
     prefix: str = ""
     file: str = field(default="", compare=False)
+    function: str = field(default="", compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a manifest records."""
         described = asdict(self)
-        del described["file"]
+        del described["file"], described["function"]
         for rare in ("code", "prefix"):
             if not described[rare]:
                 del described[rare]

@@ -9,7 +9,7 @@ import os
 import platform
 import socket
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from extractor.images.containers.kinds import KINDS
 from extractor.models.naming import split_model
+from extractor.models.provenance import Provenance
 from extractor.options import Options
 from extractor.report import Report, StoreReport
 from extractor.store.atomic import write_atomically
@@ -24,6 +25,8 @@ from extractor.store.format import MANIFEST, RUN, Manifest, checksum, with_check
 from extractor.version import __version__
 
 __all__ = [
+    "Computed",
+    "read_run_json",
     "relink_run_json",
     "request_of",
     "request_that_made",
@@ -119,11 +122,24 @@ def _file_stamps(weights: Iterable[str]) -> list[list[Any]] | None:
     return [stamps[path] for path in sorted(stamps)]
 
 
+@dataclass(frozen=True)
+class Computed:
+    """How the rows of a run came about.
+
+    Attributes:
+        backbones: Origins of the backbones of each store.
+        threads: Number of threads that computed on a CPU.
+    """
+
+    backbones: Sequence[Sequence[Provenance]]
+    threads: int
+
+
 def write_run_json(
     report: Report,
     request: Mapping[str, Any] | None,
     *,
-    weights: Iterable[str],
+    computed: Computed,
     options: Options,
     started: datetime,
     seconds: Mapping[str, float],
@@ -133,19 +149,19 @@ def write_run_json(
     Args:
         report: Report of the run.
         request: Request of the run, see :func:`request_of`.
-        weights: Files of weights that were loaded.
+        computed: How the rows came about.
         options: Options of the run.
         started: Start of the run.
         seconds: Duration of each stage.
     """
-    stamps = _file_stamps(weights)
+    stamps = _file_stamps(origin.file for origins in computed.backbones for origin in origins)
     run = {
         "started": started.isoformat(timespec="seconds"),
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "host": socket.gethostname(),
         "process": os.getpid(),
     }
-    for store in report.stores:
+    for store, origins in zip(report.stores, computed.backbones, strict=True):
         manifest = Manifest.read(store.out / MANIFEST)
         content = {
             "format": FORMAT,
@@ -154,6 +170,8 @@ def write_run_json(
             "store": manifest.checksum,
             "request": request if stamps is not None else None,
             "files": stamps,
+            "backbones": [_located(origin) for origin in origins],
+            "computed": _computed(store, computed.threads, options),
             "options": json.loads(json.dumps(asdict(options))),
             "device": report.device,
             "precision": report.precision,
@@ -171,6 +189,34 @@ def write_run_json(
             _write(store.out, content)
         except OSError as error:  # the store itself is complete
             log.warning("cannot write %s: %s", store.out / RUN, error.strerror)
+
+
+def _located(origin: Provenance) -> dict[str, str]:
+    """Return what finds a backbone again: its digest, and the files that it came from."""
+    file = os.path.abspath(origin.file) if origin.file else ""
+    return {
+        "model": origin.model,
+        "sha256": origin.sha256,
+        "file": file,
+        "function": origin.function,
+    }
+
+
+def _computed(store: StoreReport, threads: int, options: Options) -> dict[str, Any]:
+    """Return how the newest rows of a store were computed, by this run or by an earlier one."""
+    before = read_run_json(store.out).get("computed")
+    if not (store.added or store.changed) and isinstance(before, dict):
+        return before
+    return {"threads": threads, "fuse": options.fuse}
+
+
+def read_run_json(folder: Path) -> dict[str, Any]:
+    """Return the content of ``run.json``, or nothing where it is missing or damaged."""
+    try:
+        content = json.loads((folder / RUN).read_text("ascii"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _counts(report: Report, store: StoreReport) -> dict[str, int]:

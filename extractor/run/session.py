@@ -35,7 +35,7 @@ from extractor.run.preflight import (
     check_shard_count,
 )
 from extractor.run.recorded_weights import recorded_weights
-from extractor.run.run_json import request_of, write_run_json
+from extractor.run.run_json import Computed, request_of, write_run_json
 from extractor.run.snapshot import take_snapshot, unlisted_folders
 from extractor.run.suspects import load_suspects
 from extractor.store.claim import ClaimedFolder
@@ -69,6 +69,7 @@ class Session:
         self._models = models
         self._out = out
         self._options = options
+        self._threads = 0
         check_models(models, options)
         names = [model for model in models if isinstance(model, str)]
         self._model_names = names if len(names) == len(models) else None
@@ -89,6 +90,7 @@ class Session:
         timer = Timer(trace=self._options.profile is not None)
         with ExitStack() as stack:
             stack.enter_context(compute_threads(self._options.threads))
+            self._threads = torch.get_num_threads()
             claims = stack.enter_context(self.claim_outputs(specs))
             inputs = Inputs(
                 self._options,
@@ -280,7 +282,10 @@ class Session:
         write_run_json(
             report,
             None if names is None else request_of(names, self._options),
-            weights=[backbone.provenance.file for backbone in backbones],
+            computed=Computed(
+                [[backbone.provenance for backbone in spec.backbones] for spec in specs],
+                self._threads,
+            ),
             options=self._options,
             started=self._clock.started,
             seconds=seconds,

@@ -15,7 +15,7 @@ from support.pictures import noise
 from extractor import FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.compute.embed import embed
-from extractor.errors import StoreError
+from extractor.errors import WeightsError
 from extractor.loading.options import LoaderOptions
 from extractor.models.embedding import EmbeddingSpec
 from extractor.run.recompute import recompute
@@ -126,9 +126,11 @@ def test_weights_of_user_are_required_and_compared(folder: Path, tmp_path: Path)
 
     mine, other = save("mine.pth", 1), save("other.pth", 2)
     store = extract(folder, MODEL, tmp_path / "s", weights=mine, device="cpu").store
-    with pytest.raises(StoreError, match=r"made with mine\.pth; name that file with --weights"):
+    assert list(recompute(store, 1, device="cpu")) == []  # run.json says where they are
+    mine = mine.rename(tmp_path / "moved.pth")
+    with pytest.raises(WeightsError, match=r"with mine\.pth .*name that file with weights=FILE"):
         list(recompute(store, 1, device="cpu"))
-    with pytest.raises(StoreError, match=r"the weights of .* changed: got SHA-256"):
+    with pytest.raises(WeightsError, match=r"the weights of .* changed: got SHA-256"):
         list(recompute(store, 1, device="cpu", weights=str(other)))
     words = ["verify", str(store.path), "--recompute", "3", "--device", "cpu"]
     assert cli.main([*words, "--weights", str(mine), "--images"]) == 0
