@@ -57,7 +57,9 @@ def check_output_folder(
         check_lock: also check that no other run is writing there.
 
     Raises:
-        StoreError: not a folder, not writable, in use, or it holds a finished store or other files.
+        StoreDamagedError: the manifest is damaged.
+        StoreBusyError: the folder is in use.
+        StoreError: not a folder, not writable, or it holds a finished store or other files.
     """
     with store_errors(out):
         if not out.exists():
@@ -76,7 +78,7 @@ def check_output_folder(
             except DamagedManifestError as error:
                 if not overwrite or not _files_by_name(out):
                     start = "" if overwrite else "start over with --overwrite, "
-                    raise StoreError(
+                    raise StoreDamagedError(
                         f"{error}; restore the file, {start}or choose another --out"
                     ) from error
                 _check_foreign_files(out, _files_by_name(out))

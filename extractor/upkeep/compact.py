@@ -16,6 +16,7 @@ from extractor.store.failures import FailureRecord, read_failures
 from extractor.store.format import JOB, STAGING, Manifest
 from extractor.store.index import ImageRecord
 from extractor.store.job import Job
+from extractor.store.lock import Lock
 from extractor.store.publish import finish_publishing
 from extractor.store.writer import StoreRun, rewrite
 from extractor.upkeep.verify import verify
@@ -43,11 +44,15 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
         The manifests before and after; the same one twice if the store is compact already.
 
     Raises:
-        StoreError: no finished store, a damaged one, one in use, or one with an interrupted run.
+        StoreNotFoundError: no finished store.
+        StoreDamagedError: a damaged store.
+        StoreBusyError: a run is writing to the store.
+        StoreError: the store has an interrupted run.
     """
     finish_publishing(out, lock=lock)
     store = FeatureStore.open(out)
     before = store.manifest
+    Lock(out / STAGING / "lock", required=False).check()  # its run may be alive
     if (out / STAGING / JOB).exists():
         raise StoreError(
             f"{out} holds an interrupted run; resume it first, or discard it: rm -r {out / STAGING}"
