@@ -23,6 +23,8 @@ from extractor.upkeep.verify import verify, verify_images
 GOLDEN = Path(__file__).parent / "golden"
 STORE = GOLDEN / "store"
 INTERRUPTED = GOLDEN / "interrupted"
+STORE_2 = GOLDEN / "store-2"  # of format version 2
+INTERRUPTED_2 = GOLDEN / "interrupted-2"
 
 # Color and modification time, in seconds, of every image of the finished store; 4.ppm is no image.
 COLORS = {
@@ -111,6 +113,97 @@ def run_again(photos: Path, out: Path) -> Report:
     )
 
 
+# Ids of the rows, and the tokens of the states, of the store of version 2.
+IDS_2 = {"0.ppm": 0, "1.ppm": 6, "2.ppm": 2, "3.ppm": 3, "5.ppm": 4, "06.ppm": 7}
+TOKENS_2 = {
+    "50f5492a28ea3592c7fafa53ba0a08f4c98370c06d87fbe209b22e060a1633da": ([6, 7], [1], [[1, 6]]),
+    "c275e636dc6a3ad33bbfabbc975090def310e2fdf5c6150a766f6e09dac04f29": ([7], [], []),
+    "8039f9a4b5194bc955c2a792cf47ac166a33a2203fad5a867adfba98ecea0058": ([7], [], []),
+    "cdc2c7c54a8db650b1775bd92386966bde56a9a7787313b82cacfbb707cb657b": ([], [], []),
+}
+
+
+@pytest.fixture
+def old_2(tmp_path: Path, photos: Path) -> Path:
+    """A copy of the finished store of version 2, and its images."""
+    write_images(photos, {"06.ppm": ADDED["06.ppm"]})
+    out = tmp_path / "out"
+    shutil.copytree(STORE_2, out)
+    content = json.loads((out / "store.json").read_bytes())
+    adopt(content, photos)
+    content["checksum"] = ""
+    (out / "store.json").write_text(with_checksum(json.dumps(content, indent=2) + "\n"))
+    return out
+
+
+def ids_of(out: Path) -> dict[str, int]:
+    store = FeatureStore.open(out)
+    return dict(zip(store.paths, store.ids.tolist(), strict=True))
+
+
+def test_store_of_version_2_opens_with_its_ids_and_history() -> None:
+    store = FeatureStore.open(STORE_2)
+    assert_holds(store, list(IDS_2))
+    assert store.ids.tolist() == list(IDS_2.values())
+    assert store.manifest.next_id == 8
+    for token, (added, removed, changed) in TOKENS_2.items():
+        changes = store.changes_since(token)
+        assert changes.added.tolist() == added
+        assert changes.removed.tolist() == removed
+        assert changes.changed.tolist() == changed
+    assert list(verify(STORE_2)) == []
+    text = (STORE_2 / "store.json").read_text("ascii")
+    assert Manifest.from_json(text, "store.json").to_json() == text
+    job = (INTERRUPTED_2 / "job.json").read_bytes()
+    assert Job.from_json(job).to_json().encode() == job
+
+
+def test_store_of_version_2_extends_and_compacts(old_2: Path, photos: Path) -> None:
+    write_images(photos, {"10.ppm": ADDED["10.ppm"]})
+    assert run_again(photos, old_2).resumed == 7
+    assert ids_of(old_2) == {**IDS_2, "10.ppm": 8}
+    compact(old_2)
+    assert ids_of(old_2) == {**IDS_2, "10.ppm": 8}
+    assert list(verify(old_2)) == []
+
+
+def test_interrupted_run_of_version_2_resumes(old_2: Path, photos: Path) -> None:
+    write_images(photos, ADDED)
+    shutil.copytree(INTERRUPTED_2, old_2 / STAGING)
+    job = json.loads((old_2 / STAGING / "job.json").read_bytes())
+    adopt(job, photos)
+    job["base"] = json.loads((old_2 / "store.json").read_bytes())["checksum"]
+    (old_2 / STAGING / "job.json").write_text(json.dumps(job) + "\n")
+    assert run_again(photos, old_2).resumed == 8  # three images were left to do
+    expected = {**IDS_2, "07.ppm": 8, "08.ppm": 9, "09.ppm": 10, "10.ppm": 11}
+    assert ids_of(old_2) == expected
+    assert_holds(FeatureStore.open(old_2), list(expected))
+    assert list(verify(old_2)) == []
+
+
+def test_old_store_has_the_same_ids_after_its_upgrade(old: Path, photos: Path) -> None:
+    before = FeatureStore.open(old)
+    assert before.ids.tolist() == [0, 2, 3, 4, 5]  # row 1 is retired
+    assert (before.manifest.version, before.manifest.next_id) == (1, 6)
+    assert not before.changes_since(before.token)
+    write_images(photos, {"10.ppm": ADDED["10.ppm"]})
+    run_again(photos, old)
+    store = FeatureStore.open(old)
+    assert (store.manifest.version, store.manifest.next_id) == (2, 7)
+    assert store.ids.tolist() == [0, 2, 3, 4, 5, 6]
+    changes = store.changes_since(before.token)
+    assert (changes.added.tolist(), changes.removed.tolist()) == ([6], [])
+
+
+def test_old_store_keeps_its_ids_if_it_is_compacted(old: Path) -> None:
+    before = ids_of(old)
+    token = FeatureStore.open(old).token
+    compact(old)
+    assert ids_of(old) == before
+    assert FeatureStore.open(old).manifest.next_id == 6
+    assert not FeatureStore.open(old).changes_since(token)
+
+
 def test_old_store_opens() -> None:
     assert_holds(FeatureStore.open(STORE), ROWS)
 
@@ -167,5 +260,6 @@ def test_old_interrupted_run_resumes(interrupted: Path, photos: Path) -> None:
     assert_holds(FeatureStore.open(interrupted), [*ROWS, *ADDED])
     features = (interrupted / "features/00003.npy").read_bytes()
     assert features == (INTERRUPTED / "features/00003.npy").read_bytes()
+    assert FeatureStore.open(interrupted).ids.tolist() == [0, 2, 3, 4, 5, *range(6, 11)]
     assert list(verify(interrupted)) == []
     assert not (interrupted / STAGING).exists()
