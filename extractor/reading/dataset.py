@@ -11,12 +11,18 @@ import numpy.typing as npt
 from extractor.errors import UsageError
 
 if TYPE_CHECKING:
+    from torch.utils.data import Dataset
+
     from extractor.reading.rows import Rows
+
+    _Base = Dataset[Any]
+else:
+    _Base = object  # reading a store needs no torch
 
 __all__ = ["FeatureDataset"]
 
 
-class FeatureDataset:
+class FeatureDataset(_Base):
     """Map-style dataset of embeddings, with labels if there are any.
 
     It has what :class:`torch.utils.data.DataLoader` asks of a dataset, and reads a whole batch at
