@@ -67,7 +67,8 @@ def extract(
     Args:
         images: A folder, an image, several of them, or an :class:`ImageList`.
         model: A name as for :func:`load_backbone`, a :class:`Backbone`, or several. ``A+B`` joins
-            the embeddings of A and B, each of unit length, to one vector. Several models fill one
+            the embeddings of A and B, each of unit length, to one vector. ``NAME=WEIGHTS`` has
+            weights of its own, such as ``resnet50=weights.pth``. Several models fill one
             store each, and every image is decoded once.
         out: Folder of the store; with several stores the folder that holds them. None writes to
             ``features/<name>``, where the name is that of the model, with ``@layer`` if one was

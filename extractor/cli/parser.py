@@ -104,8 +104,8 @@ class CommandOptions:
         Flag(
             "-m/--model",
             "timm:NAME, torchvision:NAME, or NAME, which prefers timm; hf-hub:ORG/NAME, "
-            "local-dir:PATH or FILE.py:FUNCTION; A+B joins two models; repeat it to fill one store "
-            "per model",
+            "local-dir:PATH or FILE.py:FUNCTION; NAME=WEIGHTS has its own weights; A+B joins two "
+            "models; repeat it to fill one store per model",
             MODEL,
             metavar="NAME",
         ),

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from extractor.errors import DeviceError, UsageError
 from extractor.models.backbone import Backbone
 from extractor.models.load import load, with_changes
-from extractor.models.naming import join_names, split_model, store_name
+from extractor.models.naming import join_names, split_model, split_weights, store_name
 from extractor.network.fusion.fuse import should_fuse
 from extractor.network.precision import resolve_precision
 from extractor.network.taps import Output
@@ -135,7 +135,8 @@ def load_specs(
     if len(set(stores)) < len(stores):
         twice = sorted({name for name in stores if stores.count(name) > 1})
         raise UsageError(
-            f"several stores would be named {', '.join(twice)}; give the models different names"
+            f"several stores would be named {', '.join(twice)}; use a run and an output folder for "
+            "each, or give networks of your own different names (Backbone.from_module(name=...))"
         )
     return specs
 
@@ -182,13 +183,17 @@ def check_models(models: Sequence[Model], options: Options) -> None:
     names = [model for model in models if isinstance(model, str)]
     if not models or not all(names):
         raise UsageError("got no model, or an empty name; expected a name such as resnet50")
+    for name in (part for model in names for part in split_model(model)):
+        model, weights = split_weights(name)
+        if not model or (name.endswith("=") and not weights):
+            raise UsageError(f"model: got {name!r}, expected NAME or NAME=WEIGHTS")
     if len(set(names)) < len(names):
         raise UsageError(f"model: got {', '.join(names)}, expected each only once")
     several = len(models) > 1 or any(len(split_model(name)) > 1 for name in names)
     if several and options.weights not in ("default", "random"):
         raise UsageError(
-            "weights: one file or tag cannot fit several models; add timm's tags to the names, "
-            "such as resnet50.a1_in1k"
+            "weights: one file or tag cannot fit several models; name those of each model, such as "
+            "resnet50=FILE or resnet50=a1_in1k"
         )
     if several and options.bypass:
         raise UsageError("bypass: works with one model only; give one --model")

@@ -15,7 +15,7 @@ from extractor.models import from_file, from_timm, from_torchvision
 from extractor.models.backbone import Backbone
 from extractor.models.catalog import Catalog
 from extractor.models.checkpoint import MisfitError
-from extractor.models.naming import is_repository, plain_name
+from extractor.models.naming import is_repository, plain_name, split_weights
 from extractor.models.weight_files import WeightsFile
 from extractor.network.precision import resolve_precision
 from extractor.network.probe import PROBE_IMAGES, probe
@@ -54,7 +54,8 @@ def load_backbone(model: str = DEFAULT_MODEL, **options: Unpack[BackboneArgument
         model: ``timm:NAME``, ``torchvision:NAME``, or NAME alone, which means timm's model if timm
             has one. A timm name may carry its weights tag (``resnet50.a1_in1k``). Further forms
             are ``hf-hub:ORG/NAME``, ``ORG/NAME``, the address of a model's page on the hub,
-            ``local-dir:PATH``, and ``FILE.py:FUNCTION``, which runs that code.
+            ``local-dir:PATH``, and ``FILE.py:FUNCTION``, which runs that code. ``NAME=WEIGHTS`` is
+            short for ``weights=WEIGHTS``.
         options: Fields of :class:`extractor.Options`, such as ``weights``, ``layers`` and
             ``device``.
 
@@ -81,12 +82,18 @@ def load(
     """Load a model as :func:`load_backbone` does, with its arguments in one value.
 
     Args:
-        model: Name of the model as it was typed.
+        model: Name of the model as it was typed, or ``NAME=WEIGHTS``.
         options: Everything else.
         recorded_sha256: SHA-256 of the weights in existing stores, by full name of the model. It
             decides where several sources on this machine have weights.
     """
     device = resolve_device(options.device)  # first, since it is the cheapest to check
+    model, own = split_weights(model)
+    if own and options.weights not in ("default", "random"):
+        raise UsageError(
+            f"weights: got {options.weights} beside {model}={own}; expected one of them"
+        )
+    options = replace(options, weights=own) if own else options
     library, name = resolve_name(model)
     if options.weights == "random" and library != "file":
         seed = options.seed

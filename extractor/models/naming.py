@@ -11,18 +11,21 @@ from extractor.options import DEFAULT_OUT, Options, is_open_layer
 
 __all__ = [
     "HUB",
+    "LOCAL",
     "is_repository",
     "join_names",
     "plain_name",
     "planned_stores",
     "split_model",
     "split_names",
+    "split_weights",
     "store_folders",
     "store_name",
 ]
 
 
 HUB = "hf-hub:"
+LOCAL = "local-dir:"
 
 # Other beginnings of hf-hub:ORG/NAME.
 _HUB_SCHEMES = ("hf_hub:", "hf://")
@@ -82,11 +85,13 @@ def store_name(model: str, layer: str = "") -> str:
 
     >>> store_name("torchvision:resnet50"), store_name("resnet50", "layer3.1")
     ('torchvision-resnet50', 'resnet50@layer3.1')
+    >>> store_name("resnet50=a.pth+vgg16=b.pth")
+    'resnet50+vgg16'
     """
-    model = plain_name(model)
-    if model.startswith("local-dir:") or re.search(r"\.py:[^:/]*$", model):
+    model = plain_name(join_names([split_weights(name)[0] for name in split_model(model)]))
+    if model.startswith(LOCAL) or re.search(r"\.py:[^:/]*$", model):
         folders, _, model = model.rstrip("/").rpartition("/")
-        model = model if folders else model.removeprefix("local-dir:")
+        model = model if folders else model.removeprefix(LOCAL)
     name = re.sub("[:/]", "-", model)
     return f"{name}@{layer}" if layer else name
 
@@ -117,6 +122,31 @@ def split_model(model: str) -> list[str]:
     return names
 
 
+def split_weights(model: str) -> tuple[str, str]:
+    """Return the name of one model, and the weights that ``NAME=WEIGHTS`` gives it, or "".
+
+    An equals sign in the path of a folder or of a Python file belongs to the path.
+
+    >>> split_weights("resnet50=my/a=1.pth"), split_weights("x=1/net.py:make=w.pth")
+    (('resnet50', 'my/a=1.pth'), ('x=1/net.py:make', 'w.pth'))
+    >>> split_weights("resnet50"), split_weights("x=1/net.py:make")
+    (('resnet50', ''), ('x=1/net.py:make', ''))
+    """
+    if code := re.fullmatch(r"(.*\.py:\w+)(?:=(.*))?", model, re.DOTALL):
+        return code[1], code[2] or ""
+    name, _, weights = model.partition("=")
+    if "?" in name:  # the query of an address
+        return model, ""
+    if not model.startswith(LOCAL):
+        return name, weights
+    pieces = model.split("=")
+    for count in range(1, len(pieces) + 1):
+        name = "=".join(pieces[:count])
+        if os.path.isdir(name.removeprefix(LOCAL)):
+            return name, "=".join(pieces[count:])
+    return model, ""
+
+
 def _is_cut_path(name: str, rest: Sequence[str]) -> bool:
     """Return whether a name is the first part of a path that has a plus sign in it.
 
@@ -124,8 +154,12 @@ def _is_cut_path(name: str, rest: Sequence[str]) -> bool:
         name: The name up to a plus sign.
         rest: The pieces after it, between plus signs.
     """
-    if name.startswith("local-dir:"):
-        return not os.path.isdir(name.removeprefix("local-dir:"))
+    name, weights = split_weights(name)
+    if weights:
+        paths = ("+".join([weights, *rest[: count + 1]]) for count in range(len(rest)))
+        return not os.path.isfile(weights) and any(map(os.path.isfile, paths))
+    if name.startswith(LOCAL):
+        return not os.path.isdir(name.removeprefix(LOCAL))
     if is_repository(plain_name(name)):  # or a folder, if the whole path exists
         paths = ("+".join([name, *rest[: count + 1]]) for count in range(len(rest)))
         return any(os.path.isfile(path.rpartition(":")[0]) for path in paths)

@@ -15,7 +15,7 @@ from extractor.models.digests import sha256_of_file
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen, load_specs
 from extractor.models.from_file import is_function_name
 from extractor.models.load import load
-from extractor.models.naming import HUB, split_names
+from extractor.models.naming import HUB, LOCAL, split_names, split_weights
 from extractor.network.taps import PRE_LOGITS
 from extractor.options import Options
 from extractor.preprocess import Preprocess
@@ -32,7 +32,6 @@ Weights: TypeAlias = (
 )
 """Weights of a store: a file or a tag, one for each of several backbones, or a loaded backbone."""
 
-LOCAL = "local-dir:"
 TRY_WEIGHTS = "try weights=FILE (extract verify: --weights FILE)"
 MAX_DIFFERENCES = 3  # in one message
 
@@ -403,7 +402,8 @@ class _Loader:
         Raises:
             StoreError: The caller does not name it. No file beside a store makes code run.
         """
-        if weights is None or not is_function_name(weights):
+        function, file = split_weights(weights or "")
+        if not is_function_name(function):
             label = str(made_by["model"])
             known = [str(b.get("function")) for b in self._backbones if b.get("model") == label]
             was = f", such as {known[0]}" if known and known[0] else ""
@@ -411,7 +411,9 @@ class _Loader:
                 f"the rows were made by {label}, which is code of your own; name it with --weights "
                 f"PATH/FILE.py:FUNCTION (in the library: weights=){was}"
             )
-        return weights, self._location(made_by) if made_by["weights"] == "file" else "default"
+        if made_by["weights"] == "file":
+            return function, file or self._location(made_by)
+        return function, file or "default"
 
     def _location(self, made_by: Mapping[str, Any]) -> str:
         """Return the file of weights where a run found it, if it is still there.

@@ -16,10 +16,10 @@ from support.networks import MeanPixel
 from support.pictures import noise
 from torch import nn
 
-from extractor import Backbone, Extractor, FeatureStore, extract
+from extractor import Backbone, Extractor, FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.compute.inputs import pictures_of
-from extractor.errors import ModelError, SourceError, StoreError, UsageError
+from extractor.errors import ModelError, SourceError, StoreError, UsageError, WeightsError
 from extractor.images import decode
 from extractor.images.types import ImageInfo
 from extractor.loading import image_decoder
@@ -339,6 +339,70 @@ def test_joined_layers_are_one_embedding_to_normalize(images: Path, tmp_path: Pa
     rows = np.hstack([rows_of(one.store) for one in apart.stores])
     expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     np.testing.assert_allclose(rows_of(store), expected, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights of their own
+
+
+@pytest.fixture
+def own_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
+    """Files of weights for two small models, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for name, seed in (("test_resnet", 1), ("test_byobnet", 2)):
+        backbone = load_backbone(name, weights="random", seed=seed, device="cpu")
+        torch.save(backbone.module.state_dict(), f"{name}.pth")
+    return "test_resnet=test_resnet.pth", "test_byobnet=test_byobnet.pth"
+
+
+OWN = ["--device", "cpu", "--image-size", "64", "--quiet"]
+
+
+def test_models_have_weights_of_their_own(
+    images: Path, tmp_path: Path, own_weights: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(images), "-m", own_weights[0], "-m", own_weights[1], *OWN]
+    assert cli.main(words) == 0
+    for name in ("test_resnet", "test_byobnet"):
+        store = FeatureStore.open(f"features/{name}")
+        options: dict[str, Any] = {"device": "cpu", "image_size": 64}
+        single = extract(images, name, f"single/{name}", weights=f"{name}.pth", **options).store
+        np.testing.assert_array_equal(rows_of(store), rows_of(single))
+        assert store.info.weights_source == f"{name}.pth"
+        with Extractor.for_store(store, exact=True) as embed:
+            np.testing.assert_array_equal(embed([store.full_path(0)])[0], rows_of(store)[0])
+    assert cli.main(words) == 0  # up to date, by names and files alone
+    Path("test_byobnet.pth").write_bytes(Path("test_resnet.pth").read_bytes())
+    assert cli.main(words) == 1
+    assert "test_byobnet.pth into timm:test_byobnet" in capsys.readouterr().err
+
+
+def test_joined_models_have_weights_of_their_own(
+    images: Path, own_weights: tuple[str, str], tmp_path: Path
+) -> None:
+    joined = "+".join(own_weights)
+    options: dict[str, Any] = {"device": "cpu", "image_size": 64}
+    store = extract(images, joined, **options).store
+    assert store.path.name == "test_resnet+test_byobnet"
+    with Extractor.for_store(store, exact=True) as embed:
+        np.testing.assert_array_equal(embed([store.full_path(2)])[0], rows_of(store)[2])
+    for name in ("test_resnet", "test_byobnet"):
+        Path(f"{name}.pth").rename(f"{name}-moved.pth")
+    with pytest.raises(WeightsError, match=r"no longer .*test_resnet\.pth; name that file"):
+        Extractor.for_store(store)
+    moved = {"test_resnet": "test_resnet-moved.pth", "test_byobnet.pth": "test_byobnet-moved.pth"}
+    with Extractor.for_store(store, exact=True, weights=moved) as embed:
+        np.testing.assert_array_equal(embed([store.full_path(2)])[0], rows_of(store)[2])
+
+
+def test_weights_of_one_model_are_named_once(images: Path, own_weights: tuple[str, str]) -> None:
+    with pytest.raises(UsageError, match=r"got other\.pth beside test_resnet=test_resnet\.pth"):
+        extract(images, own_weights[0], weights="other.pth", device="cpu")
+    for model in ("test_resnet=", "=test_resnet.pth", "test_resnet=+resnet18"):
+        with pytest.raises(UsageError, match=r"model: got '.*', expected NAME or NAME=WEIGHTS"):
+            extract(images, model, device="cpu")
+    with pytest.raises(UsageError, match=r"named test_resnet; use a run and an output folder for"):
+        extract(images, [own_weights[0], "test_resnet"], **RANDOM)
 
 
 # ---------------------------------------------------------------------------------------------

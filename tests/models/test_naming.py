@@ -14,7 +14,7 @@ from extractor import extract, load_backbone
 from extractor.errors import ModelError, WeightsError
 from extractor.models import from_timm
 from extractor.models.load import fetch, load, resolve_name
-from extractor.models.naming import plain_name, split_model, store_name
+from extractor.models.naming import plain_name, split_model, split_weights, store_name
 from extractor.options import Options
 
 # Published before timm 0.9, with the present names from timm's release notes.
@@ -214,6 +214,34 @@ def test_names_of_the_hub_can_be_joined(tmp_path: Path, monkeypatch: pytest.Monk
     assert split_model(f"{path}+vgg11") == ["models/my", "net.py:f", "vgg11"]
     Path("models/my+net.py").touch()
     assert split_model(f"{path}+vgg11") == [path, "vgg11"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "parts"),
+    [
+        ("a=w.pth", [("a", "w.pth")]),
+        ("a=w.pth+b=d/x.pth", [("a", "w.pth"), ("b", "d/x.pth")]),
+        ("a=missing.pth+b=d/missing.pth", [("a", "missing.pth"), ("b", "d/missing.pth")]),
+        ("a=d/my+w.pth+b", [("a", "d/my+w.pth"), ("b", "")]),
+        ("a+b=tag_in1k", [("a", ""), ("b", "tag_in1k")]),
+        ("a=d/k=1.pth", [("a", "d/k=1.pth")]),
+        ("hf-hub:o/n@v1=w.pth+b=hf-hub:o/m", [("hf-hub:o/n@v1", "w.pth"), ("b", "hf-hub:o/m")]),
+        ("o/n=w.pth", [("o/n", "w.pth")]),
+        ("local-dir:k=1/x+y=w.pth+b", [("local-dir:k=1/x+y", "w.pth"), ("b", "")]),
+        ("k=1/net.py:f+b", [("k=1/net.py:f", ""), ("b", "")]),
+        ("k=1/net.py:f=w.pth", [("k=1/net.py:f", "w.pth")]),
+        ("https://huggingface.co/o/n?x=1", [("https://huggingface.co/o/n?x=1", "")]),
+    ],
+)
+def test_weights_follow_the_name_of_their_model(
+    typed: str, parts: list[tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("w.pth", "d/x.pth", "d/my+w.pth", "d/k=1.pth", "k=1/x+y/config.json"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    assert [split_weights(name) for name in split_model(typed)] == parts
+    assert store_name(typed) == store_name("+".join(name for name, _ in parts))
 
 
 def test_store_of_a_page_is_that_of_the_model(
