@@ -884,7 +884,8 @@ def test_overwrite_does_not_take_files_of_others_for_a_damaged_store(
         (out / name).unlink()
     shutil.rmtree(out / "features")
     shutil.rmtree(out / "images")
-    (out / "failures.jsonl").unlink()
+    for name in ("failures.jsonl", "history.jsonl"):
+        (out / name).unlink()
     with pytest.raises(StoreError, match=r"store\.json is not JSON"):
         run(folder, out, overwrite=True)
 

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,84 @@ def follow(home: Path, *, examples: int, steps: int) -> None:
 
 def test_index_fed_by_changes_equals_the_store(tmp_path: Path) -> None:
     follow(tmp_path, examples=6, steps=15)
+
+
+def draw_images(folder: Path, names: Iterable[str], *, color: int = 0) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, name in enumerate(names, 1):
+        Image.new("RGB", (4, 4), (number * 9, color, 5)).save(folder / name)
+        os.utime(folder / name, ns=(START + number + color, START + number + color))
+
+
+def ids(out: Path) -> dict[str, int]:
+    store = FeatureStore.open(out)
+    return dict(zip(store.paths, store.ids.tolist(), strict=True))
+
+
+def stopped(folder: Path, out: Path, **options: Any) -> None:
+    """Run until two batches are done: three images."""
+    done = [0]
+    with pytest.raises(InterruptedRunError, match="repeat the same call to resume"):
+        extract(
+            folder,
+            "mean",
+            out,
+            **SIZES,
+            **options,
+            progress=lambda now: done.append(now.done),
+            stop=lambda: done[-1] >= 3,
+        )
+
+
+def test_interrupted_run_gives_the_ids_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    draw_images(tmp_path / "in", [f"{i}.png" for i in range(8)])
+    extract(tmp_path / "in", "mean", tmp_path / "whole", **SIZES)
+    stopped(tmp_path / "in", tmp_path / "out")
+    extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES)
+    assert ids(tmp_path / "out") == ids(tmp_path / "whole") == {f"{i}.png": i for i in range(8)}
+
+
+def test_run_after_a_sealed_one_uses_none_of_its_ids(tmp_path: Path) -> None:
+    names = [f"{i}.png" for i in range(8)]
+    draw_images(tmp_path / "in", names)
+    stopped(tmp_path / "in", tmp_path / "out")
+    draw_images(tmp_path / "in", names[:1], color=7)
+    extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES)
+    found = ids(tmp_path / "out")
+    assert list(verify(tmp_path / "out")) == []
+    assert [found[f"{i}.png"] for i in range(1, 3)] == [1, 2]
+    assert min(row_id for name, row_id in found.items() if name not in ("1.png", "2.png")) >= 3
+    assert len(set(found.values())) == 8
+
+
+def test_failures_leave_gaps_and_shift_no_other_shard(tmp_path: Path) -> None:
+    draw_images(tmp_path / "in", [f"{i}.png" for i in range(8)])
+    (tmp_path / "in" / "1.png").write_bytes(b"no image")
+    extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES)
+    expected = {"0.png": 0, "2.png": 1, **{f"{i}.png": i for i in range(3, 8)}}
+    assert ids(tmp_path / "out") == expected
+    draw_images(tmp_path / "in", ["9.png"])
+    extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES)
+    assert ids(tmp_path / "out") == {**expected, "9.png": 8}
+
+
+def test_two_stores_of_one_run_have_the_same_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_images(tmp_path / "in", [f"{i}.png" for i in range(4)])
+    extract(tmp_path / "in", ["one", "two"], tmp_path / "out", **SIZES)
+    one, two = (ids(path.parent) for path in sorted((tmp_path / "out").glob("*/store.json")))
+    assert one == two == {f"{i}.png": i for i in range(4)}
+
+
+def test_overwritten_store_uses_no_id_again(tmp_path: Path) -> None:
+    draw_images(tmp_path / "in", ["a.png", "b.png"])
+    extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES)
+    stopped_names = [f"{i}.png" for i in range(8)]
+    draw_images(tmp_path / "in", stopped_names)
+    stopped(tmp_path / "in", tmp_path / "out", overwrite=True)
+    extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES, overwrite=True)
+    assert sorted(ids(tmp_path / "out").values()) == list(range(2, 12))
 
 
 @pytest.mark.slow
