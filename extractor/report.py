@@ -75,6 +75,7 @@ class StoreReport:
         unseen: Number of rows kept although their images could not be seen.
         vanished: Number of rows kept although their images are gone from the disk; so many were
             gone that ``retire`` must confirm it.
+        moved: Number of rows kept although their images have other paths than before.
     """
 
     out: Path
@@ -89,6 +90,7 @@ class StoreReport:
     size: str = ""
     unseen: int = 0
     vanished: int = 0
+    moved: int = 0
 
     @property
     def store(self) -> FeatureStore:
@@ -103,6 +105,7 @@ class StoreReport:
             "failures": self.failed,
             "added": self.added,
             "changed": self.changed,
+            "moved": self.moved,
             "gone": self.gone,
             "unseen": self.unseen,
             "vanished": self.vanished,

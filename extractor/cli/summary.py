@@ -48,6 +48,8 @@ def _store_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
     yield "store", f"{store.out}"
     if 0 < store.added < store.rows or store.changed or store.gone:
         yield "new", plural(store.added, "row")
+    if store.moved:
+        yield "moved", f"{plural(store.moved, 'image')}; the rows are kept"
     if store.changed or store.gone:
         changed = plural(store.changed, "changed image")
         gone = plural(store.gone, "removed image")
@@ -79,7 +81,7 @@ def _unlisted_rows(report: Report) -> Iterator[tuple[str, str]]:
 
 def _run_rows(report: Report) -> Iterator[tuple[str, str]]:
     if report.resumed == report.images:
-        changed = any(store.changed or store.gone for store in report.stores)
+        changed = any(store.changed or store.gone or store.moved for store in report.stores)
         yield "up to date", f"nothing to {'compute' if changed else 'do'}"
         yield "time", f"{report.seconds:.1f} s"
         return

@@ -210,7 +210,9 @@ class StoreOutput:
         # Leave out failures of an earlier run that were retried successfully since.
         failures = [failure for failure in plan_now.failures if failure.path not in known]
         new_failures = len(now.new_failures) - len(before.new_failures)
+        moves = {shard: rows for shard, rows in plan_now.moves.items() if shard >= job.first}
         is_same = all(live.all() for live in new_shards) and len(failures) == new_failures
+        is_same &= not any(move.is_renamed for rows in moves.values() for move in rows.values())
         run = interrupted.resume(job) if is_same else None
         if run is None:
             log.warning(
@@ -222,7 +224,12 @@ class StoreOutput:
             self._plan = plan_now
             return sealed.begin(self._job_for(plan_now, sealed))
         # Those of the rows that the interrupted run computed are among them.
-        self._plan = replace(self._plan, unseen=plan_now.unseen, vanished=plan_now.vanished)
+        self._plan = replace(
+            self._plan,
+            unseen=plan_now.unseen,
+            vanished=plan_now.vanished,
+            moves={**self._plan.moves, **moves},
+        )
         self._count_failures(failures)
         self.rows += run.resumed - len(failures)
         self._added += run.resumed - len(failures)
@@ -331,6 +338,7 @@ class StoreOutput:
             size=self.spec.size_text,
             unseen=self._plan.unseen,
             vanished=self._plan.vanished,
+            moved=self._plan.moved,
         )
 
     def _keep_unread(self, run: StoreRun) -> None:

@@ -29,7 +29,8 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
 
     Args:
         images: Images of the run.
-        content: Compare files by their SHA-256, which reads them, instead of size and time.
+        content: Compare all files by their SHA-256, which reads them. Otherwise only those are read
+            whose path, size or time is new, and whose content may be known.
     """
     sizes = np.full(len(images), -1, np.int64)
     mtimes = np.full(len(images), -1, np.int64)
@@ -40,6 +41,8 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
 
     def digests(indices: Sequence[int]) -> list[bytes]:
         new = [i for i in indices if i not in known]
+        if not new:
+            return [known[i] for i in indices]
         with ThreadPoolExecutor(THREADS) as pool:
             known.update(zip(new, pool.map(digest_of, map(images.full_path, new)), strict=True))
         return [known[i] for i in indices]
@@ -56,9 +59,10 @@ def take_snapshot(images: ImageList, *, content: bool) -> Snapshot:
         sizes,
         mtimes,
         _looker(b""),
-        digests if content else None,
+        digests,
         lambda index: has_decoder(images.full_path(index)),
         is_excluded=is_excluded,
+        check_content=content,
     )
     return seen_from(images, snapshot)
 

@@ -23,6 +23,7 @@ __all__ = [
     "read_column",
     "read_ids",
     "read_images",
+    "read_records",
 ]
 
 DIGEST_BYTES = 32  # SHA-256
@@ -158,7 +159,7 @@ def read_images(path: Path, *, digests: bool = True) -> Images:
 
     Args:
         path: file of the index.
-        digests: also read the SHA-256 of the files.
+        digests: read the SHA-256 of the files now, not once one is asked for.
 
     Raises:
         StoreDamagedError: the file or a column is missing or damaged.
@@ -168,8 +169,41 @@ def read_images(path: Path, *, digests: bool = True) -> Images:
         [os.fsencode(name) for name in table.column("path").to_pylist()],
         table.column("size").to_numpy(),
         table.column("mtime_ns").to_numpy(),
-        [digest or b"" for digest in table.column("sha256").to_pylist()] if digests else [],
+        _LazyDigests(path, table.column("sha256").to_pylist() if digests else None),
     )
+
+
+class _LazyDigests(Sequence[bytes]):
+    """SHA-256 of the files of an index, read when one is asked for."""
+
+    def __init__(self, path: Path, digests: list[bytes | None] | None) -> None:
+        self._path = path
+        self._digests = digests
+
+    def _values(self) -> list[bytes | None]:
+        if self._digests is None:
+            self._digests = read_column(self._path, "sha256")
+        return self._digests
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._values()[row] or b""
+
+    def __len__(self) -> int:
+        return len(self._values())
+
+
+def read_records(path: Path) -> list[ImageRecord]:
+    """Read all columns of a shard's index.
+
+    Raises:
+        StoreDamagedError: the file or a column is missing or damaged.
+    """
+    table = _read(path, list(ImageRecord._fields))
+    columns = [table.column(name).to_pylist() for name in ImageRecord._fields]
+    return [
+        ImageRecord(os.fsencode(name), size, mtime, width, height, digest or b"")
+        for name, size, mtime, width, height, digest in zip(*columns, strict=True)
+    ]
 
 
 def _read(path: Path, names: list[str]) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +13,7 @@ import numpy.typing as npt
 from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
 
-__all__ = ["Plan", "Sight", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
+__all__ = ["Move", "Plan", "Sight", "Snapshot", "StoredImages", "count_unchanged", "plan_run"]
 
 # Failures of the machine. They may not happen again, even with the same file.
 TRANSIENT = frozenset({"out-of-memory", "timeout"})
@@ -48,12 +49,13 @@ class Snapshot:
         sizes: ``(images,)`` int64, bytes; -1 if a file has no status.
         mtimes: ``(images,)`` int64, nanoseconds; -1 if a file has no status.
         look: returns what is at several paths relative to the root, requested or not.
-        digests: returns the SHA-256 of the files at several indices, empty for an unreadable one.
-            None compares sizes and times only.
+        digests: returns the SHA-256 of the files at several indices, empty for an unreadable one;
+            None if no file may be read.
         has_decoder: returns whether the decoder that the image at an index needs beside Pillow is
             installed.
         unlisted: folders whose images could not be listed; empty bytes are the root.
         is_excluded: returns whether a pattern leaves out a path relative to the root.
+        check_content: compare all contents, not only where path, size or time is new.
     """
 
     paths: Sequence[bytes]
@@ -64,6 +66,7 @@ class Snapshot:
     has_decoder: Callable[[int], bool] = lambda index: False
     unlisted: Sequence[bytes] = ()
     is_excluded: Callable[[bytes], bool] = lambda path: False
+    check_content: bool = False
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,22 @@ class StoredImages:
         return np.ones(len(self.shards[shard]), bool) if live is None else live
 
 
+class Move(NamedTuple):
+    """What the index says about a row from now on, since its image was moved or touched.
+
+    Attributes:
+        path: path relative to the root.
+        size: bytes of the file.
+        mtime_ns: modification time of the file.
+        is_renamed: the path differs from the one before.
+    """
+
+    path: bytes
+    size: int
+    mtime_ns: int
+    is_renamed: bool
+
+
 @dataclass(frozen=True)
 class Plan:
     """Steps after which a store holds each requested image once.
@@ -105,6 +124,7 @@ class Plan:
         vanished: number of rows that are kept although their images are gone, since so many are.
         replaced: shard and row of each requested image whose row is retired, by path.
         kept: paths whose rows are kept although their images failed in this run.
+        moves: by shard number and row, the rows that stand for an image of another path or time.
     """
 
     todo: Sequence[int]
@@ -117,6 +137,12 @@ class Plan:
     vanished: int = 0
     replaced: Mapping[bytes, tuple[int, int]] = field(default_factory=dict)
     kept: frozenset[bytes] = frozenset()
+    moves: Mapping[int, Mapping[int, Move]] = field(default_factory=dict)
+
+    @property
+    def moved(self) -> int:
+        """Number of rows whose images have another path than before."""
+        return sum(move.is_renamed for rows in self.moves.values() for move in rows.values())
 
     def keeping(self, paths: Iterable[bytes]) -> Plan:
         """Return a plan that keeps replaced rows, since their images could not be read.
@@ -140,7 +166,11 @@ class Plan:
         )
 
     def changes(self, stored: StoredImages) -> bool:
-        """Return whether rows or failures differ from those of a published store."""
+        """Return whether rows, failures or the index differ from those of a published store."""
+        return bool(self.moves) or self.changes_rows(stored)
+
+    def changes_rows(self, stored: StoredImages) -> bool:
+        """Return whether other rows count, or other failures, than in a published store."""
         same = all(np.array_equal(live, stored.live[shard]) for shard, live in self.live.items())
         same &= list(self.failures) == list(stored.failures)
         return not same or self.vanished != stored.vanished
@@ -161,9 +191,13 @@ def plan_run(
 ) -> Plan:
     """Compare the requested images with those that have rows.
 
-    A row counts if its image has the same size and modification time as when it was read. With
-    digests, it counts if its image has the same content. The latest of several such rows counts,
-    so an image that disappears and comes back unchanged gets its row back.
+    A row counts if its image has the same path, size and modification time as when it was read.
+    With ``check_content``, it counts if its image has the same path and content. Of several such
+    rows, one that counted so far does, then the latest. So an image that disappears and comes back
+    unchanged gets its row back.
+
+    Where path, size or time is new, content decides: a row that no image claimed stands for an
+    image of the same content, see :func:`_find_moves`.
 
     Any other row that counted so far is retired only if a look at its path shows that the image
     changed, is there and not requested, or is gone. What could not be seen keeps its row. So does
@@ -179,28 +213,31 @@ def plan_run(
     matched = _match(snapshot, stored)
     unmatched = list(_unmatched(stored, matched))
     seen = _look(snapshot, matched, unmatched, keep_missing=keep_missing)
-    vanished = {path for path, sight in seen.items() if sight is Sight.GONE}
+    missing: set[bytes] = set()
+    for row in unmatched:
+        if seen.get(row.path) in (None, Sight.UNSEEN):  # None if nobody had to look
+            _keep(row, matched, missing)
+    failed = _remaining_failures(snapshot, stored, matched, retry=retry)
+    unseen_rows = {row for row in unmatched if row.path not in seen}
+    moves = _touched(snapshot, stored, matched)
+    for row, move in _find_moves(snapshot, stored, matched, unseen_rows, failed).items():
+        if row in unseen_rows:
+            missing.discard(row.path)
+        moves.setdefault(row.shard, {})[row.row] = move
+    open_rows = [row for row in unmatched if not matched.is_settled(row)]
+    vanished = {row.path for row in open_rows if seen[row.path] is Sight.GONE}
     if retire or not _are_many(len(vanished), stored):
         vanished = set()
-    missing: set[bytes] = set()
-    replaced: dict[bytes, tuple[int, int]] = {}
-    for row in unmatched:
-        sight = seen.get(row.path)  # None if nobody had to look
-        if sight in (None, Sight.UNSEEN) or row.path in vanished:
-            matched.live[row.shard][row.row] = True
-            if row.index >= 0:
-                matched.has_row[row.index] = True
-            else:
-                missing.add(row.path)
-        elif row.index >= 0:
-            replaced[row.path] = row.shard, row.row
+    for row in open_rows:
+        if row.path in vanished:
+            _keep(row, matched, missing)
     gone = changed = 0
     for shard, live in matched.live.items():
         ended = stored.counted(shard) & ~live
         requested = matched.indices[shard] >= 0
         gone += int(np.count_nonzero(ended & ~requested))
         changed += int(np.count_nonzero(ended & requested))
-    failed = _remaining_failures(snapshot, stored, matched, retry=retry)
+    failed = {path: f for path, f in failed.items() if not matched.has_row[matched.index[path]]}
     unseen = _unseen_failures(snapshot, stored, matched, keep_gone=bool(vanished))
     unseen = {path: failure for path, failure in unseen.items() if path not in missing}
     failed |= unseen
@@ -216,7 +253,12 @@ def plan_run(
         changed=changed,
         unseen=sum(sight is Sight.UNSEEN for sight in seen.values()),
         vanished=len(vanished),
-        replaced=replaced,
+        replaced={
+            row.path: (row.shard, row.row)
+            for row in open_rows
+            if row.index >= 0 and row.path not in vanished
+        },
+        moves=moves,
     )
 
 
@@ -256,6 +298,11 @@ class _Matched:
     has_row: npt.NDArray[np.bool_]
     unread: set[int]
 
+    def is_settled(self, row: _Row) -> bool:
+        """Return whether a row counts, or another one stands for its image."""
+        has_other = row.index >= 0 and bool(self.has_row[row.index])
+        return has_other or bool(self.live[row.shard][row.row])
+
 
 @dataclass(frozen=True)
 class _Row:
@@ -268,17 +315,128 @@ class _Row:
 
 
 def _match(snapshot: Snapshot, stored: StoredImages) -> _Matched:
-    """Find the latest row of each requested image that is unchanged."""
+    """Find the row of each requested image that is unchanged at its path."""
     index = {path: i for i, path in enumerate(snapshot.paths)}
     matched = _Matched(index, {}, {}, np.zeros(len(snapshot.paths), bool), set())
+    same: dict[int, npt.NDArray[np.bool_]] = {}
     for shard, images in sorted(stored.shards.items(), reverse=True):
         indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
-        requested = indices >= 0
-        live = requested & _are_same(snapshot, images, indices, matched.unread)
-        live[requested] &= ~matched.has_row[indices[requested]]
-        matched.has_row[indices[live]] = True
-        matched.indices[shard], matched.live[shard] = indices, live
+        same[shard] = (indices >= 0) & _are_same(snapshot, images, indices, matched.unread)
+        matched.indices[shard], matched.live[shard] = indices, np.zeros(len(images), bool)
+    for counted in (True, False):
+        for shard, indices in matched.indices.items():
+            rows = np.flatnonzero(same[shard] & (stored.counted(shard) == counted))
+            rows = rows[~matched.has_row[indices[rows]]]
+            # Several rows of a shard may have had the same path, one after the other.
+            rows = rows[np.unique(indices[rows], return_index=True)[1]]
+            matched.live[shard][rows] = True
+            matched.has_row[indices[rows]] = True
     return matched
+
+
+def _keep(row: _Row, matched: _Matched, missing: set[bytes]) -> None:
+    """Keep a row although its image was not found unchanged."""
+    matched.live[row.shard][row.row] = True
+    if row.index >= 0:
+        matched.has_row[row.index] = True
+    else:
+        missing.add(row.path)
+
+
+def _touched(
+    snapshot: Snapshot, stored: StoredImages, matched: _Matched
+) -> dict[int, dict[int, Move]]:
+    """Return the rows whose images have the same path and content, but another time."""
+    moves: dict[int, dict[int, Move]] = {}
+    if not snapshot.check_content or not len(snapshot.paths):
+        return moves
+    for shard, images in stored.shards.items():
+        indices = matched.indices[shard]
+        touched = (indices >= 0) & (snapshot.mtimes[indices] != images.mtimes)
+        # Kept rows of images that could not be read are live, too.
+        touched &= matched.live[shard] & (snapshot.sizes[indices] == images.sizes)
+        touched &= [i not in matched.unread for i in indices.tolist()]
+        if touched.any():
+            moves[shard] = {
+                row: _move(snapshot, int(indices[row]), images.paths[row])
+                for row in np.flatnonzero(touched).tolist()
+            }
+    return moves
+
+
+def _find_moves(
+    snapshot: Snapshot,
+    stored: StoredImages,
+    matched: _Matched,
+    unseen: Collection[_Row],
+    failed: Collection[bytes],
+) -> dict[_Row, Move]:
+    """Let rows that no image claimed stand for images of the same content.
+
+    Such a row had counted until its image was renamed, touched, changed or deleted, or it was
+    retired earlier. The same path is preferred, then a row that counted so far, then the latest
+    shard. Only files are read whose size is that of such a row.
+
+    Args:
+        snapshot: the requested images.
+        stored: the images of the store.
+        matched: the rows that count; those found here are added.
+        unseen: rows that are kept without a look; they may stand for another image if theirs is
+            gone.
+        failed: paths of images that need no row.
+    """
+    open_images = np.flatnonzero(~matched.has_row & (snapshot.sizes >= 0)).tolist()
+    open_images = [i for i in open_images if snapshot.paths[i] not in failed]
+    if snapshot.digests is None or not open_images:
+        return {}
+    rows = _unclaimed(snapshot, stored, matched, np.unique(snapshot.sizes[open_images]), unseen)
+    sizes = {int(stored.shards[row.shard].sizes[row.row]) for row in rows}
+    images = [i for i in open_images if int(snapshot.sizes[i]) in sizes]
+    fitting: dict[tuple[int, bytes, bytes | None], list[_Row]] = {}  # by size, content and path
+    for row in reversed(rows) if images else ():
+        shard = stored.shards[row.shard]
+        size, digest = int(shard.sizes[row.row]), shard.digests[row.row]
+        for path in (row.path, None) if digest else ():
+            fitting.setdefault((size, digest, path), []).append(row)
+    digests = snapshot.digests(images) if fitting else []
+    found: dict[_Row, Move] = {}
+    for same_path in (True, False):
+        for i, digest in zip(images, digests, strict=bool(fitting)):
+            path = snapshot.paths[i]
+            key = int(snapshot.sizes[i]), digest, path if same_path else None
+            candidates = fitting.get(key, [])
+            while candidates and not matched.has_row[i]:
+                row = candidates.pop()
+                if row not in found:
+                    matched.live[row.shard][row.row] = matched.has_row[i] = True
+                    found[row] = _move(snapshot, i, row.path)
+    return found
+
+
+def _unclaimed(
+    snapshot: Snapshot,
+    stored: StoredImages,
+    matched: _Matched,
+    sizes: npt.NDArray[np.int64],
+    unseen: Collection[_Row],
+) -> list[_Row]:
+    """Return the rows of files of certain sizes that no image claimed, preferred ones first."""
+    rows = [row for row in unseen if stored.shards[row.shard].sizes[row.row] in sizes]
+    sights = snapshot.look([row.path for row in rows])
+    rows = [row for row, sight in zip(rows, sights, strict=True) if sight is Sight.GONE]
+    ended: list[_Row] = []
+    for shard, images in stored.shards.items():
+        counted = stored.counted(shard)
+        free = ~matched.live[shard] & np.isin(images.sizes, sizes)
+        for row in np.flatnonzero(free).tolist():
+            index = int(matched.indices[shard][row])
+            (rows if counted[row] else ended).append(_Row(shard, row, images.paths[row], index))
+    return [row for some in (rows, ended) for row in sorted(some, key=lambda r: (-r.shard, r.row))]
+
+
+def _move(snapshot: Snapshot, i: int, before: bytes) -> Move:
+    path = snapshot.paths[i]
+    return Move(path, int(snapshot.sizes[i]), int(snapshot.mtimes[i]), path != before)
 
 
 def _unmatched(stored: StoredImages, matched: _Matched) -> Iterator[_Row]:
@@ -368,7 +526,7 @@ def _are_same(
     """Return ``(rows,)``, whether each image is still the one its row was computed from."""
     if not len(snapshot.paths):
         return np.zeros(len(images), bool)
-    if snapshot.digests is None:
+    if not snapshot.check_content or snapshot.digests is None:
         same: npt.NDArray[np.bool_] = (snapshot.sizes[indices] == images.sizes) & (
             snapshot.mtimes[indices] == images.mtimes
         )

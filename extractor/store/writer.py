@@ -51,11 +51,18 @@ from extractor.store.ids import (
     id_after_damage,
     read_history,
 )
-from extractor.store.index import Images, read_images, rows_of_paths
+from extractor.store.index import (
+    Images,
+    index_bytes,
+    read_ids,
+    read_images,
+    read_records,
+    rows_of_paths,
+)
 from extractor.store.job import Job
-from extractor.store.plan import Plan, StoredImages
+from extractor.store.plan import Move, Plan, StoredImages
 from extractor.store.publish import check_size, publish_staged
-from extractor.store.shard import FinishedShard, ShardWriter, journal_name
+from extractor.store.shard import FinishedShard, ShardWriter, done_name, journal_name
 
 __all__ = [
     "ExistingComputation",
@@ -557,7 +564,11 @@ class StoreRun:
         """Write the lists of failures and of changes; return the manifest of the complete store."""
         base = self._base.shards if self._base is not None else ()
         live = plan.live if plan is not None else {}
-        shards = [_retire(entry, live.get(entry.shard)) for entry in (*base, *self._new_shards())]
+        moves = plan.moves if plan is not None else {}
+        shards = [
+            _retire(self._move(entry, moves.get(entry.shard, {})), live.get(entry.shard))
+            for entry in (*base, *self._new_shards())
+        ]
         kept = plan.kept if plan is not None else ()
         failures = list(plan.failures) if plan is not None else []
         failures.extend(failure for failure in self.failures if failure.path not in kept)
@@ -604,6 +615,34 @@ class StoreRun:
             history = history_of_new(self._replaced, shards, created, out=out)
         write_atomically(staging / HISTORY, history_lines(history))
         return FileEntry.of(staging / HISTORY, HISTORY)
+
+    def _move(self, entry: ShardEntry, moves: Mapping[int, Move]) -> ShardEntry:
+        """Write the index of a shard with moved or touched rows again, and return its entry."""
+        staging, number = self._claim.staging, entry.shard
+        finished = self._finished.get(number)
+        staged = staging / entry.index.name
+        if not moves:
+            if finished is None:  # a run may have died that found other moves
+                staged.unlink(missing_ok=True)
+            return entry
+        index = staged if finished is not None else self._claim.out / entry.index.name
+        records, ids = read_records(index), None if entry.first_id is not None else read_ids(index)
+        for row, move in moves.items():
+            records[row] = records[row]._replace(
+                path=move.path, size=move.size, mtime_ns=move.mtime_ns
+            )
+        # While its index is exchanged, a staged shard is not finished.
+        if finished is not None:
+            (staging / done_name(number)).unlink(missing_ok=True)
+            sync_folder((staging / done_name(number)).parent)
+        write_atomically(staged, index_bytes(records, ids))
+        entry = replace(entry, index=FileEntry.of(staged, entry.index.name))
+        if finished is not None and finished.entry is not None:
+            done_entry = replace(finished.entry, index=entry.index)
+            self._finished[number] = replace(finished, entry=done_entry)
+            done = self._finished[number].to_json().encode()
+            write_atomically(staging / done_name(number), done)
+        return entry
 
     def _write_list_rows(self, manifest: Manifest, listed: Iterable[bytes]) -> FileEntry:
         out, staging = self._claim.out, self._claim.staging

@@ -202,8 +202,6 @@ def _index(folder: Path, shard: ShardEntry, seen: dict[bytes, int]) -> Iterator[
         return
     if len(paths) != shard.rows:
         yield f"{name}: has {plural(len(paths), 'row')}, expected {shard.rows}"
-    if paths != sorted(paths):
-        yield f"{name}: paths are not sorted"
     for path in itertools.compress(paths, shard.live_mask()):
         if path in seen:
             yield f"{name}: {os.fsdecode(path)!a} already has a row in shard {seen[path]}"

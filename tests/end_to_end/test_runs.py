@@ -270,7 +270,7 @@ def test_run_json_holds_request_and_result(photos: Path, tmp_path: Path) -> None
     content = json.loads((tmp_path / "out/run.json").read_text("ascii"))
     counts = {"images": 11, "resumed": 0, "passed_over": 0, "rows": 10, "failures": 1}
     kept = {"unseen": 0, "vanished": 0}
-    assert content["counts"] == {**counts, "added": 10, "changed": 0, "gone": 0, **kept}
+    assert content["counts"] == {**counts, "added": 10, "changed": 0, "moved": 0, "gone": 0, **kept}
     assert content["exit_code"] == 0
     assert content["options"]["max_failure_rate"] == 0.1
     assert content["request"]["models"] == ["mean"]
@@ -316,6 +316,7 @@ def test_events_are_one_json_object_a_line(
             "failures": 1,
             "added": 10,
             "changed": 0,
+            "moved": 0,
             "gone": 0,
             "unseen": 0,
             "vanished": 0,

@@ -28,7 +28,7 @@ IMAGES = 10
 
 
 def color(number: int) -> tuple[int, int, int]:
-    return 20 * number, 5 * number, 250 - 20 * number
+    return 12 * number, 5 * number, 250 - 12 * number
 
 
 def write(path: Path, number: int) -> None:
@@ -130,10 +130,10 @@ def test_ninety_percent_of_the_images_are_enough(old: Path, new: Path, out: Path
 def test_new_root_accepts_a_folder_with_few_of_the_images(old: Path, new: Path, out: Path) -> None:
     run(old, out)
     for number in range(6):
-        write(new / f"{number}.ppm", number + 1)
+        write(new / f"{number}.ppm", number + IMAGES)
     report = run(new, out, new_root=True)
     assert (report.resumed, report.store.root) == (4, str(new))
-    assert_rows(out, numbers() | {f"{number}.ppm": number + 1 for number in range(6)})
+    assert_rows(out, numbers() | {f"{number}.ppm": number + IMAGES for number in range(6)})
     assert run(new, out).resumed == IMAGES
 
 
@@ -234,11 +234,12 @@ def test_accepted_root_of_an_interrupted_run_stays_accepted(
     old: Path, new: Path, out: Path
 ) -> None:
     run(old, out)
-    touch(new, numbers())
+    for name, number in numbers().items():
+        write(new / name, number + IMAGES)
     with pytest.raises(InterruptedRunError):
         run(new, out, new_root=True, stop=stop_after(1))
     assert run(new, out).resumed == 2
-    assert_rows(out, numbers())
+    assert_rows(out, {name: number + IMAGES for name, number in numbers().items()})
 
 
 def test_interrupted_run_of_other_images_is_refused(old: Path, new: Path, out: Path) -> None:

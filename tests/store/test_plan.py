@@ -72,10 +72,11 @@ class Case:
             np.array([file.size for file in files], np.int64),
             np.array([file.mtime for file in files], np.int64),
             lambda paths: [self.sight(path) for path in paths],
-            (lambda places: [files[i].digest for i in places]) if self.content else None,
+            lambda places: [files[i].digest for i in places],
             lambda i: files[i].decodable,
             self.unlisted,
             self.excluded.__contains__,
+            self.content,
         )
 
     def stored(self) -> StoredImages:
@@ -84,7 +85,7 @@ class Case:
                 list(rows),
                 np.array([row.size for row in rows.values()], np.int64),
                 np.array([row.mtime for row in rows.values()], np.int64),
-                [row.digest for row in rows.values()] if self.content else [],
+                [row.digest for row in rows.values()],
             )
             for number, rows in self.shards.items()
         }
@@ -120,6 +121,14 @@ def as_dict(case: Case, made: Plan) -> dict[str, Any]:
         if counts
     }
     assert set(made.live) == set(case.shards)
+    moves = {
+        (number, list(case.shards[number])[row]): move
+        for number, rows in made.moves.items()
+        for row, move in rows.items()
+    }
+    for (_, before), move in moves.items():
+        now = case.files[move.path]
+        assert move == (move.path, now.size, now.mtime, move.path != before)
     return {
         "todo": [paths[i] for i in made.todo],
         "live": live,
@@ -130,6 +139,8 @@ def as_dict(case: Case, made: Plan) -> dict[str, Any]:
         "rows": made.rows,
         "unseen": made.unseen,
         "vanished": made.vanished,
+        "moves": {row: move.path for row, move in moves.items()},
+        "moved": made.moved,
     }
 
 
@@ -167,28 +178,69 @@ def slow_plan(case: Case) -> dict[str, Any]:
         is_unread = case.content and not now.digest and now.sight is Sight.READABLE
         return Sight.UNSEEN if is_unread else now.sight
 
+    def has_failed(path: bytes) -> FailureRecord | None:
+        new = [one for one in case.new_failures if one.path == path and stands(one, True)]
+        old = [one for one in case.failures if one.path == path and stands(one, False)]
+        return [None, *old, *new][-1]
+
     rows = [(number, path) for number, shard in case.shards.items() for path in shard]
     live = set()
+    moves = {}
     open_rows = {}
     for path in {path for _, path in rows}:
         shards = [number for number, other in rows if other == path]
         right = [
-            number
+            (case.counted(number, path), number)
             for number in shards
             if path in case.files and is_same(path, case.shards[number][path])
         ]
         counted = [number for number in shards if case.counted(number, path)]
         if right:
-            live.add((max(right), path))
+            number = max(right)[1]
+            live.add((number, path))
+            row, now = case.shards[number][path], case.files[path]
+            if row.mtime != now.mtime and row.size == now.size:
+                moves[number, path] = path
         elif counted:
             open_rows[path] = max(counted)
     seen = {path: sight(path) for path in open_rows}
-    gone = {path for path in seen if seen[path] is Sight.GONE}
+    kept = {path for path in seen if seen[path] in (None, Sight.UNSEEN)}
+    live |= {(open_rows[path], path) for path in kept}
+    free = [row for row in rows if row not in live]
+    free += [
+        (open_rows[path], path)
+        for path in kept
+        if path not in case.files and seen[path] is None and case.sight(path) is Sight.GONE
+    ]
+    free.sort(
+        key=lambda row: (not case.counted(*row), -row[0], list(case.shards[row[0]]).index(row[1]))
+    )
+    with_row = {path for _, path in live}
+    for same_path in (True, False):
+        for path, now in sorted(case.files.items()):
+            if path in with_row or has_failed(path) or now.size < 0 or not now.digest:
+                continue
+            for number, before in free:
+                old = case.shards[number][before]
+                if (old.size, old.digest) != (now.size, now.digest):
+                    continue
+                if same_path and path != before:
+                    continue
+                moves[number, before] = path
+                free.remove((number, before))
+                live.add((number, before))
+                with_row.add(path)
+                if before not in case.files and open_rows.get(before) == number:
+                    kept -= {before}
+                break
+    gone = {path for path in seen if seen[path] is Sight.GONE and path not in with_row}
+    gone -= {path for path in gone if (open_rows[path], path) in moves}
     total = sum(case.counted(number, path) for number, path in rows)
     is_large = len(gone) > case.many and len(gone) > case.share * total
     withheld = gone if (is_large or case.vanished) and not case.retire else set()
-    kept = {path for path in seen if seen[path] in (None, Sight.UNSEEN)} | withheld
-    live |= {(open_rows[path], path) for path in kept}
+    kept |= withheld
+    live |= {(open_rows[path], path) for path in withheld}
+    with_row |= withheld
     missing = [path for path in kept if path not in case.files]
     ended = [path for number, path in rows if case.counted(number, path)]
     for number, path in live:
@@ -196,12 +248,11 @@ def slow_plan(case: Case) -> dict[str, Any]:
             ended.remove(path)
     todo, failures = [], []
     for path in sorted(case.files):
-        if any(path == other for _, other in live):
+        if path in with_row:
             continue
-        new = [one for one in case.new_failures if one.path == path and stands(one, True)]
-        old = [one for one in case.failures if one.path == path and stands(one, False)]
-        if new or old:
-            failures.append([*old, *new][-1])
+        failure = has_failed(path)
+        if failure is not None:
+            failures.append(failure)
         else:
             todo.append(path)
     others = {one.path: one for one in [*case.failures, *case.new_failures]}
@@ -220,6 +271,8 @@ def slow_plan(case: Case) -> dict[str, Any]:
         "rows": len(live),
         "unseen": sum(one is Sight.UNSEEN for one in seen.values()),
         "vanished": len(withheld),
+        "moves": moves,
+        "moved": sum(before != path for (_, before), path in moves.items()),
     }
 
 
@@ -280,9 +333,19 @@ def test_plan_equals_that_of_the_simple_model(case: Case) -> None:
 def test_each_image_has_one_row_or_a_failure_or_is_planned(case: Case) -> None:
     made = as_dict(case, case.plan())
     failed = [failure.path for failure in made["failures"]]
-    rows = [path for _, path in made["live"]]
+    rows = [made["moves"].get(row, row[1]) for row in made["live"]]
     assert sorted([*made["todo"], *failed, *rows]) == sorted([*case.files, *made["missing"]])
     assert not set(made["missing"]) & set(case.files)
+
+
+@SETTINGS
+@given(cases())
+def test_moved_row_stands_for_the_same_content_and_no_row_moves_twice(case: Case) -> None:
+    made = as_dict(case, case.plan())
+    for (number, before), path in made["moves"].items():
+        assert (number, before) in made["live"]
+        assert case.files[path].digest == case.shards[number][before].digest != b""
+    assert len(set(made["moves"].values())) == len(made["moves"])
 
 
 @SETTINGS
@@ -290,7 +353,8 @@ def test_each_image_has_one_row_or_a_failure_or_is_planned(case: Case) -> None:
 def test_row_is_retired_only_if_its_image_changed_or_is_unrequested_or_gone(case: Case) -> None:
     rows = [(number, path) for number, shard in case.shards.items() for path in shard]
     before = [path for number, path in rows if case.counted(number, path)]
-    retired = set(before) - {path for _, path in as_dict(case, case.plan())["live"]}
+    made = as_dict(case, case.plan())
+    retired = set(before) - {path for _, path in made["live"]} - set(made["moves"].values())
     excluded = {path for path in case.excluded if path not in case.files}
     retired -= excluded  # nobody wants them
     gone = {path for path in retired if case.sight(path) is Sight.GONE}
@@ -310,13 +374,17 @@ def test_row_is_retired_only_if_its_image_changed_or_is_unrequested_or_gone(case
 def carried_out(case: Case, made: Plan) -> Case:
     """The store after a run of a plan in which all that was to be computed got a row."""
     paths = sorted(case.files)
-    shards = {
-        number: {
-            path: row._replace(counted=bool(counts))
-            for (path, row), counts in zip(rows.items(), made.live[number], strict=True)
-        }
-        for number, rows in case.shards.items()
-    }
+    shards: dict[int, dict[bytes, Row]] = {}
+    for number, rows in case.shards.items():
+        live: dict[bytes, Row] = {}
+        retired: dict[bytes, Row] = {}
+        for i, (path, row) in enumerate(rows.items()):
+            move = made.moves.get(number, {}).get(i)
+            if move is not None:
+                path, row = move.path, row._replace(size=move.size, mtime=move.mtime_ns)
+            kind = live if made.live[number][i] else retired
+            kind[path] = row._replace(counted=bool(made.live[number][i]))
+        shards[number] = {**retired, **live}  # a retired row of the same path is left out
     todo = [paths[i] for i in made.todo]
     files = {
         path: file._replace(digest=file.digest or b"3" * 32) if path in todo else file
@@ -346,7 +414,7 @@ def test_plan_after_a_run_is_empty(case: Case) -> None:
     )
     again = done.plan()
     assert list(again.todo) == []
-    assert (again.gone, again.changed) == (0, 0)
+    assert (again.gone, again.changed, dict(again.moves)) == (0, 0, {})
     assert list(again.failures) == list(done.failures)
     for number, rows in done.shards.items():
         assert again.live[number].tolist() == [row.counted for row in rows.values()]
@@ -387,34 +455,45 @@ def test_digests_override_size_and_time() -> None:
     now = {
         b"same": File(1, 9, b"1" * 32),
         b"other": File(1, 1, b"2" * 32),
-        b"none": File(1, 1, b"1" * 32),
+        b"none": File(1, 1, b"3" * 32),
     }
     made = made_of(now, {0: there}, content=True)
     assert made["live"] == {(0, b"same")}
     assert made["todo"] == [b"none", b"other"]  # no digest is no proof
 
 
-def test_only_images_with_a_row_are_hashed() -> None:
+@pytest.mark.parametrize(
+    ("content", "sizes", "hashed"),
+    [
+        (False, [1, 2, 1], []),  # the row is claimed by its own image
+        (False, [1, 9, 1], []),  # none of this size
+        (False, [2, 9, 1], [0]),
+        (False, [2, 2, 1], []),
+        (True, [1, 2, 1], [1]),
+        (True, [2, 2, 1], [1]),
+    ],
+)
+def test_only_images_of_the_size_of_an_unclaimed_row_are_hashed(
+    content: bool, sizes: list[int], hashed: list[int]
+) -> None:
     asked: list[int] = []
 
     def digests(places: Sequence[int]) -> list[bytes]:
         asked.extend(places)
         return [b"1" * 32 for _ in places]
 
-    stamps = np.array([1, 1, 1])
+    paths = [b"a", b"b", b"c"]
     current = Snapshot(
-        [b"a", b"b", b"c"],
-        stamps,
-        stamps,
-        lambda paths: [Sight.READABLE if path != b"z" else Sight.GONE for path in paths],
+        paths,
+        np.array(sizes),
+        np.ones(3, np.int64),
+        lambda paths: [Sight.READABLE for path in paths],
         digests,
+        check_content=content,
     )
-    rows = Images([b"b", b"z"], np.array([1, 1]), np.array([1, 1]), [b"1" * 32] * 2)
-    made = plan_run(
-        current, StoredImages({0: rows}, {}, [FailureRecord(b"c", "corrupt", "why", 1, 1)])
-    )
-    assert asked == [1]
-    assert list(made.todo) == [0]
+    rows = Images([b"b"], np.array([2]), np.array([1]), [b"1" * 32])
+    plan_run(current, StoredImages({0: rows}, {}, [FailureRecord(b"c", "corrupt", "why", 1, 1)]))
+    assert asked == hashed
 
 
 def test_image_that_comes_back_unchanged_regains_its_row() -> None:
@@ -609,3 +688,101 @@ def test_replaced_row_is_kept_if_its_image_could_not_be_read() -> None:
     assert (kept.changed, kept.unseen, kept.kept) == (1, 1, frozenset([b"b"]))
     assert [kept.live[shard].tolist() for shard in (0, 3)] == [[False], [True, False]]
     assert made.live[3].tolist() == [False, False]
+
+
+# ---------------------------------------------------------------------------------------------
+# Content decides where path, size or time is new
+
+ONE, TWO = b"1" * 32, b"2" * 32
+ROW_1, ROW_2 = Row(1, 1, ONE), Row(1, 1, TWO)
+
+
+def test_touched_image_keeps_its_row() -> None:
+    made = made_of({b"a": File(1, 9, ONE)}, {0: {b"a": ROW_1}})
+    assert (made["todo"], made["changed"], made["moved"]) == ([], 0, 0)
+    assert made["moves"] == {(0, b"a"): b"a"}
+
+
+def test_renamed_image_keeps_its_row() -> None:
+    made = made_of({b"b": File(1, 1, ONE)}, {0: {b"a": ROW_1}})
+    assert (made["todo"], made["gone"], made["moved"]) == ([], 0, 1)
+    assert made["moves"] == {(0, b"a"): b"b"}
+
+
+@pytest.mark.parametrize("digest", [b"", TWO])
+def test_other_or_unknown_content_is_no_move(digest: bytes) -> None:
+    made = made_of({b"b": File(1, 1, digest)}, {0: {b"a": ROW_1}})
+    assert (made["moves"], made["todo"], made["gone"]) == ({}, [b"b"], 1)
+    made = made_of({b"b": File(1, 1, ONE)}, {0: {b"a": Row(1, 1, digest)}})
+    assert (made["moves"], made["todo"], made["gone"]) == ({}, [b"b"], 1)
+
+
+def test_swapped_images_swap_the_paths_of_their_rows() -> None:
+    files = {b"a": File(1, 2, TWO), b"b": File(1, 3, ONE)}
+    made = made_of(files, {0: {b"a": ROW_1, b"b": ROW_2}})
+    assert made["moves"] == {(0, b"a"): b"b", (0, b"b"): b"a"}
+    assert (made["todo"], made["changed"], made["moved"]) == ([], 0, 2)
+
+
+@pytest.mark.parametrize("mtime", [1, 9])
+def test_copy_is_new_and_the_original_keeps_its_row(mtime: int) -> None:
+    files = {b"a": File(1, 5, ONE), b"b": File(1, mtime, ONE)}
+    made = made_of(files, {0: {b"b": ROW_1}})
+    assert (made["todo"], made["moved"], made["live"]) == ([b"a"], 0, {(0, b"b")})
+    kept = made_of(
+        {b"a": files[b"a"]}, {0: {b"b": ROW_1}}, others={b"b": Sight.READABLE}, keep_missing=True
+    )
+    assert (kept["todo"], kept["missing"], kept["moved"]) == ([b"a"], [b"b"], 0)
+
+
+def test_moved_image_is_not_missing() -> None:
+    made = made_of({b"b": File(1, 1, ONE)}, {0: {b"a": ROW_1}}, keep_missing=True)
+    assert (made["missing"], made["moves"]) == ([], {(0, b"a"): b"b"})
+
+
+def test_row_whose_image_was_not_seen_stays_where_it_is() -> None:
+    files = {b"b": File(1, 1, ONE)}
+    made = made_of(files, {0: {b"a": ROW_1}}, others={b"a": Sight.UNSEEN})
+    assert (made["todo"], made["missing"], made["moves"]) == ([b"b"], [b"a"], {})
+
+
+def test_counted_row_is_preferred_then_the_latest() -> None:
+    ended = ROW_1._replace(counted=False)
+    shards = {0: {b"a": ROW_1}, 1: {b"b": ROW_1}, 2: {b"c": ended}, 3: {b"d": ended}}
+    made = made_of({b"z": File(1, 1, ONE)}, shards)
+    assert made["moves"] == {(1, b"b"): b"z"}
+    made = made_of({b"z": File(1, 1, ONE)}, {2: shards[2], 3: shards[3]})
+    assert made["moves"] == {(3, b"d"): b"z"}
+    made = made_of({b"c": File(1, 9, ONE)}, shards)
+    assert made["moves"] == {(2, b"c"): b"c"}
+
+
+def test_counted_row_is_preferred_to_a_later_one_of_equal_size_and_time() -> None:
+    shards = {0: {b"a": ROW_1}, 1: {b"a": ROW_2._replace(counted=False)}}
+    assert made_of({b"a": File(1, 1)}, shards)["live"] == {(0, b"a")}
+
+
+def test_equal_images_keep_one_row_each() -> None:
+    made = made_of({b"c": File(1, 1, ONE), b"d": File(1, 1, ONE)}, {0: {b"a": ROW_1, b"b": ROW_1}})
+    assert made["moves"] == {(0, b"a"): b"c", (0, b"b"): b"d"}
+
+
+def test_renamed_folder_is_no_disappearance() -> None:
+    rows = {b"old/%02d" % i: Row(1, 1, b"%032d" % i) for i in range(20)}
+    files = {b"new/%02d" % i: File(1, 1, b"%032d" % i) for i in range(20)}
+    made = made_of(files, {0: rows})
+    assert (made["vanished"], made["moved"], made["todo"], made["gone"]) == (0, 20, [], 0)
+    made = made_of(files, {0: rows}, vanished=20)
+    assert (made["vanished"], made["moved"], made["missing"]) == (0, 20, [])
+
+
+def test_image_with_a_lasting_failure_is_not_compared() -> None:
+    failure = FailureRecord(b"b", "corrupt", "why", 1, 1)
+    made = made_of({b"b": File(1, 1, ONE)}, {0: {b"a": ROW_1}}, [failure])
+    assert (made["moves"], made["failures"], made["gone"]) == ({}, [failure], 1)
+
+
+def test_moved_row_is_not_the_replaced_one_of_its_old_path() -> None:
+    case = Case({b"a": File(2, 2, TWO), b"b": File(1, 1, ONE)}, {0: {b"a": ROW_1}})
+    made = case.plan()
+    assert (list(made.todo), dict(made.replaced), made.moved) == ([0], {}, 1)
