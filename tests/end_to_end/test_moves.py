@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.callbacks import stop_after
 from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, extract
@@ -212,11 +212,6 @@ def test_reader_of_the_earlier_state_keeps_its_rows_and_says_what_it_lacks(
     assert np.array(late.features).tolist() == features.tolist()
     with pytest.raises(StoreReplacedError, match=r"call reopen\(\)"):
         late.paths  # noqa: B018
-
-
-def stop_after(batches: int) -> Callable[[], bool]:
-    asked = iter(range(1, 10**9))
-    return lambda: next(asked) >= batches
 
 
 @pytest.mark.parametrize("change", ["rename", "swap", "touch"])
