@@ -93,7 +93,8 @@ def test_rows_hold_in_another_folder_and_the_store_records_it(
     (message,) = caplog.messages
     assert message.endswith(f"now in {str(new)!r}; 10 of 10 images with rows hold")
     after = files_of(out)
-    assert {name for name in before if before[name] != after[name]} == {"store.json"}
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"store.json", "history.jsonl"}
     assert_rows(out, numbers())
     caplog.clear()
     assert run(new, out).resumed == IMAGES
