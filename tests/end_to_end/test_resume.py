@@ -41,13 +41,16 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def content(folder: Path) -> dict[str, object]:
-    """Content of every file of a store, without the creation time and checksum of its manifest."""
+    """Content of every file of a store, without creation times and the checksums over these."""
     files: dict[str, object] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "run.json":
             files[str(path.relative_to(folder))] = path.read_bytes()
     manifest = json.loads((folder / "store.json").read_bytes())
-    files["store.json"] = {k: v for k, v in manifest.items() if k not in ("created", "checksum")}
+    varying = ("created", "checksum", "history")
+    files["store.json"] = {key: value for key, value in manifest.items() if key not in varying}
+    history = (folder / "history.jsonl").read_bytes().splitlines()
+    files["history.jsonl"] = [{**json.loads(line), "created": ""} for line in history]
     return files
 
 

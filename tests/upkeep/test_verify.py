@@ -7,14 +7,18 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from extractor.cli import main as cli
 from extractor.errors import StoreError
-from extractor.store.format import with_checksum
+from extractor.store.format import HISTORY, FileEntry, Manifest, with_checksum
+from extractor.store.history import HistoryEntry, history_lines
+from extractor.store.index import index_bytes
 from extractor.upkeep.verify import verify, verify_images
 
 MUTATIONS = int(os.environ.get("EXTRACTOR_TEST_MUTATIONS", "150"))
@@ -173,3 +177,69 @@ def test_info_command_prints_the_manifest(store: Path, capsys: pytest.CaptureFix
     page = capsys.readouterr().out
     for word in ("timm:tiny", "pre-logits, 5, float32", "13: 11 rows, 2 failures", "/photos"):
         assert word in page
+
+
+def with_history(store: Path, content: bytes) -> Path:
+    """Exchange the history of a store, so that all its checksums are right."""
+    (store / HISTORY).write_bytes(content)
+    manifest = Manifest.read(store / "store.json")
+    manifest = replace(manifest, history=FileEntry.of(store / HISTORY, HISTORY))
+    (store / "store.json").write_text(manifest.to_json())
+    return store
+
+
+@pytest.mark.parametrize(
+    ("history", "problem"),
+    [
+        ([("", {"added": range(12)})], "id 11 was added, but its row does not count"),
+        ([("", {"added": range(6)})], "adds 6 ids to an empty store, expected 11"),
+        ([("a", {"removed": [3]})], "id 3 was removed, but its row counts"),
+        ([("a", {"moved": [10, 20]})], "id 20 was added, but its row does not count"),
+        ([("a", {}), ("a", {})], "holds the same state twice"),
+        ([("a", {}), ("", {})], "holds the same state twice"),
+        ([], "is empty, expected at least one state"),
+    ],
+)
+def test_history_that_does_not_fit_the_ids_is_found(
+    tmp_path: Path, write_store: Callable[..., Path], history: list[Any], problem: str
+) -> None:
+    parts = [np.ones((7, 3), np.float32), np.ones((4, 3), np.float32)]
+    store = write_store(tmp_path / "store", parts)  # ids 0 to 10
+    assert problems(store) == []
+    entries = [HistoryEntry.of(since, "", **ids) for since, ids in history]
+    assert f"history.jsonl: {problem}" in problems(with_history(store, history_lines(entries)))
+
+
+def test_history_that_is_no_json_is_found(store: Path) -> None:
+    (problem,) = problems(with_history(store, b"{\n"))
+    assert problem.startswith("history.jsonl: ")
+    assert "is damaged" in problem
+
+
+@pytest.mark.parametrize(
+    ("ids", "problem"),
+    [
+        ([0, 1, 1], "images: id 1 belongs to several rows"),
+        ([0, 1, 9], "images/00000.parquet: holds ids outside of 0 to 2"),
+        ([-1, 1, 2], "images/00000.parquet: holds ids outside of 0 to 2"),
+        ([0, 1], "has 2 ids, expected 3"),
+        (None, "has no column id"),
+    ],
+)
+def test_wrong_ids_of_an_index_are_found(
+    tmp_path: Path,
+    write_store: Callable[..., Path],
+    make_records: Callable[..., Any],
+    ids: list[int] | None,
+    problem: str,
+) -> None:
+    store = write_store(tmp_path / "store", [np.ones((3, 2), np.float32)])
+    manifest = Manifest.read(store / "store.json")
+    index = store / "images/00000.parquet"
+    records = make_records([b"a", b"b", b"c"])[: len(ids or [0, 1, 2])]
+    index.write_bytes(index_bytes(records, None if ids is None else np.array(ids, np.int64)))
+    entry = replace(
+        manifest.shards[0], first_id=None, index=FileEntry.of(index, manifest.shards[0].index.name)
+    )
+    (store / "store.json").write_text(replace(manifest, shards=(entry,)).to_json())
+    assert any(problem in found for found in problems(store))
