@@ -436,10 +436,11 @@ class _Loader:
                 f"the weights of {model} changed: got SHA-256 {digest} ({file}), expected "
                 f"{expected} as in the store; {TRY_WEIGHTS}"
             )
+        folder = ", or the folder with weights=local-dir:PATH" if model.startswith(LOCAL) else ""
         looked = f"; it is no longer {known[0]}" if known else ""
         raise WeightsError(
             f"the rows of {model} were made with {name} (SHA-256 {expected}){looked}; name that "
-            "file with weights=FILE (extract verify: --weights FILE)"
+            f"file with weights=FILE (extract verify: --weights FILE){folder}"
         )
 
 

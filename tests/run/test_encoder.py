@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.networks import mean_pixel
+from support.networks import MeanPixel, mean_pixel
 from support.pictures import noise
 from torch import nn
 
@@ -30,6 +30,8 @@ from extractor import (
     extract,
     load_backbone,
 )
+from extractor.options import Options
+from extractor.run import encoder
 from extractor.store.format import RUN
 
 MODEL = "torchvision:squeezenet1_1"
@@ -196,6 +198,62 @@ def test_a_mapping_names_the_weights_of_several_backbones(
         Extractor.for_store(store, weights={"test_resnet": files("test_resnet", 1)}, device="cpu")
 
 
+def test_a_relative_folder_of_a_model_is_found_from_elsewhere(
+    folder: Path, tmp_path: Path, files: Callable[[str, int], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/config.json").write_text('{"architecture": "test_resnet"}')
+    state = load_backbone("test_resnet", weights="random", keep_head=True, device="cpu")
+    torch.save(state.module.state_dict(), tmp_path / "mine/pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    store = extract(folder, "local-dir:mine", tmp_path / "s", device="cpu", image_size=64).store
+    other = store_with(folder, tmp_path / "t", files("test_resnet", 1), "local-dir:mine")
+    monkeypatch.chdir(folder)
+    assert_same_rows(store, Extractor.for_store(store, exact=True))
+    assert_same_rows(other, Extractor.for_store(other, exact=True))
+    (tmp_path / "mine").rename(tmp_path / "moved")
+    with pytest.raises(
+        WeightsError, match=r"pytorch_model\.bin .*, or the folder .*local-dir:PATH"
+    ):
+        Extractor.for_store(store)
+    moved = f"local-dir:{tmp_path / 'moved'}"
+    assert_same_rows(store, Extractor.for_store(store, exact=True, weights=moved))
+
+
+@pytest.mark.parametrize(
+    ("made_by", "expected"),
+    [
+        ({"tag": "a1_in1k", "source": "hf-hub:timm/resnet50.a1_in1k/model.safetensors"}, "a1_in1k"),
+        ({"tag": "", "source": "hf-hub:me/net/model.safetensors"}, "hf-hub:me/net@c0ffee"),
+        ({"model": "hf-hub:me/net@v1", "source": "hf-hub:me/net/model.safetensors"}, "default"),
+        ({"model": "hf-hub:me/net", "source": "hf-hub:you/net/a.bin"}, "hf-hub:you/net@c0ffee"),
+        ({"tag": "IMAGENET1K_V2", "source": "https://host/a-0123.pth"}, "IMAGENET1K_V2"),
+        ({"weights": "random", "seed": 3}, "random"),
+    ],
+)
+def test_published_weights_are_asked_for_as_in_the_run(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made_by: dict[str, Any],
+    expected: str,
+) -> None:
+    store = extract(folder, "test_resnet", tmp_path / "s", **SMALL).store
+    described = store.manifest.description
+    published = {"weights": "hub", "tag": "", "source": "", "revision": "c0ffee", "seed": None}
+    object.__setattr__(described, "backbone", {**described.backbone, **published, **made_by})
+    asked: list[str] = []
+
+    def load(model: str, options: Options, recorded: object) -> Backbone:
+        asked.append(options.weights)
+        raise WeightsError("enough")
+
+    monkeypatch.setattr(encoder, "load", load)
+    with pytest.raises(WeightsError, match="enough"):
+        Extractor.for_store(store, device="cpu")
+    assert asked == [expected]
+
+
 CODE = """
 import torch
 from torch import nn
@@ -290,6 +348,25 @@ def test_exact_takes_batches_and_threads_of_the_store(store: FeatureStore) -> No
             Extractor.for_store(store, exact=True, **option)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=r"got device mps, expected cpu as in the store"):
         Extractor.for_store(store, exact=True, device="mps")
+
+
+def test_exact_passes_have_the_size_and_the_threads_of_the_store(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[tuple[int, int]] = []
+
+    def forward(network: MeanPixel, pixels: torch.Tensor) -> torch.Tensor:
+        passes.append((len(pixels), torch.get_num_threads()))
+        return pixels.mean((2, 3))
+
+    store = extract(folder, mean_pixel(), tmp_path / "s", threads=2, batch_size=5).store
+    monkeypatch.setattr(MeanPixel, "forward", forward)
+    for exact, expected in ((True, [(5, 2), (5, 2)]), (False, [(5, 3), (2, 3)])):
+        options: dict[str, Any] = {} if exact else {"threads": 3, "batch_size": 5}
+        with Extractor.for_store(store, backbone=mean_pixel(), exact=exact, **options) as embed:
+            passes.clear()
+            embed([store.full_path(row) for row in range(IMAGES)])
+        assert passes == expected
 
 
 def test_a_run_that_computes_nothing_keeps_the_threads_of_the_store(
