@@ -114,7 +114,7 @@ def test_each_run_rewrites_the_rows_of_its_list(photos: Path, out: Path) -> None
     assert run(photos, LINES[::-1], out).resumed == 6
     assert_in_order(out, NAMES[::-1])
     changed = {name for name, content in files_of(out).items() if before[name] != content}
-    assert changed == {"store.json", LIST_ROWS}
+    assert changed == {"store.json", "history.jsonl", LIST_ROWS}
     write(photos / "2", 6, 1_700_000_001)
     report = run(photos, [*NAMES, "3", "2"], out)
     assert report.stores[0].added == 2

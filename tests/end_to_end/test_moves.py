@@ -19,10 +19,11 @@ from extractor.api import Report
 from extractor.cli.summary import summary
 from extractor.errors import InterruptedRunError, StoreReplacedError
 from extractor.images import files
-from extractor.images.listing import ImageList, read_list
+from extractor.images.listing import ImageList, list_images, read_list
 from extractor.models import embedding
 from extractor.options import Options
 from extractor.run import snapshot as snapshot_module
+from extractor.run.up_to_date import up_to_date_report
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
 
@@ -212,6 +213,36 @@ def test_reader_of_the_earlier_state_keeps_its_rows_and_says_what_it_lacks(
     assert np.array(late.features).tolist() == features.tolist()
     with pytest.raises(StoreReplacedError, match=r"call reopen\(\)"):
         late.paths  # noqa: B018
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_moved_images_need_no_model(folder: Path, out: Path, keep_order: bool) -> None:
+    options = {"keep_order": keep_order, **SIZES}
+
+    def request() -> Any:
+        names = sorted((os.fsencode(path) for path in folder.rglob("*.pgm")), reverse=True)
+        return read_list(io.BytesIO(b"\n".join(names))) if keep_order else list_images(folder)
+
+    write(folder / "top.pgm", 200)  # so that the root stays
+    extract(request(), "mean", out, **options)
+    (folder / "old").rename(folder / "new")
+    os.utime(folder / "new/5.pgm", (9, 9))
+    (folder / "new/3.pgm").rename(folder / "new/z.pgm")
+    report = up_to_date_report(request(), ["mean"], str(out), Options(**options))
+    assert report is not None
+    assert counts(report) == (0, 0, IMAGES, 0)
+    paths = {f"new/{i}.pgm": i for i in range(IMAGES)}
+    paths["new/z.pgm"] = paths.pop("new/3.pgm")
+    assert grays(out) == {**paths, "top.pgm": 200}
+    store = FeatureStore.open(out)
+    if keep_order:
+        assert [store.paths[row] for row in store.list_rows] == sorted(store.paths, reverse=True)
+    again = up_to_date_report(request(), ["mean"], str(out), Options(**options))
+    assert again is not None
+    assert counts(again) == (0, 0, 0, 0)
+    write(folder / "new/5.pgm", 99)
+    assert up_to_date_report(request(), ["mean"], str(out), Options(**options)) is None
+    assert counts(extract(request(), "mean", out, **options)) == (1, 1, 0, 0)
 
 
 @pytest.mark.parametrize("change", ["rename", "swap", "touch"])
