@@ -15,7 +15,7 @@ from extractor.models.digests import sha256_of_file
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen, load_specs
 from extractor.models.from_file import is_function_name
 from extractor.models.load import load
-from extractor.models.naming import HUB, LOCAL, split_names, split_weights
+from extractor.models.naming import HUB, LOCAL, split_model, split_names, split_weights
 from extractor.network.taps import PRE_LOGITS
 from extractor.options import Options
 from extractor.preprocess import Preprocess
@@ -250,11 +250,14 @@ def _files_by_part(
     if isinstance(weights, (str, os.PathLike)):
         if len(parts) == 1:
             return [os.fspath(weights)]
-        example = {part["model"]: "FILE" for part in parts}
-        raise UsageError(
-            f"weights: the store has {plural(len(parts), 'backbone')}; try a mapping such as "
-            f"{example}"
-        )
+        named = dict(map(split_weights, split_model(os.fspath(weights))))
+        if not all(named.values()):
+            example = {part["model"]: "FILE" for part in parts}
+            raise UsageError(
+                f"weights: the store has {plural(len(parts), 'backbone')}; try a mapping such as "
+                f"{example} (extract verify: --weights NAME=FILE+NAME=FILE)"
+            )
+        weights = named
     if not isinstance(weights, Mapping):
         raise UsageError(
             f"weights: got {weights!r:.80}, expected a file, a mapping from models to files, or a "

@@ -390,6 +390,9 @@ def test_joined_models_have_weights_of_their_own(
         Path(f"{name}.pth").rename(f"{name}-moved.pth")
     with pytest.raises(WeightsError, match=r"no longer .*test_resnet\.pth; name that file"):
         Extractor.for_store(store)
+    words = ["verify", str(store.path), "--recompute", "1", "--device", "cpu", "--weights"]
+    named = "test_resnet=test_resnet-moved.pth+test_byobnet=test_byobnet-moved.pth"
+    assert cli.main([*words, named]) == 0
     moved = {"test_resnet": "test_resnet-moved.pth", "test_byobnet.pth": "test_byobnet-moved.pth"}
     with Extractor.for_store(store, exact=True, weights=moved) as embed:
         np.testing.assert_array_equal(embed([store.full_path(2)])[0], rows_of(store)[2])
