@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable
@@ -215,7 +216,7 @@ def follow(home: Path, *, examples: int, steps: int) -> None:
 
 
 def test_index_fed_by_changes_equals_the_store(tmp_path: Path) -> None:
-    follow(tmp_path, examples=6, steps=15)
+    follow(tmp_path, examples=10, steps=15)
 
 
 def draw_images(folder: Path, names: Iterable[str], *, color: int = 0) -> None:
@@ -294,6 +295,40 @@ def test_overwritten_store_uses_no_id_again(tmp_path: Path) -> None:
     stopped(tmp_path / "in", tmp_path / "out", overwrite=True)
     extract(tmp_path / "in", "mean", tmp_path / "out", **SIZES, overwrite=True)
     assert sorted(ids(tmp_path / "out").values()) == list(range(2, 12))
+
+
+class Vectors:
+    """Methods of a faiss index with ids."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, list[float]] = {}
+
+    def remove_ids(self, ids: np.ndarray) -> None:
+        for row_id in ids.tolist():
+            del self.rows[row_id]
+
+    def add_with_ids(self, rows: np.ndarray, ids: np.ndarray) -> None:
+        self.rows.update(zip(ids.tolist(), rows.tolist(), strict=True))
+
+
+def test_documented_lines_sync_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = Path(__file__).parents[2] / "docs" / "usage.md"
+    blocks = re.findall(r"```python\n(.*?)```", usage.read_text("utf-8"), re.DOTALL)
+    (code,) = (block for block in blocks if "changes_since" in block)
+    monkeypatch.chdir(tmp_path)
+    index, out = Vectors(), Path("features/resnet50")
+    names = {"np": np, "FeatureStore": FeatureStore, "index": index, "paths": {}, "token": ""}
+    for change in (["a.png", "b.png"], ["b.png", "c.png"], []):
+        draw_images(tmp_path / "in", change, color=len(index.rows))
+        if not change:
+            (tmp_path / "in" / "a.png").rename(tmp_path / "in" / "z.png")
+        extract(tmp_path / "in", "mean", out, **SIZES)
+        exec(code, names)
+        store = FeatureStore.open(out)
+        rows = np.asarray(store.features).tolist()
+        assert index.rows == dict(zip(store.ids.tolist(), rows, strict=True))
+        paths = {row_id: names["paths"][row_id] for row_id in store.ids.tolist()}  # type: ignore[index]
+        assert paths == dict(zip(store.ids.tolist(), store.paths, strict=True))
 
 
 @pytest.mark.slow
