@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 import threading
 from pathlib import Path
 
@@ -36,7 +35,7 @@ def expected(path: str) -> list[float]:
 
 
 class Reader(threading.Thread):
-    """Opens a store again and again, and reads from handles of old states as well."""
+    """Reads from handles of old states, and opens the newest one again and again."""
 
     def __init__(self, out: Path) -> None:
         super().__init__()
@@ -46,14 +45,16 @@ class Reader(threading.Thread):
         self.reads = 0
 
     def run(self) -> None:
-        chance = random.Random(0)
-        handles = [FeatureStore.open(self.out)]
+        handle, unread = FeatureStore.open(self.out), FeatureStore.open(self.out)
         try:
             while not self.ends.is_set():
-                handle = chance.choice(handles)
                 self.check(handle)
+                if not unread.is_current():  # its index is read first from another state
+                    self.check(unread)
+                    unread = unread.reopen()
                 if not handle.is_current():
-                    handles = [*handles[-3:], handle.reopen()]
+                    self.check(handle)
+                    handle = handle.reopen()
         except BaseException as error:
             self.errors.append(error)
 
