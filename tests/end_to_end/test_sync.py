@@ -118,8 +118,11 @@ class Sync(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), to=st.sampled_from(NAMES))
     def rename(self, name: str, to: str) -> None:
         if (self.folder / name).exists():
+            if self.is_published:  # whatever else changed, this change comes alone
+                self.run("stat", 0)
             (self.folder / to).parent.mkdir(parents=True, exist_ok=True)
             (self.folder / name).rename(self.folder / to)
+            self.run("stat", 0)
 
     @rule(name=st.sampled_from(NAMES), to=st.sampled_from(NAMES))
     def swap(self, name: str, to: str) -> None:
@@ -167,7 +170,7 @@ class Sync(RuleBasedStateMachine):
 
     @rule(overwrite=st.sampled_from([False] * 5 + [True]))
     def rewrite(self, overwrite: bool) -> None:
-        if not (self.out / "store.json").exists():
+        if not self.is_published:
             return
         if overwrite:
             self.write({NAMES[0]}, bad=False)
@@ -181,9 +184,13 @@ class Sync(RuleBasedStateMachine):
             assert not store.changes_since(before.token)
         self.check()
 
+    @property
+    def is_published(self) -> bool:
+        return (self.out / "store.json").exists()
+
     @rule()
     def sync_late(self) -> None:
-        if (self.out / "store.json").exists():
+        if self.is_published:
             store = FeatureStore.open(self.out)
             self.slow_index.sync(store)
             assert self.slow_index.rows == {int(i): entry(store, int(i)) for i in store.ids}
