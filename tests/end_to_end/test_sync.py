@@ -54,8 +54,9 @@ class Index:
             del self.rows[row_id]
         assert not self.rows.keys() & set(changes.added.tolist())
         assert set(changes.moved.tolist()) <= self.rows.keys()
-        before = {path: row_id for row_id, (path, _) in self.rows.items()}
-        assert not before.keys() & {store.paths[row] for row in store.rows_of(changes.added)}
+        moved = set(changes.moved.tolist())
+        stayed = {path for row_id, (path, _) in self.rows.items() if row_id not in moved}
+        assert not stayed & {store.paths[row] for row in store.rows_of(changes.added)}
         for row_id in [*changes.added.tolist(), *changes.moved.tolist()]:
             self.rows[row_id] = entry(store, row_id)
         self.token = changes.token
