@@ -15,7 +15,7 @@ from extractor.models.digests import sha256_of_state
 from extractor.models.provenance import Provenance
 from extractor.network import heads
 from extractor.network.fusion.fuse import fuse, may_fuse
-from extractor.network.memory import images_that_fit
+from extractor.network.memory import USABLE, images_that_fit
 from extractor.network.module_names import find_modules
 from extractor.network.precision import convert, input_dtype, resolve_precision
 from extractor.network.probe import describe_shapes, probe
@@ -308,7 +308,8 @@ class Backbone:
             others = f", the decoded batches {_gib(reserved_bytes)}" if reserved_bytes else ""
             raise DeviceError(
                 f"{self.provenance.model}: one image of {height} x {width} pixels needs about "
-                f"{_gib(fit.image_bytes)}{others}, and {_gib(fit.free_bytes)} of memory are free; "
+                f"{_gib(fit.image_bytes)}{others}, and {_gib(fit.free_bytes)} of memory are free, "
+                f"of which {USABLE:.0%} may be used; "
                 f"try a smaller --image-size{' or --batch-size' if reserved_bytes else ''}"
             )
         return fit.images

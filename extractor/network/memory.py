@@ -21,7 +21,7 @@ from extractor.system.memory import free_memory
 from extractor.system.process_tuning import return_freed_memory
 from extractor.text import first_line
 
-__all__ = ["Fit", "images_that_fit", "is_out_of_memory"]
+__all__ = ["USABLE", "Fit", "images_that_fit", "is_out_of_memory"]
 
 log = logging.getLogger(__name__)
 

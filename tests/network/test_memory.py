@@ -97,7 +97,7 @@ def test_image_that_does_not_fit_is_refused_with_figures(monkeypatch: pytest.Mon
     monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
     match = (
         r"test_resnet: one image of 9000 x 9000 pixels needs about \d+\.\d GiB, and 1\.0 GiB of "
-        r"memory are free; try a smaller --image-size"
+        r"memory are free, of which 70% may be used; try a smaller --image-size"
     )
     for load in (load_backbone, Extractor):
         with pytest.raises(DeviceError, match=match):
