@@ -19,7 +19,7 @@ from extractor.system.installation import (
     misfit,
     version_problem,
 )
-from extractor.text import first_line
+from extractor.text import first_line, plural
 
 __all__ = ["check_extras", "check_libraries", "check_torch"]
 
@@ -168,8 +168,8 @@ def _formats() -> Iterator[Finding]:
 def _devices() -> Iterator[Finding]:
     import torch
 
-    cores = f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-    yield Finding("devices", "ok", f"cpu ({cores})")
+    threads = plural(torch.get_num_threads(), "thread")
+    yield Finding("devices", "ok", f"cpu ({torch.backends.cpu.get_cpu_capability()}, {threads})")
     count = torch.cuda.device_count()
     for index in range(count):
         yield _cuda(index)

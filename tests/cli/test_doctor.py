@@ -158,7 +158,7 @@ def test_one_broken_package_leaves_the_other_checks(
         [sys.executable, "-m", "extractor", "doctor", "--json"],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         check=False,
     )
     assert (done.returncode, done.stderr) == (int(state == "broken"), "")
@@ -166,4 +166,5 @@ def test_one_broken_package_leaves_the_other_checks(
     assert checks[name]["state"] == state
     assert text in checks[name]["text"]
     assert checks["torch"]["state"] == checks["devices"]["state"] == "ok"
+    assert checks["devices"]["text"].endswith(", 1 thread)")
     assert checks["extractor"]["state"] == state
