@@ -262,6 +262,8 @@ class ShardedArray(LazyArray):
             return self._slice(*index.indices(len(self)))
         if index is Ellipsis:
             return self._slice(0, len(self), 1)
+        if index is None:
+            return self[:][np.newaxis]
         if _is_list(index):
             return self._take(np.asarray(index))
         if isinstance(index, bool):
