@@ -382,10 +382,14 @@ def _without_prefixes(
         log.warning("took the weights under %r, without %s", best, _shortened(left_out))
     elif best not in USUAL:
         log.warning("took the weights under %r", best)
-    if others:
+    if named := [prefix for prefix in others if prefix]:
         log.warning(
             "the file also holds this network under %s; choose with --weights-prefix",
-            ", ".join(prefix or "no prefix" for prefix in others),
+            ", ".join(named),
+        )
+    if "" in others:
+        log.warning(
+            "the file also holds this network without a prefix; to use that copy, save it alone"
         )
     return without_prefix(state, best)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -21,6 +22,9 @@ __all__ = ["DecodeOptions", "DecodePool", "Decoded"]
 
 # Each hanging decoder keeps a thread. So many of them mean that the disk hangs.
 MAX_ABANDONED = 32
+
+# Time that threads get to finish what they have when the pool is closed.
+PATIENCE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ class DecodePool:
         self._budget = PixelBudget(options.max_pixels)
         self._slots = threading.Semaphore(options.workers)
         self._jobs: SimpleQueue[_Job | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._threads = 0
+        self._lock = threading.RLock()  # the garbage collector may close the pool anywhere
+        self._threads: set[threading.Thread] = set()
         self._abandoned = 0
         self._is_closed = False
 
@@ -102,12 +106,16 @@ class DecodePool:
         return Decoded(pictures, outcomes)
 
     def close(self) -> None:
-        """End the threads once the queue is empty."""
+        """End the threads once the queue is empty, and wait for them for a while."""
         with self._lock:
             self._is_closed = True
-            for _ in range(self._threads):
+            ending = self._threads - {threading.current_thread()}
+            for _ in self._threads:
                 self._jobs.put(None)
-            self._threads = 0
+            self._threads = set()
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        for thread in ending:
+            thread.join(max(deadline - time.monotonic(), 0.0))
 
     def _hand_over(self, jobs: Sequence[_Job]) -> bool:
         """Put jobs into the queue of the threads; return False if these have ended."""
@@ -121,9 +129,10 @@ class DecodePool:
 
     def _start_threads(self) -> None:
         """Start the threads that are missing. The caller holds the lock."""
-        while self._threads < self._options.workers and not self._is_closed:
-            threading.Thread(target=self._work, name="decode", daemon=True).start()
-            self._threads += 1
+        while len(self._threads) < self._options.workers and not self._is_closed:
+            thread = threading.Thread(target=self._work, name="decode", daemon=True)
+            self._threads.add(thread)
+            thread.start()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -134,6 +143,7 @@ class DecodePool:
     def decode_job(self, job: _Job) -> ImageInfo | Failure:
         """Decode the image of a job in the calling thread."""
         self._slots.acquire()
+        job.thread = threading.current_thread()
         job.started = running_seconds()
         try:
             return decode_into(
@@ -172,7 +182,8 @@ class DecodePool:
                     f"{self._abandoned} images were not decoded in time; check the disk or the "
                     "network, or raise image_timeout"
                 )
-            self._threads -= 1
+            if job.thread is not None:
+                self._threads.discard(job.thread)
             self._start_threads()
         self._slots.release()
         return True
@@ -186,6 +197,7 @@ class _Job:
         self.outs = outs
         self.started = float("inf")
         self.done = threading.Event()
+        self.thread: threading.Thread | None = None
         self.is_decoded = False
         self.is_abandoned = False
         self._outcome: ImageInfo | Failure | BaseException | None = None

@@ -18,6 +18,9 @@ from extractor.system.cpu import set_threads_of_this_thread
 
 __all__ = ["Calls", "GatherOptions", "ModelThread", "Request"]
 
+# Time that a thread gets to finish what it has when it is closed.
+PATIENCE_SECONDS = 2.0
+
 Pictures: TypeAlias = tuple[npt.NDArray[np.uint8], ...]
 Rows: TypeAlias = npt.NDArray[np.float32]
 
@@ -95,13 +98,14 @@ class ModelThread:
         calls: Calls,
     ) -> None:
         self._requests: SimpleQueue[Request | None] = SimpleQueue()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the garbage collector may close the thread anywhere
         self._is_closed = False
         loop = _Loop(self._requests, compute, options, calls)
         ready = threading.Event()
-        threading.Thread(
+        self._thread = threading.Thread(
             target=loop.run, args=(threads, ready), name="extractor-model", daemon=True
-        ).start()
+        )
+        self._thread.start()
         ready.wait()
 
     def submit(self, pictures: Pictures) -> Future[Rows]:
@@ -118,10 +122,15 @@ class ModelThread:
         return request.rows
 
     def close(self) -> None:
-        """End the thread after the requests that it has."""
+        """End the thread after the requests that it has, and wait for it for a while.
+
+        A thread that still runs when the interpreter ends may take the process down with it.
+        """
         with self._lock:
             self._is_closed = True
             self._requests.put(None)
+        if self._thread is not threading.current_thread():  # the garbage collector runs anywhere
+            self._thread.join(PATIENCE_SECONDS)
 
 
 class _Loop:

@@ -121,6 +121,14 @@ def test_threads_end_with_the_extractor() -> None:
     assert not set(threading.enumerate()) - before
 
 
+def test_close_waits_for_the_threads() -> None:
+    before = set(threading.enumerate())
+    extractor = Extractor(mean_pixel("cpu"), workers=2)
+    extractor([gray(1), gray(2)])
+    extractor.close()
+    assert set(threading.enumerate()) <= before
+
+
 def test_close_during_calls_loses_no_answer() -> None:
     for _ in range(5):
         extractor = Extractor(mean_pixel("cpu"), workers=2, batch_size=2)
