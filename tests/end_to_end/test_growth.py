@@ -552,7 +552,8 @@ def test_content_check_skips_touched_image(folder: Folder, tmp_path: Path) -> No
     assert run(folder, out, check="content").resumed == 7
     learned = published(out)
     changed = {name for name in before if before[name] != learned[name]}
-    assert changed == {"store.json", *(name for name in before if name.startswith("images/"))}
+    indexes = {name for name in before if name.startswith("images/")}
+    assert changed == {"store.json", "history.jsonl", *indexes}
     assert run(folder, out).resumed == 7
     assert published(out) == learned
 

@@ -407,6 +407,7 @@ def leave_suspects(photos: Path, out: Path, *paths: bytes) -> None:
     (out / ".extractor-partial/suspects.json").write_text(names)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pythonpath")
 def test_hanging_suspect_times_out_and_good_suspect_has_row(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -54,6 +54,14 @@ def content(folder: Path) -> dict[str, object]:
     return files
 
 
+def without_ids(files: dict[str, Any]) -> dict[str, Any]:
+    """The same files without ids, which go on counting when a store is replaced."""
+    manifest = {key: value for key, value in files["store.json"].items() if key != "next_id"}
+    shards = [{**shard, "first_id": 0} for shard in manifest["shards"]]
+    others = {name: files[name] for name in files if name != "history.jsonl"}
+    return {**others, "store.json": {**manifest, "shards": shards}}
+
+
 @pytest.mark.parametrize("bad", [[], [0], [4, 5, 6, 7], [10]])
 @pytest.mark.parametrize("shard_images", [3, 4, 100])
 def test_resumed_store_equals_undisturbed_store(
@@ -159,7 +167,7 @@ def test_changed_options_are_refused_and_never_mixed(
     }
     extract(photos, "mean", out, **settings, overwrite=True)
     extract(photos, "mean", tmp_path / "anew", **settings)
-    assert content(out) == content(tmp_path / "anew")
+    assert without_ids(content(out)) == without_ids(content(tmp_path / "anew"))
 
 
 def noise_file(path: Path) -> None:
@@ -195,7 +203,7 @@ def test_resumed_run_computes_only_changed_images(
     assert not list(verify(out))
     assert store.manifest.listing == anew.manifest.listing
     extract(photos, "mean", out, **settings, overwrite=True)
-    assert content(out) == content(tmp_path / "anew")
+    assert without_ids(content(out)) == without_ids(content(tmp_path / "anew"))
 
 
 @pytest.mark.parametrize("cut", [1, 5, 12, 40, 200])

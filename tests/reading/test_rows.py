@@ -178,7 +178,7 @@ def test_tensor_is_a_copy_without_a_warning(store: FeatureStore, whole: np.ndarr
     np.testing.assert_array_equal(store.features[:], whole)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_dataset_feeds_a_data_loader(store: FeatureStore, whole: np.ndarray, workers: int) -> None:
     labels = np.arange(7) * 10
     loader: Any = DataLoader(

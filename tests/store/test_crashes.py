@@ -193,7 +193,7 @@ def test_publishing_writes_no_file_under_its_final_name(
     def publish() -> None:
         sys.addaudithook(watch)
         run.publish()
-        names = ["failures.jsonl.partial", "store.json.partial"]
+        names = ["failures.jsonl.partial", "history.jsonl.partial", "store.json.partial"]
         if written == [str(tmp_path / "out" / STAGING / name) for name in names]:
             os._exit(DIED)
 
