@@ -234,13 +234,15 @@ class Extractor:
     ) -> None:
         """Start the threads for a loaded embedding, whose rows are rounded to a type."""
         self._process = os.getpid()
+        self._is_closed = False
         self._spec = spec
         self._dtype = np.dtype(dtype)
         service = EmbeddingService(
             spec, options, pad_to=pad_to, window_seconds=_seconds(batch_window_ms)
         )
         self._service = service
-        self._finalizer = weakref.finalize(self, service.close)
+        # No call is in progress when the garbage collector comes; at exit, none is waited for.
+        self._finalizer = weakref.finalize(self, service.end)
 
     @property
     def backbones(self) -> tuple[Backbone, ...]:
@@ -259,7 +261,9 @@ class Extractor:
 
     def close(self) -> None:
         """End the threads. Calls in progress still get their rows; later ones are refused."""
-        self._finalizer()
+        self._is_closed = True
+        if os.getpid() == self._process:  # a fork has neither the threads nor the calls
+            self._service.close()
 
     def __enter__(self) -> Extractor:
         return self
@@ -307,7 +311,7 @@ class Extractor:
         if os.getpid() != self._process:
             # Threads do not survive a fork, and waiting for them would never end.
             raise UsageError("this Extractor belongs to another process; make one after the fork")
-        if not self._finalizer.alive:
+        if self._is_closed:
             raise UsageError("this Extractor is closed; make a new one")
         sources = check_images(images)
         rows, failures = self._service.embed(sources, stop_at_failure=on_error == "raise")

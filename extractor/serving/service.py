@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 
@@ -10,6 +12,7 @@ import numpy.typing as npt
 
 from extractor.compute.embed import PictureEmbedder
 from extractor.compute.inputs import Inputs, batch_size_for, device_of, pictures_of
+from extractor.errors import UsageError
 from extractor.images.types import Failure, ImageSource
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
@@ -21,6 +24,9 @@ __all__ = ["EmbeddingService"]
 # Batches of one call on a GPU at a time: the next is decoded while one computes. On a CPU both
 # would share the same cores.
 GPU_BATCHES = 2
+
+# Time that calls in progress get while close() waits; the last of them then ends the threads.
+PATIENCE_SECONDS = 2.0
 
 
 class EmbeddingService:
@@ -48,6 +54,9 @@ class EmbeddingService:
         self._batch_size = pad_to or inputs.batch_size
         self._batches = GPU_BATCHES if device_of([spec]).type == "cuda" else 1
         self._calls = Calls()
+        self._state = threading.Condition()
+        self._running = 0
+        self._is_closed = False
         self._decoding = DecodePool(
             pictures_of([spec]),
             DecodeOptions(
@@ -62,7 +71,18 @@ class EmbeddingService:
         )
 
     def close(self) -> None:
-        """End the threads after the calls that are in progress."""
+        """Refuse further calls, and end the threads after those in progress.
+
+        Waits for these calls for a while. If they take longer, the last one ends the threads.
+        """
+        with self._state:
+            self._is_closed = True
+            if not self._state.wait_for(lambda: not self._running, PATIENCE_SECONDS):
+                return
+        self.end()
+
+    def end(self) -> None:
+        """End the threads after the batches that they have."""
         self._model.close()
         self._decoding.close()
 
@@ -82,7 +102,35 @@ class EmbeddingService:
         Raises:
             DeviceError: The device is full, busy or broken.
             SourceError: So many decoders hang that the disk must be the reason.
+            UsageError: The service is closed.
         """
+        with self._call():
+            return self._embed(sources, stop_at_failure=stop_at_failure)
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """Count a call, so that the threads live until it has its rows."""
+        with self._state:
+            if self._is_closed:
+                raise UsageError("this Extractor is closed; make a new one")
+            self._running += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Count a call that has its rows; the last one after :meth:`close` ends the threads."""
+        with self._state:
+            self._running -= 1
+            self._state.notify_all()
+            is_last = self._is_closed and not self._running
+        if is_last:
+            self.end()
+
+    def _embed(
+        self, sources: Sequence[ImageSource], *, stop_at_failure: bool
+    ) -> tuple[npt.NDArray[np.float32], dict[int, Failure]]:
         failures: dict[int, Failure] = {}
         computed = list(self._computed(sources, failures, stop_at_failure=stop_at_failure))
         if len(computed) == 1:

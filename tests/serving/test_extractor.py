@@ -146,6 +146,28 @@ def test_close_during_calls_loses_no_answer() -> None:
         assert answers <= {"5", "this Extractor is closed; make a new one"}
 
 
+def test_close_lets_a_call_of_many_batches_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("extractor.serving.service.PATIENCE_SECONDS", 0.05)
+    before = set(threading.enumerate())
+    extractor = Extractor(mean_pixel("cpu"), workers=2, batch_size=1)
+    is_computing, may_go_on = threading.Event(), threading.Event()
+
+    def wait(*_: Any) -> None:
+        is_computing.set()
+        assert may_go_on.wait(30)
+
+    extractor.backbones[0].module.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as callers:
+        call = callers.submit(extractor, [gray(level) for level in range(4)])
+        assert is_computing.wait(30)
+        extractor.close()  # while the first of four batches is computed
+        may_go_on.set()
+        np.testing.assert_allclose(
+            call.result(30), rows_by_hand(extractor, [0, 1, 2, 3]), atol=1e-5
+        )
+    assert set(threading.enumerate()) <= before  # the call ended the threads
+
+
 def test_calls_change_no_setting_of_the_process() -> None:
     before = torch.get_num_threads(), torch.is_grad_enabled()
     extractor = Extractor(mean_pixel("cpu"), threads=before[0] + 1)
