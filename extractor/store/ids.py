@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -87,9 +88,14 @@ def read_history(path: Path, manifest: Manifest) -> list[HistoryEntry]:
     if manifest.history is None:
         return []
     try:
-        return parse_history(path.read_bytes(), str(path))
+        content = path.read_bytes()
     except OSError as error:
         raise StoreDamagedError(f"{path} cannot be read: {error.strerror}") from error
+    entries = parse_history(content, str(path))
+    # Another digit is still a history, of other ids.
+    if hashlib.sha256(content).hexdigest() != manifest.history.sha256:
+        raise StoreDamagedError(f"{path} is damaged: its SHA-256 differs from the manifest's")
+    return entries
 
 
 def history_with(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from extractor import Changes, FeatureStore
-from extractor.errors import StoreReplacedError, UnknownTokenError, UsageError
+from extractor.errors import StoreDamagedError, StoreReplacedError, UnknownTokenError, UsageError
 from extractor.store.format import Manifest
 from extractor.store.ids import id_after_damage
 from extractor.upkeep.compact import compact
@@ -85,6 +85,16 @@ def test_overwriting_a_damaged_history_begins_a_new_one(
     write_store(store.path, TWO, overwrite=True)
     assert store.reopen().ids.tolist() == [4, 5]
     with pytest.raises(UnknownTokenError, match="full sync"):
+        store.reopen().changes_since(store.token)
+
+
+def test_history_of_other_ids_is_damaged(store: FeatureStore, write_store: WriteStore) -> None:
+    write_store(store.path, TWO, overwrite=True)
+    history = store.path / "history.jsonl"
+    content = history.read_bytes()
+    history.write_bytes(content.replace(b'"4-5"', b'"3-5"'))
+    assert history.read_bytes() != content
+    with pytest.raises(StoreDamagedError, match=r"history.jsonl is damaged: its SHA-256 differs"):
         store.reopen().changes_since(store.token)
 
 
