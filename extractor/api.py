@@ -365,7 +365,7 @@ def _check_window(milliseconds: Any) -> None:
         )
 
 
-def _decode_error(source: ImageSource, index: int, failure: Failure) -> DecodeError:
+def _decode_error(source: ImageSource | Failure, index: int, failure: Failure) -> DecodeError:
     name = f" ({source})" if isinstance(source, (str, os.PathLike)) else ""
     error = DecodeError(failure.reason, f"image {index}{name}: {failure.message}")
     error.size, error.mtime_ns, error.index = failure.size, failure.mtime_ns, index

@@ -80,8 +80,8 @@ class DecodePool:
         self._abandoned = 0
         self._is_closed = False
 
-    def decode(self, sources: Sequence[ImageSource]) -> Decoded:
-        """Decode images, in order.
+    def decode(self, sources: Sequence[ImageSource | Failure]) -> Decoded:
+        """Decode images, in order. A failure among them stays one.
 
         Raises:
             SourceError: So many decoders hang that the disk must be the reason.
@@ -142,12 +142,16 @@ class DecodePool:
 
     def decode_job(self, job: _Job) -> ImageInfo | Failure:
         """Decode the image of a job in the calling thread."""
+        source = job.source
+        if isinstance(source, Failure):
+            job.is_decoded = True
+            return source
         self._slots.acquire()
         job.thread = threading.current_thread()
         job.started = running_seconds()
         try:
             return decode_into(
-                job.source, self._preprocesses, job.outs, self._budget, self._options.decode_mode
+                source, self._preprocesses, job.outs, self._budget, self._options.decode_mode
             )
         except DecodeError as error:
             return Failure.from_error(error)
@@ -192,7 +196,9 @@ class DecodePool:
 class _Job:
     """One image on its way through a thread."""
 
-    def __init__(self, source: ImageSource, outs: Sequence[npt.NDArray[np.uint8]]) -> None:
+    def __init__(
+        self, source: ImageSource | Failure, outs: Sequence[npt.NDArray[np.uint8]]
+    ) -> None:
         self.source = source
         self.outs = outs
         self.started = float("inf")

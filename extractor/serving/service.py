@@ -87,12 +87,12 @@ class EmbeddingService:
         self._decoding.close()
 
     def embed(
-        self, sources: Sequence[ImageSource], *, stop_at_failure: bool
+        self, sources: Sequence[ImageSource | Failure], *, stop_at_failure: bool
     ) -> tuple[npt.NDArray[np.float32], dict[int, Failure]]:
         """Embed images.
 
         Args:
-            sources: Images.
+            sources: Images; a failure in the place of one that could not be read.
             stop_at_failure: Compute nothing more once an image cannot be decoded.
 
         Returns:
@@ -129,7 +129,7 @@ class EmbeddingService:
             self.end()
 
     def _embed(
-        self, sources: Sequence[ImageSource], *, stop_at_failure: bool
+        self, sources: Sequence[ImageSource | Failure], *, stop_at_failure: bool
     ) -> tuple[npt.NDArray[np.float32], dict[int, Failure]]:
         failures: dict[int, Failure] = {}
         computed = list(self._computed(sources, failures, stop_at_failure=stop_at_failure))
@@ -139,7 +139,11 @@ class EmbeddingService:
         return (np.concatenate(computed) if computed else empty), failures
 
     def _computed(
-        self, sources: Sequence[ImageSource], failures: dict[int, Failure], *, stop_at_failure: bool
+        self,
+        sources: Sequence[ImageSource | Failure],
+        failures: dict[int, Failure],
+        *,
+        stop_at_failure: bool,
     ) -> Iterator[npt.NDArray[np.float32]]:
         """Decode batch after batch, and yield the rows of each."""
         flights: list[Future[npt.NDArray[np.float32]]] = []

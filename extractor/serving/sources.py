@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from extractor.errors import UsageError
-from extractor.images.types import EncodedImage, ImageSource
+from extractor.images.types import EncodedImage, Failure, ImageSource
 
 __all__ = ["AnyImage", "check_images"]
 
@@ -25,8 +25,10 @@ AnyImage: TypeAlias = (
 _SINGLE = (str, bytes, bytearray, memoryview, os.PathLike, Image.Image)
 
 
-def check_images(images: Iterable[AnyImage]) -> list[ImageSource]:
+def check_images(images: Iterable[AnyImage]) -> list[ImageSource | Failure]:
     """Return the sources of several images, in order. Files are read, without closing them.
+
+    A file that cannot be read is a failure.
 
     Raises:
         UsageError: A single image, a collection without order, or an object that is no image.
@@ -71,13 +73,16 @@ def _is_one_array(images: object) -> bool:
     return isinstance(axes, int) and axes < 4 and (axes != 1 or kind not in "OSU")
 
 
-def _check_image(image: object, index: int) -> ImageSource:
+def _check_image(image: object, index: int) -> ImageSource | Failure:
     if isinstance(image, (bytes, bytearray, memoryview)):
         return EncodedImage(bytes(image))
     if isinstance(image, (str, os.PathLike, Image.Image, np.ndarray)):
         return image
     if callable(read := getattr(image, "read", None)):
-        content = read()
+        try:
+            content = read()
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            return Failure("unreadable", f"the file cannot be read: {error}")
         if isinstance(content, bytes):
             return EncodedImage(content)
         raise UsageError(

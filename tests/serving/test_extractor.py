@@ -86,6 +86,21 @@ def test_encoded_image_may_be_any_buffer_or_binary_file(wrap: object) -> None:
     )
 
 
+def test_file_that_cannot_be_read_is_an_image_that_fails() -> None:
+    class Broken(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            raise OSError("the disk is gone")
+
+    closed = io.BytesIO(gray(1))
+    closed.close()
+    extractor = Extractor(mean_pixel("cpu"))
+    with pytest.raises(DecodeError, match="image 1: the file cannot be read: the disk is gone"):
+        extractor([gray(1), Broken()])
+    first, *others = extractor([gray(80), closed, Broken()], on_error="return")
+    np.testing.assert_allclose(first, rows_by_hand(extractor, [80])[0], atol=1e-5)
+    assert [(e.reason, e.index) for e in others] == [("unreadable", 1), ("unreadable", 2)]
+
+
 def test_text_file_is_refused_with_advice() -> None:
     file: Any = io.StringIO("x")
     with pytest.raises(UsageError, match="image 0: got a file that returns str, expected bytes"):
