@@ -28,7 +28,7 @@ from extractor.reading.rows import Rows
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.history import Changes, HistoryEntry, net_changes
 from extractor.store.ids import live_ids, read_history
-from extractor.store.index import read_column
+from extractor.store.index import ImageRecord, read_column
 from extractor.store.publish import check_size, locate
 from extractor.text import plural
 
@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["FeatureStore", "manifest_errors"]
 
 T = TypeVar("T")
+
+COLUMNS = (*ImageRecord._fields, "id")
 
 # Attempts to open a store that is replaced each time while it is opened.
 MAX_ATTEMPTS = 10
@@ -260,6 +262,8 @@ class FeatureStore(Rows):
 
     def column(self, name: str) -> list[Any]:
         """Return one column of the index, one value per row; see :meth:`Rows.column`."""
+        if name not in COLUMNS:
+            raise UsageError(f"column: got {name!r}, expected one of {', '.join(COLUMNS)}")
         return _retry_moved(self.path, lambda: self._column(name))
 
     def _column(self, name: str) -> list[Any]:

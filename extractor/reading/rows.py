@@ -48,6 +48,7 @@ class Rows(ABC):
 
         Raises:
             StoreError: A file of the index is damaged, or the store was replaced in the meantime.
+            UsageError: There is no such column.
         """
 
     @abstractmethod
@@ -107,8 +108,12 @@ class Rows(ABC):
 
         Raises:
             KeyError: An id has no row.
+            UsageError: The ids are no integers.
         """
-        wanted = np.asarray(ids, np.int64)
+        wanted = np.asarray(ids)
+        if wanted.size and wanted.dtype.kind not in "iu":
+            raise UsageError(f"ids: got {wanted.dtype}, expected integers")
+        wanted = wanted.astype(np.int64)
         order = np.argsort(self.ids)
         at = np.searchsorted(self.ids, wanted, sorter=order)
         rows = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros_like(wanted)

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from extractor.errors import StoreError
+from extractor.errors import StoreError, UsageError
 from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 
@@ -141,7 +141,7 @@ def test_columns_match_the_rows(out: Path) -> None:
 
 
 def test_unknown_column_is_rejected(out: Path) -> None:
-    with pytest.raises(StoreError, match=r"00000\.parquet.*color"):
+    with pytest.raises(UsageError, match=r"column: got 'color', expected one of path, size, .* id"):
         FeatureStore.open(out).column("color")
 
 

@@ -138,6 +138,12 @@ def test_rows_of_ids_are_found_in_any_order(store: FeatureStore) -> None:
         store.select([]).rows_of([1])
 
 
+@pytest.mark.parametrize("ids", [[1.7], ["a/1.jpg"], [True]])
+def test_ids_that_are_no_integers_are_refused(store: FeatureStore, ids: list[Any]) -> None:
+    with pytest.raises(UsageError, match=r"ids: got .*, expected integers"):
+        store.rows_of(ids)
+
+
 def test_frame_holds_every_column(store: FeatureStore, whole: np.ndarray) -> None:
     table = store.frame()
     assert table.schema.names == [
