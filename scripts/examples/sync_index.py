@@ -29,7 +29,8 @@ def main(folder: str, file: str) -> None:
     index.update(zip(added.tolist(), rows, strict=True))
     print(f"{len(added)} added, {len(removed)} removed, {len(index)} in the index")
     ids = np.array(list(index), np.int64)
-    np.savez(file, ids=ids, rows=np.array(list(index.values())), token=store.token)
+    with open(file, "wb") as saving:  # a name alone would get the suffix .npz
+        np.savez(saving, ids=ids, rows=np.array(list(index.values())), token=store.token)
 
 
 if __name__ == "__main__":

@@ -59,10 +59,11 @@ def test_search_finds_the_image_itself_first(
     assert float(lines[0][1]) == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.parametrize("name", ["index.npz", "index"])
 def test_index_in_sync_has_the_rows_of_the_store(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    index = folder / "index.npz"
+    index = folder / name
 
     def sync(message: str) -> None:
         program("sync_index")["main"](str(folder / "out"), str(index))
@@ -79,7 +80,9 @@ def test_index_in_sync_has_the_rows_of_the_store(
     grow(folder, retire=True)
     sync("2 added, 2 removed, 6 in the index")
     with np.load(index) as saved:
-        np.savez(index, ids=saved["ids"], rows=saved["rows"], token="unknown")
+        ids, rows = saved["ids"], saved["rows"]
+    with index.open("wb") as file:
+        np.savez(file, ids=ids, rows=rows, token="unknown")
     sync("6 added, 6 removed, 6 in the index")
 
 
