@@ -28,7 +28,7 @@ def table_of(rows: Rows, kind: str, *, embeddings: bool) -> Any:
     if kind == "pandas" and importlib.util.find_spec("pandas") is None:
         raise UsageError("frame: pandas is not installed; pip install pandas, or use kind='arrow'")
     columns: dict[str, Any] = {
-        "id": pa.array(rows.ids, pa.int64()),
+        **({"id": pa.array(rows.ids, pa.int64())} if rows.has_ids else {}),
         "path": path_array([os.fsencode(path) for path in rows.paths]),
     }
     types = {"size": pa.int64(), "mtime_ns": pa.int64(), "width": pa.int32(), "height": pa.int32()}

@@ -56,6 +56,11 @@ class StoreGroup(Rows):
         """``(N, dim)``, memory-mapped; indexed like a numpy array."""
         return self._features
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether the rows have ids; no, since ids may repeat in another store."""
+        return False
+
     def column(self, name: str) -> list[Any]:
         """Return one column of the index, one value per row; see :meth:`Rows.column`.
 

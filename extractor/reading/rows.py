@@ -61,6 +61,11 @@ class Rows(ABC):
         """Name of the store in messages."""
 
     @property
+    def has_ids(self) -> bool:
+        """Whether the rows have ids. Those of several stores have none, since ids may repeat."""
+        return True
+
+    @property
     def dim(self) -> int:
         """Number of values in one embedding."""
         return math.prod(self.features.shape[1:])
@@ -202,6 +207,8 @@ class Rows(ABC):
     def frame(self, kind: Literal["arrow", "pandas"] = "arrow", *, embeddings: bool = True) -> Any:
         """Return a table: id, path, size, mtime_ns, width, height, sha256, embedding.
 
+        Rows of several stores have no column ``id``.
+
         >>> store.frame().schema.names  # doctest: +SKIP
         ['id', 'path', 'size', 'mtime_ns', 'width', 'height', 'sha256', 'embedding']
 
@@ -282,6 +289,11 @@ class Selection(Rows):
     def full_path(self, row: int) -> str:
         """Return the absolute path of a row's image, as it was when the store was made."""
         return self.base.full_path(int(self.rows[row]))
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the rows have ids."""
+        return self.base.has_ids
 
     @property
     def _source(self) -> str:

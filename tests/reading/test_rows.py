@@ -329,6 +329,8 @@ def test_several_stores_follow_each_other(
     np.testing.assert_array_equal(again.features[:], group.features[:])
     with pytest.raises(StoreError, match="ids belong to one store"):
         _ = group.ids
+    assert "id" not in group.frame().schema.names
+    assert group.select("*/1.jpg").frame().num_rows == 4
     with pytest.raises(IndexError, match="row 9 is out of range for 9 rows"):
         group.origin(9)
 
