@@ -496,7 +496,7 @@ def test_run_without_a_batch_size_takes_that_of_the_store(folder: Folder, tmp_pa
     (store,) = extract(folder.path, "mean", out, **settings).stores
     assert (store.added, store.store.manifest.description.computation["batch_size"]) == (1, 2)
     folder.write("newer.png")
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match="stopped"):
         extract(folder.path, "mean", tmp_path / "other", **SIZES, stop=after(1))
     report = extract(folder.path, "mean", tmp_path / "other", **settings)
     assert (report.resumed, report.rows) == (2, 9)

@@ -179,7 +179,7 @@ def test_damaged_rows_of_a_list_are_found_and_written_again(
 
 
 def test_interrupted_run_keeps_the_order_at_its_end(photos: Path, out: Path) -> None:
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match="stopped"):
         run(photos, LINES, out, stop=stop_after(1))
     run(photos, LINES, out)
     assert_in_order(out, NAMES)

@@ -250,7 +250,7 @@ def test_moved_images_need_no_model(folder: Path, out: Path, keep_order: bool) -
 def test_rows_of_an_interrupted_run_move_with_their_images(
     folder: Path, out: Path, change: str, batches: int
 ) -> None:
-    with pytest.raises(InterruptedRunError) as stopped:
+    with pytest.raises(InterruptedRunError, match="stopped") as stopped:
         run(folder, out, stop=stop_after(batches))
     expected = {f"old/{i}.pgm": i for i in range(IMAGES)}
     first, second = folder / "old/0.pgm", folder / "old/1.pgm"

@@ -215,10 +215,10 @@ def test_interrupted_run_resumes_in_another_folder(
         run(old, out)
         shutil.rmtree(old)
         shutil.copytree(new, old)
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match="stopped"):
         run(old, out, stop=stop_after(2))
     done = 4 + 3 * extended
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match="stopped"):
         run(new, out, stop=stop_after(1))
     assert json.loads((out / STAGING / JOB).read_bytes())["root"] == str(new)
     shutil.rmtree(old)
@@ -237,14 +237,14 @@ def test_accepted_root_of_an_interrupted_run_stays_accepted(
     run(old, out)
     for name, number in numbers().items():
         write(new / name, number + IMAGES)
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match="stopped"):
         run(new, out, new_root=True, stop=stop_after(1))
     assert run(new, out).resumed == 2
     assert_rows(out, {name: number + IMAGES for name, number in numbers().items()})
 
 
 def test_interrupted_run_of_other_images_is_refused(old: Path, new: Path, out: Path) -> None:
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(InterruptedRunError, match="stopped"):
         run(old, out, stop=stop_after(2))
     touch(new, numbers())
     with pytest.raises(StoreError, match="0 of 4 images with rows are unchanged"):
