@@ -6,6 +6,7 @@ import bisect
 import itertools
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ def map_array(path: Path) -> npt.NDArray[Any]:
     return np.lib.format.open_memmap(path, mode="r")
 
 
-class LazyArray(NDArrayOperatorsMixin):
+class LazyArray(NDArrayOperatorsMixin, ABC):
     """Operators, methods and attributes of ``numpy.ndarray``; each of them reads all rows.
 
     Without this, ``array == 0`` would compare identities, and ``array.mean(0)`` would not exist
@@ -50,13 +51,13 @@ class LazyArray(NDArrayOperatorsMixin):
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
 
-    def __getitem__(self, index: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def __getitem__(self, index: Any) -> Any: ...
 
+    @abstractmethod
     def __array__(
         self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
-    ) -> npt.NDArray[Any]:
-        raise NotImplementedError
+    ) -> npt.NDArray[Any]: ...
 
     def __array_ufunc__(
         self, ufunc: np.ufunc, method: str, *inputs: Any, out: tuple[Any, ...] = (), **details: Any

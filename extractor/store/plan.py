@@ -231,21 +231,15 @@ def plan_run(
     for row in open_rows:
         if row.path in vanished:
             _keep(row, matched, missing)
-    gone = changed = 0
-    for shard, live in matched.live.items():
-        ended = stored.counted(shard) & ~live
-        requested = matched.indices[shard] >= 0
-        gone += int(np.count_nonzero(ended & ~requested))
-        changed += int(np.count_nonzero(ended & requested))
+    gone, changed = _count_retired(stored, matched)
     failed = {path: f for path, f in failed.items() if not matched.has_row[matched.index[path]]}
     unseen = _unseen_failures(snapshot, stored, matched, keep_gone=bool(vanished))
     unseen = {path: failure for path, failure in unseen.items() if path not in missing}
     failed |= unseen
     missing |= unseen.keys()
+    todo = np.flatnonzero(~matched.has_row).tolist()
     return Plan(
-        todo=[
-            int(i) for i in np.flatnonzero(~matched.has_row) if snapshot.paths[int(i)] not in failed
-        ],
+        todo=[i for i in todo if snapshot.paths[i] not in failed],
         live=matched.live,
         failures=[failed[path] for path in sorted(failed)],
         missing=sorted(missing),
@@ -260,6 +254,17 @@ def plan_run(
         },
         moves=moves,
     )
+
+
+def _count_retired(stored: StoredImages, matched: _Matched) -> tuple[int, int]:
+    """Return how many rows no longer count: of images not requested, and of changed images."""
+    gone = changed = 0
+    for shard, live in matched.live.items():
+        ended = stored.counted(shard) & ~live
+        requested = matched.indices[shard] >= 0
+        gone += int(np.count_nonzero(ended & ~requested))
+        changed += int(np.count_nonzero(ended & requested))
+    return gone, changed
 
 
 def count_unchanged(snapshot: Snapshot, stored: StoredImages) -> tuple[int, int]:

@@ -79,7 +79,7 @@ def test_folder_without_a_store_is_not_found(
     elif state == "a file":
         out.write_text("no folder")
     elif state == "unfinished":
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
             run(photos, out, progress=interrupt)
     with pytest.raises(StoreNotFoundError, match=f"{out.name} is not"):
         READERS[name](out)
@@ -87,7 +87,7 @@ def test_folder_without_a_store_is_not_found(
 
 def interrupt(progress: Progress) -> None:
     if progress.done:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("Ctrl-C")
 
 
 def cut(file: Path) -> None:
