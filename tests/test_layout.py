@@ -19,6 +19,7 @@ ORDER: list[set[str]] = [
     {"doctor"},
     {"api"},
     {"run", "serving"},
+    {"lease"},
     {"compute"},
     {"loading", "models"},
     {"network.fusion"},

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from extractor.compute.tune import compiled
 from extractor.errors import StoreError, UsageError, WeightsError
+from extractor.lease.describe import describe
 from extractor.models.backbone import Backbone
 from extractor.models.digests import sha256_of_file
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen, load_specs
@@ -20,7 +21,6 @@ from extractor.network.taps import PRE_LOGITS
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.reading.reader import FeatureStore
-from extractor.run.describe import describe
 from extractor.run.run_json import read_run_json
 from extractor.store.format import Description
 from extractor.text import plural

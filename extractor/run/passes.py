@@ -14,12 +14,12 @@ from extractor.compute.inputs import Inputs, device_of, pictures_of
 from extractor.errors import InterruptedRunError
 from extractor.images.listing import ImageList
 from extractor.images.types import ImageSource
+from extractor.lease.batches import BatchPlan, plan_batches
 from extractor.loading.crash_log import CrashLog
 from extractor.loading.loader import BatchLoader
 from extractor.loading.nvjpeg import MAX_GROUP_IMAGES, NvjpegDecoder
 from extractor.models.embedding import EmbeddingSpec, load_specs
 from extractor.report import Progress
-from extractor.run.batches import BatchPlan, plan_batches
 from extractor.run.output import StoreOutput
 from extractor.run.recorded_weights import weights_of
 from extractor.store.format import IN_FLIGHT

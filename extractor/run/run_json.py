@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
-import platform
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from extractor.images.containers.kinds import KINDS
+from extractor.lease.software import software_versions
 from extractor.models.naming import split_model
 from extractor.models.provenance import Provenance
 from extractor.options import Options
 from extractor.report import Report, StoreReport
 from extractor.store.atomic import write_atomically
 from extractor.store.format import MANIFEST, RUN, Manifest, checksum, with_checksum
-from extractor.version import __version__
 
 __all__ = [
     "Computed",
@@ -30,7 +26,6 @@ __all__ = [
     "relink_run_json",
     "request_of",
     "request_that_made",
-    "software_versions",
     "write_run_json",
 ]
 
@@ -38,8 +33,6 @@ log = logging.getLogger(__name__)
 
 FORMAT = "extractor-run"
 VERSION = 1
-
-LIBRARIES = ("torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
 
 # Variables that tell the libraries where their caches are.
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "TORCH_HOME", "XDG_CACHE_HOME", "HOME")
@@ -66,16 +59,6 @@ RUN_ONLY = frozenset(
         "profile",
     }
 )
-
-
-def software_versions() -> dict[str, str]:
-    """Return the versions of Python, this package and its libraries, without importing them."""
-    libraries = {name: metadata.version(name) for name in LIBRARIES}
-    for kind in KINDS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            if kind.package:
-                libraries[kind.package] = metadata.version(kind.package)
-    return {"python": platform.python_version(), "extractor": __version__, **libraries}
 
 
 def request_of(models: Sequence[str], options: Options) -> dict[str, Any] | None:

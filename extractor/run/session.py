@@ -18,12 +18,13 @@ from extractor.compute.tune import Recorded, TuneSettings, tune
 from extractor.errors import UsageError
 from extractor.images.listing import ImageList, Input, list_images
 from extractor.images.types import ImageInfo
+from extractor.lease.describe import describe, precision_of
+from extractor.lease.suspects import load_suspects
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.models.naming import join_names, store_folders
 from extractor.options import MAX_BATCH_SIZE, Options
 from extractor.report import Progress, Report, StoreReport
-from extractor.run.describe import describe, precision_of
 from extractor.run.output import StoreOutput, claim_store
 from extractor.run.passes import Callbacks, PassRunner
 from extractor.run.preflight import (
@@ -37,7 +38,6 @@ from extractor.run.preflight import (
 from extractor.run.recorded_weights import recorded_weights
 from extractor.run.run_json import Computed, request_of, write_run_json
 from extractor.run.snapshot import take_snapshot, unlisted_folders
-from extractor.run.suspects import load_suspects
 from extractor.store.claim import ClaimedFolder
 from extractor.store.format import IN_FLIGHT
 from extractor.store.writer import existing_computation

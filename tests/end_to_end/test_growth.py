@@ -33,10 +33,10 @@ from support.networks import mean_pixel, normalized
 from extractor import FeatureStore, extract
 from extractor.api import Report
 from extractor.errors import InterruptedRunError, SourceError, StoreError
+from extractor.lease import describe as describe_module
+from extractor.lease.software import software_versions
 from extractor.models import embedding
 from extractor.options import Options
-from extractor.run import describe as describe_module
-from extractor.run.run_json import software_versions
 from extractor.store.format import STAGING, listing_digest
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from extractor.run.batches import BatchPlan, plan_batches
+from extractor.lease.batches import BatchPlan, plan_batches
 
 
 @pytest.mark.parametrize("images", [1, 2, 7, 24, 25])

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from extractor.lease.suspects import Suspects
 from extractor.loading.crash_log import SLOT_BYTES, CrashLog
-from extractor.run.suspects import Suspects
 from extractor.store.format import IN_FLIGHT, SUSPECTS
 
 NAMES = [

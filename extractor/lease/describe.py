@@ -7,12 +7,12 @@ import os
 from dataclasses import asdict
 from typing import Any
 
+from extractor.lease.software import software_versions
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
 from extractor.models.naming import join_names
 from extractor.network.taps import Output
 from extractor.options import Options
-from extractor.run.run_json import software_versions
 from extractor.store.format import Description
 
 __all__ = ["describe", "precision_of"]

@@ -1,0 +1,1 @@
+"""Shards computed by workers: in this process, in several, on other machines."""
