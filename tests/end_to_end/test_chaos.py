@@ -27,7 +27,9 @@ GRACE_SECONDS = 20.0  # a second on a quiet machine
 def arguments(photos: Path, out: Path) -> list[str]:
     model = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
     sizes = ["-b", "4", "--shard-images", "50", "--image-size", "160"]
-    return ["-m", "extractor", *model, *sizes, "--quiet", str(photos), "-o", str(out)]
+    # Runs that were killed let removals add up to more than a run retires without being asked.
+    rest = ["--retire", "--quiet", str(photos), "-o", str(out)]
+    return ["-m", "extractor", *model, *sizes, *rest]
 
 
 def has_lock(process: int, out: Path) -> bool:
