@@ -14,6 +14,7 @@ from extractor.models.naming import join_names
 from extractor.network.taps import Output
 from extractor.options import Options
 from extractor.store.format import Description
+from extractor.system.devices import device_name
 
 __all__ = ["describe", "precision_of"]
 
@@ -23,6 +24,7 @@ def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int
     first = spec.backbones[0]
     several = len(spec.backbones) > 1
     cosines = [b.least_cosine for b in spec.backbones if b.least_cosine is not None]
+    gpu = device_name(first.device)
     return Description(
         backbone=_joined_backbones(spec) if several else _backbone(first),
         embedding={
@@ -42,6 +44,7 @@ def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int
             "least_cosine": min(cosines, default=None),
             "compiled": any(backbone.is_compiled for backbone in spec.backbones),
             "device": first.device.type,
+            **({"device_name": gpu} if gpu else {}),
             "batch_size": batch_size,
             "decode": options.decode,
         },

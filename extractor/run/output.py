@@ -182,14 +182,15 @@ class StoreOutput:
         self._description = replace(self._description, root=os.fsdecode(listed.root))
 
     def _report_software(self, existing: ExistingStore | InterruptedRun) -> None:
-        """Warn if other versions of software made the rows that this run keeps."""
+        """Warn if other versions of software, or another GPU, made the rows that this run keeps."""
         before = existing.description
         if before is None:
             return
         changes = [
-            (f"{change.name} {change.before}" if change.before else f"no {change.name}")
+            (f"{name} {change.before}" if change.before else f"no {name}")
             + f", now {change.now or 'none'}"
             for change in before.software_changes(self._description)
+            for name in ["GPU" if change.name == "device_name" else change.name]
         ]
         if changes:
             log.warning("%s was made with %s", self._claim.out, "; ".join(changes))

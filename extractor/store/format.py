@@ -214,7 +214,8 @@ class Description:
         """Return what differs in the description of later rows, so that they do not fit.
 
         A key that one side lacks has its value in :data:`DEFAULTS`, else None. Names of weights do
-        not count if their SHA-256 is the same, nor do versions of software and the root.
+        not count if their SHA-256 is the same. Nor do versions of software, the name of a GPU, and
+        the root.
         """
         mine, theirs = self._flat(), other._flat()
         return [
@@ -226,11 +227,17 @@ class Description:
         ]
 
     def software_changes(self, other: Description) -> list[Difference]:
-        """Return the software whose version differs in the description of later rows."""
+        """Return the software whose version differs in the description of later rows.
+
+        Another GPU counts, too, unless one of the descriptions does not name its own.
+        """
         mine, theirs = (
             {f"software.{name}": version for name, version in side.software.items()}
             for side in (self, other)
         )
+        gpus = [side.computation.get("device_name") for side in (self, other)]
+        if all(gpus):
+            mine["computation.device_name"], theirs["computation.device_name"] = map(str, gpus)
         return _differences(mine, theirs)
 
     def _flat(self) -> dict[str, Any]:
@@ -301,7 +308,13 @@ DEFAULTS: Mapping[str, Any] = {
 
 # Keys that may differ between the runs on a store.
 _MAY_DIFFER = frozenset(
-    {"root", "backbone.library_version", "computation.compiled", "computation.least_cosine"}
+    {
+        "root",
+        "backbone.library_version",
+        "computation.compiled",
+        "computation.device_name",
+        "computation.least_cosine",
+    }
 )
 # Keys that name weights. The SHA-256 beside them tells whether the weights are the same.
 _WEIGHTS_NAMES = frozenset({"weights", "tag", "source", "revision"})

@@ -9,7 +9,7 @@ import torch
 
 from extractor.errors import DeviceError
 
-__all__ = ["device_errors", "resolve_device"]
+__all__ = ["device_errors", "device_name", "resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -56,6 +56,11 @@ def _cuda(name: str, device: torch.device) -> torch.device:
     if index >= count:
         raise DeviceError(f"device {name}: only cuda:0 to cuda:{count - 1} are visible")
     return torch.device("cuda", index)
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, such as ``NVIDIA A100-SXM4-40GB``; empty for other devices."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @contextmanager

@@ -543,6 +543,25 @@ def test_update_of_software_is_reported_and_keeps_rows(
     assert message == f"{out} was made with pillow {version('pillow')}, now 99.1"
 
 
+def test_store_of_another_gpu_grows_with_a_warning(
+    folder: Folder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out)  # as an older program did on any device
+    assert "device_name" not in FeatureStore.open(out).manifest.description.computation
+    for number, gpu in enumerate(("NVIDIA A100", "NVIDIA H100")):
+        monkeypatch.setattr(describe_module, "device_name", lambda _, gpu=gpu: gpu)
+        folder.write(f"new-{number}.png")
+        (store,) = run(folder, out).stores
+        assert (store.added, store.changed) == (1, 0)
+        manifest = FeatureStore.open(out).manifest
+        assert manifest.description.computation["device_name"] == gpu
+    assert caplog.messages == [f"{out} was made with GPU NVIDIA A100, now NVIDIA H100"]
+
+
 def test_content_check_skips_touched_image(folder: Folder, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run(folder, out)

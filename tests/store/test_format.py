@@ -379,6 +379,27 @@ def test_versions_of_software_are_changes_but_no_differences(
     assert before.software_changes(now) == [Difference("software.timm", "1.0", "1.1")]
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "changes"),
+    [
+        ("NVIDIA A100", "NVIDIA H100", 1),
+        ("NVIDIA A100", "NVIDIA A100", 0),
+        (None, "NVIDIA H100", 0),  # an older program did not name it
+        ("NVIDIA H100", None, 0),
+    ],
+)
+def test_another_gpu_is_a_change_but_no_difference(
+    describe_store: Callable[..., Description], before: str | None, now: str | None, changes: int
+) -> None:
+    old, new = (
+        describe_store(computation={"device": "cuda"} | ({"device_name": name} if name else {}))
+        for name in (before, now)
+    )
+    assert old.differences(new) == []
+    expected = [Difference("computation.device_name", before, now)]
+    assert old.software_changes(new) == expected[:changes]
+
+
 def test_missing_key_means_its_default(
     describe_store: Callable[..., Description], monkeypatch: pytest.MonkeyPatch
 ) -> None:

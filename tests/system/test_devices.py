@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from extractor.errors import DeviceError
-from extractor.system.devices import device_errors
+from extractor.system.devices import device_errors, device_name
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,9 @@ def test_other_errors_pass_unchanged() -> None:
         device_errors(torch.device("cpu")),
     ):
         raise RuntimeError("shapes do not fit")
+
+
+def test_only_gpus_have_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    assert device_name(torch.device("cuda", 3)) == "GPU 3"
+    assert device_name(torch.device("cpu")) == ""
