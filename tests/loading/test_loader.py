@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from support.loading import only_hanging_images_are_late
 
 from extractor.images.types import EncodedImage, Failure, ImageInfo, ImageSource
 from extractor.loading import gate, image_decoder, read_ahead
@@ -235,6 +236,7 @@ def test_hanging_reader_costs_only_its_image(
     bad = 79 if last == "hangs" else 50
     go_on = threading.Event()
     read = image_decoder.read_file
+    only_hanging_images_are_late(monkeypatch, lambda source: source == paths[bad])
 
     def slow(path: str, *rest: int) -> object:
         if path == paths[bad]:
@@ -320,6 +322,7 @@ def test_hanging_decoder_does_not_occupy_a_core(monkeypatch: pytest.MonkeyPatch)
         return decode(source, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(image_decoder, "decode_into", hang)
+    only_hanging_images_are_late(monkeypatch, lambda source: source[0, 0] == 3)  # type: ignore[index,call-overload]
     seen = []
     with BatchLoader(
         batches_of(list(range(20)), 2),

@@ -107,15 +107,16 @@ def test_a_decoder_that_kills_its_process_has_crashed(
     assert deed in hostile_decoder.read_text()  # it was the image, not the start of the process
 
 
+@pytest.mark.slow
 def test_a_hanging_decoder_is_killed_after_the_timeout(
     tmp_path: Path, hostile_decoder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_hostile(tmp_path / "a.png", "hang")
-    monkeypatch.setattr(subprocess_decode, "START_SECONDS", 0.5)
+    monkeypatch.setattr(subprocess_decode, "START_SECONDS", 6.5)  # it imports torch
     started = time.monotonic()
     with pytest.raises(DecodeError, match=r"not decoded within 1\.5 s") as caught:
         decode_in_child(path, timeout=1.5)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # it hangs for a minute
     assert caught.value.reason == "timeout"
     assert caught.value.size == os.stat(path).st_size
     child = int(hostile_decoder.read_text().split()[0])
@@ -217,7 +218,7 @@ def test_a_hanging_child_does_not_outlive_the_run(tmp_path: Path, hostile_decode
         run.kill()
     child = int(hostile_decoder.read_text().split()[0])
     try:
-        wait_until(lambda: not is_alive(child), seconds=1)
+        wait_until(lambda: not is_alive(child), seconds=10)
     finally:
         if is_alive(child):
             os.kill(child, signal.SIGKILL)

@@ -80,7 +80,11 @@ def test_progress_of_a_run_with_nothing_to_do_reaches_its_end(run: Callable[...,
 
 
 def test_callback_that_blocks_only_delays(run: Callable[..., Report]) -> None:
-    report = run(progress=lambda _: time.sleep(0.15), image_timeout=0.1, workers=2)
+    def block(progress: Progress) -> None:
+        if 0 < progress.done < 11 and progress.phase == "computing":
+            time.sleep(1.1)
+
+    report = run(progress=block, image_timeout=1.0, workers=2)
     assert (report.rows, report.failed) == (11, 0)
 
 

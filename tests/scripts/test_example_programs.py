@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import runpy
-import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -116,15 +116,18 @@ def test_web_handler_answers_with_the_image_itself(
 
 
 def test_reader_shows_each_state(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def meanwhile() -> None:
-        noise(9, 70, 80).save(folder / "images" / "new.png")
-        grow(folder)
+    now = 0.0
 
-    timer = threading.Timer(0.3, meanwhile)
-    timer.start()
-    program("reader")["main"](str(folder / "out"), "0.2")
-    timer.join()
-    program("reader")["main"](str(folder / "out"), "0.2")
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        if not now:
+            noise(9, 70, 80).save(folder / "images" / "new.png")
+            grow(folder)
+        now += seconds
+
+    main = program("reader")["main"]
+    main.__globals__["time"] = SimpleNamespace(monotonic=lambda: now, sleep=sleep)
+    main(str(folder / "out"), "0.25")
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["6 rows, last image dogs/5.png", "7 rows, last image new.png"]
 

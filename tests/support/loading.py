@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import pytest
 import torch
 
 from extractor.images.types import EncodedJpeg, ImageSource, ReadFile, StoredLayout
 from extractor.loading.batch import Batch
+from extractor.loading.task import Task
+from extractor.loading.watchdog import Watchdog
 from extractor.preprocess import Preprocess
+from extractor.system.running_clock import running_seconds
 
 SIZE = (8, 6)
 PREPROCESS = Preprocess(SIZE, "squash", SIZE, "bilinear", (0, 0, 0), (1, 1, 1))
@@ -46,6 +50,22 @@ def make_batch(images: int = 2, batch_size: int = 4, owner: RecordingOwner | Non
     """Return a batch of gray images."""
     sources: Sequence[ImageSource] = [np.full((5, 5), level, np.uint8) for level in range(images)]
     return Batch(buffers(batch_size), sources, owner or RecordingOwner())
+
+
+def only_hanging_images_are_late(
+    monkeypatch: pytest.MonkeyPatch, hangs: Callable[[ImageSource], bool]
+) -> None:
+    """Give all images but some the time that they need, however busy this machine is."""
+    abandon_late = Watchdog.abandon_late
+
+    def abandon_hanging(watchdog: Watchdog) -> Iterator[Task]:
+        now = running_seconds()
+        for task in watchdog._running:
+            if not hangs(task.origin):
+                task.started = max(task.started, now)  # infinite while it waits
+        return abandon_late(watchdog)
+
+    monkeypatch.setattr(Watchdog, "abandon_late", abandon_hanging)
 
 
 def read_file_of(size: int) -> ReadFile:
