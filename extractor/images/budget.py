@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 
@@ -11,22 +14,67 @@ from PIL import Image
 
 from extractor.errors import DecodeError
 
-__all__ = ["PixelBudget", "allow_pixels", "pillow_allows"]
+__all__ = ["LargeImageSlot", "PixelBudget", "allow_pixels", "pillow_allows"]
+
+
+class LargeImageSlot:
+    """Slot of this machine that one image at a time may take, in whichever process.
+
+    It is a lock of a file, which the kernel releases when the process ends, in whatever way.
+
+    Args:
+        path: File to lock, on a local disk; made if it is missing. All processes name the same.
+
+    Raises:
+        OSError: The file cannot be opened, or its file system has no locks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        weakref.finalize(self, os.close, self._file)
+        self._one_thread = threading.Lock()  # the threads of a process share its lock of the file
+        with contextlib.suppress(BlockingIOError):  # any other error is better raised now
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+    def take(self) -> None:
+        """Wait until no other image has the slot, and take it."""
+        self._one_thread.acquire()
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        except BaseException:
+            self._one_thread.release()
+            raise
+
+    def give_back(self) -> None:
+        """Free the slot. Any thread may do that."""
+        fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._one_thread.release()
 
 
 class PixelBudget:
     """Limit on the pixels that all decoding threads hold together.
 
     It bounds the memory of a run, whatever the files declare and however many threads decode.
+    Several processes of one machine divide the pixels into shares. An image above the share of its
+    process takes all of it, after it has waited for the slot of the machine.
 
     Args:
-        max_pixels: Number of pixels that may be in decoders at the same time.
+        max_pixels: Limit on the pixels of one image.
+        share: Number of pixels that may be in decoders of this process at the same time;
+            ``max_pixels`` if None.
+        slot: Slot of images above the share.
     """
 
-    def __init__(self, max_pixels: int) -> None:
+    def __init__(
+        self, max_pixels: int, share: int | None = None, slot: LargeImageSlot | None = None
+    ) -> None:
         self.max_pixels = max_pixels
-        self._left = max_pixels
+        self._share = max_pixels if share is None else min(share, max_pixels)
+        self._slot = slot
+        self._left = self._share
         self._changed = threading.Condition()
+        self._is_draining = False  # an image waits for the whole share, and others let it pass
 
     @contextlib.contextmanager
     def claim(self, width: int, height: int) -> Iterator[None]:
@@ -50,15 +98,30 @@ class PixelBudget:
 
     def take(self, pixels: int) -> None:
         """Wait until so many pixels are free, and take them."""
+        if pixels > self._share:
+            self._take_share()
+            return
         with self._changed:
-            self._changed.wait_for(lambda: self._left >= pixels)
+            self._changed.wait_for(lambda: self._left >= pixels and not self._is_draining)
             self._left -= pixels
 
     def give_back(self, pixels: int) -> None:
         """Free pixels that were taken."""
         with self._changed:
-            self._left += pixels
+            self._left += min(pixels, self._share)
             self._changed.notify_all()
+        if pixels > self._share and self._slot is not None:
+            self._slot.give_back()
+
+    def _take_share(self) -> None:
+        if self._slot is not None:
+            self._slot.take()  # first, so that smaller images go on meanwhile
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_draining)
+            self._is_draining = True  # the whole machine waits for the slot
+            self._changed.wait_for(lambda: self._left == self._share)
+            self._is_draining = False
+            self._left = 0
 
 
 def allow_pixels(max_pixels: int) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Collection, Sequence
 
 from extractor.errors import DecodeError
-from extractor.images.budget import PixelBudget
+from extractor.images.budget import LargeImageSlot, PixelBudget
 from extractor.images.decode import decode_into
 from extractor.images.files import READ_WHOLE_BYTES, read_file
 from extractor.images.jpeg import plain_jpeg
@@ -49,7 +49,10 @@ class ImageDecoder:
         crash_log: CrashLog | None,
         timer: Timer,
     ) -> None:
-        self.budget = PixelBudget(options.max_pixels)
+        slot = None
+        if options.large_image_slot is not None:
+            slot = LargeImageSlot(options.large_image_slot)
+        self.budget = PixelBudget(options.max_pixels, options.pixel_share, slot)
         self.decode_mode = options.decode_mode
         self.encoded_bytes = 0
         self._preprocesses = tuple(preprocesses)

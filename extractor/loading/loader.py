@@ -18,7 +18,7 @@ from extractor.loading.gate import Gate
 from extractor.loading.image_decoder import ImageDecoder
 from extractor.loading.options import LoaderOptions
 from extractor.loading.read_ahead import MAX_FILE_BYTES, ReadAhead
-from extractor.loading.task import Task
+from extractor.loading.task import Task, TaskBudget
 from extractor.loading.task_queue import TaskQueue
 from extractor.loading.watchdog import Watchdog
 from extractor.system.running_clock import LOOK_SECONDS, running_seconds
@@ -129,7 +129,7 @@ class BatchLoader:
             self._error = error
 
     def _replace(self, task: Task) -> None:
-        self._decoder.budget.give_back(task.claimed_pixels)
+        TaskBudget(self._decoder.budget, task).give_back_all()
         task.batch.move_to(self._buffers.allocate())
         message = f"not decoded within {self._timeout_seconds:g} s"
         task.batch.settle(task.index, Failure("timeout", message, *task.file_status()))

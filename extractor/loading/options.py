@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from extractor.options import Options
@@ -19,7 +20,11 @@ class LoaderOptions:
         batch_size: Rows of every batch, however many images it holds.
         workers: Number of decoding threads, at least 1.
         pin: Whether to page-lock the buffers, so that copies to a CUDA device overlap computation.
-        max_pixels: Limit on the pixels in all decoders together. A larger image fails.
+        max_pixels: Limit on the pixels of an image. A larger image fails.
+        pixel_share: Limit on the pixels in all decoders of this process together; ``max_pixels`` if
+            None. A larger image takes all of it.
+        large_image_slot: File that stands for the slot of this machine: of all processes that name
+            it, only one decodes an image above its share at a time. None if there is one process.
         image_timeout_seconds: Time after which an image fails and its thread is abandoned.
         decode_mode: ``scaled`` or ``exact``, see :func:`extractor.images.decode.decode_into`.
             ``gpu`` leaves plain JPEGs encoded, and decodes all other images exactly.
@@ -29,11 +34,14 @@ class LoaderOptions:
     workers: int
     pin: bool = False
     max_pixels: int = _DEFAULT.max_pixels
+    pixel_share: int | None = None
+    large_image_slot: str | os.PathLike[str] | None = None
     image_timeout_seconds: float = _DEFAULT.image_timeout
     decode_mode: str = _DEFAULT.decode
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        for name, value in (("batch_size", self.batch_size), ("workers", self.workers)):
-            if value < 1:
+        for name in ("batch_size", "workers", "pixel_share"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")

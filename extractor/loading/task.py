@@ -28,7 +28,7 @@ class Task:
         source: The image to decode: ``origin``, or its content after it was read.
         outs: Rows to write the pictures to.
         encoded: The image if it is left for the GPU to decode.
-        claimed_pixels: Pixels that it holds of the budget.
+        claims: Pixels that it holds of the budget, one number for each claim.
         started: Start of the time limit, by ``running_seconds()``; infinite while it is paused.
         is_abandoned: Whether it took too long, and its thread is left to itself.
         is_read_ahead: Whether a reading thread holds it.
@@ -41,7 +41,7 @@ class Task:
         self.source: ImageSource = self.origin
         self.outs = [rows[index] for rows in batch.rows]
         self.encoded: EncodedJpeg | None = None
-        self.claimed_pixels = 0
+        self.claims: list[int] = []
         self.started = running_seconds()
         self.is_abandoned = False
         self.is_read_ahead = False
@@ -95,10 +95,16 @@ class TaskBudget(PixelBudget):
         """Wait until so many pixels are free, and take them."""
         with self._task.paused():
             self._shared.take(pixels)
-        self._task.claimed_pixels += pixels
+            self._task.claims.append(pixels)
 
     def give_back(self, pixels: int) -> None:
         """Free pixels, unless that was done when the task was abandoned."""
-        if not self._task.is_abandoned:
-            self._task.claimed_pixels -= pixels
+        with contextlib.suppress(ValueError):
+            self._task.claims.remove(pixels)  # by one thread only: this one, or who abandons it
             self._shared.give_back(pixels)
+
+    def give_back_all(self) -> None:
+        """Free all that an abandoned task holds, in another thread than its own."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self._shared.give_back(self._task.claims.pop())

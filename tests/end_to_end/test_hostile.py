@@ -31,7 +31,7 @@ from extractor import FeatureStore, Progress, extract
 from extractor.errors import InterruptedRunError, SourceError
 from extractor.images import decode as decode_module
 from extractor.images import files as files_module
-from extractor.images.budget import PixelBudget
+from extractor.images.budget import LargeImageSlot, PixelBudget
 from extractor.images.decode import decode_into
 from extractor.images.files import read_file
 from extractor.images.listing import list_images
@@ -243,6 +243,26 @@ def test_waiting_for_the_pixel_budget_is_no_timeout(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("extractor.loading.image_decoder.decode_into", slow)
     levels = list(range(1, 17))
     assert load(levels, 16, 16, timeout=1.0, max_pixels=30) == levels
+
+
+def test_waiting_for_the_slot_of_large_images_is_no_timeout(tmp_path: Path) -> None:
+    """An image of 25 pixels is above the share of this process, and another one has the slot."""
+    slot = LargeImageSlot(tmp_path / "slot")
+    slot.take()
+    timer = threading.Timer(1.2, slot.give_back)
+    timer.start()
+    limits: dict[str, Any] = {"pixel_share": 20, "large_image_slot": tmp_path / "slot"}
+    assert load([1, 2, 3, 4, 5], 4, 2, timeout=0.8, max_pixels=30, **limits) == [1, 2, 3, 4, 5]
+    timer.join()
+
+
+def test_hanging_image_frees_the_slot_of_large_images(
+    hanging: Callable[..., Hanging], tmp_path: Path
+) -> None:
+    hanging(1, 3, holding=True)
+    limits: dict[str, Any] = {"pixel_share": 20, "large_image_slot": tmp_path / "slot"}
+    assert load([1, 2, 3, 4], 4, 2, max_pixels=30, **limits) == ["timeout", 2, "timeout", 4]
+    LargeImageSlot(tmp_path / "slot").take()  # as another process
 
 
 def test_hanging_image_does_not_starve_others(hanging: Callable[..., Hanging]) -> None:

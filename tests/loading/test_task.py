@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from support.loading import buffers, make_batch, read_file_of
 
-from extractor.images.budget import PixelBudget
+from extractor.images.budget import LargeImageSlot, PixelBudget
 from extractor.images.types import ImageInfo
 from extractor.loading.task import Task, TaskBudget
 
@@ -68,7 +68,25 @@ def test_waiting_for_pixels_stops_the_clock() -> None:
     shared.give_back(20)
     thread.join(10)
     assert task.started < math.inf
-    assert task.claimed_pixels == 10
+    assert task.claims == [10]
+
+
+def test_waiting_for_the_slot_of_large_images_stops_the_clock(tmp_path: Path) -> None:
+    other = LargeImageSlot(tmp_path / "slot")
+    other.take()
+    shared = PixelBudget(100, 20, LargeImageSlot(tmp_path / "slot"))
+    task = Task(make_batch(), 0)
+    thread = threading.Thread(target=TaskBudget(shared, task).take, args=(30,))
+    thread.start()
+    deadline = time.monotonic() + 10
+    while task.started != math.inf and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.05)
+    assert task.started == math.inf
+    other.give_back()
+    thread.join(10)
+    assert task.started < math.inf
+    assert task.claims == [30]
 
 
 @pytest.mark.parametrize("is_abandoned", [False, True])
@@ -79,9 +97,36 @@ def test_pixels_of_an_abandoned_task_are_given_back_once(is_abandoned: bool) -> 
     budget.take(10)
     if is_abandoned:  # the loader gives them back, and the thread comes back later
         task.is_abandoned = True
-        shared.give_back(task.claimed_pixels)
+        TaskBudget(shared, task).give_back_all()
     budget.give_back(10)
     assert shared._left == 25
+
+
+def test_pixels_taken_after_a_task_was_abandoned_are_given_back() -> None:
+    shared = PixelBudget(25)
+    task = Task(make_batch(), 0)
+    task.is_abandoned = True
+    with TaskBudget(shared, task).claim(5, 2):
+        assert shared._left == 15
+    assert shared._left == 25
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_abandoned_task_frees_the_slot_of_large_images(tmp_path: Path, comes_back: bool) -> None:
+    shared = PixelBudget(100, 20, LargeImageSlot(tmp_path / "slot"))
+    task = Task(make_batch(), 0)
+    budget = TaskBudget(shared, task)
+    budget.take(30)
+    task.is_abandoned = True
+    budget.give_back_all()
+    if comes_back:
+        budget.give_back(30)
+    assert shared._left == 20
+    other = PixelBudget(100, 20, LargeImageSlot(tmp_path / "slot"))
+    with other.claim(6, 5), shared.claim(5, 2):
+        if comes_back:
+            budget.give_back(30)
+        assert (other._left, shared._left) == (0, 10)
 
 
 def test_outs_share_memory_with_the_batch() -> None:
