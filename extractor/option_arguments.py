@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TypedDict
 
-from extractor.options import Check, Compile, Decode, Dtype, Fuse, Precision
+from extractor.options import Check, Compile, Decode, Dtype, Engine, Fuse, Precision
 from extractor.preprocess import Fit, GrayBits, Interpolation
 
 __all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments", "ServingArguments"]
@@ -56,6 +56,8 @@ class OptionArguments(EmbeddingArguments, total=False):
     """Options that :class:`extractor.extract` takes as keyword arguments."""
 
     dtype: Dtype
+    devices: str | None
+    processes: int | None
     compile: Compile
     exclude: Sequence[str]
     overwrite: bool
@@ -69,6 +71,9 @@ class OptionArguments(EmbeddingArguments, total=False):
     max_failure_rate: float
     lock: bool
     profile: str | os.PathLike[str] | None
+    part: str | None
+    engine: Engine
+    address: str | None
 
 
 class ServingArguments(TypedDict, total=False):

@@ -50,6 +50,7 @@ Fuse = Literal["auto", "off"]
 Dtype = Literal["float32", "float16"]
 Decode = Literal["scaled", "exact", "gpu"]
 Check = Literal["stat", "content"]
+Engine = Literal["local", "ray"]
 
 # Far beyond what any machine gains from; a typo should not take the machine down.
 MAX_BATCH_SIZE = 65_536
@@ -108,6 +109,46 @@ def parse_pooling(text: str) -> Pooling:
     raise UsageError(
         f"pool: got {text!r}, expected one of {', '.join(POOLS)}, or gem:POWER such as gem:4"
     )
+
+
+def parse_devices(text: str) -> tuple[int, ...] | Literal["all", "cpu"]:
+    """Return the indices of the GPUs written as ``0,1,3``, or ``all`` or ``cpu``.
+
+    Raises:
+        UsageError: The text has another form, or names a GPU twice.
+    """
+    if text in ("all", "cpu"):
+        return "all" if text == "all" else "cpu"
+    names = [name.strip() for name in text.split(",")]
+    if not all(re.fullmatch(r"[0-9]{1,4}", name) for name in names):
+        raise UsageError(f"devices: got {text!r}, expected all, cpu or numbers of GPUs as in 0,1,3")
+    numbers = tuple(map(int, names))
+    twice = sorted({number for number in numbers if numbers.count(number) > 1})
+    if twice:
+        raise UsageError(
+            f"devices: got GPU {twice[0]} more than once; for several processes on each GPU try "
+            "--processes"
+        )
+    return numbers
+
+
+def parse_part(text: str) -> tuple[int, int] | Literal["auto"]:
+    """Return the part written as ``3/16``, from 1, and the number of parts; or ``auto``.
+
+    Raises:
+        UsageError: The text has another form, or there is no such part.
+    """
+    if text == "auto":
+        return "auto"
+    found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not found:
+        raise UsageError(f"part: got {text!r}, expected K/N such as 3/16, or auto")
+    number, count = map(int, found.groups())
+    if not count:
+        raise UsageError(f"part: got {text}, expected at least one part, such as 1/1")
+    if not 1 <= number <= count:
+        raise UsageError(f"part: got {text}, expected a part from 1/{count} to {count}/{count}")
+    return number, count
 
 
 def parse_image_size(text: str) -> int | tuple[int, int]:
@@ -381,6 +422,30 @@ class Options:
             scope="backbone",
         ),
     )
+    devices: str | None = option(
+        None,
+        Flag(
+            "--devices",
+            "GPUs that share the run: all, or numbers such as 0,1,3; cpu for none",
+            COMPUTE,
+            metavar="LIST",
+            advanced=True,
+            unset="one, as --device says",
+        ),
+    )
+    processes: int | None = option(
+        None,
+        Flag(
+            "--processes",
+            "number of processes on each device, which share the cores",
+            COMPUTE,
+            metavar="N",
+            advanced=True,
+            minimum=1,
+            maximum=MAX_WORKERS,
+            unset="as many as the cores and the number of images are worth",
+        ),
+    )
     precision: Precision = option(
         "auto",
         Flag(
@@ -606,6 +671,39 @@ class Options:
         ),
     )
 
+    part: str | None = option(
+        None,
+        Flag(
+            "--part",
+            "compute one part of the run, such as 3/16, while other jobs compute the others; auto "
+            "asks Slurm, torchrun or Kubernetes which one",
+            RUN,
+            metavar="K/N",
+            advanced=True,
+            unset="all of it",
+        ),
+    )
+    engine: Engine = option(
+        "local",
+        Flag(
+            "--engine",
+            "where the workers run: on this machine, or on the nodes of a Ray cluster",
+            RUN,
+            advanced=True,
+        ),
+    )
+    address: str | None = option(
+        None,
+        Flag(
+            "--address",
+            "address of the Ray cluster, as HOST:PORT; auto finds the one that this machine is in",
+            RUN,
+            metavar="HOST:PORT",
+            advanced=True,
+            unset="RAY_ADDRESS, else auto",
+        ),
+    )
+
     def __post_init__(self) -> None:
         declared = options_in(Options)
         for name in declared:
@@ -633,6 +731,7 @@ class Options:
             object.__setattr__(self, "weights_prefix", self.weights_prefix.rstrip(".") + ".")
         self._check_layers()
         self._check_pixels()
+        self._check_workers()
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, object], *, scope: Scope = "run") -> Options:
@@ -678,6 +777,43 @@ class Options:
             raise UsageError(
                 "pool: none keeps maps or tokens, which can be neither joined nor scaled to unit "
                 "length; leave out --concat and --normalize"
+            )
+
+    def _check_workers(self) -> None:
+        devices = None if self.devices is None else parse_devices(self.devices)
+        if self.part is not None:
+            parse_part(self.part)
+        is_ray = self.engine == "ray"
+        several = (self.processes or 1) > 1 or is_ray
+        several = several or (isinstance(devices, tuple) and len(devices) > 1)
+        if devices is not None and self.device != "auto":
+            raise UsageError(
+                f"devices: got {self.devices} with device {self.device}; leave out one of "
+                "--devices and --device"
+            )
+        if devices is not None and is_ray:
+            raise UsageError(
+                "devices: the Ray cluster assigns GPUs to workers; leave out --devices, or choose "
+                "their kind with --device cuda or --device cpu"
+            )
+        if self.address is not None and not is_ray:
+            raise UsageError(
+                "address: applies to --engine ray only; add it, or leave out --address"
+            )
+        if self.address is not None and not re.fullmatch(r"auto|[^\s/]+:\d{1,5}", self.address):
+            raise UsageError(
+                f"address: got {self.address!r}, expected auto or HOST:PORT such as 10.0.0.1:6379"
+            )
+        if self.part is not None and is_ray:
+            raise UsageError(
+                "part: the Ray cluster shares out the whole run; leave out --part or --engine ray"
+            )
+        if self.part is not None and not self.lock:
+            raise UsageError("part: parts need file locks to share a store; leave out --no-lock")
+        if self.profile is not None and several:
+            raise UsageError(
+                "profile: traces one process; leave out --profile, or run one with --processes 1 "
+                "on one device"
             )
 
     def _check_pixels(self) -> None:

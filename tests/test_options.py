@@ -92,3 +92,53 @@ def test_numbers_of_numpy_and_lists_become_plain_values() -> None:
     assert options == Options(batch_size=4, image_size=(8, 6), mean=(0.5, 0.5, 0.5))
     assert json.dumps([options.batch_size, options.image_size]) == "[4, [8, 6]]"
     assert hash(options) == hash(Options(batch_size=4, image_size=(8, 6), mean=(0.5, 0.5, 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"devices": "gpu"}, "devices: got 'gpu', expected all, cpu or numbers of GPUs"),
+        ({"devices": ""}, "devices: got '', expected all, cpu or numbers"),
+        ({"devices": "0,,1"}, "devices: got '0,,1', expected all, cpu or numbers"),
+        ({"devices": "-1"}, "devices: got '-1', expected all, cpu or numbers"),
+        ({"devices": "²"}, "devices: got '²', expected all, cpu or numbers"),
+        ({"devices": "0,1,0"}, "devices: got GPU 0 more than once; .* try --processes"),
+        ({"devices": "0", "device": "cuda:1"}, "leave out one of --devices and --device"),
+        ({"devices": "all", "engine": "ray"}, "assigns GPUs to workers; leave out --devices"),
+        ({"part": "0/4"}, "part: got 0/4, expected a part from 1/4 to 4/4"),
+        ({"part": "5/4"}, "part: got 5/4, expected a part from 1/4 to 4/4"),
+        ({"part": "1/0"}, "part: got 1/0, expected at least one part"),
+        ({"part": "a/b"}, "part: got 'a/b', expected K/N such as 3/16, or auto"),
+        ({"part": "3"}, "part: got '3', expected K/N such as 3/16, or auto"),
+        ({"part": "-1/4"}, "part: got '-1/4', expected K/N"),
+        ({"part": "1/4", "engine": "ray"}, "leave out --part or --engine ray"),
+        ({"part": "1/4", "lock": False}, "parts need file locks .* leave out --no-lock"),
+        ({"address": "auto"}, "address: applies to --engine ray only"),
+        ({"address": "ray://a:1", "engine": "ray"}, "expected auto or HOST:PORT such as"),
+        ({"address": "", "engine": "ray"}, "expected auto or HOST:PORT such as"),
+        ({"profile": "a.json", "processes": 2}, "profile: traces one process"),
+        ({"profile": "a.json", "devices": "0,1"}, "profile: traces one process"),
+        ({"profile": "a.json", "engine": "ray"}, "profile: traces one process"),
+    ],
+)
+def test_options_of_several_workers_that_contradict_are_refused(
+    given: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(UsageError, match=match):
+        Options(**given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"devices": "0, 1,3"},
+        {"devices": "cpu", "processes": 4},
+        {"device": "cuda:1", "processes": 4},
+        {"part": "16/16", "processes": 2, "devices": "all"},
+        {"part": "auto"},
+        {"engine": "ray", "address": "[::1]:6379", "processes": 2, "device": "cuda"},
+        {"profile": "a.json", "devices": "0", "processes": 1},
+    ],
+)
+def test_options_of_several_workers_that_fit_are_accepted(given: dict[str, Any]) -> None:
+    Options(**given)

@@ -57,6 +57,11 @@ RUN_ONLY = frozenset(
         "max_failure_rate",
         "lock",
         "profile",
+        "devices",
+        "processes",
+        "part",
+        "engine",
+        "address",
     }
 )
 
