@@ -14,6 +14,7 @@ __all__ = [
     "InstallationError",
     "InterruptedRunError",
     "ModelError",
+    "ShardBusyError",
     "SourceError",
     "StoreBusyError",
     "StoreDamagedError",
@@ -93,6 +94,10 @@ class StoreDamagedError(StoreError):
 
 class StoreBusyError(StoreError):
     """Another run is writing to the store."""
+
+
+class ShardBusyError(StoreBusyError):
+    """Another process computes the shard."""
 
 
 class StoreReplacedError(StoreError):

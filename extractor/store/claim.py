@@ -54,6 +54,7 @@ class ClaimedFolder:
         out: folder of the store.
         staging: folder in it that holds the work until it is published.
         overwrite: as given.
+        lock: as given.
 
     Raises:
         StoreError: on entry, if the folder is not writable, in use, or holds something else.
@@ -65,6 +66,7 @@ class ClaimedFolder:
         self.out = out
         self.staging = out / STAGING
         self.overwrite = overwrite
+        self.lock = lock
         self._may_exist = overwrite or extend
         self._lock = Lock(self.staging / "lock", required=lock)
         self._made: list[Path] = []  # folders that did not exist before

@@ -1,17 +1,19 @@
-"""Lock that lets only one process at a time write a store."""
+"""Locks that let only one process at a time write a store, or one of its shards."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import socket
 from pathlib import Path
 
-from extractor.errors import StoreBusyError, StoreError
+from extractor.errors import ShardBusyError, StoreBusyError, StoreError
 from extractor.store.atomic import NOT_SUPPORTED
+from extractor.store.format import JOURNAL
 
-__all__ = ["Lock"]
+__all__ = ["FinishingLock", "Lock", "ShardLock", "is_same_file"]
 
 
 class Lock:
@@ -27,6 +29,8 @@ class Lock:
         StoreError: on entry, if another process holds the lock; it does not wait.
     """
 
+    _waits = False
+
     def __init__(self, path: Path, *, required: bool = True) -> None:
         self._path = path
         self._required = required
@@ -41,7 +45,7 @@ class Lock:
             except BaseException:
                 os.close(descriptor)
                 raise
-            if _is_same_file(descriptor, self._path):
+            if is_same_file(descriptor, self._path):
                 self._descriptor = descriptor
             else:  # its last holder removed it after we opened it and before we locked it
                 os.close(descriptor)
@@ -71,22 +75,29 @@ class Lock:
 
     def _take(self, descriptor: int) -> None:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._waits else fcntl.LOCK_NB))
         except BlockingIOError as error:
             holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-            raise StoreBusyError(
-                f"{self._path.parent.parent} is being written by {holder or 'another process'}; "
-                "wait for it, or choose another --out"
-            ) from error
+            raise self._busy(holder or "another process") from error
         except OSError as error:
             if error.errno not in {*NOT_SUPPORTED, errno.ENOLCK}:
                 raise
             if self._required:
                 raise StoreError(
-                    f"{self._path.parent.parent}: the file system does not support locks "
+                    f"{self._out}: the file system does not support locks "
                     f"({error.strerror}), so a second run would go unnoticed; choose another "
                     "--out, or use --no-lock and start only one run at a time"
                 ) from error
+
+    @property
+    def _out(self) -> Path:
+        """Folder of the store."""
+        return self._path.parent.parent
+
+    def _busy(self, holder: str) -> StoreBusyError:
+        return StoreBusyError(
+            f"{self._out} is being written by {holder}; wait for it, or choose another --out"
+        )
 
     def __exit__(self, *_: object) -> None:
         if self._descriptor is not None:
@@ -94,7 +105,50 @@ class Lock:
             self._descriptor = None
 
 
-def _is_same_file(descriptor: int, path: Path) -> bool:
+class ShardLock(Lock):
+    """Lock of one shard of a run; its file is removed when it is released.
+
+    Args:
+        staging: staging folder of the store.
+        shard: number of the shard.
+        required: fail if the file system does not support locks.
+
+    Raises:
+        ShardBusyError: on entry, if another process holds the lock; it does not wait.
+    """
+
+    _suffix = "lock"
+
+    def __init__(self, staging: Path, shard: int, *, required: bool = True) -> None:
+        super().__init__(staging / JOURNAL / f"{shard:05d}.{self._suffix}", required=required)
+        self._staging = staging
+        self._shard = shard
+
+    @property
+    def _out(self) -> Path:
+        return self._staging.parent
+
+    def _busy(self, holder: str) -> StoreBusyError:
+        return ShardBusyError(
+            f"shard {self._shard} of {self._out} is being computed by {holder}; wait for it"
+        )
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # an empty file is left, and no lock
+            if self._descriptor is not None and is_same_file(self._descriptor, self._path):
+                self._path.unlink()
+        super().__exit__()
+
+
+class FinishingLock(ShardLock):
+    """Lock under which one of several attempts at a shard finishes it; it waits for others."""
+
+    _suffix = "finish"
+    _waits = True
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Return whether a path still leads to an open file."""
     try:
         current = os.stat(path)
     except FileNotFoundError:

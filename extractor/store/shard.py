@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from extractor.errors import StoreError
 from extractor.store.atomic import store_errors, sync, write_atomically
 from extractor.store.failures import FailureRecord
 from extractor.store.format import (
+    FEATURES,
     JOURNAL,
     Description,
     FileEntry,
@@ -26,8 +29,18 @@ from extractor.store.format import (
 )
 from extractor.store.index import ImageRecord, index_bytes
 from extractor.store.journal import BatchEntry, Journal, read_journal
+from extractor.store.lock import FinishingLock, ShardLock, is_same_file
 
-__all__ = ["FinishedShard", "ShardWriter", "done_name", "journal_name"]
+__all__ = [
+    "FinishedShard",
+    "ShardWriter",
+    "clear_attempts",
+    "done_name",
+    "journal_name",
+]
+
+# Ends the name of the rows of a copy.
+COPY = ".copy"
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,18 @@ class FinishedShard:
         entry = None if content["entry"] is None else ShardEntry.from_mapping(content["entry"])
         return cls(content["shard"], content["images"], entry, failures)
 
-    def is_complete(self, staging: Path) -> bool:
+    @classmethod
+    def read(cls, staging: Path, number: int) -> FinishedShard | None:
+        """Return a finished shard whose files are complete; None if there is none."""
+        try:
+            shard = cls.from_json((staging / done_name(number)).read_bytes())
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):  # damaged by a power cut
+            return None
+        return shard if shard.shard == number and shard._is_complete(staging) else None
+
+    def _is_complete(self, staging: Path) -> bool:
         """Return whether all its files exist in their full size."""
         files = () if self.entry is None else (self.entry.features, self.entry.index)
         return all(_size(staging / file.name) == file.bytes for file in files)
@@ -82,16 +106,26 @@ class ShardWriter:
     """Context manager that appends rows to one shard, new or unfinished.
 
     Only the index grows in memory. Leaving without :meth:`finish` makes no shard, but keeps the
-    batches for the next run of the same job.
+    batches for the next run of the same job. The shard is locked until then, and the kernel
+    releases the lock of a process that dies.
+
+    A copy is a second attempt at a shard that another process may be computing. It starts from the
+    first image, under names of its own, takes no lock, and leaves nothing unless it finishes first.
 
     Args:
         staging: staging folder of the store.
         number: number of the shard.
         description: description of the store.
-        finished: finished shards by number; :meth:`finish` adds this one.
+        is_copy: another process may be computing the shard.
+        lock: fail if the file system does not support locks.
 
     Attributes:
         entries: batches of the shard so far.
+        finished: the shard if it is finished, be it by another process; else None.
+
+    Raises:
+        ShardBusyError: another process computes the shard.
+        OSError: the file system refuses.
     """
 
     def __init__(
@@ -99,21 +133,49 @@ class ShardWriter:
         staging: Path,
         number: int,
         description: Description,
-        finished: dict[int, FinishedShard],
+        *,
+        is_copy: bool = False,
+        lock: bool = True,
     ) -> None:
         self._staging = staging
         self._number = number
         self._dtype = np.dtype(description.dtype).newbyteorder("<")
         self._row_shape = description.shape
-        self._finished = finished
+        self._is_copy = is_copy
+        self._lock = lock
         self._path = staging / features_name(number)
-        self._partial = self._path.with_name(self._path.name + ".partial")
+        suffix = f".{uuid.uuid4().hex}{COPY}" if is_copy else ".partial"
+        self._partial = self._path.with_name(self._path.name + suffix)
+        self._journal: Journal | None = None
+        self.entries: list[BatchEntry] = []
+        self.finished: FinishedShard | None = None
+        with contextlib.ExitStack() as stack:
+            if not is_copy:
+                stack.enter_context(ShardLock(staging, number, required=lock))
+            if self._path.exists() or (staging / done_name(number)).exists():
+                self._look_for_finished()
+            if self.finished is None:
+                self._open(stack)
+            self._held = stack.pop_all()
+
+    def _look_for_finished(self) -> None:
+        """Take over a finished shard, or go on with one that another attempt was finishing."""
+        with self._finishing():
+            self.finished = FinishedShard.read(self._staging, self._number)
+            if self.finished is None and not self._is_copy:
+                (self._staging / done_name(self._number)).unlink(missing_ok=True)
+                with contextlib.suppress(FileNotFoundError):
+                    os.replace(self._path, self._partial)
+
+    def _open(self, stack: contextlib.ExitStack) -> None:
         header = self._header(0)
-        if self._path.exists():  # a run died while it finished the shard
-            os.replace(self._path, self._partial)
-        self._file = self._partial.open("r+b" if self._partial.exists() else "x+b")
+        mode = "r+b" if self._partial.exists() else "x+b"
+        self._file = stack.enter_context(self._partial.open(mode))
+        if self._is_copy:
+            self._file.write(header)
+            return
         row_bytes = math.prod(self._row_shape) * self._dtype.itemsize
-        journal = staging / journal_name(number)
+        journal = self._staging / journal_name(self._number)
         self.entries = read_journal(journal, self._file, row_bytes, len(header))
         self._file.seek(0)
         self._file.write(header)
@@ -122,20 +184,30 @@ class ShardWriter:
         self._file.truncate()
         self._journal = Journal(journal, self._file, self.entries)
 
+    def _finishing(self) -> FinishingLock:
+        return FinishingLock(self._staging, self._number, required=self._lock)
+
     @property
     def images(self) -> int:
         """Number of images of the shard so far."""
+        if self.finished is not None:
+            return self.finished.images
         return sum(entry.images for entry in self.entries)
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            self._journal.sync()
-        with contextlib.suppress(OSError):  # the shard is not finished anyway
-            self._journal.close()
-            self._file.close()
+        if self._journal is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._journal.sync()
+            with contextlib.suppress(OSError):  # the shard is not finished anyway
+                self._journal.close()
+        with contextlib.suppress(OSError):
+            if self._is_copy:
+                self._partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._held.close()
 
     def append(
         self,
@@ -151,7 +223,7 @@ class ShardWriter:
             failures: images of the batch without a row.
 
         Raises:
-            ValueError: rows and records do not match.
+            ValueError: rows and records do not match, or the shard is finished.
             StoreError: the file system refuses.
         """
         if rows.shape != (len(records), *self._row_shape):
@@ -159,53 +231,88 @@ class ShardWriter:
                 f"got rows of shape {rows.shape} for {len(records)} records of shape "
                 f"{self._row_shape}"
             )
+        if self.finished is not None:
+            raise ValueError(f"shard {self._number} is finished")
         entry = BatchEntry(tuple(records), tuple(failures))
+        stored = np.ascontiguousarray(rows, dtype=self._dtype).tobytes()
         with store_errors(self._staging.parent):
-            self._journal.append(np.ascontiguousarray(rows, dtype=self._dtype).tobytes(), entry)
+            if self._journal is not None:
+                self._journal.append(stored, entry)
+            else:
+                self._file.write(stored)
         self.entries.append(entry)
 
-    def finish(self, ids: npt.NDArray[np.int64] | None = None) -> ShardEntry | None:
-        """Finish the shard and return its entry; None, without files, if no image has a row.
+    def finish(self, ids: npt.NDArray[np.int64] | None = None) -> FinishedShard:
+        """Finish the shard and return it; it has no files if no image has a row.
+
+        If another attempt at the shard was first, this one is discarded: the rows of two attempts
+        are equal, but an image may have failed in one of them only.
 
         Args:
             ids: ``(rows,)``, the id of each row, for the index; None if they count up.
+
+        Raises:
+            StoreError: the file system refuses, or the shard is no longer that of this process.
         """
+        if self.finished is not None:
+            return self.finished
+        with store_errors(self._staging.parent):
+            if self._journal is not None:
+                self._journal.close()  # needs no fsync: the .done file replaces it
+            features = self._complete_features()
+            with self._finishing():
+                done = FinishedShard.read(self._staging, self._number)
+                if done is None:
+                    done = self._publish(features, ids)
+                else:
+                    self._partial.unlink(missing_ok=True)
+                if not self._is_copy:
+                    (self._staging / journal_name(self._number)).unlink(missing_ok=True)
+        self.finished = done
+        return done
+
+    def _complete_features(self) -> FileEntry | None:
+        """Complete the file of the rows, and close it; return None if there are none."""
+        rows = sum(len(entry.records) for entry in self.entries)
+        if rows:
+            self._file.seek(0)
+            self._file.write(self._header(rows))
+            self._file.flush()
+            sync(self._file.fileno())
+        if not is_same_file(self._file.fileno(), self._partial):
+            raise StoreError(
+                f"{self._partial} was removed or replaced while this process wrote it; the run "
+                "that it belongs to has ended"
+            )
+        self._file.close()
+        return FileEntry.of(self._partial, features_name(self._number)) if rows else None
+
+    def _publish(
+        self, features: FileEntry | None, ids: npt.NDArray[np.int64] | None
+    ) -> FinishedShard:
+        """Give the files their names, the ``.done`` file last."""
         records = [record for entry in self.entries for record in entry.records]
         failures = [failure for entry in self.entries for failure in entry.failures]
         entry = None
-        with store_errors(self._staging.parent):
-            self._journal.close()  # needs no fsync: the .done file replaces it
-            if records:
-                self._file.seek(0)
-                self._file.write(self._header(len(records)))
-                self._file.flush()
-                sync(self._file.fileno())
-                self._file.close()
-                os.replace(self._partial, self._path)
-                index = images_name(self._number)
-                write_atomically(self._staging / index, index_bytes(records, ids))
-                entry = ShardEntry(
-                    self._number,
-                    self.images,
-                    len(records),
-                    FileEntry.of(self._path, features_name(self._number)),
-                    FileEntry.of(self._staging / index, index),
-                )
-            else:
-                self._file.close()
-                self._partial.unlink()
-            done = FinishedShard(self._number, self.images, entry, failures)
-            write_atomically(self._staging / done_name(self._number), done.to_json().encode())
-            (self._staging / journal_name(self._number)).unlink()
-        self._finished[self._number] = done
-        return entry
+        if features is None:
+            self._partial.unlink()
+        else:
+            os.replace(self._partial, self._path)
+            name = images_name(self._number)
+            write_atomically(self._staging / name, index_bytes(records, ids))
+            index = FileEntry.of(self._staging / name, name)
+            entry = ShardEntry(self._number, self.images, len(records), features, index)
+        done = FinishedShard(self._number, self.images, entry, failures)
+        write_atomically(self._staging / done_name(self._number), done.to_json().encode())
+        return done
 
     def discard(self) -> None:
         """Remove a shard without images."""
-        self._journal.close()
+        if self._journal is not None:
+            self._journal.close()
         self._file.close()
         self._partial.unlink()
-        (self._staging / journal_name(self._number)).unlink()
+        (self._staging / journal_name(self._number)).unlink(missing_ok=True)
 
     def _header(self, rows: int) -> bytes:
         # numpy pads the header, so its length does not depend on the number of rows.
@@ -225,3 +332,31 @@ def journal_name(shard: int) -> str:
 def done_name(shard: int) -> str:
     """Return the name of the file that marks a shard as finished."""
     return f"{JOURNAL}/{shard:05d}.done"
+
+
+def clear_attempts(staging: Path) -> tuple[dict[int, FinishedShard], list[int]]:
+    """Remove what dead attempts left in a staging folder and no run can use.
+
+    Returns:
+        The finished shards whose files are complete, and the numbers of the unfinished ones.
+    """
+    finished: dict[int, FinishedShard] = {}
+    unfinished = []
+    for path in sorted((staging / JOURNAL).glob("*.done")):
+        number = int(path.stem)
+        shard = FinishedShard.read(staging, number)
+        if shard is not None:
+            finished[number] = shard
+        else:  # a power cut destroyed its files: it is computed again
+            path.unlink(missing_ok=True)
+    for path in sorted((staging / JOURNAL).glob("*.jsonl")):
+        if int(path.stem) in finished:
+            path.unlink(missing_ok=True)
+        else:
+            unfinished.append(int(path.stem))
+    for path in (staging / FEATURES).glob(f"*{COPY}"):
+        path.unlink(missing_ok=True)
+    for number in finished:
+        rows = staging / features_name(number)
+        rows.with_name(f"{rows.name}.partial").unlink(missing_ok=True)
+    return finished, unfinished

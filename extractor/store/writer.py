@@ -11,8 +11,9 @@ Only a :class:`StoreRun` writes shards, and only it can publish.
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -62,7 +63,7 @@ from extractor.store.index import (
 from extractor.store.job import Job
 from extractor.store.plan import Move, Plan, StoredImages
 from extractor.store.publish import check_size, publish_staged
-from extractor.store.shard import FinishedShard, ShardWriter, done_name, journal_name
+from extractor.store.shard import FinishedShard, ShardWriter, clear_attempts, done_name
 
 __all__ = [
     "ExistingComputation",
@@ -171,8 +172,11 @@ def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | I
         if job.first_id is None:  # version 1 of the format began the run
             before = (job.first - first_shard) * description.shard_images
             job = replace(job, first_id=first_id + before)
-        finished = _load_finished(claim.staging, job)
-        return InterruptedRun(claim, base, job, finished, replaced=replaced)
+        for name in (FEATURES, IMAGES, JOURNAL):
+            (claim.staging / name).mkdir(exist_ok=True)
+        finished, unfinished = clear_attempts(claim.staging)
+        begun = [number for number in unfinished if number >= job.first]
+        return InterruptedRun(claim, base, job, finished, begun, replaced=replaced)
 
 
 def _replaced(claim: ClaimedFolder) -> tuple[Manifest | None, int]:
@@ -222,27 +226,6 @@ def _argument(difference: Difference) -> str:
         return flag and f"{'with' if value else 'without'} {flag}"
     is_one_word = str(value).isalnum()  # the precision of joined backbones is none
     return f"with {flag} {value}" if flag and is_one_word else ""
-
-
-def _load_finished(staging: Path, job: Job) -> dict[int, FinishedShard]:
-    """Return the finished shards whose files are complete; remove journals that cannot be used."""
-    for name in (FEATURES, IMAGES, JOURNAL):
-        (staging / name).mkdir(exist_ok=True)
-    finished = {}
-    for path in sorted((staging / JOURNAL).glob("*.done")):
-        shard = FinishedShard.from_json(path.read_bytes())
-        if shard.is_complete(staging):
-            finished[shard.shard] = shard
-    # If a finished shard was lost, the run resumes there and not at a later shard.
-    unfinished = Path(journal_name(_next_shard(finished, job.first))).name
-    for path in (staging / JOURNAL).glob("*.jsonl"):
-        if path.name > unfinished:
-            path.unlink()
-    return finished
-
-
-def _next_shard(finished: Mapping[int, FinishedShard], first: int) -> int:
-    return max(max(finished, default=-1) + 1, first)
 
 
 @dataclass(frozen=True)
@@ -299,6 +282,7 @@ class InterruptedRun:
         base: manifest of the finished store; None if there is none.
         job: the images that the run was computing.
         finished: its finished shards by number, and those of runs that were sealed before it.
+        unfinished: numbers of its shards that were begun, ascending.
         replaced: manifest of the store that the run replaces, if it can be read.
     """
 
@@ -306,6 +290,7 @@ class InterruptedRun:
     base: Manifest | None
     job: Job
     finished: dict[int, FinishedShard]
+    unfinished: Sequence[int] = ()
     replaced: Manifest | None = None
 
     @property
@@ -333,72 +318,60 @@ class InterruptedRun:
         stored = _stored_images(self.claim, self.base, finished, digests=digests)
         if not planned:
             return stored
+        shards, failures = dict(stored.shards), [*stored.new_failures]
         with store_errors(self.claim.out):
-            shard = self._unfinished_shard()
-            if shard is None:
-                return stored
-            with shard:
-                records = [record for entry in shard.entries for record in entry.records]
-                failures = [failure for entry in shard.entries for failure in entry.failures]
-        return replace(
-            stored,
-            shards={**stored.shards, self._next_shard: Images.of(records)},
-            new_failures=[*stored.new_failures, *failures],
-        )
+            for number in self.unfinished:
+                with self._shard(number) as shard:
+                    entries = shard.entries
+                records = [record for entry in entries for record in entry.records]
+                shards[number] = Images.of(records)
+                failures.extend(failure for entry in entries for failure in entry.failures)
+        return replace(stored, shards=dict(sorted(shards.items())), new_failures=failures)
 
     def resume(self, job: Job) -> StoreRun | None:
-        """Resume the run; None if its shards are not the beginning of this job."""
+        """Resume the run, whichever of its shards are done; None if the job is another one."""
         job = replace(job, first_id=self.job.first_id)
         if replace(self.job, description=job.description) != job:
             return None
-        done = 0
-        planned = [shard for number, shard in sorted(self.finished.items()) if number >= job.first]
-        for number, finished in enumerate(planned, job.first):
-            if (finished.shard, finished.images) != (number, job.images_in_shard(number)):
+        for number, finished in self.finished.items():
+            if number >= job.first and finished.images != job.images_in_shard(number):
                 return None
-            done += finished.images
+        begun = {}
         with store_errors(self.claim.out):
-            shard = self._unfinished_shard()
-            if shard is not None:
-                expected = job.images_in_shard(self._next_shard)
-                with shard:
+            for number in self.unfinished:
+                expected = job.images_in_shard(number)
+                with self._shard(number) as shard:
                     if shard.images > expected:
                         return None
                     if shard.images and shard.images == expected:
-                        shard.finish()  # the run died before it could
-                done += shard.images
+                        self.finished[number] = shard.finish()  # the run died before it could
+                    else:
+                        begun[number] = shard.images
             if job != self.job:  # software or the root changed
                 write_atomically(self.claim.staging / JOB, job.to_json().encode())
         return StoreRun(
-            self.claim, job, self.base, self.finished, resumed=done, replaced=self.replaced
+            self.claim, job, self.base, self.finished, begun=begun, replaced=self.replaced
         )
 
     def seal(self) -> ExistingStore:
         """End the run: keep its rows, so that the remaining images can be planned anew."""
         with store_errors(self.claim.out):
-            shard = self._unfinished_shard()
-            if shard is not None:
-                with shard:
+            for number in self.unfinished:
+                with self._shard(number) as shard:
                     if shard.images:
-                        shard.finish()
+                        self.finished[number] = shard.finish()
                     else:
                         shard.discard()
-        base = self.base.next_shard if self.base is not None else 0
-        first_shard = max(base, self._next_shard)
+        last = max(self.finished, default=-1)
+        first_shard = max(last + 1, self.job.first)
         first_id = self.job.first_id_in_shard(first_shard)
         return ExistingStore(
             self.claim, self.base, first_shard, first_id, self.finished, self.replaced
         )
 
-    @property
-    def _next_shard(self) -> int:
-        return _next_shard(self.finished, self.job.first)
-
-    def _unfinished_shard(self) -> ShardWriter | None:
-        staging, number = self.claim.staging, self._next_shard
-        if not (staging / journal_name(number)).exists():
-            return None
-        return ShardWriter(staging, number, self.job.description, self.finished)
+    def _shard(self, number: int) -> ShardWriter:
+        staging, description = self.claim.staging, self.job.description
+        return ShardWriter(staging, number, description, lock=self.claim.lock)
 
 
 def _stored_images(
@@ -480,7 +453,7 @@ class StoreRun:
         job: the images that the run computes.
         base: manifest of the store that the run extends.
         finished: finished shards in the staging folder, by number.
-        resumed: number of images that were finished before, from the first on.
+        begun: number of images that are done in unfinished shards, by number of the shard.
         vanished: number of rows that are kept although their images are gone, without a plan.
         replaced: manifest of the store that the run replaces, if it can be read.
         keeps_ids: the rows are those of the replaced store, and the indexes hold their ids.
@@ -493,19 +466,20 @@ class StoreRun:
         base: Manifest | None = None,
         finished: dict[int, FinishedShard] | None = None,
         *,
-        resumed: int = 0,
+        begun: Mapping[int, int] | None = None,
         vanished: int = 0,
         replaced: Manifest | None = None,
         keeps_ids: bool = False,
     ) -> None:
         self.job = job
-        self.resumed = resumed
+        self._begun = {} if begun is None else begun
         self._claim = claim
         self._base = base
         self._vanished = vanished
         self._replaced = replaced
         self._keeps_ids = keeps_ids
         self._finished = {} if finished is None else finished
+        self.resumed = sum(map(self.done_in, [*self._finished, *self._begun]))
 
     @property
     def failures(self) -> list[FailureRecord]:
@@ -521,11 +495,43 @@ class StoreRun:
         """Return whether a shard is finished."""
         return number in self._finished
 
-    def shard(self, number: int) -> ShardWriter:
-        """Open a shard, new or unfinished; it counts once it is finished."""
+    def done_in(self, number: int) -> int:
+        """Return the number of images of a shard that are done; 0 for one of an earlier run."""
+        if number < self.job.first:
+            return 0
+        finished = self._finished.get(number)
+        return self._begun.get(number, 0) if finished is None else finished.images
+
+    @contextlib.contextmanager
+    def shard(self, number: int) -> Iterator[ShardWriter]:
+        """Open a shard, new or unfinished; it counts if it is finished when the block ends."""
+        staging, description = self._claim.staging, self.job.description
         with store_errors(self._claim.out):
-            staging, description = self._claim.staging, self.job.description
-            return ShardWriter(staging, number, description, self._finished)
+            writer = ShardWriter(staging, number, description, lock=self._claim.lock)
+        with writer:
+            yield writer
+        if writer.finished is not None:
+            self.add(writer.finished)
+
+    def add(self, shard: FinishedShard) -> None:
+        """Let a finished shard count."""
+        self._finished[shard.shard] = shard
+
+    def collect(self, number: int) -> FinishedShard:
+        """Let a shard count that another process finished, and return it.
+
+        Raises:
+            StoreError: it is not there, or not complete.
+        """
+        with store_errors(self._claim.out):
+            shard = FinishedShard.read(self._claim.staging, number)
+        if shard is None:
+            raise StoreError(
+                f"shard {number} of {self._claim.out} was finished, but its files are not in "
+                f"{self._claim.staging}; expected all processes to see the same folder"
+            )
+        self.add(shard)
+        return shard
 
     def publish(
         self,

@@ -95,7 +95,7 @@ def test_shard_without_rows_has_no_files_and_leaves_a_gap(
                 failures = [FailureRecord(b"bad", "empty", "")] * (4 - len(part))
                 names = [b"%d" % row for row in range(len(part))]
                 shard.append(part, make_records(names), failures)
-                entry = shard.finish()
+                entry = shard.finish().entry
                 assert (entry is None) == (number == 1)
         manifest = run.publish()
     assert [(s.shard, s.images, s.rows) for s in manifest.shards] == [(0, 4, 4), (2, 4, 3)]

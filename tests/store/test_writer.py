@@ -244,6 +244,7 @@ def test_created_is_the_publishing_time_in_utc(
     assert created.utcoffset() is not None
 
 
+@pytest.mark.usefixtures("fixed_time")
 def test_same_rows_make_the_same_files(
     tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, tree: Tree
 ) -> None:
