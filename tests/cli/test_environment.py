@@ -27,6 +27,8 @@ TEXTS = {
     "pool": "gem:4",
     "layers": "a.b,c",
     "gray_bits": "12",
+    "part": "3/16",
+    "address": "10.0.0.1:6379",
 }
 
 
@@ -41,6 +43,7 @@ def text_for(each: Option) -> str:
 @pytest.mark.parametrize("each", OPTIONS, ids=lambda each: each.name)
 def test_every_option_is_read_from_its_variable(each: Option) -> None:
     more = {"EXTRACTOR_LAYER": "a,b"} if each.name in ("pool", "concat") else {}
+    more |= {"EXTRACTOR_ENGINE": "ray"} if each.name == "address" else {}
     plain = parsed(["a"], **more)
     changed = parsed(["a"], **more, **{each.variable: text_for(each)})
     assert {name for name in plain if plain[name] != changed[name]} == {each.name}
