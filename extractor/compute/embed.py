@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -23,11 +23,11 @@ from extractor.loading.buffers import MIN_BUFFERS
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
-from extractor.network.memory import is_out_of_memory
-from extractor.system.devices import device_errors
+from extractor.system.devices import device_errors, is_full_host, is_out_of_memory
+from extractor.system.float32 import full_float32
 from extractor.system.timing import Timer
 
-__all__ = ["Embedded", "Normalize", "PictureEmbedder", "embed", "full_float32"]
+__all__ = ["Embedded", "Normalize", "PictureEmbedder", "embed"]
 
 log = logging.getLogger(__name__)
 
@@ -63,8 +63,12 @@ def embed(
     normalize: bool,
     timer: Timer | None = None,
     decoder: NvjpegDecoder | None = None,
-) -> Iterator[Embedded]:
+) -> Generator[Embedded, None, None]:
     """Embed batches in order, and release each one once its pixels are no longer needed.
+
+    Close it with :func:`contextlib.closing` where it may not come to its end. Until then it keeps
+    memory of the device and a setting of the process, see
+    :func:`~extractor.system.float32.full_float32`.
 
     Args:
         specs: Embeddings to compute, all on one device. Each backbone runs once per batch.
@@ -144,6 +148,7 @@ class _Step:
         if len(devices) != 1:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")
         (self.device,) = devices
+        self._running = self._backbones  # the eager ones while a batch is computed in parts
         self._images_at_a_time = 0  # 0 for a whole batch
         self._checked = 0  # number of images that are known to fit
         keys = [preprocess.picture_key for preprocess in pictures_of(specs)]
@@ -189,7 +194,7 @@ class _Step:
         )
         self._checked = count
         if fitting < count:
-            self._images_at_a_time = fitting
+            self._compute_parts(fitting)
             log.warning(
                 "the memory does not suffice for a batch of %d images; computing %d at a time",
                 *(count, fitting),
@@ -214,8 +219,7 @@ class _Step:
                     for start in starts
                 ]
             except (RuntimeError, MemoryError) as error:
-                is_full = isinstance(error, torch.cuda.OutOfMemoryError) or is_out_of_memory(error)
-                if size == 1 or not is_full:
+                if size == 1 or not is_out_of_memory(error):
                     raise
             else:
                 return [torch.cat(rows) for rows in zip(*parts, strict=True)]
@@ -225,11 +229,17 @@ class _Step:
     def _halve(self, size: int) -> None:
         """Compute at most half as many images at a time from now on."""
         torch.cuda.empty_cache()
-        self._images_at_a_time = (size + 1) // 2
+        self._compute_parts((size + 1) // 2)
         log.warning(
             "%s is out of memory with %d images at a time; continuing with %d",
             *(self.device, size, self._images_at_a_time),
         )
+
+    def _compute_parts(self, size: int) -> None:
+        """Compute so many images at a time from now on."""
+        self._images_at_a_time = size
+        # A compiled network would compile again for every size of parts.
+        self._running = list(map(_eager, self._backbones))
 
     def __call__(
         self, pictures: Sequence[torch.Tensor], release: Callable[[], None]
@@ -245,19 +255,19 @@ class _Step:
             pixels = self._normalize[index](pictures[self._picture[index]])
             if index == len(self._backbones) - 1:
                 release()
-            outputs[id(backbone)] = self._embed(backbone, pixels)
+            outputs[id(backbone)] = self._embed(index, pixels)
         return [self._rows(spec, outputs) for spec in self._specs]
 
-    def _embed(self, backbone: Backbone, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _embed(self, index: int, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run a backbone. Where a CPU runs out of memory, compute halves."""
         try:
-            return backbone.embed(pixels)
+            return self._running[index].embed(pixels)
         except (RuntimeError, MemoryError) as error:
-            if len(pixels) == 1 or not is_out_of_memory(error):
+            if len(pixels) == 1 or not is_full_host(error):
                 raise
         self._halve(len(pixels))
         halves = torch.split(pixels, self._images_at_a_time)
-        parts = [self._embed(backbone, half) for half in halves]
+        parts = [self._embed(index, half) for half in halves]
         return tuple(torch.cat(rows) for rows in zip(*parts, strict=True))
 
     def _rows(
@@ -268,6 +278,14 @@ class _Step:
             parts = [torch.nn.functional.normalize(part) for part in parts]
         rows = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         return torch.nn.functional.normalize(rows) if self._unit_length else rows
+
+
+def _eager(backbone: Backbone) -> Backbone:
+    """Return the backbone with its network as it was before it was compiled."""
+    network = getattr(backbone.module, "_orig_mod", None)
+    if network is None:
+        return backbone
+    return replace(backbone, module=network, is_compiled=False)
 
 
 class PictureEmbedder:
@@ -375,8 +393,11 @@ def _embed_cuda(
                 yield _land(flights.popleft(), timer)
         while flights:
             yield _land(flights.popleft(), timer)
-    finally:
-        copies.synchronize()  # a copy may still read from a buffer
+    except BaseException:
+        # A copy may still read from a buffer. Its error would only hide the first one.
+        with contextlib.suppress(RuntimeError):
+            copies.synchronize()
+        raise
 
 
 @torch.inference_mode()
@@ -428,33 +449,3 @@ def _land(flight: _Flight, timer: Timer) -> Embedded:
 def _collect(batch: Batch, rows: Sequence[torch.Tensor]) -> Embedded:
     outcomes = [outcome for outcome in batch.outcomes if outcome is not None]
     return Embedded(tuple(output[: len(outcomes)].numpy() for output in rows), outcomes)
-
-
-class _FullFloat32:
-    """Switches TF32 off for the whole process until the last thread leaves."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._allowed = False
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._allowed = torch.backends.cudnn.allow_tf32
-                torch.backends.cudnn.allow_tf32 = False
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                torch.backends.cudnn.allow_tf32 = self._allowed
-
-
-_full_float32 = _FullFloat32()
-
-
-def full_float32() -> AbstractContextManager[None]:
-    """Return a context in which GPUs do not round float32 inputs to TF32."""
-    return _full_float32

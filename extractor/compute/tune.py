@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
-from extractor.compute.embed import Normalize, full_float32
+from extractor.compute.embed import Normalize
 from extractor.compute.inputs import pictures_of
 from extractor.errors import ExtractorError
 from extractor.models.backbone import Backbone
@@ -25,6 +25,7 @@ from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.models.naming import split_names
 from extractor.network.fusion.fuse import without_packing
 from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
+from extractor.system.float32 import full_float32
 from extractor.text import first_line
 
 __all__ = ["LEAST_COSINE", "Recorded", "TuneSettings", "compiled", "tune"]

@@ -21,7 +21,7 @@ from extractor.system.memory import free_memory
 from extractor.system.process_tuning import return_freed_memory
 from extractor.text import first_line
 
-__all__ = ["USABLE", "Fit", "images_that_fit", "is_out_of_memory"]
+__all__ = ["USABLE", "Fit", "images_that_fit"]
 
 log = logging.getLogger(__name__)
 
@@ -115,11 +115,6 @@ def _peak_of_copy(embedder: Embedder, size: tuple[int, int]) -> int:
         pixels = torch.empty(1, 3, *size).to(memory_format=torch.channels_last)
         copied.embed(pixels)
     return peak.bytes
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error of torch says that the memory of the CPU is used up."""
-    return isinstance(error, MemoryError) or "allocate memory" in str(error)
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from extractor.errors import ModelError
-from extractor.network.memory import is_out_of_memory
+from extractor.system.devices import is_broken_device, is_out_of_memory
 from extractor.text import first_line
 
 __all__ = ["PROBE_IMAGES", "describe_shapes", "probe"]
@@ -29,17 +29,15 @@ def probe(
     Raises:
         ModelError: The network rejects this size or returns no tensor with one row per image.
         torch.OutOfMemoryError: The device is full.
-        RuntimeError: The memory of the CPU is full.
+        RuntimeError: The memory of the CPU is full, or the device is broken.
     """
     weight = next(network.parameters(), torch.zeros(()))
     pixels = torch.zeros(PROBE_IMAGES, 3, *size, device=weight.device, dtype=weight.dtype)
     try:
         with torch.inference_mode():
             output = network(pixels.to(memory_format=torch.channels_last))
-    except torch.cuda.OutOfMemoryError:
-        raise
     except Exception as error:  # networks reject a shape with all kinds of exceptions
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_broken_device(error):
             raise
         raise ModelError(
             f"{name} cannot take images of {size[0]} x {size[1]} pixels ({first_line(error)})"

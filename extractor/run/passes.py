@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 
 from extractor.compute.embed import Embedded, embed
@@ -153,6 +153,7 @@ class PassRunner:
                 timer=self._timer,
                 decoder=decoder,
             )
+            stack.enter_context(closing(computed))
             pairs = zip(batches, computed, strict=True)
             for shard, in_shard in itertools.groupby(pairs, key=lambda pair: pair[0].shard):
                 with ExitStack() as shards:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
 
 import numpy as np
 import numpy.typing as npt
@@ -63,8 +64,10 @@ def recompute(
                 decode_mode="exact" if decode == "gpu" else decode,
             ),
         ) as loader,
+        closing(
+            embed([spec], loader, normalize=bool(description.embedding["normalized"]))
+        ) as computed,
     ):
-        computed = embed([spec], loader, normalize=bool(description.embedding["normalized"]))
         for row, path, embedded in zip(rows, paths, computed, strict=True):
             (outcome,) = embedded.outcomes
             if isinstance(outcome, Failure):

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from extractor.errors import DeviceError
+from extractor.text import first_line
 
-__all__ = ["device_errors", "device_name", "resolve_device"]
+__all__ = [
+    "device_errors",
+    "device_name",
+    "is_broken_device",
+    "is_full_host",
+    "is_out_of_memory",
+    "resolve_device",
+]
+
+# What torch's allocators, CUDA and the libraries above it say when no memory is left. A library
+# that cannot even make its handle (NOT_INITIALIZED) most often lacks the memory for it.
+FULL = re.compile(
+    r"out of memory|(CU|HIP|MIO)\w*ALLOC\w*FAILED|CU(DNN|BLAS)_STATUS_NOT_INITIALIZED",
+    re.IGNORECASE,
+)
+FULL_HOST = "allocate memory"  # torch's allocator for the CPU
+
+# What they say when they fail in any other way.
+BROKEN = re.compile(
+    r"(CUDA|HIP)( driver)? error|CUDA-capable device|Triton Error \[CUDA\]|MIOpen error"
+    r"|cu(DNN|BLAS|BLASLt|FFT|SOLVER|SPARSE) error|CU(DNN|BLAS|FFT|SOLVER|SPARSE)_\w+"
+    r"|unable to find an engine to execute",
+    re.IGNORECASE,
+)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -68,23 +93,45 @@ def device_errors(device: torch.device) -> Iterator[None]:
     """Raise :class:`DeviceError` with advice where a device is full, busy or broken."""
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise DeviceError(
-            f"{device} is out of memory; try a smaller --batch-size or --precision float16, or "
-            f"stop other programs on it ({_first_line(error)})"
-        ) from error
     except RuntimeError as error:
-        if "allocate memory" in str(error):  # torch's allocator for the CPU
+        line = first_line(error)
+        if is_full_host(error):
+            raise DeviceError(f"not enough memory: {line}; try a smaller --batch-size") from error
+        if is_out_of_memory(error):
             raise DeviceError(
-                f"not enough memory: {_first_line(error)}; try a smaller --batch-size"
+                f"{device} is out of memory; try a smaller --batch-size or --precision float16, or "
+                f"stop other programs on it ({line})"
             ) from error
-        if "CUDA error" in str(error) or "CUDA-capable device" in str(error):
+        if is_broken_device(error):
             raise DeviceError(
-                f"{device} does not work: {_first_line(error)}; it may be busy or need a restart: "
+                f"{device} does not work: {line}; it may be busy or need a restart: "
                 "check nvidia-smi, or use --device cpu"
             ) from error
         raise
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0][:300]
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that the memory of a device is used up, the CPU included."""
+    return (
+        isinstance(error, torch.cuda.OutOfMemoryError)
+        or is_full_host(error)
+        or (isinstance(error, RuntimeError) and FULL.search(str(error)) is not None)
+    )
+
+
+def is_full_host(error: BaseException) -> bool:
+    """Return whether an error says that the memory of the CPU is used up."""
+    is_of_torch = isinstance(error, RuntimeError) and FULL_HOST in str(error)
+    return is_of_torch or isinstance(error, MemoryError)
+
+
+def is_broken_device(error: BaseException) -> bool:
+    """Return whether an error comes from a GPU or its libraries, and is not of lack of memory.
+
+    The GPU may refuse everything from then on.
+    """
+    return (
+        isinstance(error, RuntimeError)
+        and BROKEN.search(str(error)) is not None
+        and not is_out_of_memory(error)
+    )

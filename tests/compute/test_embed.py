@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
+from extractor.system.timing import Timer
 
 
 def colors(count: int) -> list[tuple[int, int, int]]:
@@ -277,3 +280,128 @@ def test_device_too_small_for_one_image_is_an_error(monkeypatch: pytest.MonkeyPa
     step = embed_module._Step([mean_spec()], normalize=False)
     with pytest.raises(torch.cuda.OutOfMemoryError, match="CUDA out of memory"):
         step.in_parts([torch.zeros(4, 24, 32, 3, dtype=torch.uint8)])
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"]
+)
+def test_compiled_network_runs_eagerly_in_parts(
+    message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Compiled(nn.Module):
+        """What torch.compile returns: it keeps the network, and compiles for each size."""
+
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self._orig_mod = network
+            self.sizes: list[int] = []
+
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            self.sizes.append(len(pixels))
+            if len(pixels) > fits:
+                raise RuntimeError(message)
+            rows: torch.Tensor = self._orig_mod(pixels)
+            return rows
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    eager = mean_pixel()
+    fast = replace(eager, module=Compiled(eager.module), is_compiled=True)
+    step = embed_module._Step([EmbeddingSpec("mean", (EmbeddingPart(fast),))], normalize=False)
+    pictures = torch.randint(0, 256, (8, 24, 32, 3), dtype=torch.uint8)
+    fits = 8
+    (expected,) = step.in_parts([pictures])
+    fits = 3
+    for _ in range(2):
+        (rows,) = step.in_parts([pictures])
+        torch.testing.assert_close(rows, expected)
+    assert fast.module.sizes == [8, 8]  # never in parts
+
+
+# ---------------------------------------------------------------------------------------------
+# The path of a GPU, with stand-ins for streams and events
+
+
+class Stream:
+    """A stream on which everything is done at once."""
+
+    broken = False
+
+    def synchronize(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def wait_event(self, event: object) -> None:
+        pass
+
+
+class Event:
+    def record(self) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: object) -> float:
+        return 2.0
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """Let the path of a GPU compute on the CPU; return its stream of copies."""
+    copies, empty = Stream(), torch.empty
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(
+        torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options)
+    )
+    monkeypatch.setattr(embed_module, "_event", Event)
+    monkeypatch.setattr(embed_module, "_embed_in_turn", embed_module._embed_cuda)
+    return copies
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+def test_gpu_path_keeps_the_order_and_counts_device_time() -> None:
+    timer = Timer()
+    plan: list[list[ImageSource]] = [[flat(color)] for color in colors(9)]
+    with BatchLoader(
+        plan, [mean_pixel().preprocess], LoaderOptions(batch_size=1, workers=2)
+    ) as loader:
+        rows = [e.rows[0][0] for e in embed([mean_spec()], loader, normalize=False, timer=timer)]
+    np.testing.assert_allclose(rows, [normalized(c) for c in colors(9)], atol=1e-5)
+    assert timer.seconds["model"] == pytest.approx(9 * 0.002)
+
+
+@pytest.mark.parametrize("is_broken", [False, True])
+def test_first_error_of_a_gpu_is_not_hidden(pretended_gpu: Stream, is_broken: bool) -> None:
+    def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
+        yield next(iter(loader))
+        raise ValueError("the disk is gone")
+
+    pretended_gpu.broken = is_broken
+    plan: list[list[ImageSource]] = [[flat((1, 2, 3))]]
+    with (
+        BatchLoader(
+            plan, [mean_pixel().preprocess], LoaderOptions(batch_size=1, workers=1)
+        ) as loader,
+        pytest.raises(ValueError, match="the disk is gone"),
+    ):
+        list(embed([mean_spec()], batches(loader), normalize=False))
+    assert torch.backends.cudnn.allow_tf32
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_closed_embed_gives_back_memory_and_tf32(is_gpu: bool, request: Any) -> None:
+    if is_gpu:
+        request.getfixturevalue("pretended_gpu").broken = True
+    plan: list[list[ImageSource]] = [[flat(color)] for color in colors(9)]
+    with BatchLoader(
+        plan, [mean_pixel().preprocess], LoaderOptions(batch_size=1, workers=2)
+    ) as loader:
+        with closing(embed([mean_spec()], loader, normalize=False)) as computed:
+            next(computed)
+            assert not torch.backends.cudnn.allow_tf32
+        assert torch.backends.cudnn.allow_tf32
+        assert computed.gi_frame is None  # which held the batches in flight

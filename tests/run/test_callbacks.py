@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from support.callbacks import EARLY_CALLS, computed, stop_after
 from support.networks import mean_pixel
 
@@ -69,6 +70,28 @@ def test_phases_begin_in_order_and_count_images(run: Callable[..., Report]) -> N
         *(Progress(done, 11, 0, "computing") for done in (0, 4, 8, 11)),
         Progress(11, 11, 0, "publishing"),
     ]
+
+
+@pytest.mark.parametrize("ends_by", ["stop", "progress"])
+def test_ended_run_gives_back_settings_of_the_process(
+    run: Callable[..., Report], ends_by: str
+) -> None:
+    """Even while its exception is at hand, as in a notebook, which keeps all local values."""
+
+    def fail(progress: Progress) -> None:
+        inside.append(torch.backends.cudnn.allow_tf32)
+        if progress.done == 8:
+            raise KeyboardInterrupt("enough")
+
+    inside: list[bool] = []
+    ends = {"stop": stop_after(2), "progress": fail}
+    with pytest.raises(
+        (InterruptedRunError, KeyboardInterrupt), match=r"enough|after 8 of 11"
+    ) as e:
+        run(**{ends_by: ends[ends_by]})
+    assert torch.backends.cudnn.allow_tf32
+    assert ends_by == "stop" or not inside[-1]
+    assert e.value is not None
 
 
 def test_progress_of_a_run_with_nothing_to_do_reaches_its_end(run: Callable[..., Report]) -> None:

@@ -7,6 +7,7 @@ map less often.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
@@ -21,6 +22,8 @@ from extractor.network.fusion.onednn import (
     without_packing,
 )
 from extractor.network.fusion.trace import Embed, find_chains
+from extractor.system.devices import is_broken_device, is_out_of_memory
+from extractor.system.float32 import full_float32
 from extractor.text import first_line
 
 __all__ = ["fuse", "may_fuse", "should_fuse", "without_packing"]
@@ -49,22 +52,33 @@ def fuse(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
     if not may_fuse(network, pixels.device):
         return ()
     single = pixels[-1:]  # some networks depend on the number of images
-    with torch.no_grad(), ExitStack() as undo:
+    with torch.no_grad(), full_float32(), ExitStack() as undo:
         try:
             expected, chains = find_chains(network, embed, pixels, is_foldable, is_affine)
             expected_single = embed(single)
+            change = 0.0
 
             def is_same() -> bool:
-                return _close(expected, embed(pixels)) and _close(expected_single, embed(single))
+                nonlocal change
+                change = max(
+                    _change(expected, embed(pixels)), _change(expected_single, embed(single))
+                )
+                return change <= TOLERANCE
 
             for chain in chains:
                 undo.callback(fold_chain(network, chain))
             packed = pack_convolutions(network, embed, single, is_same)
             if packed is None and not (chains and is_same()):
+                if chains:
+                    log.warning(
+                        "%s: batch normalizations are not folded; the embeddings would change by "
+                        "%.2g of their length, expected %g at most",
+                        *(type(network).__name__, change, TOLERANCE),
+                    )
                 return ()
-        except torch.cuda.OutOfMemoryError:
-            raise
         except Exception as error:  # a network may inspect its own modules
+            if pixels.device.type != "cpu" and (is_out_of_memory(error) or is_broken_device(error)):
+                raise
             log.info("nothing is fused: %s", first_line(error))
             return ()
         undo.pop_all()
@@ -93,11 +107,12 @@ def should_fuse(choice: str, device: torch.device) -> bool:
     return choice == "auto" and device.type == "cpu"
 
 
-def _close(expected: Sequence[torch.Tensor], embeddings: Sequence[torch.Tensor]) -> bool:
-    """Return whether embeddings are the same, up to float32 rounding."""
+def _change(expected: Sequence[torch.Tensor], embeddings: Sequence[torch.Tensor]) -> float:
+    """Return the largest change of an embedding relative to its length; inf if it is not finite."""
+    largest = 0.0
     for before, after in zip(expected, embeddings, strict=True):
         length = before.flatten(1).norm(dim=1)
         distance = (after - before).flatten(1).norm(dim=1)
-        if not bool((distance <= TOLERANCE * length).all()):
-            return False
-    return True
+        changes = torch.where(distance == 0, 0.0, distance / length)
+        largest = max(largest, float(changes.nan_to_num(math.inf, math.inf).max()))
+    return largest

@@ -101,6 +101,10 @@ def pack_convolutions(
             if is_same():
                 undo.pop_all()
                 return [chain.name for chain in chains]
+            log.warning(
+                "%s: convolutions are not packed, as its embeddings would change",
+                type(network).__name__,
+            )
         except Exception as error:  # a version of torch may lack an operation
             log.info("convolutions are not packed: %s", first_line(error))
     return None

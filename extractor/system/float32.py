@@ -1,0 +1,134 @@
+"""Keep float32 computations from rounding their inputs to TF32 or bfloat16."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import threading
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+
+from extractor.errors import DeviceError
+
+__all__ = ["full_float32"]
+
+# Switches of torch 2.9 and later below torch.backends, and what each inherits where it is "none".
+# https://docs.pytorch.org/docs/stable/notes/cuda.html, "TensorFloat-32 (TF32) on Ampere"
+PARENTS = {
+    "cudnn.conv": "cudnn",
+    "cudnn.rnn": "cudnn",
+    "cuda.matmul": "cudnn",
+    "mkldnn.conv": "mkldnn",
+    "mkldnn.matmul": "mkldnn",
+}
+EXACT, INHERITED = "ieee", "none"
+
+
+class _Saved(NamedTuple):
+    """State of all switches.
+
+    Attributes:
+        convolutions: Older switch of convolutions on a GPU; None if torch refuses to tell.
+        products: Older switch of matrix products; None if torch refuses to tell.
+        switches: Value of each newer switch, by its name.
+    """
+
+    convolutions: bool | None
+    products: str | None
+    switches: dict[str, str]
+
+
+class _FullFloat32:
+    """Switches rounding off for the whole process until the last thread leaves."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = _Saved(None, None, {})
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._saved = _save()
+                try:
+                    _switch_off(self._saved)
+                except BaseException:
+                    _restore(self._saved)
+                    raise
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                _restore(self._saved)
+
+
+_full_float32 = _FullFloat32()
+
+
+def full_float32() -> AbstractContextManager[None]:
+    """Return a context in which devices take float32 inputs as they are.
+
+    A program may have allowed TF32 or bfloat16 by any of torch's switches. They are as before once
+    the last thread has left.
+
+    Raises:
+        DeviceError: On entering, if torch rounds nevertheless.
+    """
+    return _full_float32
+
+
+def _save() -> _Saved:
+    convolutions = products = None
+    with contextlib.suppress(RuntimeError):  # the program has used the newer switches
+        convolutions = torch.backends.cudnn.allow_tf32
+    with contextlib.suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    switches = {}
+    for name, parent in PARENTS.items():
+        value = _read(name)
+        if value is not None:
+            is_inherited = value == _read(parent)
+            switches[name] = INHERITED if is_inherited else value
+    return _Saved(convolutions, products, switches)
+
+
+def _switch_off(saved: _Saved) -> None:
+    # The older switches are set, too: torch refuses to read them while both kinds disagree.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    for name in saved.switches:
+        _write(name, EXACT)
+    rounding = [f"{name} {_read(name)}" for name in saved.switches if _read(name) != EXACT]
+    if not saved.switches and torch.backends.cudnn.allow_tf32:
+        rounding.append("cudnn.allow_tf32")
+    if rounding:
+        raise DeviceError(
+            f"this torch ({torch.__version__}) rounds float32 whatever its switches say "
+            f"({', '.join(rounding)}); try another version of torch"
+        )
+
+
+def _restore(saved: _Saved) -> None:
+    if saved.convolutions is not None:
+        torch.backends.cudnn.allow_tf32 = saved.convolutions
+    if saved.products is not None:
+        torch.set_float32_matmul_precision(saved.products)
+    for name, value in saved.switches.items():
+        _write(name, value)
+
+
+def _read(name: str) -> str | None:
+    """Return the effective precision of an operation or a backend; None before torch 2.9."""
+    try:
+        value = operator.attrgetter(f"{name}.fp32_precision")(torch.backends)
+    except AttributeError:
+        return None
+    return str(value)
+
+
+def _write(name: str, value: str) -> None:
+    operator.attrgetter(name)(torch.backends).fp32_precision = value
