@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -21,12 +23,15 @@ from extractor.text import plural
 __all__ = [
     "history_of_new",
     "history_of_same_rows",
+    "history_to_continue",
     "history_with",
     "id_after_damage",
     "live_ids",
     "read_history",
     "shard_ids",
 ]
+
+log = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -98,6 +103,23 @@ def read_history(path: Path, manifest: Manifest) -> list[HistoryEntry]:
     return entries
 
 
+def history_to_continue(out: Path, manifest: Manifest) -> list[HistoryEntry]:
+    """Return the history of a store, oldest first; an empty one, with a warning, if it is damaged.
+
+    No row depends on it. Who follows the store does a full sync, as after many runs.
+    """
+    try:
+        return read_history(out / HISTORY, manifest)
+    except StoreDamagedError as error:
+        _warn_about_history(str(error))
+        return []
+
+
+@functools.cache  # several stages of a run look at the history
+def _warn_about_history(error: str) -> None:
+    log.warning("%s; the next run that changes the store begins a new history", error)
+
+
 def history_with(
     before: Manifest, shards: Sequence[ShardEntry], created: str, *, out: Path, staging: Path
 ) -> list[HistoryEntry]:
@@ -116,7 +138,7 @@ def history_with(
     entry = replace(
         _changes(before.shards, shards, out, staging), since=before.checksum, created=created
     )
-    return trimmed([*read_history(out / HISTORY, before), entry])
+    return trimmed([*history_to_continue(out, before), entry])
 
 
 def history_of_same_rows(before: Manifest, created: str, *, out: Path) -> list[HistoryEntry]:

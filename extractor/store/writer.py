@@ -48,9 +48,9 @@ from extractor.store.history import history_lines
 from extractor.store.ids import (
     history_of_new,
     history_of_same_rows,
+    history_to_continue,
     history_with,
     id_after_damage,
-    read_history,
 )
 from extractor.store.index import (
     Images,
@@ -408,13 +408,13 @@ def published_images(out: Path, manifest: Manifest, *, digests: bool) -> StoredI
     """
     try:
         for entry in manifest.files:
-            if entry != manifest.list_rows:  # the next run writes it anew
+            if entry not in (manifest.list_rows, manifest.history):  # the next run writes them anew
                 check_size(out, entry)
-        read_history(out / HISTORY, manifest)  # now, since publishing it comes after all the work
     except StoreError as error:
         raise StoreDamagedError(
             f"{error}; restore the file, or start over with --overwrite"
         ) from error
+    history_to_continue(out, manifest)  # to warn before the work
     indexes = {shard.shard: out / shard.index.name for shard in manifest.shards}
     return StoredImages(
         {shard: read_images(path, digests=digests) for shard, path in indexes.items()},

@@ -27,7 +27,7 @@ from extractor.upkeep.verify import verify
 READERS: dict[str, Callable[[Path], Any]] = {
     "open": FeatureStore.open,
     "join": lambda out: FeatureStore.join(out, out),
-    "group": lambda out: FeatureStore.open([out, out]),
+    "group": lambda out: FeatureStore.open([out]),
     "compact": compact,
 }
 
@@ -115,6 +115,29 @@ def test_cut_or_missing_file_is_damage(
         return
     with pytest.raises(StoreDamagedError, match=file.rpartition("/")[2]):
         (READERS | {"extract": lambda out: run(photos, out)})[name](out)
+
+
+@pytest.mark.parametrize("damage", [cut, Path.unlink], ids=["cut", "removed"])
+def test_damaged_history_begins_anew_with_a_warning(
+    photos: Path,
+    out: Path,
+    damage: Callable[[Path], None],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    run(photos, out)
+    before = FeatureStore.open(out)
+    damage(out / "history.jsonl")
+    noise(1, 9, 9).save(photos / "new.png")
+    report = run(photos, out)
+    assert report.rows == 12
+    (warning,) = caplog.messages
+    assert "history.jsonl" in warning
+    assert warning.endswith("; the next run that changes the store begins a new history")
+    assert report.store.ids[:11].tolist() == before.ids.tolist()
+    changes = report.store.changes_since(before.token)  # what this run did, it knows
+    (index,) = changes.added.tolist()
+    assert report.store.paths[report.store.rows_of([index])[0]] == "new.png"
+    assert list(verify(out)) == []
 
 
 def test_replaced_or_deleted_store_serves_rows_and_says_so_for_the_rest(
