@@ -269,7 +269,14 @@ class ShardedArray(LazyArray):
             return self._take(np.asarray(index))
         if isinstance(index, bool):
             raise IndexError("a single bool is not a row; expected a mask of all rows")
-        return self._row(operator.index(index))
+        try:
+            row = operator.index(index)
+        except TypeError as error:
+            raise IndexError(
+                f"got {type(index).__name__}, expected an integer, a slice, a list of integers or "
+                "a mask"
+            ) from error
+        return self._row(row)
 
     def _index_axes(self, index: tuple[Any, ...]) -> Any:
         items = [list(item) if isinstance(item, tuple) else item for item in index]

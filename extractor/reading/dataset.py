@@ -33,12 +33,15 @@ class FeatureDataset(_Base):
         labels: One value per row, or None.
 
     Raises:
-        UsageError: Another number of labels than of rows.
+        UsageError: Another number of labels than of rows, or no sequence.
     """
 
     def __init__(self, rows: Rows, labels: Sequence[Any] | npt.ArrayLike | None = None) -> None:
         self.rows = rows
         self.labels = None if labels is None else np.asarray(labels)
+        if self.labels is not None and not self.labels.ndim:
+            got = type(labels).__name__
+            raise UsageError(f"labels: got {got}, expected a list or an array, one value per row")
         if self.labels is not None and len(self.labels) != len(rows):
             raise UsageError(f"labels: got {len(self.labels)} for {len(rows)} rows")
 

@@ -35,11 +35,13 @@ class StoreGroup(Rows):
 
     Raises:
         StoreError: The stores were made differently, so that their rows cannot be compared.
+        UsageError: No store, or one of them twice.
     """
 
     def __init__(self, stores: Sequence[FeatureStore]) -> None:
         if not stores:
             raise UsageError("stores: got an empty list, expected at least one folder")
+        _check_distinct(stores)
         for store in stores[1:]:
             _check_comparable(stores[0], store)
         self.stores = tuple(stores)
@@ -202,6 +204,20 @@ def _contents(store: FeatureStore) -> dict[tuple[str, bytes], int]:
         (path, digest): row
         for row, (path, digest) in enumerate(zip(store.paths, digests, strict=True))
     }
+
+
+def _check_distinct(stores: Sequence[FeatureStore]) -> None:
+    """Check that no row would be in a group twice.
+
+    Raises:
+        UsageError: Two stores are the same folder.
+    """
+    seen: dict[str, FeatureStore] = {}
+    for store in stores:
+        first = seen.setdefault(os.path.realpath(store.path), store)
+        if first is not store:
+            names = " and ".join(dict.fromkeys((str(first.path), str(store.path))))
+            raise UsageError(f"stores: got {names} twice, expected each folder once")
 
 
 def _check_comparable(first: FeatureStore, other: FeatureStore) -> None:

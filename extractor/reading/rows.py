@@ -91,7 +91,10 @@ class Rows(ABC):
 
         Raises:
             KeyError: The image has no row.
+            UsageError: Something else than a path.
         """
+        if not isinstance(path, (str, bytes, os.PathLike)):
+            raise UsageError(f"path: got {type(path).__name__}, expected the path of an image")
         name = os.fsdecode(path)
         row = self._row_of_path.get(name)
         if row is None and os.path.isabs(name):
@@ -167,9 +170,14 @@ class Rows(ABC):
         Args:
             bytes: Size of a block; it holds at least one row.
 
+        Raises:
+            UsageError: The size is no positive integer.
+
         Yields:
             The slice of the rows, and the rows ``(n, dim)`` in memory.
         """
+        if not isinstance(bytes, (int, np.integer)) or bytes < 1:
+            raise UsageError(f"bytes: got {bytes!r}, expected a positive integer")
         row_bytes = self.dim * self.features.dtype.itemsize
         size = max(bytes // max(row_bytes, 1), 1)
         for start in range(0, len(self), size):
@@ -195,7 +203,10 @@ class Rows(ABC):
             matches = re.compile(fnmatch.translate(which)).match
             rows = [row for row, path in enumerate(self.paths) if matches(path)]
             return Selection(self, np.array(rows, np.int64))
-        index = np.asarray(which)
+        try:
+            index = np.asarray(which)
+        except ValueError:  # lists of different lengths
+            index = np.array(None)
         if index.size == 0 and index.dtype != bool:
             index = index.astype(np.int64)
         if index.ndim != 1 or index.dtype.kind not in "biu":

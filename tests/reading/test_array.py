@@ -294,11 +294,11 @@ def test_noninteger_rows_are_rejected(mixed: tuple[ShardedArray, np.ndarray], in
         mixed[0][index]
 
 
-@pytest.mark.parametrize("index", [1.0, "1"], ids=shown)
+@pytest.mark.parametrize("index", [1.0, "1", {}, np.float32(1), (1.0, 0)], ids=shown)
 def test_index_of_unsupported_type_is_rejected(
     mixed: tuple[ShardedArray, np.ndarray], index: Any
 ) -> None:
-    with pytest.raises((TypeError, IndexError), match="integer"):
+    with pytest.raises(IndexError, match=r"got (float|str|dict|float32), expected an integer, a"):
         mixed[0][index]
 
 

@@ -116,7 +116,7 @@ def test_selection_of_a_selection_refers_to_its_own_rows(
     assert "a/1.jpg" not in inner
 
 
-@pytest.mark.parametrize("which", [3, None, 1.5, ["a", "b"], [[1]], {"a": 1}])
+@pytest.mark.parametrize("which", [3, None, 1.5, ["a", "b"], [[1]], [[1], [2, 3]], {"a": 1}])
 def test_selection_of_something_else_is_refused(store: FeatureStore, which: Any) -> None:
     with pytest.raises(UsageError, match=r"select: got .*, expected a glob, a mask or a list"):
         store.select(which)
@@ -126,6 +126,20 @@ def test_selection_of_something_else_is_refused(store: FeatureStore, which: Any)
 def test_selection_out_of_range_is_an_index_error(store: FeatureStore, which: Any) -> None:
     with pytest.raises(IndexError, match=r"out of bounds|did not match"):
         store.select(which)
+
+
+@pytest.mark.parametrize("path", [5, None, 1.5, ["a/1.jpg"]])
+def test_row_of_something_else_than_a_path_is_refused(store: FeatureStore, path: Any) -> None:
+    with pytest.raises(UsageError, match=r"path: got \w+, expected the path of an image"):
+        store.index_of(path)
+    with pytest.raises(UsageError, match="path: got int, expected the path of an image"):
+        store[["a/1.jpg", 5]]
+
+
+@pytest.mark.parametrize("size", [0, -1, "64", 1.5, None])
+def test_blocks_of_no_size_are_refused(store: FeatureStore, size: Any) -> None:
+    with pytest.raises(UsageError, match=r"bytes: got .*, expected a positive integer"):
+        next(store.batches(bytes=size))
 
 
 def test_rows_of_ids_are_found_in_any_order(store: FeatureStore) -> None:
@@ -206,6 +220,22 @@ def test_dataset_without_labels_yields_rows(store: FeatureStore, whole: np.ndarr
     assert len(dataset) == 2
     with pytest.raises(UsageError, match="labels: got 3 for 7 rows"):
         store.dataset([1, 2, 3])
+
+
+@pytest.mark.parametrize(
+    "labels", [5, "ab", {"a": 1}, iter([0] * 7)], ids=lambda labels: type(labels).__name__
+)
+def test_labels_that_are_no_sequence_are_refused(store: FeatureStore, labels: Any) -> None:
+    with pytest.raises(
+        UsageError, match=r"labels: got \w+, expected a list or an array, one value"
+    ):
+        store.dataset(labels)
+
+
+@pytest.mark.parametrize("other", [str, lambda out: f"{out}/", lambda out: out / "../out"])
+def test_group_refuses_a_folder_that_it_has(out: Path, other: Callable[[Path], Any]) -> None:
+    with pytest.raises(UsageError, match=r"stores: got .*out twice, expected each folder once"):
+        FeatureStore.open([out, other(out)])
 
 
 def test_pickle_holds_no_vectors(
