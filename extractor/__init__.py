@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UsageError,
         WeightsError,
     )
+    from extractor.export.exporting import ExportReport, export_store
     from extractor.images.listing import ImageList, list_images
     from extractor.models.backbone import Backbone
     from extractor.models.load import load_backbone
@@ -48,6 +49,7 @@ __all__ = [
     "Changes",
     "DecodeError",
     "DeviceError",
+    "ExportReport",
     "Extractor",
     "ExtractorError",
     "FeatureStore",
@@ -71,6 +73,7 @@ __all__ = [
     "UsageError",
     "WeightsError",
     "__version__",
+    "export_store",
     "extract",
     "list_images",
     "load_backbone",
@@ -96,6 +99,7 @@ _MODULES = {
         "UsageError",
         "WeightsError",
     ),
+    "extractor.export.exporting": ("ExportReport", "export_store"),
     "extractor.images.listing": ("ImageList", "list_images"),
     "extractor.models.backbone": ("Backbone",),
     "extractor.models.load": ("load_backbone",),

@@ -17,6 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Fill stores": ("extract", "Options", "Progress", "Report", "StoreReport"),
     "Embed in memory": ("Extractor",),
     "Read stores": ("FeatureStore", "StoreInfo", "Changes"),
+    "Export stores": ("export_store", "ExportReport"),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),
     "Lists of images": ("ImageList", "list_images"),
     "Errors": (

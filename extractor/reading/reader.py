@@ -28,14 +28,14 @@ from extractor.reading.rows import Rows
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.history import Changes, HistoryEntry, net_changes
 from extractor.store.ids import live_ids, read_history
-from extractor.store.index import ImageRecord, read_column
+from extractor.store.index import ImageRecord, read_column, read_table
 from extractor.store.publish import check_size, locate
 from extractor.text import plural
 
 if TYPE_CHECKING:
     from extractor.reading.groups import JoinedRows, StoreGroup
 
-__all__ = ["FeatureStore", "manifest_errors"]
+__all__ = ["FeatureStore", "manifest_errors", "shard_table"]
 
 T = TypeVar("T")
 
@@ -376,6 +376,32 @@ class FeatureStore(Rows):
                 "readable, for the rest call reopen()"
             )
         self._identity = now  # it was extended
+
+
+def shard_table(store: FeatureStore, shard: ShardEntry, names: list[str]) -> Any:
+    """Return columns of the index of one shard, of the rows that count.
+
+    Returns:
+        A :class:`pyarrow.Table`. Its paths are strings, or bytes if one of them is not UTF-8.
+
+    Raises:
+        StoreDamagedError: The index is missing or damaged.
+        StoreReplacedError: The store was replaced since it was opened.
+    """
+
+    def read() -> Any:
+        store._check_unchanged()
+        check_size(store.path, shard.index)
+        path = locate(store.path, shard.index.name)
+        table = read_table(path, names)
+        if len(table) != shard.rows:
+            raise StoreDamagedError(
+                f"{path} has {plural(len(table), 'row')}, expected {shard.rows}"
+            )
+        store._check_unchanged()
+        return table.filter(shard.live_mask()) if shard.retired else table
+
+    return _retry_moved(store.path, read)
 
 
 def _reopen(path: Path, token: str) -> FeatureStore:

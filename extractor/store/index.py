@@ -24,6 +24,7 @@ __all__ = [
     "read_ids",
     "read_images",
     "read_records",
+    "read_table",
 ]
 
 DIGEST_BYTES = 32  # SHA-256
@@ -138,7 +139,7 @@ def read_column(path: Path, name: str) -> list[Any]:
     Raises:
         StoreDamagedError: the file or the column is missing or damaged.
     """
-    return list(_read(path, [name]).column(name).to_pylist())
+    return list(read_table(path, [name]).column(name).to_pylist())
 
 
 def read_ids(path: Path) -> npt.NDArray[np.int64]:
@@ -147,7 +148,7 @@ def read_ids(path: Path) -> npt.NDArray[np.int64]:
     Raises:
         StoreDamagedError: the file or the column is missing or damaged.
     """
-    column = _read(path, ["id"]).column("id")
+    column = read_table(path, ["id"]).column("id")
     if column.null_count or str(column.type) != "int64":
         raise StoreDamagedError(f"{path}: column id holds {column.type}, expected int64")
     ids: npt.NDArray[np.int64] = column.to_numpy()
@@ -164,7 +165,7 @@ def read_images(path: Path, *, digests: bool = True) -> Images:
     Raises:
         StoreDamagedError: the file or a column is missing or damaged.
     """
-    table = _read(path, ["path", "size", "mtime_ns", *(["sha256"] if digests else [])])
+    table = read_table(path, ["path", "size", "mtime_ns", *(["sha256"] if digests else [])])
     return Images(
         [os.fsencode(name) for name in table.column("path").to_pylist()],
         table.column("size").to_numpy(),
@@ -198,7 +199,7 @@ def read_records(path: Path) -> list[ImageRecord]:
     Raises:
         StoreDamagedError: the file or a column is missing or damaged.
     """
-    table = _read(path, list(ImageRecord._fields))
+    table = read_table(path, list(ImageRecord._fields))
     columns = [table.column(name).to_pylist() for name in ImageRecord._fields]
     return [
         ImageRecord(os.fsencode(name), size, mtime, width, height, digest or b"")
@@ -206,7 +207,12 @@ def read_records(path: Path) -> list[ImageRecord]:
     ]
 
 
-def _read(path: Path, names: list[str]) -> Any:
+def read_table(path: Path, names: list[str]) -> Any:
+    """Read columns of a shard's index as a :class:`pyarrow.Table`.
+
+    Raises:
+        StoreDamagedError: the file or a column is missing or damaged.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 

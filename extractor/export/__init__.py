@@ -1,0 +1,1 @@
+"""A finished store in the formats of other tools; no torch, no Pillow."""
