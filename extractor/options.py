@@ -521,7 +521,7 @@ class Options:
         Flag(
             "--decode",
             "scaled decodes large JPEGs at 1/2, 1/4 or 1/8 of their size, exact decodes every "
-            "pixel, gpu decodes plain JPEGs on the CUDA device",
+            "pixel, gpu (experimental) decodes plain JPEGs on the CUDA device",
             COMPUTE,
             advanced=True,
             scope="images",

@@ -360,7 +360,7 @@ def _computed(step: _Step, batch: Batch, timer: Timer, decoder: NvjpegDecoder | 
     with timer.spent("transfer"):
         pictures = [picture.to(step.device) for picture in batch.pictures]
         if decoder is not None:
-            decoder.decode_batch(batch, pictures)
+            decoder.decode_batch(batch, pictures, step.in_parts)
     with timer.spent("model"):
         rows = [output.cpu() for output in step.in_fitting_parts(pictures, batch.release)]
     return _collect(batch, rows)
@@ -412,7 +412,7 @@ def _launch(
             pictures = [p.to(step.device, non_blocking=True) for p in batch.pictures]
             if decoder is not None:
                 # Waits for this stream only; meanwhile the batch before computes on another.
-                decoder.decode_batch(batch, pictures)
+                decoder.decode_batch(batch, pictures, step.in_parts)
             copied_in.record()
         compute.wait_event(copied_in)
         for picture in pictures:

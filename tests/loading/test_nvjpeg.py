@@ -5,6 +5,7 @@ Except in the tests marked cuda, Pillow stands in for nvJPEG.
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 from collections.abc import Callable
@@ -20,13 +21,15 @@ from support.pictures import noise
 
 from extractor import extract
 from extractor.api import Report
-from extractor.errors import UsageError
+from extractor.errors import DeviceError, UsageError
 from extractor.images.decode import decode_into
 from extractor.images.jpeg import plain_jpeg
 from extractor.images.types import EncodedJpeg, ReadFile
 from extractor.loading import image_decoder, nvjpeg
+from extractor.loading.batch import Batch
 from extractor.loading.crash_log import CrashLog
-from extractor.loading.nvjpeg import NvjpegDecoder, render_group
+from extractor.loading.device_render import block_of, render_block, turned_upright
+from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models import embedding
 from extractor.preprocess import Preprocess
 from extractor.run import session
@@ -59,12 +62,29 @@ def plain(content: bytes, preprocess: Preprocess = STANDARD) -> EncodedJpeg | No
     return found and found[1]
 
 
+def opened(content: torch.Tensor) -> Image.Image:
+    return Image.open(io.BytesIO(content.numpy().tobytes()))
+
+
+def planes(image: Image.Image) -> torch.Tensor:
+    return torch.tensor(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
 def pillow(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Decode as nvJPEG does."""
-    images = [
-        Image.open(io.BytesIO(content.numpy().tobytes())).convert("RGB") for content in encoded
-    ]
-    return [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    return [planes(opened(content)) for content in encoded]
+
+
+def nearest_color(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Decode as nvJPEG does: each value of a color channel covers two by two pixels."""
+    images = []
+    for image in map(opened, encoded):
+        image.draft("YCbCr", image.size)
+        brightness, *colors = image.split()
+        halves = ((image.width + 1) // 2, (image.height + 1) // 2)
+        colors = [color.resize(halves, Image.Resampling.BOX) for color in colors]
+        colors = [color.resize(image.size, Image.Resampling.NEAREST) for color in colors]
+        images.append(planes(Image.merge("YCbCr", [brightness, *colors])))
+    return images
 
 
 # ---------------------------------------------------------------------------------------------
@@ -125,23 +145,32 @@ def test_gpu_decode_skips_lanczos() -> None:
 
 
 @pytest.mark.parametrize("preprocess", [STANDARD, PADDED, SQUASHED])
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("size", [(60, 40), (40, 61), (20, 30)])
-def test_gpu_picture_equals_cpu_picture(
-    preprocess: Preprocess, orientation: int, size: tuple[int, int]
-) -> None:
-    contents = [jpeg(smooth(*size, seed), orientation) for seed in (1, 2)]
-    expected = np.empty((2, *preprocess.input_size, 3), np.uint8)
+def test_gpu_pictures_equal_cpu_pictures(preprocess: Preprocess) -> None:
+    """All sizes and orientations in one block."""
+    contents = [
+        jpeg(smooth(*size, seed), orientation)
+        for seed, size in enumerate([(60, 40), (40, 61), (20, 30), (90, 91), (33, 33)])
+        for orientation in range(1, 9)
+    ]
+    expected = np.empty((len(contents), *preprocess.input_size, 3), np.uint8)
+    layouts = []
     for content, out in zip(contents, expected, strict=True):
         decode_into(read(content), [preprocess], [out], decode_mode="exact")
-    image = plain(contents[0], preprocess)
-    assert image is not None
-    decoded = torch.stack(
-        pillow([torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents])
+        image = plain(content, preprocess)
+        assert image is not None
+        layouts.append(image.layout)
+    decoded = pillow([torch.frombuffer(bytearray(c), dtype=torch.uint8) for c in contents])
+    block = block_of(
+        [
+            turned_upright(image, layout.orientation)
+            for image, layout in zip(decoded, layouts, strict=True)
+        ]
     )
-    rendered = render_group(decoded, preprocess, image.layout).numpy()
+    rendered = render_block(block, [layout.upright for layout in layouts], preprocess).numpy()
     assert rendered.shape == expected.shape
-    assert np.abs(rendered.astype(int) - expected).max() <= 1
+    difference = np.abs(rendered.astype(int) - expected)
+    assert difference.max() <= 2  # rows come first here and columns there if an image lies sideways
+    assert difference.mean(axis=(1, 2, 3)).max() < 0.15
 
 
 # ---------------------------------------------------------------------------------------------
@@ -169,6 +198,7 @@ class Run:
         self.out = out
         self.calls: list[int] = []  # images per call of the decoder
         self.decode: Callable[[list[torch.Tensor]], list[torch.Tensor]] = pillow
+        patch.setattr(nvjpeg, "TRIAL_IMAGES", 4)
         patch.setattr(embedding, "load", lambda *_, **__: mean_pixel())
         patch.setattr(session, "check_decode_device", lambda *_: None)
         patch.setattr(NvjpegDecoder, "_nvjpeg", lambda _, encoded: self._counted(encoded))
@@ -233,7 +263,7 @@ def test_an_image_that_the_gpu_refuses_is_decoded_by_the_cpu(run: Run) -> None:
 
     run.decode = decode
     assert run.is_as_exact(run())
-    assert sorted(run.calls) == [1, 1, 1, 1, 4, 4]
+    assert sorted(run.calls) == [1, 1, 2, 2, 4, 4]
 
 
 def test_a_cut_image_fails_and_flat_ones_do_not(run: Run) -> None:
@@ -267,7 +297,7 @@ def test_a_wrong_decoder_is_abandoned(
     with caplog.at_level(logging.WARNING):
         report = run(batch_size=2, workers=1)
     assert run.is_as_exact(report)
-    assert run.calls == ([2] if kind == "other pixels" else [2, 1, 1])
+    assert run.calls == ([2, 2] if kind == "other pixels" else [2, 1, 1, 2, 1, 1])
     warned = [r.message for r in caplog.records if "decoding all images on the CPU" in r.message]
     assert len(warned) == 1
 
@@ -276,7 +306,6 @@ def test_pictures_of_a_wrong_decoder_are_discarded(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(nvjpeg, "MAX_GROUP_IMAGES", 2)
-    monkeypatch.setattr(nvjpeg, "COMPARED_IMAGES", 3)
     seen = 0
 
     def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -286,20 +315,32 @@ def test_pictures_of_a_wrong_decoder_are_discarded(
 
     run.decode = decode
     assert run.is_as_exact(run(batch_size=16, workers=1))
-    assert run.calls == [2, 2]
+    assert run.calls == [2, 2, 2, 2]
 
 
 def test_images_that_the_gpu_cannot_render_are_rendered_by_the_cpu(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def render(images: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if images.shape[-1] == 61:
-            raise RuntimeError("Too much shared memory required")
-        return render_group(images, *rest)
+    def render(block: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(block) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        if block.shape[1] == 61:
+            raise RuntimeError("too large for a kernel")
+        return render_block(block, *rest)
 
-    monkeypatch.setattr(nvjpeg, "render_group", render)
+    monkeypatch.setattr(nvjpeg, "render_block", render)
     assert run.is_as_exact(run())
-    assert sum(run.calls) == 8
+    assert sorted(run.calls) == [1] * 8 + [2] * 4 + [4] * 2
+
+
+def test_an_error_that_stays_ends_the_run(run: Run) -> None:
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    run.decode = decode
+    with pytest.raises(DeviceError, match="does not work: CUDA error: an illegal memory access"):
+        run()
+    assert len(run.calls) == 1
 
 
 def test_an_image_that_neither_decodes_is_a_failure(
@@ -351,30 +392,191 @@ def test_gpu_decode_without_a_gpu_is_a_usage_error(
         extract(folder, "mean", tmp_path / "out", decode="gpu", device="cpu")
 
 
+# ---------------------------------------------------------------------------------------------
+# Whether the decoder is trusted
+
+
+class Owner:
+    """Stands in for the loader of a batch."""
+
+    is_on_host = False
+
+    def release(self, batch: Batch) -> None:
+        pass
+
+    def decode_on_host(self) -> None:
+        self.is_on_host = True
+
+
+@functools.cache
+def colorful(count: int = 40) -> list[bytes]:
+    """JPEGs with 4:2:0 sampling and edges between colors, the more of them the higher the index."""
+    grids = [noise(seed, 12 + seed % 40, 10 + seed % 30) for seed in range(count)]
+    images = [grid.resize((200, 150), Image.Resampling.NEAREST) for grid in grids]
+    gray = noise(1, 150, 200).convert("L").convert("RGB")  # so that no corner is flat
+    calm = [Image.blend(gray, image, 0.3) for image in images]
+    return [jpeg(image, subsampling=2) for image in calm]
+
+
+def trial(
+    decode: Callable[[list[torch.Tensor]], list[torch.Tensor]], *, embed: Any = None
+) -> tuple[NvjpegDecoder, Batch, torch.Tensor]:
+    """Decode a batch of JPEGs, and return its pictures as well."""
+    contents = colorful()
+    batch = Batch((torch.zeros(len(contents), 32, 32, 3, dtype=torch.uint8),), contents, Owner())
+    for index, content in enumerate(contents):
+        found = plain_jpeg(read(content), [STANDARD], 10**6)
+        assert found is not None
+        batch.settle(index, *found)
+    decoder = NvjpegDecoder(torch.device("cpu"), [STANDARD], max_pixels=10**6, decode=decode)
+    decoder.decode_batch(batch, batch.pictures, embed)
+    return decoder, batch, batch.pictures[0]
+
+
 @pytest.fixture
-def gpu_store(folder: Path, tmp_path: Path) -> Report:
-    for number in range(200):
-        (folder / f"more-{number}.jpg").write_bytes(jpeg(smooth(500, 375 + number % 3, number)))
-    settings: dict[str, Any] = {"weights": "random", "device": "cuda", "precision": "float32"}
-    return extract(folder, "resnet18", tmp_path / "gpu", decode="gpu", batch_size=64, **settings)
+def short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvjpeg, "TRIAL_IMAGES", 32)
 
 
-@pytest.mark.cuda
-def test_nvjpeg_embeddings_equal_cpu_embeddings(
-    folder: Path, tmp_path: Path, gpu_store: Report, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("short_trial")
+def test_repeated_color_is_trusted(caplog: pytest.LogCaptureFixture) -> None:
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        first, *images = nearest_color(encoded)
+        return [(first.int() + 3).clamp(max=255).to(torch.uint8), *images]
+
+    decoder, _, pictures = trial(decode)
+    assert decoder.is_trusted, caplog.messages
+    *_, exact = trial(pillow)
+    differences = (pictures.float() - exact).abs().mean((1, 2, 3))
+    assert 0.3 < differences.mean() < 1
+    assert differences.max() > 2  # one picture alone may differ by more
+
+
+@pytest.mark.usefixtures("short_trial")
+@pytest.mark.parametrize(
+    ("decode", "reason"),
+    [
+        (lambda encoded: [image.flip(0) for image in pillow(encoded)], "to other pixels"),  # BGR
+        (lambda encoded: [planes(opened(c).convert("L")) for c in encoded], "to other pixels"),
+        (lambda encoded: [image.roll(4, 2) for image in pillow(encoded)], "to other pixels"),
+        (lambda encoded: [image // 8 * 8 for image in pillow(encoded)], "to other pixels"),
+        (lambda encoded: [image[:1] for image in pillow(encoded)], "decodes only 0 of 32 JPEGs"),
+    ],
+)
+def test_wrong_pixels_are_not_trusted(
+    decode: Any, reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert not [r for r in caplog.records if "decoding all images on the CPU" in r.message]
-    expected = extract(
-        folder,
-        "resnet18",
-        tmp_path / "cpu",
-        weights="random",
-        device="cpu",
-        precision="float32",
-        decode="exact",
-    )
-    a, b = gpu_store.stores[0].store, expected.stores[0].store
+    decoder, batch, pictures = trial(decode)
+    assert decoder.is_trusted is False
+    assert reason in caplog.text
+    assert vars(batch)["_owner"].is_on_host
+    *_, exact = trial(pillow)
+    assert (pictures.int() - exact.int()).abs().max() <= 2
+
+
+@pytest.mark.usefixtures("short_trial")
+def test_one_wrong_picture_is_enough(caplog: pytest.LogCaptureFixture) -> None:
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        first, *images = pillow(encoded)
+        return [first // 8 * 7, *images]
+
+    assert trial(decode)[0].is_trusted is False
+    assert "to other pixels" in caplog.text
+
+
+@pytest.mark.usefixtures("short_trial")
+@pytest.mark.parametrize(("gain", "is_trusted"), [(0.01, True), (1.0, False)])
+def test_embeddings_decide_as_well(
+    gain: float, is_trusted: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The embedding has two values: 100, and the mean of a picture's last bits."""
+
+    def embed(pictures: list[torch.Tensor]) -> list[torch.Tensor]:
+        bits = (pictures[0] % 2).float().mean((1, 2, 3))
+        return [torch.stack([torch.full_like(bits, 1.0), gain * bits], 1)]
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [image | 1 for image in pillow(encoded)]
+
+    flat = [
+        jpeg(Image.new("RGB", (200, 150), (level,) * 3), subsampling=2)
+        for level in range(32, 96, 2)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "colorful", lambda: [*flat])
+        patch.setattr(nvjpeg, "_with_flat_end", lambda _: set())
+        decoder, *_ = trial(decode, embed=embed)
+    assert decoder.is_trusted is is_trusted
+    assert ("to other embeddings (least cosine 0.7071)" in caplog.text) is not is_trusted
+
+
+def test_the_cpu_decodes_until_the_trial_is_over(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(nvjpeg, "TRIAL_IMAGES", 64)
+    run.decode = lambda encoded: [255 - image for image in pillow(encoded)]
+    assert run.is_as_exact(run())
+    assert sum(run.calls) == 8
+    assert "decoding all images on the CPU" not in caplog.text
+
+
+def assert_gpu_decodes(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, device: str, **settings: Any
+) -> None:
+    """Assert that a run leaves photos to the GPU, trusts it, and stores the same embeddings."""
+    decoders: list[NvjpegDecoder] = []
+    images = 0
+
+    def seen(decoder: NvjpegDecoder, batch: Batch, *rest: Any) -> None:
+        nonlocal images
+        images += len(batch.encoded)
+        decoders.append(decoder)
+        decode_batch(decoder, batch, *rest)
+
+    decode_batch = NvjpegDecoder.decode_batch
+    monkeypatch.setattr(NvjpegDecoder, "decode_batch", seen)
+    settings = {"weights": "random", "precision": "float32", "batch_size": 32, **settings}
+    on_gpu = extract(folder, "resnet10t", out / "gpu", decode="gpu", device=device, **settings)
+    expected = extract(folder, "resnet10t", out / "cpu", decode="exact", device="cpu", **settings)
+    assert decoders[-1].is_trusted, "the GPU is not trusted"
+    assert images > nvjpeg.TRIAL_IMAGES
+    a, b = on_gpu.stores[0].store, expected.stores[0].store
     assert list(a.paths) == list(b.paths)
     assert a.failures == b.failures
     one, other = torch.from_numpy(a.features[:]), torch.from_numpy(b.features[:])
     assert float(torch.cosine_similarity(one, other).min()) > 0.999
+
+
+@pytest.fixture
+def photo_folder(folder: Path) -> Path:
+    """The folder with 70 JPEGs more, all with 4:2:0 sampling."""
+    for number, content in enumerate(colorful(70)):
+        (folder / f"more-{number}.jpg").write_bytes(content)
+    return folder
+
+
+@pytest.mark.cuda
+def test_nvjpeg_embeddings_equal_cpu_embeddings(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_gpu_decodes(photo_folder, tmp_path, monkeypatch, "cuda")
+
+
+def test_the_cuda_test_passes_on_a_stand_in(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "check_decode_device", lambda *_: None)
+    monkeypatch.setattr(NvjpegDecoder, "_nvjpeg", lambda _, encoded: nearest_color(encoded))
+    assert_gpu_decodes(photo_folder, tmp_path, monkeypatch, "cpu", image_size=64)
+
+
+def test_the_cuda_test_fails_without_a_decoder(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(_: NvjpegDecoder, encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        raise RuntimeError("torchvision not compiled with nvJPEG support")
+
+    monkeypatch.setattr(session, "check_decode_device", lambda *_: None)
+    monkeypatch.setattr(NvjpegDecoder, "_nvjpeg", decode)
+    with pytest.raises(AssertionError, match="the GPU is not trusted"):
+        assert_gpu_decodes(photo_folder, tmp_path, monkeypatch, "cpu", image_size=64)
