@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import bisect
+import ctypes
 import itertools
 import math
+import mmap
 import operator
+import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +24,16 @@ from extractor.text import plural
 __all__ = ["ConcatenatedRows", "KeptRows", "LazyArray", "ShardedArray", "map_array"]
 
 ATTEMPTS = 10
+MAP_FAILED = ctypes.c_void_p(-1).value
 TINY = 1e-12  # a row of zeros stays one, as in torch.nn.functional.normalize
 READ_ONLY = "the rows of a store are read-only; change a copy of them: np.array(store.features)"
 
 
 def map_array(path: Path) -> npt.NDArray[Any]:
-    """Map a ``.npy`` file into memory, read-only.
+    """Map a ``.npy`` file into memory, read-only, without keeping the file open.
+
+    numpy's own function keeps a file descriptor for each array, of which a process has 1,024 on
+    many systems, and a large store has more shards than that.
 
     numpy parses the header as a Python literal. Python's parser counts its depth for all threads
     together, and raises SystemError if two of them disturb each other. Another attempt succeeds.
@@ -33,12 +41,60 @@ def map_array(path: Path) -> npt.NDArray[Any]:
     Raises:
         Exception: Whatever numpy raises for a file that is no array.
     """
-    for _ in range(ATTEMPTS - 1):
-        try:
-            return np.lib.format.open_memmap(path, mode="r")
-        except SystemError:
-            continue
-    return np.lib.format.open_memmap(path, mode="r")
+    with open(path, "rb") as file:
+        for _ in range(ATTEMPTS - 1):
+            try:
+                shape, is_fortran, dtype = _header(file)
+                break
+            except SystemError:
+                file.seek(0)
+        else:
+            shape, is_fortran, dtype = _header(file)
+        start, size = file.tell(), os.fstat(file.fileno()).st_size
+        if dtype.hasobject:
+            raise ValueError("Python objects in the array cannot be mapped into memory")
+        if start + math.prod(shape) * dtype.itemsize > size:
+            raise ValueError(f"the file has {size} bytes, too few for {shape} {dtype}")
+        content = np.asarray(_Mapping(file.fileno(), size))
+    order: Any = "F" if is_fortran else "C"
+    array: npt.NDArray[Any] = np.ndarray.__new__(
+        np.memmap, shape, dtype, content, start, order=order
+    )
+    return array
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Return shape, order and type of the array in a file, and leave the file at its values."""
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    if version == (2, 0):
+        return np.lib.format.read_array_header_2_0(file)
+    raise ValueError(f"format version {version} of numpy's files is unknown")
+
+
+class _Mapping:
+    """Bytes of a mapped file, for numpy; unlike :class:`mmap.mmap`, it keeps no descriptor."""
+
+    def __init__(self, file: int, size: int) -> None:
+        library = ctypes.CDLL(None, use_errno=True)
+        library.mmap.restype = ctypes.c_void_p
+        numbers = (ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+        library.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *numbers]
+        library.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        address = library.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, file, 0)
+        if address == MAP_FAILED:
+            error = ctypes.get_errno()
+            raise OSError(error, os.strerror(error))
+        # At the end of the process the system does it.
+        weakref.finalize(self, library.munmap, address, size).atexit = False
+        is_read_only = True
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (address, is_read_only),
+            "shape": (size,),
+            "typestr": "|u1",
+        }
 
 
 class LazyArray(NDArrayOperatorsMixin, ABC):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -482,17 +484,17 @@ def test_looking_for_a_method_reads_no_row(
         _ = mixed[0].means
 
 
-def failing_first(times: int) -> Callable[..., np.ndarray]:
+def failing_first(times: int) -> Callable[..., Any]:
     """numpy's function, after so many failures as threads that parse at a time cause them."""
     attempts = iter(range(times))
-    real = np.lib.format.open_memmap
+    real = np.lib.format.read_array_header_1_0
 
-    def open_memmap(*args: Any, **options: Any) -> np.ndarray:
+    def read_header(*args: Any, **options: Any) -> Any:
         if next(attempts, None) is not None:
             raise SystemError("AST constructor recursion depth mismatch (before=156, after=39)")
         return real(*args, **options)
 
-    return open_memmap
+    return read_header
 
 
 @pytest.mark.parametrize("times", [0, 1, array.ATTEMPTS - 1])
@@ -501,7 +503,7 @@ def test_mapping_survives_threads_that_disturb_the_header_parser(
 ) -> None:
     expected = np.arange(6, dtype=np.float32).reshape(2, 3)
     np.save(tmp_path / "rows.npy", expected)
-    monkeypatch.setattr(np.lib.format, "open_memmap", failing_first(times))
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", failing_first(times))
     assert np.array_equal(map_array(tmp_path / "rows.npy"), expected)
 
 
@@ -509,6 +511,71 @@ def test_mapping_gives_up_on_a_parser_that_always_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     np.save(tmp_path / "rows.npy", np.zeros(3))
-    monkeypatch.setattr(np.lib.format, "open_memmap", failing_first(array.ATTEMPTS))
+    monkeypatch.setattr(np.lib.format, "read_array_header_1_0", failing_first(array.ATTEMPTS))
     with pytest.raises(SystemError, match="recursion depth mismatch"):
+        map_array(tmp_path / "rows.npy")
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files")
+def test_mapped_array_keeps_no_file_open(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.arange(6))
+    before = open_files()
+    kept = [map_array(tmp_path / "rows.npy") for _ in range(20)]
+    assert open_files() == before
+    assert kept[-1].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_mapped_array_outlives_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    np.save(path, np.arange(6000))
+    last = map_array(path)[-1:]
+    path.unlink()
+    gc.collect()
+    assert last.tolist() == [5999]
+
+
+@pytest.mark.skipif(not os.path.isfile("/proc/self/maps"), reason="no list of mapped files")
+def test_mapping_ends_with_its_last_view(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.arange(6))
+    view = map_array(tmp_path / "rows.npy")[2:]
+    name = str(tmp_path / "rows.npy")
+    assert name in Path("/proc/self/maps").read_text()
+    del view
+    gc.collect()
+    assert name not in Path("/proc/self/maps").read_text()
+
+
+def test_mapped_array_cannot_become_writable(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.arange(6))
+    rows = map_array(tmp_path / "rows.npy")
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        rows.flags.writeable = True
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (), (2, 3, 4)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_mapped_array_equals_what_numpy_loads(tmp_path: Path, shape: Any, order: Any) -> None:
+    values = np.arange(np.prod(shape, dtype=int), dtype=np.float32).reshape(shape)
+    np.save(tmp_path / "rows.npy", np.asarray(values, order=order))
+    mapped = map_array(tmp_path / "rows.npy")
+    assert isinstance(mapped, np.memmap)
+    assert (mapped.dtype, mapped.shape) == (np.float32, shape)
+    assert np.array_equal(mapped, np.load(tmp_path / "rows.npy"))
+
+
+def test_truncated_array_cannot_be_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "rows.npy"
+    np.save(path, np.arange(6000))
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(ValueError, match=r"too few for \(6000,\) int64"):
+        map_array(path)
+
+
+def test_array_of_objects_cannot_be_mapped(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.array([object], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="Python objects"):
         map_array(tmp_path / "rows.npy")
