@@ -36,7 +36,7 @@ ORDER: list[set[str]] = [
     {"system"},
     {"flags"},
     {"errors"},
-    {"text", "version"},
+    {"paths", "text", "version"},
 ]
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 MAX_FILES = 16
@@ -53,6 +53,7 @@ TORCH_FREE = (
     "preprocess",
     "report",
     "errors",
+    "paths",
     "text",
     "version",
 )

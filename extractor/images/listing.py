@@ -15,6 +15,7 @@ from typing import IO, NamedTuple, TypeAlias
 from extractor.errors import SourceError
 from extractor.images.exclude import Excludes, folders_above
 from extractor.images.formats import candidate_suffixes, looks_like_image
+from extractor.paths import PackedPaths, is_ascending
 from extractor.text import excluded_in_words, plural
 
 __all__ = ["ImageList", "Input", "UnlistedFolder", "display_path", "list_images", "read_list"]
@@ -81,7 +82,7 @@ class ImageList:
         """Check the root and the order."""
         if not os.path.isabs(self.root):
             raise ValueError(f"root: got {self.root!r}, expected an absolute path")
-        if any(a >= b for a, b in itertools.pairwise(self.paths)):
+        if not is_ascending(self.paths):
             raise ValueError("paths: expected ascending order of bytes without duplicates")
         if self.order and not -1 <= min(self.order) <= max(self.order) < len(self.paths):
             raise ValueError(f"order: expected indices of {len(self.paths)} paths")
@@ -118,7 +119,7 @@ class ImageList:
             folder._replace(path=(added + path[start:]).rstrip(b"/"))
             for folder, path in zip(self.unlisted, folders, strict=True)
         )
-        paths = [added + path[start:] for path in self.paths]
+        paths = PackedPaths(added + path[start:] for path in self.paths)
         return replace(self, root=root, paths=paths, unlisted=unlisted)
 
 
@@ -168,21 +169,26 @@ def list_images(
     tally = _Tally(exclude, left_out)
     own = Excludes(exclude, defaults=False)
     given = [_relative(path, root) for path in files]
-    found = tally.not_excluded(given, own)
+    kept = tally.not_excluded(given, own)
     walk = _Walk(root, Excludes(exclude), tally)
-    for folder in dict.fromkeys(folders):
-        if not any(walk.covers(other, folder) for other in folders):
-            found.extend(walk.images(folder))
+    tops = [
+        folder
+        for folder in sorted(set(folders), key=_with_slash)
+        if not any(walk.covers(other, folder) for other in folders)
+    ]
+    walked = itertools.chain.from_iterable(map(walk.images, tops))
+    # Folders are walked in the order of their paths, so that one list needs no sorting.
+    found = PackedPaths(itertools.chain(sorted(kept) if tops else kept, walked))
     unlisted = {path: str(error.strerror) for path, error in {**unseen, **walk.unlisted}.items()}
-    if not found:
+    if not len(found):
         for folder, reason in unlisted.items():
             raise SourceError(f"cannot list {display_path(folder)}: {reason}")
         names = ", ".join(map(display_path, folders or files))
         raise SourceError(f"no images in {names}{tally.in_words}")
     below = sorted(UnlistedFolder(_relative(path, root), unlisted[path]) for path in unlisted)
     # Reading such a folder as an image fails, so it is reported like every unreadable file.
-    found.extend(folder.path for folder in below if folder.path)
-    paths = _sorted_once(found)
+    added = [folder.path for folder in below if folder.path]
+    paths = _sorted_once(PackedPaths(itertools.chain(found, added)) if added else found)
     order = None if folders or below else _order_of(given, paths)
     return ImageList(
         root,
@@ -246,21 +252,37 @@ def read_list(
     """
     here = os.fsencode(os.getcwd())
     content = file.read().removeprefix(codecs.BOM_UTF8)
-    lines = content.split(b"\0" if b"\0" in content else b"\n")
-    paths = [_absolute(line) for line in (line.rstrip(b"\r") for line in lines) if line]
-    if not paths:
+    lines = (line.rstrip(b"\r") for line in _lines(content, b"\0" if b"\0" in content else b"\n"))
+    paths = PackedPaths(_absolute(line) for line in lines if line)
+    del content, lines
+    if not len(paths):
         raise SourceError(f"no paths in {name}; expected one per line")
     inside = all(path.startswith(here.rstrip(b"/") + b"/") for path in paths)
-    root = here if inside else os.path.commonpath([os.path.dirname(path) for path in paths])
-    listed = [_relative(path, root) for path in paths]
+    root = here if inside else _common_folder(paths)
+    listed = PackedPaths(_relative(path, root) for path in paths)
     tally = _Tally(exclude, left_out)
     own = Excludes(exclude, defaults=False)
-    kept = tally.not_excluded(listed, own)
-    if not kept:
+    kept = PackedPaths(tally.not_excluded(listed, own)) if own.patterns else listed
+    if not len(kept):
         raise SourceError(f"no images in {name}{tally.in_words}")
     unique = _sorted_once(kept)
     order = _order_of(listed, unique)
     return ImageList(root, unique, order=order, excluded=tally.excluded, exclude=own.patterns)
+
+
+def _lines(content: bytes, separator: bytes) -> Iterator[bytes]:
+    """Yield the parts of a text; the last one may be empty."""
+    start = 0
+    while (end := content.find(separator, start)) >= 0:
+        yield content[start:end]
+        start = end + 1
+    yield content[start:]
+
+
+def _common_folder(paths: Iterable[bytes]) -> bytes:
+    """Return the deepest folder that contains all files."""
+    folders = {os.path.dirname(path) for path in paths}
+    return os.path.commonpath(list(folders))
 
 
 def display_path(path: bytes) -> str:
@@ -279,17 +301,28 @@ def _relative(path: bytes, root: bytes) -> bytes:
     return path[len(root.rstrip(b"/")) + 1 :]
 
 
-def _sorted_once(paths: list[bytes]) -> list[bytes]:
-    unique = sorted(set(paths))
+def _with_slash(folder: bytes) -> bytes:
+    return folder.rstrip(b"/") + b"/"
+
+
+def _sorted_once(paths: PackedPaths) -> PackedPaths:
+    if paths.is_ascending:
+        return paths
+    unique = PackedPaths(sorted(set(paths)))
     if len(unique) < len(paths):
         log.info("ignored %s", plural(len(paths) - len(unique), "duplicate path"))
     return unique
 
 
-def _order_of(listed: Iterable[bytes], unique: Iterable[bytes]) -> Sequence[int]:
+def _order_of(listed: Sequence[bytes], unique: PackedPaths) -> Sequence[int]:
     """Return the index of each listed path among the unique ones; -1 if it is not there."""
+    if is_ascending(listed):
+        return array("q", map(unique.find, listed))
     index = {path: i for i, path in enumerate(unique)}
     return array("q", (index.get(path, -1) for path in listed))
+
+
+_Identities: TypeAlias = "frozenset[tuple[int, int]]"  # device and inode of folders
 
 
 class _Tally:
@@ -393,36 +426,59 @@ class _Walk:
         return not any(self._excludes.match(each, is_folder=True) for each in between)
 
     def images(self, folder: bytes) -> Iterator[bytes]:
-        """Yield the paths of the images below ``folder``, relative to the root, in any order."""
+        """Yield the paths of the images below ``folder``, relative to the root, ascending."""
         try:
             status = os.stat(folder)
         except OSError as error:
             self.unlisted[folder] = error
             return
-        # Folders still to walk: the path below the start, and the identities of the folders above.
         start = b"" if folder == self._root else _relative(folder, self._root) + b"/"
-        waiting = [(start, frozenset({(status.st_dev, status.st_ino)}))]
-        while waiting:
-            below, above = waiting.pop()
-            path = os.path.join(self._root, below) if below else self._root
-            try:
-                with os.scandir(path) as entries:
-                    for entry in entries:  # may fail at any entry
-                        if self._is_excluded(below + entry.name, entry) or entry.name[:1] == b".":
-                            continue
-                        identity = self._identity(entry)
-                        if identity is None:
-                            if self._counts(below + entry.name, entry):
-                                yield below + entry.name
-                        elif identity in above:
-                            log.info(
-                                "%s links to a folder above it; not followed",
-                                display_path(entry.path),
-                            )
-                        else:
-                            waiting.append((below + entry.name + b"/", above | {identity}))
-            except OSError as error:
-                self.unlisted[path.rstrip(b"/") or path] = error
+        walked = [self._entries(start, frozenset({(status.st_dev, status.st_ino)}))]
+        while walked:
+            path, above = next(walked[-1], (b"", None))
+            if above is not None:
+                walked.append(self._entries(path, above))
+            elif path:
+                yield path
+            else:
+                walked.pop()
+
+    def _entries(
+        self, below: bytes, above: _Identities
+    ) -> Iterator[tuple[bytes, _Identities | None]]:
+        """Yield what a folder holds, ascending: images, and folders with a slash.
+
+        Args:
+            below: Path of the folder with a slash; empty for the root.
+            above: Identities of the folder and those above it.
+
+        Yields:
+            The path of an image, and None; or that of a folder, and the identities of it and of
+            those above it.
+        """
+        path = os.path.join(self._root, below) if below else self._root
+        images: list[bytes] = []
+        folders: dict[bytes, _Identities] = {}
+        try:
+            with os.scandir(path) as entries:
+                for entry in entries:  # may fail at any entry
+                    if self._is_excluded(below + entry.name, entry) or entry.name[:1] == b".":
+                        continue
+                    identity = self._identity(entry)
+                    if identity is None:
+                        if self._counts(below + entry.name, entry):
+                            images.append(below + entry.name)
+                    elif identity in above:
+                        log.info(
+                            "%s links to a folder above it; not followed",
+                            display_path(entry.path),
+                        )
+                    else:
+                        folders[below + entry.name + b"/"] = above | {identity}
+        except OSError as error:
+            self.unlisted[path.rstrip(b"/") or path] = error
+        for name in sorted([*images, *folders]):
+            yield name, folders.get(name)
 
     def _is_excluded(self, path: bytes, entry: os.DirEntry[bytes]) -> bool:
         """Return whether a pattern leaves an entry out, and count it if so."""

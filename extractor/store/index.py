@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import StoreDamagedError
+from extractor.paths import PackedPaths
 
 __all__ = [
     "ImageRecord",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 DIGEST_BYTES = 32  # SHA-256
+ROWS_AT_ONCE = 4096  # rows of a column that are Python objects at a time
 
 
 class ImageRecord(NamedTuple):
@@ -167,11 +169,18 @@ def read_images(path: Path, *, digests: bool = True) -> Images:
     """
     table = read_table(path, ["path", "size", "mtime_ns", *(["sha256"] if digests else [])])
     return Images(
-        [os.fsencode(name) for name in table.column("path").to_pylist()],
+        PackedPaths(_paths_of(table.column("path"))),
         table.column("size").to_numpy(),
         table.column("mtime_ns").to_numpy(),
         _LazyDigests(path, table.column("sha256").to_pylist() if digests else None),
     )
+
+
+def _paths_of(column: Any) -> Iterator[bytes]:
+    """Yield the paths of a column, which are text or bytes."""
+    for part in column.chunks:
+        for start in range(0, len(part), ROWS_AT_ONCE):
+            yield from map(os.fsencode, part.slice(start, ROWS_AT_ONCE).to_pylist())
 
 
 class _LazyDigests(Sequence[bytes]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from array import array
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -10,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from extractor.paths import find_path, is_ascending, paths_between
 from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
 
@@ -28,6 +30,11 @@ UNDECODABLE = frozenset({"no-decoder", "not-an-image"})
 # below which computing again costs seconds.
 LARGE_SHARE = 0.1
 MANY_VANISHED = 10
+
+
+# A shard is looked up in its part of the list if that has at most so many paths per row. Otherwise
+# the table of the part would be larger than that of the shard.
+DENSE = 4
 
 
 class Sight(enum.Enum):
@@ -232,14 +239,13 @@ def plan_run(
         if row.path in vanished:
             _keep(row, matched, missing)
     gone, changed = _count_retired(stored, matched)
-    failed = {path: f for path, f in failed.items() if not matched.has_row[matched.index[path]]}
+    failed = {path: f for path, f in failed.items() if not matched.has_row[matched.index_of(path)]}
     unseen = _unseen_failures(snapshot, stored, matched, keep_gone=bool(vanished))
     unseen = {path: failure for path, failure in unseen.items() if path not in missing}
     failed |= unseen
     missing |= unseen.keys()
-    todo = np.flatnonzero(~matched.has_row).tolist()
     return Plan(
-        todo=[i for i in todo if snapshot.paths[i] not in failed],
+        todo=_todo(matched, failed),
         live=matched.live,
         failures=[failed[path] for path in sorted(failed)],
         missing=sorted(missing),
@@ -254,6 +260,14 @@ def plan_run(
         },
         moves=moves,
     )
+
+
+def _todo(matched: _Matched, failed: Collection[bytes]) -> Sequence[int]:
+    """Return the indices of images without a row, except for those that failed."""
+    indices = [matched.index_of(path) for path in failed]
+    is_open = ~matched.has_row
+    is_open[[i for i in indices if i >= 0]] = False
+    return array("q", np.flatnonzero(is_open).astype(np.int64).tobytes())
 
 
 def _count_retired(stored: StoredImages, matched: _Matched) -> tuple[int, int]:
@@ -274,11 +288,9 @@ def count_unchanged(snapshot: Snapshot, stored: StoredImages) -> tuple[int, int]
         snapshot: the requested images.
         stored: the images of the store.
     """
-    index = {path: i for i, path in enumerate(snapshot.paths)}
     unchanged = total = 0
-    for shard, images in stored.shards.items():
-        counted = stored.counted(shard)
-        indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
+    for shard, indices in _indices(snapshot, stored).items():
+        images, counted = stored.shards[shard], stored.counted(shard)
         same = counted & (indices >= 0) & _are_same(snapshot, images, indices, set())
         unchanged += int(np.count_nonzero(same))
         total += int(np.count_nonzero(counted))
@@ -290,18 +302,22 @@ class _Matched:
     """Requested images and the rows that hold them unchanged.
 
     Attributes:
-        index: index of each requested path.
+        paths: requested paths, ascending.
         indices: by shard number ``(rows,)``, index of the image of each row; -1 if not requested.
         live: by shard number ``(rows,)``, the rows that count.
         has_row: ``(images,)``, whether an image has a row that counts.
         unread: indices of images that should be hashed and could not be read.
     """
 
-    index: Mapping[bytes, int]
+    paths: Sequence[bytes]
     indices: dict[int, npt.NDArray[np.int64]]
     live: dict[int, npt.NDArray[np.bool_]]
     has_row: npt.NDArray[np.bool_]
     unread: set[int]
+
+    def index_of(self, path: bytes) -> int:
+        """Return the index of a requested path; -1 if it is not requested."""
+        return find_path(self.paths, path)
 
     def is_settled(self, row: _Row) -> bool:
         """Return whether a row counts, or another one stands for its image."""
@@ -321,13 +337,13 @@ class _Row:
 
 def _match(snapshot: Snapshot, stored: StoredImages) -> _Matched:
     """Find the row of each requested image that is unchanged at its path."""
-    index = {path: i for i, path in enumerate(snapshot.paths)}
-    matched = _Matched(index, {}, {}, np.zeros(len(snapshot.paths), bool), set())
+    indices_of = _indices(snapshot, stored)
+    matched = _Matched(snapshot.paths, indices_of, {}, np.zeros(len(snapshot.paths), bool), set())
     same: dict[int, npt.NDArray[np.bool_]] = {}
-    for shard, images in sorted(stored.shards.items(), reverse=True):
-        indices = np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
+    for shard, indices in indices_of.items():
+        images = stored.shards[shard]
         same[shard] = (indices >= 0) & _are_same(snapshot, images, indices, matched.unread)
-        matched.indices[shard], matched.live[shard] = indices, np.zeros(len(images), bool)
+        matched.live[shard] = np.zeros(len(images), bool)
     for counted in (True, False):
         for shard, indices in matched.indices.items():
             rows = np.flatnonzero(same[shard] & (stored.counted(shard) == counted))
@@ -337,6 +353,47 @@ def _match(snapshot: Snapshot, stored: StoredImages) -> _Matched:
             matched.live[shard][rows] = True
             matched.has_row[indices[rows]] = True
     return matched
+
+
+def _indices(snapshot: Snapshot, stored: StoredImages) -> dict[int, npt.NDArray[np.int64]]:
+    """Return by shard number ``(rows,)``, the index of each row's image; -1 if not requested.
+
+    The last shard comes first. Most shards hold the images of a part of the list. Their paths are
+    looked up there, those of all others together, so that no table holds all paths.
+    """
+    found: dict[int, npt.NDArray[np.int64]] = {}
+    scattered: dict[bytes, int] = {}
+    for shard, images in sorted(stored.shards.items(), reverse=True):
+        found[shard] = np.empty(0, np.int64)
+        if len(images):
+            part = paths_between(snapshot.paths, *_ends(images.paths))
+            if len(part) <= DENSE * len(images):
+                found[shard] = _indices_in_part(snapshot.paths, part, images)
+            else:
+                scattered.update(dict.fromkeys(images.paths, -1))
+    if not scattered:
+        return found
+    for i, path in enumerate(snapshot.paths):
+        if path in scattered:
+            scattered[path] = i
+    for shard, images in stored.shards.items():
+        if len(images) and not len(found[shard]):
+            found[shard] = np.fromiter(map(scattered.__getitem__, images.paths), np.int64)
+    return found
+
+
+def _ends(paths: Sequence[bytes]) -> tuple[bytes, bytes]:
+    """Return the first and the last path by their bytes."""
+    return (paths[0], paths[-1]) if is_ascending(paths) else (min(paths), max(paths))
+
+
+def _indices_in_part(paths: Sequence[bytes], part: range, images: Images) -> npt.NDArray[np.int64]:
+    """Return ``(rows,)``, the index of each image among some of the paths; -1 if not there."""
+    listed = paths[part.start : part.stop]
+    if images.paths == listed:
+        return np.arange(part.start, part.stop, dtype=np.int64)
+    index = dict(zip(listed, part, strict=True))
+    return np.fromiter((index.get(path, -1) for path in images.paths), np.int64, len(images))
 
 
 def _keep(row: _Row, matched: _Matched, missing: set[bytes]) -> None:
@@ -390,6 +447,8 @@ def _find_moves(
             gone.
         failed: paths of images that need no row.
     """
+    if not unseen and all(live.all() for live in matched.live.values()):
+        return {}
     open_images = np.flatnonzero(~matched.has_row & (snapshot.sizes >= 0)).tolist()
     open_images = [i for i in open_images if snapshot.paths[i] not in failed]
     if snapshot.digests is None or not open_images:
@@ -499,8 +558,8 @@ def _remaining_failures(
     remaining: dict[bytes, FailureRecord] = {}
     for failures, are_new in ((stored.failures, False), (stored.new_failures, True)):
         for failure in failures:
-            i = matched.index.get(failure.path)
-            if i is None or matched.has_row[i] or not _is_same_file(failure, snapshot, i):
+            i = matched.index_of(failure.path)
+            if i < 0 or matched.has_row[i] or not _is_same_file(failure, snapshot, i):
                 continue
             if are_new or not (retry or _may_be_over(failure, snapshot, i)):
                 remaining[failure.path] = failure
@@ -514,7 +573,7 @@ def _unseen_failures(
     failures = {
         failure.path: failure
         for failure in (*stored.failures, *stored.new_failures)
-        if failure.path not in matched.index and not snapshot.is_excluded(failure.path)
+        if matched.index_of(failure.path) < 0 and not snapshot.is_excluded(failure.path)
     }
     kept = {Sight.UNSEEN, Sight.GONE} if keep_gone else {Sight.UNSEEN}
     sights = snapshot.look(list(failures))

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from extractor.errors import SourceError
+from extractor.images import listing
 from extractor.images.listing import (
     ImageList,
     UnlistedFolder,
@@ -724,3 +725,17 @@ def test_unlisted_root_stays_a_folder_of_a_list_relative_to_another_root() -> No
     assert above.unlisted == (UnlistedFolder(b"b", "denied"),)
     assert above.relative_to(b"/a/b") == images
     assert ImageList(b"/a", [b"b/1.png"], unlisted=images.unlisted).relative_to(b"/a/b") is None
+
+
+def test_folders_are_walked_in_the_order_of_their_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["a.jpg", "a/b.jpg", "a/b/c.jpg", "a-b/c.jpg", "a0.jpg", "b/a.jpg", "b.jpg", "ab/a.jpg"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+
+    monkeypatch.setattr(listing, "_sorted_once", lambda paths: paths)
+    assert list_images(tmp_path).paths == sorted(name.encode() for name in names)
+    several = list_images([tmp_path / folder for folder in ("b", "ab", "a", "a-b")])
+    assert several.paths == sorted(name.encode() for name in names if "/" in name)

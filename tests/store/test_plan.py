@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import tracemalloc
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from unittest import mock
@@ -13,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import extractor.paths as paths_module
 import extractor.store.plan as plan_module
+from extractor.paths import PackedPaths
 from extractor.store.failures import FailureRecord
 from extractor.store.index import Images
 from extractor.store.plan import Plan, Sight, Snapshot, StoredImages, plan_run
@@ -60,6 +63,8 @@ class Case:
     excluded: frozenset[bytes] = frozenset()
     many: int = 10
     share: float = 0.1
+    dense: int = 4
+    block: int = 0  # paths in a packed block; 0 for a list
 
     def sight(self, path: bytes) -> Sight:
         return self.files[path].sight if path in self.files else self.others.get(path, Sight.GONE)
@@ -68,7 +73,7 @@ class Case:
         paths = sorted(self.files)
         files = [self.files[path] for path in paths]
         return Snapshot(
-            paths,
+            self.packed(paths),
             np.array([file.size for file in files], np.int64),
             np.array([file.mtime for file in files], np.int64),
             lambda paths: [self.sight(path) for path in paths],
@@ -82,7 +87,7 @@ class Case:
     def stored(self) -> StoredImages:
         shards = {
             number: Images(
-                list(rows),
+                self.packed(rows),
                 np.array([row.size for row in rows.values()], np.int64),
                 np.array([row.mtime for row in rows.values()], np.int64),
                 [row.digest for row in rows.values()],
@@ -96,9 +101,15 @@ class Case:
         }
         return StoredImages(shards, live, self.failures, self.new_failures, self.vanished)
 
+    def packed(self, paths: Iterable[bytes]) -> Sequence[bytes]:
+        return PackedPaths(paths) if self.block else list(paths)
+
     def plan(self) -> Plan:
-        limits = {"MANY_VANISHED": self.many, "LARGE_SHARE": self.share}
-        with mock.patch.multiple(plan_module, **limits):
+        limits = {"MANY_VANISHED": self.many, "LARGE_SHARE": self.share, "DENSE": self.dense}
+        with (
+            mock.patch.multiple(plan_module, **limits),
+            mock.patch.object(paths_module, "BLOCK", self.block),
+        ):
             return plan_run(
                 self.snapshot(),
                 self.stored(),
@@ -319,6 +330,8 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.frozensets(PATHS, max_size=2)),
         draw(st.integers(0, 2)),
         draw(st.sampled_from([0.1, 0.5])),
+        draw(st.sampled_from([0, 1, 4])),
+        draw(st.sampled_from([0, 1, 2, 100])),
     )
 
 
@@ -786,3 +799,28 @@ def test_moved_row_is_not_the_replaced_one_of_its_old_path() -> None:
     case = Case({b"a": File(2, 2, TWO), b"b": File(1, 1, ONE)}, {0: {b"a": ROW_1}})
     made = case.plan()
     assert (list(made.todo), dict(made.replaced), made.moved) == ([0], {}, 1)
+
+
+@pytest.mark.parametrize("is_stored", [False, True])
+def test_plan_holds_no_table_of_all_paths(is_stored: bool) -> None:
+    count, shards = 40_000, 20
+    paths = [b"photos/%04d/img_%07d.jpg" % (i // 1000, i) for i in range(count)]
+    numbers = np.arange(count)
+    parts = np.split(numbers, shards) if is_stored else []
+    stored = StoredImages(
+        {
+            i: Images(PackedPaths(paths[part[0] : part[-1] + 1]), numbers[part], numbers[part], ())
+            for i, part in enumerate(parts)
+        },
+        {i: np.ones(len(part), bool) for i, part in enumerate(parts)},
+    )
+    snapshot = Snapshot(PackedPaths(paths), numbers, numbers, lambda paths: [])
+    del paths
+    tracemalloc.start()
+    try:
+        made = plan_run(snapshot, stored)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(made.todo) == (0 if is_stored else count)
+    assert peak / count < 40  # a table of all paths takes 140
