@@ -227,6 +227,18 @@ def test_a_copy_is_of_the_shard_that_runs_for_longest() -> None:
     assert [copy and copy.shard for copy in copies] == [second.shard, prefetched.shard, 3, None]
 
 
+def test_a_receipt_for_a_prefetched_shard_does_not_rejuvenate_the_first() -> None:
+    board = Board(range(3))
+    take(board, 0)
+    prefetched = take(board, 0, ahead=True)
+    take(board, 1)
+    board.settle(receipt_of(prefetched, 0))
+
+    copy = board.copy_for(2)
+    assert copy is not None
+    assert copy.shard == 0
+
+
 def test_a_copy_prefers_what_runs_to_what_is_prefetched() -> None:
     board = Board(range(3))
     take(board, 0)

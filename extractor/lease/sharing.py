@@ -1,0 +1,169 @@
+"""Devices, processes and cores of one machine, shared out between workers. Pure; no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from extractor.errors import DeviceError, UsageError
+from extractor.options import Options, parse_devices
+from extractor.text import plural
+
+__all__ = ["Machine", "Sharing", "WorkerSlot", "share_out"]
+
+# One process embeds about 4,000 images/s at most, whatever its cores: all decoding threads and the
+# thread that launches kernels take turns at Python's lock. Two cores, 30,000 images of 48 x 40 and
+# a network of one layer: 2,100 images/s from one process with two decoding threads, 2,800 from two
+# processes with one each. A core decodes photos slower than that, so that four cores stay well
+# below the lock's limit, and more than four processes only repeat the memory of the weights.
+CORES_PER_GPU_PROCESS = 4
+MAX_PROCESSES_PER_GPU = 4
+
+# On a CPU the forward pass takes most of the time, and it holds no lock. Its threads gain little
+# beyond 16 (an estimate, to be measured on such a machine).
+CORES_PER_CPU_PROCESS = 16
+
+# Below that, the start of further processes (importing torch, loading the weights) costs more
+# than they save.
+MIN_IMAGES_FOR_PROCESSES = 20_000
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to share out.
+
+    Attributes:
+        cores: Number of cores that this process may use.
+        gpus: Number of CUDA devices that torch sees.
+        device: Device that the run computes on unless ``--devices`` names several, such as
+            ``cuda:0``.
+        threads: Number of threads that torch computes with by itself, at most one per core.
+    """
+
+    cores: int
+    gpus: int
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True)
+class WorkerSlot:
+    """Share of one worker.
+
+    Attributes:
+        worker: Number of the worker, from 0.
+        device: Device that it computes on, such as ``cuda:1``.
+        workers: Number of its decoding threads.
+        threads: Number of threads that compute on a CPU. It is the same for all workers of a run,
+            since it can change the last bits of a row.
+        max_pixels_share: Number of pixels that it may decode at once without asking the others.
+    """
+
+    worker: int
+    device: str
+    workers: int
+    threads: int
+    max_pixels_share: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """All workers of a run on one machine.
+
+    Attributes:
+        slots: Share of each worker. One alone computes in the process of the run itself.
+        note: Sentence for the log if there are fewer workers than were asked for; else empty.
+    """
+
+    slots: tuple[WorkerSlot, ...]
+    note: str = ""
+
+
+def share_out(
+    options: Options, machine: Machine, *, images: int, shards: int, only_here: str = ""
+) -> Sharing:
+    """Return the workers of a run on one machine.
+
+    Args:
+        options: Options of the run.
+        machine: What there is to share out.
+        images: Number of images to compute.
+        shards: Number of shards to compute.
+        only_here: Why the run cannot leave its own process; empty if it can.
+
+    Raises:
+        DeviceError: A device does not exist.
+        UsageError: Several processes were asked for, and the run cannot leave its own.
+    """
+    devices = _devices(options, machine)
+    if options.processes is not None:
+        processes = options.processes
+    elif only_here or options.profile is not None or images < MIN_IMAGES_FOR_PROCESSES:
+        processes = 1
+    else:
+        processes = _default_processes(devices, machine.cores)
+    asked = processes * len(devices)
+    if asked > 1 and (only_here or options.profile is not None):
+        reason = only_here or "--profile traces one process"
+        raise UsageError(f"got {asked} processes, expected 1: {reason}; try --processes 1")
+    count = max(min(asked, shards), 1)
+    slots = tuple(
+        _slot(worker, devices[worker % len(devices)], count, options, machine)
+        for worker in range(count)
+    )
+    return Sharing(slots, _note(asked, count, shards, options))
+
+
+def _devices(options: Options, machine: Machine) -> tuple[str, ...]:
+    if options.devices is None:
+        return (machine.device,)
+    chosen = parse_devices(options.devices)
+    if chosen == "cpu":
+        return ("cpu",)
+    if not machine.gpus:
+        raise DeviceError(
+            f"devices: got {options.devices}, and torch sees no GPU; check nvidia-smi and "
+            "CUDA_VISIBLE_DEVICES, or use --devices cpu"
+        )
+    numbers = range(machine.gpus) if chosen == "all" else chosen
+    missing = [number for number in numbers if number >= machine.gpus]
+    if missing:
+        last = machine.gpus - 1
+        visible = f"GPUs 0 to {last} are" if last else "GPU 0 is"
+        raise DeviceError(
+            f"devices: there is no GPU {missing[0]}; only {visible} visible; check "
+            "CUDA_VISIBLE_DEVICES, or use --devices all"
+        )
+    return tuple(f"cuda:{number}" for number in numbers)
+
+
+def _default_processes(devices: tuple[str, ...], cores: int) -> int:
+    """Return the number of processes on each device of a long run."""
+    if devices[0] == "cpu":
+        return max(cores // CORES_PER_CPU_PROCESS, 1)
+    if devices[0].startswith("cuda"):
+        of_device = cores // len(devices)
+        return min(max(of_device // CORES_PER_GPU_PROCESS, 1), MAX_PROCESSES_PER_GPU)
+    return 1  # Apple's GPU shares its memory with the cores; not measured
+
+
+def _slot(worker: int, device: str, count: int, options: Options, machine: Machine) -> WorkerSlot:
+    cores = machine.cores // count + (worker < machine.cores % count)
+    decoding = cores if device == "cpu" else cores - 1  # one core launches the kernels
+    return WorkerSlot(
+        worker,
+        device,
+        workers=options.workers or max(decoding, 1),
+        threads=options.threads or max(machine.threads // count, 1),
+        max_pixels_share=max(options.max_pixels // count, 1),
+    )
+
+
+def _note(asked: int, count: int, shards: int, options: Options) -> str:
+    is_asked = options.processes is not None or options.devices is not None
+    if count == asked or not is_asked or not shards:
+        return ""
+    started = plural(count, "process", "processes")
+    return (
+        f"{started} instead of {asked}: there {'is' if shards == 1 else 'are'} only "
+        f"{plural(shards, 'shard')} to compute; a smaller --shard-images makes more of them"
+    )
