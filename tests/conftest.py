@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from support.pictures import color
 
+pytest_plugins = ["support.stores"]
+
 REQUIRE_CUDA = os.environ.get("EXTRACTOR_REQUIRE_CUDA") == "1"
 
 
