@@ -23,7 +23,7 @@ from extractor.loading.buffers import MIN_BUFFERS
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
-from extractor.system.devices import device_errors, is_full_host, is_out_of_memory
+from extractor.system.devices import device_errors, is_out_of_memory
 from extractor.system.float32 import full_float32
 from extractor.system.timing import Timer
 
@@ -259,11 +259,11 @@ class _Step:
         return [self._rows(spec, outputs) for spec in self._specs]
 
     def _embed(self, index: int, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run a backbone. Where a CPU runs out of memory, compute halves."""
+        """Run a backbone. Where memory runs out, compute halves, unless :meth:`in_parts` does."""
         try:
             return self._running[index].embed(pixels)
         except (RuntimeError, MemoryError) as error:
-            if len(pixels) == 1 or not is_full_host(error):
+            if len(pixels) == 1 or self.device.type == "cuda" or not is_out_of_memory(error):
                 raise
         self._halve(len(pixels))
         halves = torch.split(pixels, self._images_at_a_time)

@@ -15,7 +15,6 @@ __all__ = [
     "device_errors",
     "device_name",
     "is_broken_device",
-    "is_full_host",
     "is_out_of_memory",
     "resolve_device",
 ]
@@ -95,7 +94,7 @@ def device_errors(device: torch.device) -> Iterator[None]:
         yield
     except RuntimeError as error:
         line = first_line(error)
-        if is_full_host(error):
+        if _is_full_host(error):
             raise DeviceError(f"not enough memory: {line}; try a smaller --batch-size") from error
         if is_out_of_memory(error):
             raise DeviceError(
@@ -114,12 +113,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that the memory of a device is used up, the CPU included."""
     return (
         isinstance(error, torch.cuda.OutOfMemoryError)
-        or is_full_host(error)
+        or _is_full_host(error)
         or (isinstance(error, RuntimeError) and FULL.search(str(error)) is not None)
     )
 
 
-def is_full_host(error: BaseException) -> bool:
+def _is_full_host(error: BaseException) -> bool:
     """Return whether an error says that the memory of the CPU is used up."""
     is_of_torch = isinstance(error, RuntimeError) and FULL_HOST in str(error)
     return is_of_torch or isinstance(error, MemoryError)
