@@ -62,7 +62,7 @@ class OptionArguments(EmbeddingArguments, total=False):
     exclude: Sequence[str]
     overwrite: bool
     keep_order: bool
-    shard_images: int
+    shard_images: int | None
     check: Check
     keep_missing: bool
     retire: bool

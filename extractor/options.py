@@ -554,8 +554,8 @@ class Options:
             advanced=True,
         ),
     )
-    shard_images: int = option(
-        65_536,
+    shard_images: int | None = option(
+        None,
         Flag(
             "--shard-images",
             "number of images per .npy file, failed ones included",
@@ -564,6 +564,7 @@ class Options:
             advanced=True,
             minimum=1,
             maximum=MAX_INTEGER,
+            unset="that of an existing store; for a new one 1024 to 65536, by the number of images",
         ),
     )
     check: Check = option(

@@ -205,7 +205,7 @@ def test_finished_store_is_replaced_only_by_overwrite(photos: Path, tmp_path: Pa
     extract(photos, out=out, shard_images=4)
     before = files_of(out)
     with pytest.raises(StoreError, match=r"shard_images: 4 there, 65536 now.*--overwrite"):
-        extract(photos, out=out)
+        extract(photos, out=out, shard_images=65_536)
     assert files_of(out) == before
     shutil.rmtree(photos / "deep")
     report = extract(photos, out=out, overwrite=True)

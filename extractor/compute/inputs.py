@@ -42,9 +42,8 @@ def batch_size_for(specs: Sequence[EmbeddingSpec], options: Options) -> int:
     It is at most the size of a shard, which ends a batch. It does not depend on the number of
     images, since the value of a row must not depend on it.
     """
-    return min(
-        options.batch_size or default_batch_size(device_of(specs).type), options.shard_images
-    )
+    batch_size = options.batch_size or default_batch_size(device_of(specs).type)
+    return min(batch_size, options.shard_images or batch_size)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,10 @@ __all__ = ["describe", "precision_of"]
 
 
 def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int) -> Description:
-    """Return everything that the manifest records about how a store is made."""
+    """Return everything that the manifest records about how a store is made.
+
+    Its ``shard_images`` is 0 if the options leave that open.
+    """
     first = spec.backbones[0]
     several = len(spec.backbones) > 1
     cosines = [b.least_cosine for b in spec.backbones if b.least_cosine is not None]
@@ -49,7 +52,7 @@ def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int
             "decode": options.decode,
         },
         root=os.fsdecode(root),
-        shard_images=options.shard_images,
+        shard_images=options.shard_images or 0,
         software=software_versions(),
     )
 

@@ -264,6 +264,11 @@ class StoreOutput:
 
     # -- computing
 
+    @property
+    def shard_images(self) -> int:
+        """Number of images in one shard."""
+        return self._description.shard_images
+
     @contextmanager
     def shard(self, index: int) -> Iterator[None]:
         """Open a shard for :meth:`append`. It counts once the block ends without an error.

@@ -123,10 +123,10 @@ class PassRunner:
         Raises:
             InterruptedRunError: ``callbacks.stop`` returned true.
         """
-        passes: dict[str, list[StoreOutput]] = {}
+        passes: dict[tuple[str, int], list[StoreOutput]] = {}
         for output in outputs:
             if output.pending:
-                passes.setdefault(output.todo_digest, []).append(output)
+                passes.setdefault((output.todo_digest, output.shard_images), []).append(output)
         total = max(len(self._images), sum(map(_pending, passes.values())))
 
         def report() -> None:
@@ -176,7 +176,7 @@ class PassRunner:
         done = min(output.done for output in outputs)
         batches = plan_batches(
             len(outputs[0].todo),
-            shard_images=self._options.shard_images,
+            shard_images=outputs[0].shard_images,
             batch_size=self._inputs.batch_size,
         )
         return [batch for batch in batches if batch.stop > done]

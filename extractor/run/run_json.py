@@ -57,6 +57,7 @@ RUN_ONLY = frozenset(
         "max_failure_rate",
         "lock",
         "profile",
+        "shard_images",  # cuts the rows into files
         "devices",
         "processes",
         "part",
@@ -246,6 +247,10 @@ def request_that_made(folder: Path, manifest: Manifest) -> object:
         content = json.loads(text)
         is_valid = content["checksum"] == checksum(text) and content["store"] == manifest.checksum
         is_same = _file_stamps(path for path, *_ in content["files"] or ()) == content["files"]
-        return content["request"] if is_valid and is_same else None
+        request = content["request"] if is_valid and is_same else None
+        if request is not None:
+            for name in RUN_ONLY:  # earlier versions listed some of them
+                request["options"].pop(name, None)
+        return request
     except (OSError, ValueError, KeyError, TypeError):
         return None

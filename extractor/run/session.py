@@ -7,13 +7,14 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from extractor.compute.inputs import Inputs, batch_size_for, device_of
+from extractor.compute.inputs import Inputs, device_of
 from extractor.compute.tune import Recorded, TuneSettings, tune
 from extractor.errors import UsageError
 from extractor.images.listing import ImageList, Input, list_images
@@ -23,7 +24,7 @@ from extractor.lease.suspects import load_suspects
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.models.naming import join_names, store_folders
-from extractor.options import MAX_BATCH_SIZE, Options
+from extractor.options import Options
 from extractor.report import Progress, Report, StoreReport
 from extractor.run.output import StoreOutput, claim_store
 from extractor.run.passes import Callbacks, PassRunner
@@ -37,9 +38,11 @@ from extractor.run.preflight import (
 )
 from extractor.run.recorded_weights import recorded_weights
 from extractor.run.run_json import Computed, request_of, write_run_json
+from extractor.run.sizes import Sizes, choose_sizes
 from extractor.run.snapshot import take_snapshot, unlisted_folders
 from extractor.store.claim import ClaimedFolder
 from extractor.store.format import IN_FLIGHT
+from extractor.store.job import MAX_SHARD_IMAGES
 from extractor.store.writer import existing_computation
 from extractor.system.cpu import compute_threads
 from extractor.system.timing import Spent, Timer
@@ -92,14 +95,15 @@ class Session:
             stack.enter_context(compute_threads(self._options.threads))
             self._threads = torch.get_num_threads()
             claims = stack.enter_context(self.claim_outputs(specs))
+            sizes = choose_sizes(specs, claims, listed, self._options)
             inputs = Inputs(
                 self._options,
-                self.batch_size(specs, claims, listed),
+                sizes.batch_size,
                 load_suspects(claim.staging for claim in claims),
                 timer,
             )
             specs = self.choose_precision(specs, claims, listed, inputs)
-            outputs = self.compare(specs, claims, listed, inputs)
+            outputs = self.compare(specs, claims, listed, sizes)
             pending = max(output.pending for output in outputs)
             self.check_space(outputs)
             spent = self.compute(outputs, listed, inputs, callbacks)
@@ -120,7 +124,7 @@ class Session:
             )
         self._clock.end("list")
         check_order(listed, self._options)
-        check_shard_count(len(listed), self._options.shard_images)
+        check_shard_count(len(listed), self._options.shard_images or MAX_SHARD_IMAGES)
         return listed
 
     def load(self) -> list[EmbeddingSpec]:
@@ -141,21 +145,6 @@ class Session:
             yield [
                 stack.enter_context(claim_store(Path(folder), self._options)) for folder in folders
             ]
-
-    def batch_size(
-        self, specs: Sequence[EmbeddingSpec], claims: Sequence[ClaimedFolder], images: ImageList
-    ) -> int:
-        """Return the number of images in one batch: that of existing rows, unless it was chosen."""
-        default = batch_size_for(specs, self._options)
-        if self._options.batch_size is not None:
-            return default
-        found = [
-            existing_computation(claim, describe(spec, self._options, images.root, default))
-            for claim, spec in zip(claims, specs, strict=True)
-        ]
-        sizes = {existing.computation.get("batch_size") for existing in found if existing}
-        (size,) = sizes if len(sizes) == 1 else (None,)
-        return size if isinstance(size, int) and 0 < size <= MAX_BATCH_SIZE else default
 
     def choose_precision(
         self,
@@ -205,22 +194,17 @@ class Session:
         specs: Sequence[EmbeddingSpec],
         claims: Sequence[ClaimedFolder],
         images: ImageList,
-        inputs: Inputs,
+        sizes: Sizes,
     ) -> list[StoreOutput]:
         """Compare the images with the rows of each store, and plan what to compute."""
         content = self._options.check == "content"
         snapshot = functools.cache(lambda: take_snapshot(images, content=content))
-        return [
-            StoreOutput(
-                claim,
-                spec,
-                describe(spec, self._options, images.root, inputs.batch_size),
-                images,
-                snapshot,
-                self._options,
-            )
-            for claim, spec in zip(claims, specs, strict=True)
-        ]
+        outputs = []
+        for claim, spec, size in zip(claims, specs, sizes.shard_images, strict=True):
+            options = replace(self._options, shard_images=size)
+            description = describe(spec, options, images.root, sizes.batch_size)
+            outputs.append(StoreOutput(claim, spec, description, images, snapshot, options))
+        return outputs
 
     def check_space(self, outputs: Sequence[StoreOutput]) -> None:
         """Check that the pending rows fit on the disk."""

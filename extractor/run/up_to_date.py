@@ -103,6 +103,8 @@ def _matching_stores(
             return None
         if request_that_made(folder, manifest) != request:
             return None
+        if options.shard_images not in (None, manifest.description.shard_images):
+            return None
         manifests[folder] = manifest, listed
     digests = options.check == "content"
     return [

@@ -9,7 +9,34 @@ from extractor.errors import StoreError
 from extractor.store.format import MAX_SHARDS, Description
 from extractor.text import plural
 
-__all__ = ["Job"]
+__all__ = ["MAX_SHARD_IMAGES", "SHARD_STEP", "Job", "shard_images_for"]
+
+# Sizes of shards that nobody chose are multiples of this, so that batches of up to 1,024 images
+# fill them.
+SHARD_STEP = 1024
+# The most images of such a shard: 512 MiB of 2,048 float32 values, and 15,259 files a billion.
+MAX_SHARD_IMAGES = 65_536
+# Shards of a store, if that makes them neither too small nor too large. Eight workers then end at
+# almost the same time.
+SHARDS = 64
+# Batches of a shard that its last, shorter one must not be many of.
+MIN_BATCHES = 16
+
+
+def shard_images_for(images: int, batch_size: int) -> int:
+    """Return the number of images in one shard of a new store, a multiple of 1,024.
+
+    >>> shard_images_for(100_000, batch_size=32)
+    2048
+
+    Args:
+        images: number of images of the store.
+        batch_size: number of images in one batch.
+    """
+    least = -(-images // SHARDS)
+    if SHARD_STEP % batch_size:
+        least = max(least, MIN_BATCHES * batch_size)
+    return min(max(-(-least // SHARD_STEP), 1) * SHARD_STEP, MAX_SHARD_IMAGES)
 
 
 @dataclass(frozen=True)

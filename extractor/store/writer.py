@@ -97,11 +97,13 @@ class ExistingComputation:
     Attributes:
         computation: the manifest's ``computation``.
         images: number of images in the finished store.
+        shard_images: number of images in one shard.
         is_interrupted: the rows belong to an interrupted run.
     """
 
     computation: Mapping[str, Any]
     images: int
+    shard_images: int
     is_interrupted: bool
 
 
@@ -112,7 +114,8 @@ def existing_computation(
 
     Args:
         claim: the output folder.
-        description: description of the new rows; its ``computation`` is ignored.
+        description: description of the new rows; its ``computation`` is ignored, and its
+            ``shard_images`` is 0 if nobody chose one.
 
     Raises:
         StoreError: the existing store cannot be read.
@@ -122,19 +125,24 @@ def existing_computation(
         if job is not None and not (
             claim.overwrite and (job.base or _differ_elsewhere(job.description, description))
         ):
-            return ExistingComputation(job.description.computation, 0, is_interrupted=True)
+            before = job.description
+            return ExistingComputation(
+                before.computation, 0, before.shard_images, is_interrupted=True
+            )
         if claim.overwrite or not (claim.out / MANIFEST).is_file():
             return None
         manifest = Manifest.read(claim.out / MANIFEST)
-        computation = manifest.description.computation
-        return ExistingComputation(computation, manifest.images, is_interrupted=False)
+        before = manifest.description
+        return ExistingComputation(
+            before.computation, manifest.images, before.shard_images, is_interrupted=False
+        )
 
 
 def _differ_elsewhere(description: Description, other: Description) -> bool:
     """Return whether two descriptions differ in more than the computation."""
-    differences = description.differences(other)
+    may_differ = ("computation.", *(() if other.shard_images else ("shard_images",)))
     return description.root != other.root or any(
-        not difference.key.startswith("computation.") for difference in differences
+        not difference.key.startswith(may_differ) for difference in description.differences(other)
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord, read_failures
 from extractor.store.format import JOB, STAGING, Manifest
 from extractor.store.index import ImageRecord
-from extractor.store.job import Job
+from extractor.store.job import MAX_SHARD_IMAGES, SHARD_STEP, Job, shard_images_for
 from extractor.store.lock import Lock
 from extractor.store.publish import finish_publishing
 from extractor.store.writer import StoreRun, rewrite
@@ -67,11 +68,13 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
         [(record.path, row) for row, record in enumerate(records)]
         + [(failure.path, -1 - i) for i, failure in enumerate(failures)]
     )
-    size = before.description.shard_images
-    shards = [order[start : start + size] for start in range(0, len(order), size)]
-    if not before.retired and _is_compact(before, shards):
+    own, size = before.description.shard_images, _shard_images(before, len(order))
+    is_small = own < size  # the files would be fewer
+    if not before.retired and not is_small and _is_compact(before, _cut(order, own)):
         return before, before
-    job = Job(before.description, len(order), before.listing)
+    shards = _cut(order, size)
+    description = replace(before.description, shard_images=size)
+    job = Job(description, len(order), before.listing)
     with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
         run = rewrite(claim, job, vanished=before.vanished, same_rows=before)
         for number, entries in enumerate(shards):
@@ -107,6 +110,19 @@ def _copy_shard(
                 [failures[-1 - row] for _, row in block if row < 0],
             )
         shard.finish(store.ids[[row for _, row in entries if row >= 0]])
+
+
+def _cut(order: Sequence[Entry], size: int) -> list[Sequence[Entry]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _shard_images(manifest: Manifest, images: int) -> int:
+    """Return the size of the shards from now on: that of a new store, unless somebody chose it."""
+    size = manifest.description.shard_images
+    if size % SHARD_STEP or size > MAX_SHARD_IMAGES:
+        return size
+    batch_size = manifest.description.computation.get("batch_size")
+    return shard_images_for(images, batch_size if isinstance(batch_size, int) else 1)
 
 
 def _is_compact(manifest: Manifest, shards: Sequence[Sequence[Entry]]) -> bool:

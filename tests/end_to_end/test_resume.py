@@ -138,7 +138,7 @@ def test_several_stores_resume_together(photos: Path, tmp_path: Path) -> None:
         (lambda photos: {"batch_size": 3}, r"computation.batch_size: 2 there, 3 now"),
         (lambda photos: {"dtype": "float16"}, r'embedding.dtype: "float32" there, "float16" now'),
         (lambda photos: {"normalize": True}, r"embedding.normalized: false there, true now"),
-        (lambda photos: {"shard_images": 9}, r"shard_images: 65536 there, 9 now"),
+        (lambda photos: {"shard_images": 9}, r"shard_images: 1024 there, 9 now"),
     ],
 )
 @pytest.mark.parametrize("finished", [False, True])
