@@ -24,11 +24,12 @@ from extractor.errors import (
 )
 from extractor.reading.array import KeptRows, ShardedArray, map_array
 from extractor.reading.info import StoreInfo
+from extractor.reading.lookup import LARGE, IndexLookup, read_live_column
 from extractor.reading.rows import Rows
 from extractor.store.format import MANIFEST, STAGING, FileEntry, Manifest, ShardEntry
 from extractor.store.history import Changes, HistoryEntry, net_changes
 from extractor.store.ids import live_ids, read_history
-from extractor.store.index import ImageRecord, read_column, read_table
+from extractor.store.index import ImageRecord, read_table
 from extractor.store.publish import check_size, locate
 from extractor.text import plural
 
@@ -258,7 +259,8 @@ class FeatureStore(Rows):
 
     def full_path(self, row: int) -> str:
         """Return the absolute path of a row's image, as it was when the store was made."""
-        return os.path.join(self.root, self.paths[row])
+        (path,) = self._values("path", np.array([range(len(self))[row]]))
+        return os.path.join(self.root, path)
 
     def column(self, name: str) -> list[Any]:
         """Return one column of the index, one value per row; see :meth:`Rows.column`."""
@@ -272,18 +274,48 @@ class FeatureStore(Rows):
         self._check_unchanged()
         values: list[Any] = []
         for shard in self.manifest.shards:
-            check_size(self.path, shard.index)
-            path = locate(self.path, shard.index.name)
-            column = read_column(path, name)
-            if len(column) != shard.rows:
-                raise StoreDamagedError(
-                    f"{path} has {plural(len(column), 'row')}, expected {shard.rows}"
-                )
-            if shard.retired:
-                column = list(itertools.compress(column, shard.live_mask()))
-            values.extend(column)
+            values.extend(read_live_column(self.path, shard, self._locate, name))
         self._check_unchanged()
         return values
+
+    def _values(self, name: str, rows: npt.NDArray[np.int64]) -> list[Any]:
+        if len(self) <= LARGE or name == "id":
+            return super()._values(name, rows)
+        found = self._look_up(lambda lookup: lookup.values(name, rows))
+        return list(map(os.fsdecode, found)) if name == "path" else found
+
+    def _find(self, path: str) -> int | None:
+        if len(self) <= LARGE:
+            return super()._find(path)
+        return self._look_up(lambda lookup: lookup.find(os.fsencode(path)))
+
+    def _each_path(self) -> Iterator[str]:
+        if len(self) <= LARGE:
+            return super()._each_path()
+        columns = (self._path_column(shard) for shard in self.manifest.shards)
+        return itertools.chain.from_iterable(columns)
+
+    def _path_column(self, shard: ShardEntry) -> Iterator[str]:
+        def read(lookup: IndexLookup) -> list[Any]:
+            return read_live_column(self.path, shard, self._locate, "path")
+
+        return map(os.fsdecode, self._look_up(read))
+
+    def _look_up(self, find: Callable[[IndexLookup], T]) -> T:
+        def checked() -> T:
+            self._check_unchanged()
+            found = find(self._lookup)
+            self._check_unchanged()
+            return found
+
+        return _retry_moved(self.path, checked)
+
+    @functools.cached_property
+    def _lookup(self) -> IndexLookup:
+        return IndexLookup(self.path, self.manifest.shards, self._locate)
+
+    def _locate(self, name: str) -> Path:
+        return locate(self.path, name)
 
     @functools.cached_property
     def ids(self) -> npt.NDArray[np.int64]:
@@ -294,7 +326,7 @@ class FeatureStore(Rows):
         shards = self.manifest.shards
         if any(shard.first_id is None for shard in shards):
             self._check_unchanged()
-        ids = live_ids(shards, lambda name: locate(self.path, name))
+        ids = live_ids(shards, self._locate)
         if any(shard.first_id is None for shard in shards):
             self._check_unchanged()
         return ids
@@ -323,7 +355,8 @@ class FeatureStore(Rows):
         if token == self.token:
             return net_changes([], self.token)
         if not token:
-            return net_changes([HistoryEntry.of("", "", added=self.ids)], self.token)
+            nothing = np.empty(0, np.int64)
+            return Changes(self.token, np.sort(self.ids), nothing, nothing.reshape(0, 2), nothing)
         history = _retry_moved(self.path, self._history)
         for i, entry in enumerate(history):
             if entry.since == token:
@@ -345,7 +378,7 @@ class FeatureStore(Rows):
 
     def _row_of_full_path(self, path: str) -> int | None:
         root = self.root.rstrip("/") + "/"
-        return self._row_of_path.get(path[len(root) :]) if path.startswith(root) else None
+        return self._find(path[len(root) :]) if path.startswith(root) else None
 
     @property
     def _source(self) -> str:

@@ -96,7 +96,7 @@ class Rows(ABC):
         if not isinstance(path, (str, bytes, os.PathLike)):
             raise UsageError(f"path: got {type(path).__name__}, expected the path of an image")
         name = os.fsdecode(path)
-        row = self._row_of_path.get(name)
+        row = self._find(name)
         if row is None and os.path.isabs(name):
             row = self._row_of_full_path(name)
         if row is None:
@@ -106,6 +106,19 @@ class Rows(ABC):
     def _row_of_full_path(self, path: str) -> int | None:
         """Return the row of an image by its absolute path."""
         return None
+
+    def _find(self, path: str) -> int | None:
+        """Return the row of an image by its path as in :attr:`paths`."""
+        return self._row_of_path.get(path)
+
+    def _each_path(self) -> Iterator[str]:
+        """Return an iterator over the paths of all rows."""
+        return iter(self.paths)
+
+    def _values(self, name: str, rows: npt.NDArray[np.int64]) -> list[Any]:
+        """Return the values of a column of the index in some rows."""
+        values = self.paths if name == "path" else self.column(name)
+        return [values[row] for row in rows.tolist()]
 
     @functools.cached_property
     def _row_of_path(self) -> dict[str, int]:
@@ -122,13 +135,22 @@ class Rows(ABC):
         if wanted.size and wanted.dtype.kind not in "iu":
             raise UsageError(f"ids: got {wanted.dtype}, expected integers")
         wanted = wanted.astype(np.int64)
-        order = np.argsort(self.ids)
+        order = self._order_of_ids
         at = np.searchsorted(self.ids, wanted, sorter=order)
-        rows = order[np.minimum(at, len(order) - 1)] if len(order) else np.zeros_like(wanted)
-        missing = wanted[self.ids[rows] != wanted] if len(order) else wanted
+        rows = np.minimum(at, max(len(self.ids) - 1, 0))
+        if order is not None and len(order):
+            rows = order[rows]
+        missing = wanted[self.ids[rows] != wanted] if len(self.ids) else wanted
         if missing.size:
             raise KeyError(f"id {missing.flat[0]} has no row in {self._source}")
         return rows.astype(np.int64)
+
+    @functools.cached_property
+    def _order_of_ids(self) -> npt.NDArray[np.int64] | None:
+        """Rows in the order of their ids; None if it is that of the rows."""
+        if (self.ids[1:] > self.ids[:-1]).all():
+            return None
+        return np.argsort(self.ids).astype(np.int64)
 
     def __len__(self) -> int:
         return self.features.shape[0]
@@ -201,7 +223,7 @@ class Rows(ABC):
         """
         if isinstance(which, str):
             matches = re.compile(fnmatch.translate(which)).match
-            rows = [row for row, path in enumerate(self.paths) if matches(path)]
+            rows = [row for row, path in enumerate(self._each_path()) if matches(path)]
             return Selection(self, np.array(rows, np.int64))
         try:
             index = np.asarray(which)
@@ -289,8 +311,7 @@ class Selection(Rows):
 
     def column(self, name: str) -> list[Any]:
         """Return one column of the index, one value per row; see :meth:`Rows.column`."""
-        values = self.base.paths if name == "path" else self.base.column(name)
-        return [values[row] for row in self.rows.tolist()]
+        return self.base._values(name, self.rows)
 
     @functools.cached_property
     def ids(self) -> npt.NDArray[np.int64]:

@@ -24,6 +24,7 @@ __all__ = [
     "read_column",
     "read_ids",
     "read_images",
+    "read_path_range",
     "read_records",
     "read_table",
 ]
@@ -142,6 +143,31 @@ def read_column(path: Path, name: str) -> list[Any]:
         StoreDamagedError: the file or the column is missing or damaged.
     """
     return list(read_table(path, [name]).column(name).to_pylist())
+
+
+def read_path_range(path: Path) -> tuple[bytes, bytes] | None:
+    """Return the first and the last path of a shard by their bytes, without reading the others.
+
+    None if the file does not tell.
+
+    Raises:
+        StoreDamagedError: the file is missing or damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as file:
+            metadata = pq.ParquetFile(file, pre_buffer=False).metadata
+            column = metadata.schema.names.index("path")
+            groups = [metadata.row_group(i).column(column) for i in range(metadata.num_row_groups)]
+            known = [group.statistics for group in groups]
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise StoreDamagedError(f"{path} cannot be read: {error}") from error
+    if not known or not all(each is not None and each.has_min_max for each in known):
+        return None
+    ends = [(os.fsencode(each.min), os.fsencode(each.max)) for each in known]
+    return min(first for first, _ in ends), max(last for _, last in ends)
 
 
 def read_ids(path: Path) -> npt.NDArray[np.int64]:

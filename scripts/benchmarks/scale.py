@@ -25,6 +25,7 @@ from common import argument_parser, positive, progress, report
 from synthetic import SyntheticImages, path_of, paths, status, write_store
 
 from extractor import FeatureStore
+from extractor.paths import PackedPaths
 from extractor.store.format import MANIFEST, Manifest, listing_digest
 from extractor.store.plan import Sight, Snapshot, StoredImages, plan_run
 from extractor.store.writer import published_images
@@ -50,7 +51,7 @@ class Steps:
 
     def paths(self) -> dict[str, Any]:
         """Hold all paths, as a listing does, and compute their digest."""
-        held, listed = timed(lambda: list(paths(self.images.count)))
+        held, listed = timed(lambda: PackedPaths(paths(self.images.count)))
         _, digested = timed(lambda: listing_digest(held))
         return {"list_seconds": listed, "digest_seconds": digested}
 
@@ -136,7 +137,7 @@ class Steps:
         return {"read_seconds": read, "plan_seconds": planned}
 
     def _snapshot(self) -> Snapshot:
-        listed = list(paths(self.images.count))
+        listed = PackedPaths(paths(self.images.count))
         sizes, mtimes = status(range(self.images.count))
         return Snapshot(listed, sizes, mtimes, lambda paths: [Sight.READABLE] * len(paths))
 
