@@ -115,6 +115,7 @@ class PassRunner:
             device_of(self._specs).type,
             self._options.decode,
             dict(self._timer.seconds),
+            self._timer.wall_seconds,
         )
 
     def run(self, outputs: Sequence[StoreOutput], callbacks: Callbacks) -> None:

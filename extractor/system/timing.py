@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +24,13 @@ MAX_SPANS = 200_000
 # Shorter runs say nothing about a rate.
 MIN_SECONDS = 2.0
 
+# Python's lock lets one thread at a time handle what surrounds decoding and forward passes, about
+# 0.25 ms for an image: 4,000 images/s at most (estimated for 16 cores; 2,100 measured on two). So
+# it is the bottleneck if a process comes near that, and neither the decoding threads nor the model
+# are busy for more than this share of the time.
+LOCK_RATE = 1500.0
+BUSY_SHARE = 0.7
+
 
 @dataclass(frozen=True)
 class Spent:
@@ -39,6 +47,9 @@ class Spent:
             of a file had arrived. ``decode`` is the processor time to decode and resize. Both are
             sums over all threads. ``transfer`` is the time to copy pixels to a GPU, ``model`` to
             embed, ``write`` to append rows, and ``idle`` to wait for decoded images.
+        wall_seconds: Seconds from the first work to the last; 0 if that is not known. Where several
+            processes computed, their sum, as all other seconds and the images.
+        processes: Number of processes. ``threads``, ``cores`` and ``readers`` are those of one.
     """
 
     images: int
@@ -48,6 +59,8 @@ class Spent:
     device: str
     decode: str
     seconds: dict[str, float]
+    wall_seconds: float = 0.0
+    processes: int = 1
 
     def as_dict(self) -> dict[str, Any]:
         """Return the entry of ``run.json``."""
@@ -61,13 +74,25 @@ class Spent:
         busy = sum(seconds[kind] for kind in ("transfer", "model", "write", "idle"))
         if not self.images or busy < MIN_SECONDS or not seconds["model"]:
             return ""
-        decode = _rate(self.images * min(self.threads, self.cores), seconds["decode"])
-        read = _rate(self.images * (self.readers or self.threads), seconds["read"])
-        model = _rate(self.images, seconds["model"] + seconds["transfer"])
-        threads = plural(self.threads, "thread")
+        images = self.images * self.processes  # rates are those of all processes
+        decode = _rate(images * min(self.threads, self.cores), seconds["decode"])
+        read = _rate(images * (self.readers or self.threads), seconds["read"])
+        model = _rate(images, seconds["model"] + seconds["transfer"])
+        count = self.threads * self.processes
+        threads = plural(count, "thread")
         if seconds["write"] > busy / 2:
-            rate = _format_rate(_rate(self.images, seconds["write"]))
+            rate = _format_rate(_rate(images, seconds["write"]))
             return f"bound by writing: the disk takes {rate} rows/s; write to a faster disk"
+        # Without readers the disk is quick, and the lock makes reading look slow: a thread that has
+        # its bytes still has to wait for it.
+        if self._waits_for_lock(self._without_waiting(decode, model, read)):
+            handle = "one process handles" if self.processes == 1 else "the processes handle"
+            done = _format_rate(_rate(images, self.wall_seconds))
+            return (
+                f"bound by Python's lock: {handle} {done} images/s, {threads} could decode "
+                f"{_format_rate(decode)} and the model embed {_format_rate(model)}; use more "
+                "--processes"
+            )
         if read < min(decode, model):
             return (
                 f"bound by reading: {_format_rate(read)} images/s come from the disk, the rest "
@@ -75,7 +100,7 @@ class Spent:
                 "more --workers"
             )
         if decode < model:
-            verb = "decode" if self.threads > 1 else "decodes"
+            verb = "decode" if count > 1 else "decodes"
             advice = "add cores" if self.threads >= self.cores else "use more --workers"
             if self.device == "cuda" and self.decode != "gpu":
                 advice += " or --decode gpu"
@@ -88,6 +113,22 @@ class Spent:
             f"bound by the model: it embeds {_format_rate(model)} images/s, {threads} could decode "
             f"{_format_rate(decode)}; try a smaller model or {gpu}"
         )
+
+    def _without_waiting(self, decode: float, model: float, read: float) -> float:
+        """Return the images/s if decoding threads, model and a slow disk wait for nothing else."""
+        computed = 1 / (1 / decode + 1 / model) if self.device == "cpu" else min(decode, model)
+        return min(computed, read) if self.readers else computed
+
+    def _waits_for_lock(self, possible: float) -> bool:
+        """Return whether the run is much slower than all its parts, and handles many images.
+
+        Args:
+            possible: Images/s of the slowest part.
+        """
+        if not self.wall_seconds:
+            return False
+        of_one = self.images / self.wall_seconds
+        return of_one > LOCK_RATE and of_one * self.processes < BUSY_SHARE * possible
 
 
 def _rate(images: int, seconds: float) -> float:
@@ -111,6 +152,12 @@ class Timer:
         self._spans: list[tuple[str, int, float, float]] | None = [] if trace else None
         self._names: dict[int, str] = {}
         self._begun = time.perf_counter()
+        self._first, self._last = math.inf, -math.inf
+
+    @property
+    def wall_seconds(self) -> float:
+        """Seconds from the first work to the last; 0 before any."""
+        return max(self._last - self._first, 0.0)
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
@@ -132,6 +179,8 @@ class Timer:
         """
         with self._lock:
             self.seconds[kind] += lasted if counted is None else counted
+            self._first = min(self._first, begun)
+            self._last = max(self._last, begun + lasted)
             if self._spans is not None and len(self._spans) < MAX_SPANS:
                 thread = threading.get_ident()
                 self._names.setdefault(thread, threading.current_thread().name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,6 +83,58 @@ def test_bound_names_bottleneck_with_advice(spent: Spent, expected: str) -> None
     assert spent.bound == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (  # 3,500 images/s, of 9,000 and 12,000 that are possible
+            {},
+            "bound by Python's lock: one process handles 3,500 images/s, 16 threads could decode "
+            "9,000 and the model embed 12,000; use more --processes",
+        ),
+        ({"read": 45.0}, "bound by Python's lock"),  # its threads wait for the lock in between
+        ({"read": 45.0, "readers": 16}, "bound by reading: 3,733 images/s"),  # a slow disk
+        ({"read": 9.0, "readers": 16}, "bound by Python's lock"),
+        ({"decode": 42.0}, "bound by decoding: 16 threads decode 4,000 images/s"),  # busy: 0.875
+        ({"model": 2.5}, "bound by the model: it embeds 4,200 images/s"),  # busy: 0.83
+        ({"write": 2.0, "idle": 0.1}, "bound by writing"),
+        ({"wall": 8.0}, "bound by decoding"),  # 1,312 images/s: something else keeps it waiting
+        ({"wall": 0.0}, "bound by decoding"),  # not known
+        # One after the other, a CPU can do 5,143 images/s.
+        ({"device": "cpu"}, "bound by Python's lock"),
+        ({"device": "cpu", "wall": 2.5}, "bound by decoding"),
+    ],
+)
+def test_lock_binds_if_nothing_else_is_busy(changes: dict[str, Any], expected: str) -> None:
+    values = {"read": 1.0, "write": 0.1, "idle": 2.0, "decode": 16 * 10_500 / 9_000}
+    values |= {"model": 10_500 / 12_000, "wall": 3.0, "readers": 0, "device": "cuda"} | changes
+    wall, readers, device = (values.pop(name) for name in ("wall", "readers", "device"))
+    seconds = {**dict.fromkeys(KINDS, 0.0), **values}
+    made = Spent(10_500, 16, 16, readers, device, "scaled", seconds, wall)
+    assert made.bound.startswith(expected)
+    # Four such processes at a time do four times as much in all.
+    four = Spent(
+        42_000,
+        *(16, 16, readers, device, "scaled"),
+        {kind: 4 * value for kind, value in seconds.items()},
+        4 * wall,
+        processes=4,
+    )
+    assert four.bound.split(":")[0] == made.bound.split(":")[0]
+    if not changes:
+        assert four.bound == (
+            "bound by Python's lock: the processes handle 14,000 images/s, 64 threads could decode "
+            "36,000 and the model embed 48,000; use more --processes"
+        )
+
+
+def test_timer_knows_when_work_began_and_ended() -> None:
+    timer = Timer()
+    assert timer.wall_seconds == 0
+    for begun, lasted in ((5.0, 1.0), (3.0, 0.5), (5.5, 4.0)):
+        timer.add("decode", begun, lasted, counted=0.1)
+    assert timer.wall_seconds == 6.5
+
+
 def test_timer_sums_all_threads() -> None:
     timer = Timer(trace=True)
 
@@ -117,6 +170,7 @@ def test_report_and_profile_account_for_time(photos: Path, tmp_path: Path) -> No
     seconds = report.spent.seconds
     assert all(seconds[kind] > 0 for kind in ("read", "decode", "model", "write", "idle"))
     assert sum(seconds[kind] for kind in ("model", "write", "idle")) <= report.seconds
+    assert 0 < report.spent.wall_seconds <= report.seconds
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["spent"]["threads"] == 2
     assert list(record["spent"])[2:] == list(KINDS)
