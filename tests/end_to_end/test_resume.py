@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -18,6 +17,7 @@ from support.callbacks import stop_after as after
 from support.commands import WarmProcess, run_python
 from support.networks import mean_pixel
 from support.pictures import noise
+from support.stores import content
 
 from extractor import FeatureStore, extract
 from extractor.api import Progress
@@ -38,20 +38,6 @@ def mean_model(monkeypatch: pytest.MonkeyPatch) -> None:
         return mean_pixel(size=(24, 32) if model == "mean" else (16, 16))
 
     monkeypatch.setattr(embedding, "load", load)
-
-
-def content(folder: Path) -> dict[str, object]:
-    """Content of every file of a store, without creation times and the checksums over these."""
-    files: dict[str, object] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "run.json":
-            files[str(path.relative_to(folder))] = path.read_bytes()
-    manifest = json.loads((folder / "store.json").read_bytes())
-    varying = ("created", "checksum", "history")
-    files["store.json"] = {key: value for key, value in manifest.items() if key not in varying}
-    history = (folder / "history.jsonl").read_bytes().splitlines()
-    files["history.jsonl"] = [{**json.loads(line), "created": ""} for line in history]
-    return files
 
 
 def without_ids(files: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
@@ -95,6 +96,20 @@ def _write(
     with ClaimedFolder(out, overwrite=overwrite) as claim:
         _fill(claim, parts, **filled).publish()
     return out
+
+
+def content(folder: Path) -> dict[str, object]:
+    """Content of every file of a store, without creation times and the checksums over these."""
+    files: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "run.json":
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    manifest = json.loads((folder / "store.json").read_bytes())
+    varying = ("created", "checksum", "history")
+    files["store.json"] = {key: value for key, value in manifest.items() if key not in varying}
+    history = (folder / "history.jsonl").read_bytes().splitlines()
+    files["history.jsonl"] = [{**json.loads(line), "created": ""} for line in history]
+    return files
 
 
 def _tree(folder: Path) -> dict[str, bytes | None]:
