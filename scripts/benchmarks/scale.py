@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from common import argument_parser, positive, progress, report
 from synthetic import SyntheticImages, path_of, paths, status, write_store
 
 from extractor import FeatureStore
+from extractor.lease.board import Board
+from extractor.lease.lease import Lease, Receipt
 from extractor.paths import PackedPaths
 from extractor.store.format import MANIFEST, Manifest, listing_digest
 from extractor.store.plan import Sight, Snapshot, StoredImages, plan_run
@@ -33,6 +36,8 @@ from extractor.store.writer import published_images
 DIM = 8
 SHARD_IMAGES = 65_536
 LOOKUPS = 1000
+LEASES = 20_000
+WORKERS = 8
 FOLDER = "store"
 
 
@@ -42,10 +47,12 @@ class Steps:
     Args:
         images: The images.
         folder: Folder of the store.
+        leases: Number of leases.
     """
 
-    def __init__(self, images: SyntheticImages, folder: Path) -> None:
+    def __init__(self, images: SyntheticImages, folder: Path, leases: int) -> None:
         self.images = images
+        self.leases = leases
         self.folder = folder
         self.random = np.random.default_rng(0)
 
@@ -136,6 +143,11 @@ class Steps:
         assert plan.rows == self.images.count
         return {"read_seconds": read, "plan_seconds": planned}
 
+    def board(self) -> dict[str, Any]:
+        """Hand out leases and settle them, without a worker."""
+        (_, seconds) = timed(lambda: hand_out(self.leases, WORKERS))
+        return {"leases": self.leases, "leases_per_second": self.leases / seconds}
+
     def _snapshot(self) -> Snapshot:
         listed = PackedPaths(paths(self.images.count))
         sizes, mtimes = status(range(self.images.count))
@@ -153,7 +165,26 @@ STEPS = (
     "select",
     "changes",
     "next_plan",
+    "board",
 )
+
+
+def hand_out(leases: int, workers: int) -> None:
+    """Let workers take all leases in turn, with a second one ahead, and return their receipts."""
+    board = Board(range(leases))
+    waiting: deque[tuple[int, Lease]] = deque()
+    for worker in range(workers):
+        for ahead in (False, True):
+            lease = board.take(worker, ahead=ahead)
+            if lease is not None:
+                waiting.append((worker, lease))
+    while waiting:
+        worker, lease = waiting.popleft()
+        assert board.settle(Receipt(lease.shard, 1, 0, {}, 0.0, worker=worker))
+        after = board.take(worker, ahead=True)
+        if after is not None:
+            waiting.append((worker, after))
+    assert board.is_done
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
@@ -169,6 +200,7 @@ def main() -> None:
     parser.add_argument("--images", type=positive, default=200_000)
     parser.add_argument("--dim", type=positive, default=DIM)
     parser.add_argument("--shard-images", type=positive, default=SHARD_IMAGES)
+    parser.add_argument("--leases", type=positive, default=LEASES)
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
     parser.add_argument("--folder", help="parent of the store (default: the system's for such)")
     parser.add_argument("--keep", help="folder of the store, which stays there for later steps")
@@ -176,22 +208,22 @@ def main() -> None:
     args = parser.parse_args()
     images = SyntheticImages(args.images, args.dim, args.shard_images)
     if args.one_step:
-        print(json.dumps(run_step(args.one_step, images, Path(args.keep))))
+        print(json.dumps(run_step(Steps(images, Path(args.keep), args.leases), args.one_step)))
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures: dict[str, Any] = {"images": images.count, "dim": images.dim}
         store = args.keep or os.path.join(folder, FOLDER)
         for step in args.steps:
-            figures[step] = in_process(step, images, store)
+            figures[step] = in_process(step, images, store, args.leases)
             progress(f"{step}: {in_words(figures[step])}")
     report(figures, [f"{step:12} {in_words(figures[step])}" for step in args.steps], args.json)
 
 
-def in_process(step: str, images: SyntheticImages, store: str) -> dict[str, Any]:
+def in_process(step: str, images: SyntheticImages, store: str, leases: int) -> dict[str, Any]:
     """Run a step in a process of its own."""
     command = [sys.executable, __file__, "--one-step", step, "--keep", store]
     command += ["--images", str(images.count), "--dim", str(images.dim)]
-    command += ["--shard-images", str(images.shard_images)]
+    command += ["--shard-images", str(images.shard_images), "--leases", str(leases)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         return {"error": f"exit code {done.returncode}"}
@@ -199,10 +231,10 @@ def in_process(step: str, images: SyntheticImages, store: str) -> dict[str, Any]
     return figures
 
 
-def run_step(step: str, images: SyntheticImages, store: Path) -> dict[str, Any]:
+def run_step(steps: Steps, step: str) -> dict[str, Any]:
     """Run a step in this process, and return its figures with the memory that it took."""
     before = peak_megabytes()
-    figures: dict[str, Any] = getattr(Steps(images, store), step)()
+    figures: dict[str, Any] = getattr(steps, step)()
     return {**figures, "megabytes": round(peak_megabytes() - before, 1)}
 
 
