@@ -129,7 +129,8 @@ class Extractor:
 
     Raises:
         TypeError: An option that does not apply, or does not exist.
-        UsageError: Several layers without ``concat``, which are several embeddings per image.
+        UsageError: Several layers without ``concat``, which are several embeddings per image; or
+            ``decode="gpu"``.
         ExtractorError: As for :func:`load_backbone`.
     """
 
@@ -143,6 +144,7 @@ class Extractor:
         checked = Options.from_arguments(options, scope="images")
         _check_model(model)
         _check_window(batch_window_ms)
+        _check_decode(checked.decode)
         specs = load_specs([model], checked, fold_given=False)
         if len(specs) != 1:
             names = ", ".join(spec.name for spec in specs)
@@ -362,6 +364,19 @@ def _check_window(milliseconds: Any) -> None:
         raise UsageError(
             f"batch_window_ms: got {milliseconds!r}, expected None or a number from 0 to "
             f"{MAX_WINDOW_MS:,}"
+        )
+
+
+def _check_decode(decode: str) -> None:
+    """Check how images in memory are to be decoded.
+
+    Raises:
+        UsageError: By a GPU, which only runs do.
+    """
+    if decode == "gpu":
+        raise UsageError(
+            "decode: got gpu, which only extract() offers; an Extractor decodes on the CPU, try "
+            "scaled or exact"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,8 @@ Weights: TypeAlias = (
     "str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]] | Backbone | None"
 )
 """Weights of a store: a file or a tag, one for each of several backbones, or a loaded backbone."""
+
+log = logging.getLogger(__name__)
 
 TRY_WEIGHTS = "try weights=FILE (extract verify: --weights FILE)"
 MAX_DIFFERENCES = 3  # in one message
@@ -87,6 +90,11 @@ def encoder_of(
             )
         made["threads"] = _computed(store)["threads"]
     decode = str(computation["decode"])
+    if decode == "gpu":
+        log.warning(
+            "a GPU decoded the images of this store, and the CPU decodes now; embeddings of the "
+            "same image are alike and not equal"
+        )
     options = Options(
         **made,
         normalize=bool(description.embedding["normalized"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,7 @@ from extractor import (
 )
 from extractor.options import Options
 from extractor.run import encoder
-from extractor.store.format import RUN
+from extractor.store.format import RUN, with_checksum
 
 MODEL = "torchvision:squeezenet1_1"
 SMALL: dict[str, Any] = {"weights": "random", "device": "cpu", "image_size": 64}
@@ -98,6 +99,22 @@ def test_exact_rows_equal_those_of_the_store(
     cosine = least_cosine(rows, stored)
     print(f"least cosine {cosine:.7f} {model} {settings}")
     assert cosine >= (0.999 if is_half else 0.9999)
+
+
+def test_store_of_a_gpu_that_decoded_warns_that_the_cpu_does(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = extract(folder, MODEL, tmp_path / "s", **SMALL).store
+    manifest = store.path / "store.json"
+    text = manifest.read_text().replace('"decode": "scaled"', '"decode": "gpu"')
+    manifest.write_text(with_checksum(re.sub('"checksum": ".*"', '"checksum": ""', text)))
+    caplog.clear()
+    with Extractor.for_store(store.path, device="cpu") as embed:
+        assert least_cosine(rows_of(store, embed), store.features[:]) > 0.99
+    (message,) = [text for text in caplog.messages if "GPU" in text]
+    assert message.startswith("a GPU decoded the images of this store, and the CPU decodes now")
+    with pytest.raises(UsageError, match="the GPU decoded the images of this store"):
+        Extractor.for_store(store.path, device="cpu", exact=True)
 
 
 @pytest.mark.slow

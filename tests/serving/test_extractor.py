@@ -205,3 +205,8 @@ def test_lists_longer_than_a_batch_keep_their_order() -> None:
     levels = list(range(0, 200, 10))
     rows = extractor([gray(level) for level in levels])
     np.testing.assert_allclose(rows, rows_by_hand(extractor, levels), atol=1e-5)
+
+
+def test_decoding_by_a_gpu_is_refused_before_a_model_is_loaded() -> None:
+    with pytest.raises(UsageError, match=r"decode: got gpu, .* try scaled or exact"):
+        Extractor("no_such_model", decode="gpu")
