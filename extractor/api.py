@@ -21,8 +21,8 @@ from extractor.reading.groups import StoreGroup
 from extractor.reading.reader import FeatureStore
 from extractor.reading.rows import Rows, Selection
 from extractor.report import Progress, Report
+from extractor.run.callbacks import Callbacks
 from extractor.run.encoder import encoder_of
-from extractor.run.passes import Callbacks
 from extractor.run.preflight import check_output_name
 from extractor.run.session import Session
 from extractor.serving.service import EmbeddingService

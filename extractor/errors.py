@@ -108,6 +108,10 @@ class UnknownTokenError(StoreError):
     """A store does not know a state that it is asked to compare with; do a full sync."""
 
 
+class ShardsFailedError(ExtractorError):
+    """Some shards of a run failed several times; all others are kept for the next run."""
+
+
 class InterruptedRunError(ExtractorError):
     """A run was asked to stop; its finished batches are saved, and the same call resumes.
 

@@ -13,7 +13,7 @@ from extractor.errors import UsageError
 from extractor.reading.reader import FeatureStore
 from extractor.system.timing import Spent
 
-__all__ = ["FAILURES_SHOWN", "Phase", "Progress", "Report", "StoreReport"]
+__all__ = ["FAILURES_SHOWN", "Phase", "Progress", "Report", "StoreReport", "WorkerReport"]
 
 Phase = Literal["listing", "loading", "tuning", "computing", "publishing"]
 """Phases of a run, in their order."""
@@ -123,6 +123,38 @@ class StoreReport:
 
 
 @dataclass(frozen=True)
+class WorkerReport:
+    """What one worker process of a run did.
+
+    Attributes:
+        device: Device that it computed on, such as ``cuda:0``.
+        images: Number of images that it computed.
+        seconds: Duration of the computation, for all workers the same.
+        computing: Seconds in which its device computed for it.
+    """
+
+    device: str
+    images: int
+    seconds: float
+    computing: float
+
+    @property
+    def images_per_second(self) -> float:
+        """Images per second."""
+        return self.images / max(self.seconds, 1e-9)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the worker as JSON."""
+        return {
+            "device": self.device,
+            "images": self.images,
+            "images_per_second": round(self.images_per_second, 2),
+            "seconds": round(self.seconds, 3),
+            "computing": round(self.computing, 3),
+        }
+
+
+@dataclass(frozen=True)
 class Report:
     """Result of one run.
 
@@ -151,6 +183,7 @@ class Report:
         excluded: Number of files and folders left out, by pattern; as there.
         spent: Time by kind of work; None if no model was loaded because there was nothing to do.
         unlisted: Paths of folders that could not be listed, with the reason.
+        workers: What each worker process did; empty if the process itself computed.
     """
 
     stores: tuple[StoreReport, ...]
@@ -168,6 +201,7 @@ class Report:
     excluded: Mapping[str, int] = field(default_factory=dict)
     spent: Spent | None = None
     unlisted: tuple[tuple[str, str], ...] = ()
+    workers: tuple[WorkerReport, ...] = ()
 
     @property
     def exit_code(self) -> int:
@@ -191,10 +225,10 @@ class Report:
             ``exit_code``, ``images``, ``resumed``, ``passed_over``, ``skipped``, ``excluded``,
             ``unlisted`` (pairs of path and reason), ``device``, ``precision``, ``least_cosine``,
             ``compiled``, ``failure_rate``, ``seconds``, ``load_seconds``, ``spent`` (as in
-            ``run.json``) and ``stores``. Each store has ``out``, ``rows``, ``failures``, ``added``,
-            ``changed``, ``gone``, ``unseen``, ``vanished``, ``shape``, ``model`` and
-            ``first_failures`` (pairs of path and reason). Paths are text as :func:`os.fsdecode`
-            makes it.
+            ``run.json``), ``workers`` and ``stores``. Each store has ``out``, ``rows``,
+            ``failures``, ``added``, ``changed``, ``gone``, ``unseen``, ``vanished``, ``shape``,
+            ``model`` and ``first_failures`` (pairs of path and reason). Paths are text as
+            :func:`os.fsdecode` makes it.
         """
         return {
             "exit_code": self.exit_code,
@@ -212,7 +246,20 @@ class Report:
             "seconds": self.seconds,
             "load_seconds": self.load_seconds,
             "spent": self.spent and self.spent.as_dict(),
+            "workers": [worker.as_dict() for worker in self.workers],
             "stores": [store.as_dict() for store in self.stores],
+        }
+
+    @property
+    def busy(self) -> dict[str, float]:
+        """Share of the computation's time in which each device of the workers was busy."""
+        share: dict[str, list[float]] = {}
+        for worker in self.workers:
+            share.setdefault(worker.device, []).append(worker.computing / max(worker.seconds, 1e-9))
+        # Processes take turns on a GPU, and share the cores of a CPU.
+        return {
+            device: min(sum(parts) / (len(parts) if device == "cpu" else 1), 1.0)
+            for device, parts in share.items()
         }
 
     @property

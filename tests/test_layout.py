@@ -20,6 +20,7 @@ ORDER: list[set[str]] = [
     {"search"},
     {"api"},
     {"run", "serving"},
+    {"workers"},
     {"lease"},
     {"compute"},
     {"loading", "models"},

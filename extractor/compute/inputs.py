@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -55,12 +56,16 @@ class Inputs:
         batch_size: Number of images in one batch; shorter batches are padded.
         suspects: Paths of images that are decoded in a process of their own.
         timer: Sums the time of reading and decoding.
+        pixel_share: As in :class:`~extractor.loading.options.LoaderOptions`.
+        large_image_slot: As there.
     """
 
     options: Options
     batch_size: int
     suspects: Collection[bytes] = ()
     timer: Timer | None = None
+    pixel_share: int | None = None
+    large_image_slot: Path | None = None
 
     def with_batch_size(self, batch_size: int) -> Inputs:
         """Return the same inputs in batches of another size."""
@@ -107,6 +112,8 @@ class Inputs:
                     workers=self.workers,
                     pin=device.type == "cuda",
                     max_pixels=self.options.max_pixels,
+                    pixel_share=self.pixel_share,
+                    large_image_slot=self.large_image_slot,
                     image_timeout_seconds=self.options.image_timeout,
                     decode_mode=decode or self.decode_on_cpu,
                 ),

@@ -1,1 +1,1 @@
-"""Shards computed by workers: in this process, in several, on other machines."""
+"""What driver and workers agree on: the plan of a run, leases and receipts."""

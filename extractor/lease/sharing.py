@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from extractor.errors import DeviceError, UsageError
 from extractor.options import Options, parse_devices
 from extractor.text import plural
 
-__all__ = ["Machine", "Sharing", "WorkerSlot", "share_out"]
+__all__ = ["Machine", "Sharing", "WorkerSlot", "on_first_device", "share_out"]
 
 # One process embeds about 4,000 images/s at most, whatever its cores: all decoding threads and the
 # thread that launches kernels take turns at Python's lock. Two cores, 30,000 images of 48 x 40 and
@@ -111,6 +111,15 @@ def share_out(
         for worker in range(count)
     )
     return Sharing(slots, _note(asked, count, shards, options))
+
+
+def on_first_device(options: Options) -> Options:
+    """Return the options of a run with the first of its devices as the only one."""
+    if options.devices is None:
+        return options
+    chosen = parse_devices(options.devices)
+    device = chosen if chosen == "cpu" else "cuda" if chosen == "all" else f"cuda:{chosen[0]}"
+    return replace(options, devices=None, device=device)
 
 
 def _devices(options: Options, machine: Machine) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from extractor.images.listing import display_path
 from extractor.loading.crash_log import CrashLog
 from extractor.store.atomic import store_errors, write_atomically
-from extractor.store.format import IN_FLIGHT, SUSPECTS
+from extractor.store.format import IN_FLIGHT, SUSPECTS, WORKERS
 
 __all__ = ["Suspects", "load_suspects"]
 
@@ -26,22 +26,28 @@ class Suspects:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._crash_log = folder / IN_FLIGHT
+        self._folder = folder
         self._path = folder / SUSPECTS
 
     def load(self) -> tuple[list[bytes], list[bytes]]:
         """Return all suspects and, of these, those of the last run, and save them all."""
-        new = CrashLog.read(self._crash_log)
+        # A run has one file of its own and one for each of its workers.
+        logs = [self._folder / IN_FLIGHT, *(self._folder / WORKERS).glob(f"{IN_FLIGHT}*")]
+        new = sorted({path for log in logs for path in CrashLog.read(log)})
+        return self.add(new), new
+
+    def add(self, new: Iterable[bytes]) -> list[bytes]:
+        """Save suspects beside the known ones, and return all."""
         try:
             known = [os.fsencode(path) for path in json.loads(self._path.read_bytes())]
         except (FileNotFoundError, ValueError):
             known = []
         suspects = sorted({*known, *new})
-        if new:
-            with store_errors(self._path.parent.parent):
+        if len(suspects) > len(known):
+            with store_errors(self._folder.parent):
                 content = json.dumps([os.fsdecode(path) for path in suspects])
                 write_atomically(self._path, content.encode("ascii"))
-        return suspects, new
+        return suspects
 
 
 def load_suspects(staging_folders: Iterable[Path]) -> set[bytes]:

@@ -31,7 +31,7 @@ class ImageDecoder:
     Args:
         preprocesses: Transforms; an image is decoded once for all of them.
         options: Options of the loader.
-        suspects: Paths of files to decode in a child process.
+        suspects: Paths of files to decode in a child process. The caller may add to them.
         crash_log: Notes the files that are being decoded.
         timer: Sums the time of reading and decoding.
 
@@ -57,7 +57,7 @@ class ImageDecoder:
         self.encoded_bytes = 0
         self._preprocesses = tuple(preprocesses)
         self._timeout_seconds = options.image_timeout_seconds
-        self._suspects = frozenset(suspects)
+        self._suspects = suspects
         self._one_child = threading.Lock()
         self._crash_log = crash_log
         self._timer = timer

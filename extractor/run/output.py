@@ -12,10 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from extractor.images.listing import ImageList, display_path
-from extractor.images.types import Failure, ImageInfo
+from extractor.lease.plan import StoreTarget
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
@@ -24,11 +23,10 @@ from extractor.run.snapshot import look_at, seen_from
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import Description, Manifest, listing_digest
-from extractor.store.index import ImageRecord
 from extractor.store.job import Job
 from extractor.store.plan import Plan, Sight, Snapshot, StoredImages, plan_run
 from extractor.store.publish import finish_publishing
-from extractor.store.shard import ShardWriter
+from extractor.store.shard import FinishedShard
 from extractor.store.writer import (
     ExistingStore,
     InterruptedRun,
@@ -66,7 +64,7 @@ class StoreOutput:
     Attributes:
         spec: Embedding that the store holds.
         todo: Indices of the images to compute, ascending.
-        done: Number of images of ``todo`` that are done; they are its first ones.
+        done: Number of images of ``todo`` that were done before the run.
         rows: Number of images with a row.
         failed: Number of images without a row.
 
@@ -104,7 +102,6 @@ class StoreOutput:
         self._first_failures: list[tuple[str, str]] = []
         self._claim = claim
         self._run: StoreRun | None = None  # None if the store is up to date
-        self._shard: ShardWriter | None = None
         self._prepare()
 
     @property
@@ -231,9 +228,8 @@ class StoreOutput:
             vanished=plan_now.vanished,
             moves={**self._plan.moves, **moves},
         )
-        self._count_failures(failures)
-        self.rows += run.resumed - len(failures)
-        self._added += run.resumed - len(failures)
+        for shard in run.finished:
+            self._count(shard)
         return run
 
     @property
@@ -269,57 +265,44 @@ class StoreOutput:
         """Number of images in one shard."""
         return self._description.shard_images
 
-    @contextmanager
-    def shard(self, index: int) -> Iterator[None]:
-        """Open a shard for :meth:`append`. It counts once the block ends without an error.
+    def target(self, spec: int) -> StoreTarget:
+        """Return where the pending shards go.
+
+        Args:
+            spec: Index of the store's embedding among those of the run.
+        """
+        assert self._run is not None  # only a store with pending images gets shards
+        first, lock = self._run.job.first, self._options.lock
+        return StoreTarget(self.staging, self._description, first, spec, lock)
+
+    def done_in(self, index: int) -> int:
+        """Return the number of images that are done in a shard.
 
         Args:
             index: Index among the shards to compute.
         """
-        assert self._run is not None  # only a store with pending images gets shards
-        number = self._run.job.first + index
-        if self._run.is_finished(number):
-            yield  # only another store of the run still lacks this shard
-            return
-        with self._run.shard(number) as self._shard:
-            yield
-            self._shard.finish()
-        self._shard = None
+        assert self._run is not None
+        return self._run.done_in(self._run.job.first + index)
 
-    def append(
-        self,
-        start: int,
-        rows: npt.NDArray[np.float32],
-        outcomes: Sequence[ImageInfo | Failure],
-    ) -> None:
-        """Write the rows of a batch and its failures.
+    def is_finished(self, index: int) -> bool:
+        """Return whether a shard is finished; arguments as above."""
+        return self._run is None or self._run.is_finished(self._run.job.first + index)
 
-        Args:
-            start: Index in :attr:`todo` of the first image.
-            rows: ``(N, *shape)`` float32; rows of failed images are ignored.
-            outcomes: For each image its file and size, or why it has no row.
+    def collect(self, index: int) -> None:
+        """Count a shard that a worker finished; arguments as above.
+
+        Raises:
+            StoreError: Its files are not there.
         """
-        if start < self.done or self._shard is None:
-            return
-        kept, records, failures = [], [], []
-        with np.errstate(over="ignore"):  # what exceeds float16 becomes infinite, and a failure
-            stored = rows.astype(self._description.dtype, copy=False)
-        finite = np.asarray(np.isfinite(stored).reshape(len(rows), -1).all(axis=1))
-        paths = [self._images.paths[i] for i in self.todo[start : start + len(outcomes)]]
-        for i, (path, outcome) in enumerate(zip(paths, outcomes, strict=True)):
-            if isinstance(outcome, ImageInfo) and not finite[i]:
-                message = _describe_overflow(rows[i])
-                outcome = Failure("not-finite", message, outcome.size, outcome.mtime_ns)
-            if isinstance(outcome, Failure):
-                failures.append(_failure_record(path, outcome))
-            else:
-                kept.append(i)
-                records.append(_image_record(path, outcome))
-        self._shard.append(stored[kept], records, failures)
-        self._count_failures(failures)
-        self.rows += len(records)
-        self._added += len(records)
-        self.done = start + len(outcomes)
+        if not self.is_finished(index):
+            assert self._run is not None
+            self._count(self._run.collect(self._run.job.first + index))
+
+    def _count(self, shard: FinishedShard) -> None:
+        rows = shard.entry.rows if shard.entry is not None else 0
+        self.rows += rows
+        self._added += rows
+        self._count_failures(shard.failures)
 
     def discard(self) -> None:
         """Keep nothing for the next run."""
@@ -373,17 +356,3 @@ class StoreOutput:
             self.failed += 1
             if len(self._first_failures) < FAILURES_SHOWN:
                 self._first_failures.append((display_path(failure.path), failure.message))
-
-
-def _image_record(path: bytes, info: ImageInfo) -> ImageRecord:
-    return ImageRecord(path, info.size, info.mtime_ns, info.width, info.height, info.sha256)
-
-
-def _failure_record(path: bytes, failure: Failure) -> FailureRecord:
-    return FailureRecord(path, failure.reason, failure.message, failure.size, failure.mtime_ns)
-
-
-def _describe_overflow(row: npt.NDArray[np.float32]) -> str:
-    if np.isfinite(row).all():
-        return f"the embedding holds {abs(row).max():.3g}, more than float16 can hold"
-    return "the embedding holds NaN or infinity"

@@ -18,16 +18,18 @@ from extractor.compute.inputs import Inputs, device_of
 from extractor.compute.tune import Recorded, TuneSettings, tune
 from extractor.errors import UsageError
 from extractor.images.listing import ImageList, Input, list_images
-from extractor.images.types import ImageInfo
 from extractor.lease.describe import describe, precision_of
+from extractor.lease.sharing import on_first_device
 from extractor.lease.suspects import load_suspects
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
 from extractor.models.naming import join_names, store_folders
 from extractor.options import Options
 from extractor.report import Progress, Report, StoreReport
+from extractor.run.callbacks import Callbacks
+from extractor.run.engines import Computation, Computing, compute
+from extractor.run.leased import LeasedRun
 from extractor.run.output import StoreOutput, claim_store
-from extractor.run.passes import Callbacks, PassRunner
 from extractor.run.preflight import (
     check_decode_device,
     check_disk_space,
@@ -45,7 +47,8 @@ from extractor.store.format import IN_FLIGHT
 from extractor.store.job import MAX_SHARD_IMAGES
 from extractor.store.writer import existing_computation
 from extractor.system.cpu import compute_threads
-from extractor.system.timing import Spent, Timer
+from extractor.system.timing import Timer
+from extractor.workers.worker import decode_sample
 
 __all__ = ["Session"]
 
@@ -72,7 +75,9 @@ class Session:
         self._models = models
         self._out = out
         self._options = options
+        self._here = on_first_device(options)
         self._threads = 0
+        self._sample: list[bytes] = []
         check_models(models, options)
         names = [model for model in models if isinstance(model, str)]
         self._model_names = names if len(names) == len(models) else None
@@ -97,7 +102,7 @@ class Session:
             claims = stack.enter_context(self.claim_outputs(specs))
             sizes = choose_sizes(specs, claims, listed, self._options)
             inputs = Inputs(
-                self._options,
+                self._here,
                 sizes.batch_size,
                 load_suspects(claim.staging for claim in claims),
                 timer,
@@ -106,10 +111,10 @@ class Session:
             outputs = self.compare(specs, claims, listed, sizes)
             pending = max(output.pending for output in outputs)
             self.check_space(outputs)
-            spent = self.compute(outputs, listed, inputs, callbacks)
+            computation = self.compute(outputs, listed, inputs, callbacks)
             callbacks.publishing()
             stores = self.publish(outputs)
-        return self._report(listed, specs, stores, pending, spent)
+        return self._report(listed, specs, stores, pending, computation)
 
     def list_images(self, images: Input | Iterable[Input] | ImageList) -> ImageList:
         """List the images, and check that a store can number their shards."""
@@ -130,7 +135,7 @@ class Session:
     def load(self) -> list[EmbeddingSpec]:
         """Load the models and return the embedding of each store."""
         recorded = recorded_weights(self._models, self._out, self._options)
-        specs = load_specs(self._models, self._options, recorded_sha256=recorded)
+        specs = load_specs(self._models, self._here, recorded_sha256=recorded)
         import pyarrow.parquet  # noqa: F401  (fail now, not after the first shard)
 
         check_decode_device(self._options.decode, device_of(specs))
@@ -172,18 +177,12 @@ class Session:
             batch_size=inputs.batch_size,
         )
 
+        self._sample = _spread(images, settings.sample_size)
+
         def sample(count: int) -> list[torch.Tensor]:
-            indices = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
-            paths = [images.full_path(int(index)) for index in indices]
-            untimed = Inputs(self._options, len(paths), inputs.suspects)
-            slots = untimed.crash_log_slots
-            with (
-                CrashLog(claims[0].staging / IN_FLIGHT, slots) as crash_log,
-                untimed.loader([paths], specs, crash_log) as loader,
-            ):
-                (batch,) = loader
-                kept = [isinstance(outcome, ImageInfo) for outcome in batch.outcomes]
-                return [picture[torch.tensor(kept)] for picture in batch.pictures]
+            slots = replace(inputs, batch_size=count).crash_log_slots
+            with CrashLog(claims[0].staging / IN_FLIGHT, slots) as crash_log:
+                return decode_sample(self._sample, specs, inputs, crash_log)
 
         tuned = tune(specs, recorded, settings, sample)
         self._clock.end("tune")
@@ -217,17 +216,20 @@ class Session:
         images: ImageList,
         inputs: Inputs,
         callbacks: Callbacks,
-    ) -> Spent:
+    ) -> Computation:
         """Compute the pending rows, and return what that took."""
-        runner = PassRunner(images, [o.spec for o in outputs], inputs, self._model_names)
+        specs = [output.spec for output in outputs]
+        computing = Computing(
+            self._options, specs, inputs, self._model_names, images.root, self._sample
+        )
         try:
-            runner.run(outputs, callbacks)
+            computation = compute(LeasedRun(outputs, images, callbacks), computing)
         finally:
             if self._options.profile is not None and inputs.timer is not None:
                 _write_profile(self._options.profile, inputs.timer)
         check_has_rows(outputs)
         self._clock.end("compute")
-        return runner.spent
+        return computation
 
     def publish(self, outputs: Sequence[StoreOutput]) -> tuple[StoreReport, ...]:
         """Make the stores visible."""
@@ -239,7 +241,7 @@ class Session:
         specs: Sequence[EmbeddingSpec],
         stores: tuple[StoreReport, ...],
         pending: int,
-        spent: Spent,
+        computation: Computation,
     ) -> Report:
         self._clock.end("publish")
         seconds = self._clock.seconds
@@ -259,7 +261,8 @@ class Session:
             seconds=sum(seconds.values()),
             load_seconds=sum(seconds[name] for name in ("list", "load", "tune")),
             accepted_failure_rate=self._options.max_failure_rate,
-            spent=spent,
+            spent=computation.spent,
+            workers=computation.workers,
             unlisted=unlisted_folders(images),
         )
         names = self._model_names
@@ -290,6 +293,12 @@ class _StageClock:
         now = time.perf_counter()
         self.seconds[stage] = now - self._begun
         self._begun = now
+
+
+def _spread(images: ImageList, count: int) -> list[bytes]:
+    """Return the absolute paths of so many images, evenly spread over the list."""
+    indices = np.unique(np.linspace(0, len(images) - 1, count).astype(int))
+    return [images.full_path(int(index)) for index in indices]
 
 
 def _write_profile(file: str, timer: Timer) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "RUN",
     "STAGING",
     "SUSPECTS",
+    "WORKERS",
     "DamagedManifestError",
     "Description",
     "Difference",
@@ -68,6 +69,7 @@ JOB = "job.json"  # what the run computes
 JOURNAL = "journal"  # folder: finished batches of each shard
 IN_FLIGHT = "in-flight"  # images that are being decoded
 SUSPECTS = "suspects.json"  # images during whose decoding a run died
+WORKERS = "workers"  # folder: what driver and workers of a run share
 REPLACED = "replaced.json"  # the old manifest, while the new store is published
 
 

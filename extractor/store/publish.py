@@ -24,6 +24,7 @@ from extractor.store.format import (
     RUN,
     STAGING,
     SUSPECTS,
+    WORKERS,
     DamagedManifestError,
     FileEntry,
     Manifest,
@@ -112,7 +113,7 @@ def _check_parent(out: Path) -> None:
 def _check_staging(staging: Path) -> None:
     """Check that a staging folder holds only what this program leaves there."""
     files = (FAILURES, HISTORY, LIST_ROWS, MANIFEST, JOB, REPLACED, SUSPECTS)
-    known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, *files}
+    known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, WORKERS, *files}
     known |= {f"{name}.partial" for name in files}
     if staging.is_symlink() or (staging.is_dir() and not known.issuperset(os.listdir(staging))):
         raise StoreError(

@@ -490,6 +490,11 @@ class StoreRun:
         self.resumed = sum(map(self.done_in, [*self._finished, *self._begun]))
 
     @property
+    def finished(self) -> list[FinishedShard]:
+        """Finished shards of this run, in order."""
+        return [shard for n, shard in sorted(self._finished.items()) if n >= self.job.first]
+
+    @property
     def failures(self) -> list[FailureRecord]:
         """Failures of the images of this run so far, in finished shards."""
         return [

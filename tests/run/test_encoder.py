@@ -401,7 +401,7 @@ def test_a_run_that_computes_nothing_keeps_the_threads_of_the_store(
 
 
 def test_selections_and_groups_have_the_encoder_of_their_store(store: FeatureStore) -> None:
-    for rows in (store.select("1*"), FeatureStore.open([store.path, store.path]).select("*")):
+    for rows in (store.select("1*"), FeatureStore.open([store.path]).select("*")):
         assert_same_rows(store, Extractor.for_store(rows, device="cpu"))
     with pytest.raises(UsageError, match=r"got JoinedRows, .* make an extractor for each"):
         Extractor.for_store(FeatureStore.join(store, store))

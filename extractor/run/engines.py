@@ -1,0 +1,212 @@
+"""Who computes the shards of a run: this process, or several on this machine."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from extractor.compute.inputs import Inputs, device_of
+from extractor.lease.board import Board
+from extractor.lease.lease import Receipt
+from extractor.lease.paths_file import write_paths
+from extractor.lease.sharing import Machine, WorkerSlot, share_out
+from extractor.models.embedding import EmbeddingSpec
+from extractor.options import Options
+from extractor.report import WorkerReport
+from extractor.run.leased import LeasedRun
+from extractor.run.recorded_weights import weights_of
+from extractor.store.format import IN_FLIGHT, WORKERS
+from extractor.system.cpu import available_cores
+from extractor.system.timing import KINDS, Spent, Timer
+from extractor.workers.local import LocalWorkers
+from extractor.workers.opening import ShardOpener
+from extractor.workers.pipeline import ShardPipeline
+from extractor.workers.worker import WorkerSetup
+
+__all__ = ["Computation", "Computing", "compute"]
+
+log = logging.getLogger(__name__)
+
+# In the folder of the workers: the slot of a machine for images above the share of their process.
+LARGE_IMAGE = "large-image"
+
+
+@dataclass(frozen=True)
+class Computing:
+    """With what a run computes its shards.
+
+    Attributes:
+        options: Options of the run.
+        specs: Embedding of each store.
+        inputs: Decodes the images.
+        model_names: Names of the models; None where one is an object of the caller.
+        root: Folder that the paths of the images are relative to.
+        sample: Absolute paths of the images that precision and compilation were tried on.
+    """
+
+    options: Options
+    specs: Sequence[EmbeddingSpec]
+    inputs: Inputs
+    model_names: Sequence[str] | None
+    root: bytes
+    sample: Sequence[bytes]
+
+
+@dataclass(frozen=True)
+class Computation:
+    """What a run computed.
+
+    Attributes:
+        spent: Time by kind of work.
+        workers: What each worker process did; empty if this process computed.
+    """
+
+    spent: Spent
+    workers: tuple[WorkerReport, ...] = ()
+
+
+def compute(leased: LeasedRun, computing: Computing) -> Computation:
+    """Compute the shards that the stores of a run lack.
+
+    Raises:
+        InterruptedRunError: The run should stop.
+        ShardsFailedError: Some shards failed several times; all others are on the disk.
+        ExtractorError: Nothing can be computed.
+    """
+    leased.on_tick()
+    slots = _slots(leased, computing)
+    if slots:
+        return _compute_in_processes(leased, computing, slots)
+    return _compute_here(leased, computing)
+
+
+def _slots(leased: LeasedRun, computing: Computing) -> list[WorkerSlot]:
+    """Return the share of each worker process; none if this process computes."""
+    options = computing.options
+    is_named = computing.model_names is not None
+    machine = Machine(
+        available_cores(),
+        torch.cuda.device_count(),
+        str(device_of(computing.specs)),
+        torch.get_num_threads(),
+    )
+    sharing = share_out(
+        options,
+        machine,
+        images=leased.pending,
+        shards=len(leased.shards),
+        only_here="" if is_named else "a model of this process cannot be loaded in another one",
+    )
+    if sharing.note:
+        log.warning("%s", sharing.note)
+    # One process that was asked for is a child of its own: this one survives what it does not.
+    is_child = options.processes is not None and is_named and options.profile is None
+    is_alone = len(sharing.slots) == 1 and not is_child
+    return [] if is_alone or not leased.shards else list(sharing.slots)
+
+
+def _compute_here(leased: LeasedRun, computing: Computing) -> Computation:
+    """Compute the shards in this process."""
+    specs = computing.specs
+    inputs = replace(computing.inputs, timer=computing.inputs.timer or Timer())
+    opener = ShardOpener(leased.plan, leased.full_paths)
+
+    def after_batch(shard: int, done: int, failed: int) -> None:
+        leased.on_batch(0, shard, done, failed)
+        leased.on_tick()
+
+    for index, each in enumerate(leased.plan.passes):
+        stores = [store.spec for store in each.stores]
+        crash_log = each.stores[0].staging / IN_FLIGHT
+        pipeline = ShardPipeline(specs, inputs, crash_log, computing.model_names)
+        works = map(opener.open, leased.leases(index))
+        pipeline.compute(works, stores, after_batch, leased.on_receipt)
+    return Computation(_spent(leased.receipts, specs, inputs, processes=1))
+
+
+def _compute_in_processes(
+    leased: LeasedRun, computing: Computing, slots: Sequence[WorkerSlot]
+) -> Computation:
+    """Compute the shards in worker processes."""
+    begun = time.perf_counter()
+    inputs, folder = computing.inputs, leased.plan.passes[0].stores[0].staging / WORKERS
+    setups = []
+    for slot in slots:
+        options = replace(
+            inputs.options, device=slot.device, workers=slot.workers, threads=slot.threads
+        )
+        setups.append(
+            replace(
+                _setup(leased, computing),
+                options=options,
+                pixel_share=slot.max_pixels_share,
+                crash_log=folder / f"{IN_FLIGHT}-{slot.worker}",
+            )
+        )
+    board = Board(leased.shards)
+    try:
+        write_paths(folder, leased.paths())
+        LocalWorkers(setups, board, leased).run()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    leased.check_failed(board.failed)
+    inputs = replace(inputs, options=replace(inputs.options, workers=slots[0].workers))
+    spent = _spent(leased.receipts, computing.specs, inputs, processes=len(slots))
+    return Computation(spent, _reports(leased.receipts, slots, time.perf_counter() - begun))
+
+
+def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
+    """Return what all workers need to know of a run."""
+    assert computing.model_names is not None
+    folder = leased.plan.passes[0].stores[0].staging / WORKERS
+    return WorkerSetup(
+        models=tuple(computing.model_names),
+        options=computing.inputs.options,
+        weights=weights_of(computing.specs),
+        plan=leased.plan,
+        paths=folder,
+        root=computing.root,
+        batch_size=computing.inputs.batch_size,
+        sample=tuple(computing.sample),
+        suspects=tuple(computing.inputs.suspects),
+        crash_log=folder / IN_FLIGHT,
+        large_image_slot=folder / f"{LARGE_IMAGE}-{socket.gethostname()}",
+    )
+
+
+def _spent(
+    receipts: Sequence[Receipt], specs: Sequence[EmbeddingSpec], inputs: Inputs, *, processes: int
+) -> Spent:
+    readers: dict[int, int] = {}
+    for receipt in receipts:
+        readers[receipt.worker] = max(receipt.readers, readers.get(receipt.worker, 0))
+    return Spent(
+        sum(receipt.images for receipt in receipts),
+        inputs.workers,
+        max(available_cores() // processes, 1),
+        max(readers.values(), default=0),
+        device_of(specs).type,
+        inputs.options.decode,
+        {kind: sum(receipt.seconds[kind] for receipt in receipts) for kind in KINDS},
+        sum(receipt.wall_seconds for receipt in receipts),
+        processes,
+    )
+
+
+def _reports(
+    receipts: Sequence[Receipt], slots: Sequence[WorkerSlot], seconds: float
+) -> tuple[WorkerReport, ...]:
+    """Return what each worker did in so many seconds."""
+    reports = []
+    for slot in slots:
+        own = [receipt for receipt in receipts if receipt.worker == slot.worker]
+        computing = sum(each.seconds["model"] + each.seconds["transfer"] for each in own)
+        images = sum(each.images for each in own)
+        reports.append(WorkerReport(slot.device, images, seconds, computing))
+    return tuple(reports)

@@ -1,0 +1,1 @@
+"""Leased shards computed: in this process, in several, on a cluster."""

@@ -1,0 +1,228 @@
+"""Workers in processes of their own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from multiprocessing.connection import Connection, wait
+
+from extractor import errors
+from extractor.errors import ExtractorError
+from extractor.lease.board import Board
+from extractor.lease.lease import Receipt
+from extractor.lease.listener import Listener
+from extractor.loading.crash_log import CrashLog
+from extractor.workers.worker import WorkerSetup
+from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
+
+__all__ = ["LocalWorkers"]
+
+TICK_SECONDS = 0.2
+GRACE_SECONDS = 4.0  # for the current batch, once the run should stop
+START_ATTEMPTS = 3  # of a worker before the run goes on without it
+HOPELESS_SHARDS = 3  # that failed for good, without one that was written
+
+# Errors of one image, one shard or one device. All others end every worker in the same way.
+NOT_FATAL = frozenset({"DeviceError", "DecodeError"})
+
+# What a child runs: this package, found where the driver found it, whatever lies in its folder.
+START = (
+    "import sys; sys.path[:] = sys.argv[2:]; "
+    "from extractor.workers.worker_process import main; main(int(sys.argv[1]))"
+)
+
+
+class LocalWorkers:
+    """Computes the shards of a board in several processes.
+
+    A worker that dies loses its leases. They are leased again, from the last row on the disk, and a
+    new worker takes its place.
+
+    Args:
+        setups: Setup of each worker.
+        board: Shards to compute.
+        listener: Hears of the progress.
+    """
+
+    def __init__(self, setups: Sequence[WorkerSetup], board: Board, listener: Listener) -> None:
+        self._setups = setups
+        self._board = board
+        self._listener = listener
+        self._workers: dict[int, _Worker] = {}
+        self._receipts = 0
+        self._starts = dict.fromkeys(range(len(setups)), 0)  # in a row that did not get ready
+
+    def run(self) -> None:
+        """Compute all shards.
+
+        Raises:
+            InterruptedRunError: The listener asked to stop.
+            ExtractorError: No worker can work.
+        """
+        try:
+            for number in range(len(self._setups)):
+                self._start(number)
+            while not (self._board.is_done or self._is_hopeless):
+                self._hand_out()
+                self._listen()
+                self._listener.on_tick()
+        finally:
+            self._end()
+
+    @property
+    def _is_hopeless(self) -> bool:
+        """Whether all shards fail, not only some."""
+        return not self._receipts and len(self._board.failed) >= HOPELESS_SHARDS
+
+    def _start(self, number: int) -> None:
+        self._workers[number] = _Worker(self._setups[number])
+
+    def _hand_out(self) -> None:
+        """Give every worker a lease, and a second one whose images it decodes meanwhile."""
+        ready = {number: worker for number, worker in self._workers.items() if worker.is_ready}
+        idle = len(self._workers) - sum(number in self._board.running for number in ready)
+        for ahead in (False, True):
+            for number, worker in ready.items():
+                lease = self._board.take(number, ahead=ahead, idle=idle if ahead else 0)
+                if lease is not None:
+                    worker.send(lease)
+
+    def _listen(self) -> None:
+        """Handle what workers say, until nothing is left or it is time for a tick."""
+        connections = {worker.connection: number for number, worker in self._workers.items()}
+        for connection in wait(list(connections), TICK_SECONDS):
+            number = connections[connection]  # type: ignore[index]
+            worker = self._workers[number]
+            for message in worker.messages():
+                self._handle(number, worker, message)
+            if worker.has_ended:
+                self._replace(number, worker)
+
+    def _handle(self, number: int, worker: _Worker, message: object) -> None:
+        if isinstance(message, Ready):
+            worker.is_ready = True
+            self._starts[number] = 0
+        elif isinstance(message, BatchDone):
+            self._listener.on_batch(number, message.shard, message.done, message.failed)
+        elif isinstance(message, Receipt):
+            receipt = replace(message, worker=number)
+            self._receipts += 1
+            if self._board.settle(receipt):
+                self._listener.on_receipt(receipt)
+        elif isinstance(message, Warned):
+            self._listener.on_warning(number, message.message)
+        elif isinstance(message, Failed):
+            worker.failure = message
+
+    def _replace(self, number: int, worker: _Worker) -> None:
+        """Take back the leases of a worker that ended, and start another one.
+
+        Raises:
+            ExtractorError: Every other worker would end in the same way.
+        """
+        failure = worker.failure
+        error = failure.message if failure is not None else worker.exit_text
+        if failure is not None and failure.kind not in NOT_FATAL:
+            kind = getattr(errors, failure.kind, None)
+            if isinstance(kind, type) and issubclass(kind, ExtractorError):
+                raise kind(failure.message)
+        suspects = CrashLog.read(worker.crash_log)
+        worker.crash_log.unlink(missing_ok=True)
+        if suspects:
+            self._listener.on_suspects(number, suspects)
+        self._board.lose(number, error, suspects=suspects)
+        del self._workers[number]
+        if not worker.is_ready:
+            self._starts[number] += START_ATTEMPTS if failure is not None else 1
+        if self._board.is_done:
+            return
+        if self._starts[number] < START_ATTEMPTS:
+            text = f"worker {number + 1} ended ({error}); another one takes its place"
+            self._listener.on_warning(number, text)
+            self._start(number)
+            return
+        if not self._workers:
+            raise ExtractorError(f"no worker could start: {error}")
+        text = f"worker {number + 1} did not start ({error}); the run goes on without it"
+        self._listener.on_warning(number, text)
+
+    def _end(self) -> None:
+        """End all workers: those that compute may finish their batch."""
+        for worker in self._workers.values():
+            worker.send(None)
+        deadline = time.monotonic() + GRACE_SECONDS
+        for worker in self._workers.values():
+            worker.end(deadline)
+
+
+class _Worker:
+    """One child process, and the driver's end of its socket."""
+
+    def __init__(self, setup: WorkerSetup) -> None:
+        self.crash_log = setup.crash_log
+        self.failure: Failed | None = None
+        self.is_ready = False
+        self.has_ended = False
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            arguments = [sys.executable, "-c", START, str(theirs.fileno()), *sys.path]
+            with _blocked_signals():  # until the child can handle them
+                self._process = subprocess.Popen(
+                    arguments, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                )
+            self.connection = Connection(ours.detach())
+        self.send(setup)
+
+    def send(self, message: object) -> None:
+        """Send a message; a worker that died meanwhile is noticed where messages are read."""
+        with contextlib.suppress(OSError):
+            self.connection.send(message)
+
+    def messages(self) -> Iterator[object]:
+        """Yield what has arrived."""
+        try:
+            while self.connection.poll():
+                yield self.connection.recv()
+        except (EOFError, OSError):
+            self.has_ended = True
+            self._process.wait()
+            self.connection.close()
+
+    @property
+    def exit_text(self) -> str:
+        """Why the process ended, in a few words."""
+        code = self._process.returncode
+        if code >= 0:
+            return f"exit code {code}"
+        with contextlib.suppress(ValueError):
+            name = signal.Signals(-code).name
+            return f"{name}, maybe out of memory" if name == "SIGKILL" else name
+        return f"signal {-code}"
+
+    def end(self, deadline: float) -> None:
+        """Wait until the process ends by itself, or end it at the deadline."""
+        with contextlib.suppress(EOFError, OSError):
+            while self.connection.poll(max(deadline - time.monotonic(), 0)):
+                self.connection.recv()  # it could not end with a full socket
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(deadline - time.monotonic(), 0.01))
+        self._process.kill()
+        self._process.wait()
+        self.connection.close()
+
+
+@contextlib.contextmanager
+def _blocked_signals() -> Iterator[None]:
+    """Keep signals from a child that is being started; it inherits this."""
+    numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
