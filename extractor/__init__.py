@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from extractor.reading.info import StoreInfo
     from extractor.reading.reader import FeatureStore
     from extractor.report import Progress, Report, StoreReport
+    from extractor.search.hits import Hit, Hits
+    from extractor.search.searcher import Searcher
     from extractor.store.history import Changes
 
 __all__ = [
@@ -53,6 +55,8 @@ __all__ = [
     "Extractor",
     "ExtractorError",
     "FeatureStore",
+    "Hit",
+    "Hits",
     "ImageList",
     "InstallationError",
     "InterruptedRunError",
@@ -61,6 +65,7 @@ __all__ = [
     "Preprocess",
     "Progress",
     "Report",
+    "Searcher",
     "SourceError",
     "StoreBusyError",
     "StoreDamagedError",
@@ -108,6 +113,8 @@ _MODULES = {
     "extractor.report": ("Progress", "Report", "StoreReport"),
     "extractor.reading.info": ("StoreInfo",),
     "extractor.reading.reader": ("FeatureStore",),
+    "extractor.search.hits": ("Hit", "Hits"),
+    "extractor.search.searcher": ("Searcher",),
     "extractor.store.history": ("Changes",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

@@ -18,6 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Embed in memory": ("Extractor",),
     "Read stores": ("FeatureStore", "StoreInfo", "Changes"),
     "Export stores": ("export_store", "ExportReport"),
+    "Search": ("Searcher", "Hits", "Hit"),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),
     "Lists of images": ("ImageList", "list_images"),
     "Errors": (

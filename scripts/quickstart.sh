@@ -48,8 +48,7 @@ from extractor import FeatureStore
 store = FeatureStore.open("features")
 print(f"  {store.features.shape, store.paths[0]}")
 EOT
-echo
-"$venv/bin/python" scripts/show_neighbors.py "$work/features" "$work/images" --sheet "$work/neighbors.png"
+run search "$work/features" row:0 row:14 row:28 -k 4 --sheet "$work/neighbors.png"
 echo
 echo "For your own images:"
 echo "  $venv/bin/extract --model $model path/to/images"

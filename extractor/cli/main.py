@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from extractor.cli import doctor, export, extract, models, stores
+from extractor.cli import doctor, export, extract, models, search, stores
 from extractor.cli.console import say
 from extractor.cli.json_log import Events
 from extractor.cli.signals import NAMES, EndedError, Stopping
@@ -35,6 +35,7 @@ VERBS = {
     "verify": stores.verify,
     "compact": stores.compact,
     "export": export.export,
+    "search": search.search,
     "doctor": doctor.doctor,
 }
 

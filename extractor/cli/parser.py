@@ -59,6 +59,7 @@ other commands (write a folder of the same name as ./models):
   extract verify STORE                              check every byte of a store
   extract compact STORE                             remove rows of images that changed or went
   extract export STORE --to PATH                    write a store for another tool
+  extract search STORE QUERY...                     find the nearest images in a store
   extract doctor                                    check packages, devices, caches and OUT
 
 Environment variables set options, too: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.

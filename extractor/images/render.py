@@ -79,7 +79,7 @@ def _resize_visible(
     """Return the resized part of an image that the model sees, in the orientation of its file."""
     width, height, orientation = layout
     fits = rgb.width * rgb.height <= MAX_COPIED_PIXELS
-    if fits and resize.is_fast() and can_resize_whole(geometry, interpolation):
+    if fits and can_resize_whole(geometry, interpolation) and resize.is_fast():
         size, (x0, y0, x1, y1) = resize_and_crop_box(geometry, orientation)
         scale = width / reduced_by / size[0], height / reduced_by / size[1]
         return resize.resize(rgb, size, scale, interpolation)[y0:y1, x0:x1]

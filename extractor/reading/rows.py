@@ -20,6 +20,7 @@ from extractor.reading.array import KeptRows, LazyArray
 if TYPE_CHECKING:
     import torch
 
+    from extractor import Hits, Searcher
     from extractor.reading.dataset import FeatureDataset
 
 __all__ = ["Rows", "Selection"]
@@ -236,6 +237,56 @@ class Rows(ABC):
                 f"select: got {type(which).__name__}, expected a glob, a mask or a list of rows"
             )
         return Selection(self, np.arange(len(self), dtype=np.int64)[index])
+
+    def search(
+        self,
+        queries: Any,
+        k: int | None = None,
+        *,
+        metric: Literal["cosine", "ip", "l2"] = "cosine",
+        own_rows: npt.ArrayLike | None = None,
+        plus: Any = (),
+        minus: Any = (),
+    ) -> Hits:
+        """Return the nearest rows of each query.
+
+        >>> hits = store.search("cats/tom.jpg", k=5)  # doctest: +SKIP
+        >>> hits.rows.shape, [hit.path in store for hit in hits[0]]  # doctest: +SKIP
+        ((1, 5), [True, True, True, True, True])
+
+        Vectors and paths in the store need no torch. Other images are embedded as the rows were,
+        by an :class:`Extractor` that the store keeps.
+
+        Scores are computed in float64 from all rows. Among equal scores, the lower row comes first.
+
+        Args:
+            queries: Vectors ``(q, dim)``, or a single one. Or images: paths in :attr:`paths`, image
+                files, encoded images as bytes, PIL images or uint8 arrays. A path in the store, and
+                an image file that did not change, stands for its row and does not find itself.
+            k: Number of rows per query; None for 10, or all rows if there are fewer.
+            metric: ``cosine``, ``ip`` for the inner product, or ``l2`` for the Euclidean distance.
+            own_rows: ``(q,)`` int, the row of each query vector, which is left out; -1 for none.
+            plus: Images whose direction is added to that of each query.
+            minus: Images whose direction is subtracted.
+
+        Raises:
+            UsageError: Vectors of another dim or with NaN, k above the number of rows, or an
+                unknown metric.
+            DecodeError: A query cannot be decoded.
+            StoreError: There are no rows.
+            ExtractorError: The model of the store cannot be loaded, or has other weights.
+        """
+        return self._searcher.search(
+            queries, k, metric=metric, own_rows=own_rows, plus=plus, minus=minus
+        )
+
+    @functools.cached_property
+    def _searcher(self) -> Searcher:
+        # Search stands above reading, since it embeds images. As any program would, this asks the
+        # package for the public name.
+        from extractor import Searcher
+
+        return Searcher(self)
 
     def frame(self, kind: Literal["arrow", "pandas"] = "arrow", *, embeddings: bool = True) -> Any:
         """Return a table: id, path, size, mtime_ns, width, height, sha256, embedding.

@@ -94,7 +94,8 @@ def nearest(
         k: Number of rows per query. Missing ones are -1.
         metric: ``cosine``, ``ip`` for the inner product, or ``l2`` for the Euclidean distance. The
             cosine similarity with a vector of zeros is 0.
-        own_rows: ``(q,)`` int, the row of each query, which is left out; -1 for none.
+        own_rows: ``(q,)`` or ``(q, n)`` int, rows that are left out for each query, such as its
+            own; -1 for none.
         library: ``faiss``, ``numpy``, or ``auto`` for faiss where it is installed.
         largest: :func:`largest_length` of the features, if it is known; saves a pass over them.
 
@@ -157,13 +158,14 @@ def checked_vectors(queries: npt.ArrayLike, dim: int) -> Floats:
 
 def _checked_rows(rows: npt.ArrayLike | None, count: int, total: int) -> Rows:
     if rows is None:
-        return np.full(count, -1, np.int64)
+        return np.empty((count, 0), np.int64)
     own = np.asarray(rows)
-    if own.shape != (count,) or (own.size and own.dtype.kind not in "iu"):
+    is_known = own.ndim in (1, 2) and len(own) == count
+    if not is_known or (own.size and own.dtype.kind not in "iu"):
         raise UsageError(f"own_rows: got {own.shape} {own.dtype}, expected ({count},) integers")
     if own.size and not -1 <= own.min() <= own.max() < total:
         raise UsageError(f"own_rows: got a row outside of -1 to {total - 1}")
-    return own.astype(np.int64)
+    return own.astype(np.int64).reshape(count, -1) if count else np.empty((0, 0), np.int64)
 
 
 def faiss_module() -> Any:
@@ -318,7 +320,7 @@ class _Search:
 
     def run(self, k: int, faiss: Any) -> tuple[Rows, Floats]:
         """Return rows and scores, ``(q, k)``; ``faiss`` is the library, or None."""
-        count = min(k + EXTRA + 1, len(self._features))
+        count = min(k + EXTRA + self._own.shape[1], len(self._features))
         best = _Best(len(self._queries), count)
         queries = self._queries.astype(self._dtype)
         use_faiss = faiss is not None and self._dtype is np.float32
@@ -368,7 +370,9 @@ class _Search:
     def _scored(self, rows: Rows) -> Floats:
         """Return the scores of rows ``(q, n)`` in float64; -inf for own rows and for -1."""
         scores = np.full(rows.shape, -np.inf)
-        counts = (rows >= 0) & (rows != self._own[:, None])
+        counts = rows >= 0
+        for own in self._own.T:
+            counts &= rows != own[:, None]
         queries, columns = np.nonzero(counts)
         scores[queries, columns] = self._score_pairs(queries, rows[queries, columns])
         return scores
@@ -399,7 +403,7 @@ class _Search:
             near = self._scores(vectors, block) >= limits[:, None]
             for number in np.flatnonzero(near.any(axis=1)).tolist():
                 found = np.flatnonzero(near[number]) + start
-                found = found[found != self._own[queries[number]]]
+                found = found[~np.isin(found, self._own[queries[number]])]
                 new = self._score_pairs(np.full(len(found), queries[number]), found)
                 both = np.concatenate([rows[number], found])[None]
                 both_scores = np.concatenate([scores[number], new])[None]

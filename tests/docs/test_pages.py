@@ -61,22 +61,24 @@ def test_readme_shows_eight_options_that_exist() -> None:
         assert set(re.findall(r"`(--?[\w-]+)`", row.split("|")[1])) <= known, row
 
 
-def test_readme_search_finds_the_query_first(
+def test_readme_search_finds_other_images_best_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code = next(block for block in blocks(README, "python") if "argsort" in block)
+    code = next(block for block in blocks(README, "python") if "store.search" in block)
     (folder,) = re.findall(r'open\("(.*?)"\)', code)
-    (query,) = re.findall(r'index_of\("(.*?)"\)', code)
+    (query,) = re.findall(r'search\("(.*?)"', code)
     (tmp_path / "images" / query).parent.mkdir(parents=True)
     for number in range(8):
         noise(number, 40, 30).save(tmp_path / "images" / f"{number}.png")
     noise(99, 40, 30).save(tmp_path / "images" / query)
+    noise(99, 40, 30).save(tmp_path / "images" / "copy.png")
     monkeypatch.chdir(tmp_path)
     extractor.extract("images", model="test_resnet", weights="random", out=folder, device="cpu")
 
     exec(compile(code, README.name, "exec"), {})
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["1.000", query]
+    assert float(lines[0][0]) > 0.99  # the same pixels, but for the compression
+    assert lines[0][1] == "copy.png"
     similarities = [float(similarity) for similarity, _ in lines]
     assert len(lines) == 5
     assert np.all(np.diff(similarities) <= 0)
@@ -84,6 +86,7 @@ def test_readme_search_finds_the_query_first(
 
 def test_readme_shows_as_many_neighbors_as_its_code_prints() -> None:
     text = README.read_text("utf-8")
-    after = text.partition("argsort(-similarity)[:5]")[2]
+    after = text.partition("store.search(")[2]
+    (count,) = re.findall(r"^\S+, k=(\d+)\)", after, re.M)
     output = re.findall(r"^```\w*\n(.*?)^```$", after.partition("```\n")[2], re.M | re.S)[0]
-    assert len(output.splitlines()) == 5
+    assert len(output.splitlines()) == int(count)

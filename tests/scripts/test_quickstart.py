@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 from PIL import Image
+from support.commands import run_extract
 
 from extractor import Extractor, FeatureStore, extract
 from extractor.models.lite_weights import MODEL, PACKAGES
@@ -64,27 +67,24 @@ def test_real_weights_find_images_of_the_same_kind(images: Path) -> None:
 
 
 def test_neighbors_are_printed_and_drawn(images: Path, tmp_path: Path) -> None:
+    """The last command of the script, with fewer images."""
     store, sheet = tmp_path / "store", tmp_path / "sheet.png"
     extract(images, "resnet18", store, weights="random", image_size=32, device="cpu")
-    done = subprocess.run(
-        [
-            *(sys.executable, str(SCRIPTS / "show_neighbors.py"), str(store), str(images)),
-            *("--sheet", str(sheet), "--queries", "2", "--neighbors", "3"),
-        ],
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+    text = (SCRIPTS / "quickstart.sh").read_text("utf-8")
+    (line,) = re.findall(r"^run (search .*)$", text, re.MULTILINE)
+    line = line.replace("$work/features", str(store)).replace("$work/neighbors.png", str(sheet))
+    line = line.replace("row:28", "row:15")
+    done = run_extract(*shlex.split(line))
+    assert done.returncode == 0
     lines = done.stdout.splitlines()
-    assert len(lines) == 2 * (1 + 3) + 1
-    assert lines[-1] == f"contact sheet: {sheet}"
+    assert len(lines) == 3 * (1 + 4)
     with Image.open(sheet) as image:
-        assert image.width > 4 * 150
+        assert image.width > 5 * 150
         assert len(image.getcolors(10**6) or []) > 100
     paths = list(FeatureStore.open(store).paths)
-    assert lines[0] == f"most similar to {paths[0]}:"
+    assert lines[0] == paths[0]
     rows = np.array(FeatureStore.open(store).features, np.float64)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     similarity = rows @ rows[0]
     best = int(np.argsort(-similarity)[1])
-    assert lines[1] == f"  {similarity[best]:.3f}  {paths[best]}"
+    assert lines[1] == f"   1  {similarity[best]:.4f}  {paths[best]}"

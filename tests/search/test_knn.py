@@ -151,6 +151,12 @@ def test_missing_rows_are_minus_one(metric: str, library: str) -> None:
     assert nearest(rows, rows[:0], 2, metric=metric, library=library).rows.shape == (0, 2)
 
 
+def test_several_rows_of_a_query_are_left_out(library: str) -> None:
+    rows = np.ones((300, 3), np.float32)
+    found = nearest(rows, rows[:2], 2, own_rows=[[0, 2], [1, -1]], library=library)
+    assert found.rows.tolist() == [[1, 3], [0, 2]]
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_rows_with_nan_are_no_answers(metric: str, library: str) -> None:
     rows = np.random.default_rng(5).normal(size=(60, 4)).astype(np.float32)

@@ -1,0 +1,235 @@
+"""Nearest rows of vectors, rows and images: :class:`Searcher`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.errors import DecodeError, StoreError, UsageError
+from extractor.reading.rows import Rows
+from extractor.search.hits import Hits
+from extractor.search.knn import (
+    Floats,
+    Metric,
+    check_metric,
+    checked_vectors,
+    largest_length,
+    nearest,
+)
+from extractor.search.queries import Query, as_vectors, queries_of
+
+if TYPE_CHECKING:
+    from extractor.api import Extractor
+
+__all__ = ["Searcher"]
+
+DEFAULT_K = 10
+CANCELED = 1e-9  # length of a sum of unit vectors that cancel out
+
+
+class Searcher:
+    """Searches the rows of a store, and keeps what every search needs.
+
+    ``store.search`` makes one and keeps it. Make your own to choose the device or the weights:
+
+    >>> embed = Extractor.for_store(store, device="cpu")  # doctest: +SKIP
+    >>> searcher = Searcher(store, extractor=embed)  # doctest: +SKIP
+    >>> searcher.search("images/cats/tom.jpg", k=5).rows.shape  # doctest: +SKIP
+    (1, 5)
+
+    Args:
+        rows: A store, a selection of one, or stores of one backbone.
+        extractor: Embeds images. None makes ``Extractor.for_store(rows)`` for the first image that
+            has no row in the store.
+    """
+
+    def __init__(self, rows: Rows, *, extractor: Extractor | None = None) -> None:
+        self._rows = rows
+        self._extractor = extractor
+
+    def search(
+        self,
+        queries: Any,
+        k: int | None = None,
+        *,
+        metric: Metric = "cosine",
+        own_rows: npt.ArrayLike | None = None,
+        plus: Any = (),
+        minus: Any = (),
+    ) -> Hits:
+        """Return the nearest rows of each query; see :meth:`FeatureStore.search`."""
+        self.check(k, metric, has_terms=bool(len(plus) or len(minus)))
+        vectors = as_vectors(queries)
+        if vectors is None:
+            if own_rows is not None:
+                raise UsageError("own_rows: this goes with vectors; images are found by their path")
+            images = queries_of(self._rows, queries)
+            vectors = self._vectors_of(images)
+            own_rows = np.array([query.row for query in images], np.int64)
+        added, removed = (queries_of(self._rows, images) for images in (plus, minus))
+        return self.find(vectors, k, metric, own_rows, plus=added, minus=removed)
+
+    def find(
+        self,
+        vectors: npt.ArrayLike,
+        k: int | None,
+        metric: Metric,
+        own_rows: npt.ArrayLike | None,
+        *,
+        plus: Sequence[Query] = (),
+        minus: Sequence[Query] = (),
+    ) -> Hits:
+        """Return the nearest rows of vectors plus and minus the directions of images.
+
+        Args:
+            vectors: ``(q, dim)``. Without any, the images of ``plus`` are one query.
+            k: Number of rows per query.
+            metric: The metric.
+            own_rows: ``(q,)`` int, the row of each vector, which is left out; -1 for none. Rows of
+                ``plus`` and ``minus`` are left out, too.
+            plus: Images to add.
+            minus: Images to subtract.
+
+        Raises:
+            ExtractorError: As for :meth:`search`.
+        """
+        if not plus and not minus:
+            return self.nearest(vectors, k, metric=metric, own_rows=own_rows)
+        self.check(k, metric, has_terms=True)
+        wanted = checked_vectors(vectors, self._rows.dim)
+        wanted = wanted if len(wanted) else np.zeros((1, self._rows.dim))
+        others = np.array([query.row for query in (*plus, *minus)], np.int64)
+        left_out = np.tile(others, (len(wanted), 1))
+        if own_rows is not None and np.size(own_rows):
+            own = np.asarray(own_rows).reshape(len(wanted), -1)
+            left_out = np.concatenate([own, left_out], axis=1)
+        wanted = _combined(wanted, self._vectors_of(plus), self._vectors_of(minus))
+        return self.nearest(wanted, k, metric=metric, own_rows=left_out)
+
+    def nearest(
+        self,
+        vectors: npt.ArrayLike,
+        k: int | None = None,
+        *,
+        metric: Metric = "cosine",
+        own_rows: npt.ArrayLike | None = None,
+    ) -> Hits:
+        """Return the nearest rows of vectors ``(q, dim)``.
+
+        Args:
+            vectors: Finite numbers.
+            k: Number of rows per query; None for 10, or all if there are fewer.
+            metric: ``cosine``, ``ip`` or ``l2``.
+            own_rows: ``(q,)`` or ``(q, n)`` int, rows to leave out; -1 for none.
+
+        Raises:
+            UsageError: A value that makes no sense.
+            StoreError: There are no rows.
+        """
+        self.check(k, metric)
+        found = nearest(
+            self._rows.features,
+            vectors,
+            min(DEFAULT_K, len(self._rows)) if k is None else int(k),
+            metric=metric,
+            own_rows=own_rows,
+            largest=None if metric == "cosine" else self._largest,
+        )
+        return Hits(self._rows, found, metric, "exact")
+
+    def check(self, k: int | None, metric: object, *, has_terms: bool = False) -> None:
+        """Check what is known before a model is loaded.
+
+        Args:
+            k: Number of rows per query.
+            metric: Name of the metric.
+            has_terms: Whether there are images to add or subtract.
+
+        Raises:
+            StoreError: There are no rows.
+            UsageError: A value that makes no sense.
+        """
+        check_metric(metric)
+        total = len(self._rows)
+        if not total:
+            raise StoreError(f"{self._rows._source} holds no rows, so there is nothing to search")
+        is_integer = isinstance(k, (int, np.integer)) and not isinstance(k, bool)
+        if k is not None and not (is_integer and 1 <= k <= total):
+            raise UsageError(
+                f"k: got {k!r}, expected an integer from 1 to {total:,}, the number of rows of "
+                f"{self._rows._source}"
+            )
+        if has_terms and metric == "l2":
+            raise UsageError(
+                "plus and minus combine directions, so there is no distance; try the metric cosine"
+            )
+
+    def embed(self, queries: Sequence[Query]) -> tuple[Floats, dict[int, DecodeError]]:
+        """Return the vectors of queries ``(q, dim)``, and the errors of those without one.
+
+        Rows of the store are read. Images are embedded as the store's were.
+
+        Raises:
+            ExtractorError: The model of the store cannot be loaded.
+        """
+        vectors = np.zeros((len(queries), self._rows.dim))
+        errors: dict[int, DecodeError] = {}
+        stored = [number for number, query in enumerate(queries) if query.row >= 0]
+        if stored:
+            rows = np.array([queries[number].row for number in stored])
+            vectors[stored] = np.asarray(self._rows.features[rows]).reshape(len(stored), -1)
+        unseen = [number for number, query in enumerate(queries) if query.row < 0]
+        if unseen:
+            images = [queries[number].image for number in unseen]
+            for number, row in zip(unseen, self._embedder(images, on_error="return"), strict=True):
+                if isinstance(row, DecodeError):
+                    errors[number] = row
+                else:
+                    vectors[number] = row.ravel()
+        return vectors, errors
+
+    @functools.cached_property
+    def _embedder(self) -> Extractor:
+        if self._extractor is not None:
+            return self._extractor
+        from extractor.api import Extractor  # here, because it loads torch
+
+        return Extractor.for_store(self._rows)
+
+    @functools.cached_property
+    def _largest(self) -> float:
+        return largest_length(self._rows.features)
+
+    def _vectors_of(self, queries: Sequence[Query]) -> Floats:
+        """Return the vectors of queries.
+
+        Raises:
+            DecodeError: An image cannot be decoded.
+        """
+        vectors, errors = self.embed(queries)
+        if errors:
+            raise errors[min(errors)]
+        return vectors
+
+
+def _combined(queries: Floats, plus: Floats, minus: Floats) -> Floats:
+    """Return each query plus and minus other vectors, all of unit length first.
+
+    Raises:
+        UsageError: The vectors cancel out.
+    """
+    queries, plus, minus = (_directions(vectors) for vectors in (queries, plus, minus))
+    sums: Floats = queries + plus.sum(axis=0) - minus.sum(axis=0)
+    if np.linalg.norm(sums, axis=1).min() < CANCELED:
+        raise UsageError("plus and minus: the vectors cancel out, so no direction is left")
+    return sums
+
+
+def _directions(vectors: Floats) -> Floats:
+    lengths: Floats = np.linalg.norm(vectors, axis=1, keepdims=True)
+    directions: Floats = np.divide(vectors, np.where(lengths > 0, lengths, 1))
+    return directions
