@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         UsageError,
         WeightsError,
     )
+    from extractor.evaluation.evaluating import Evaluation, evaluate_store
     from extractor.export.exporting import ExportReport, export_store
     from extractor.images.listing import ImageList, list_images
     from extractor.models.backbone import Backbone
@@ -51,6 +52,7 @@ __all__ = [
     "Changes",
     "DecodeError",
     "DeviceError",
+    "Evaluation",
     "ExportReport",
     "Extractor",
     "ExtractorError",
@@ -78,6 +80,7 @@ __all__ = [
     "UsageError",
     "WeightsError",
     "__version__",
+    "evaluate_store",
     "export_store",
     "extract",
     "list_images",
@@ -104,6 +107,7 @@ _MODULES = {
         "UsageError",
         "WeightsError",
     ),
+    "extractor.evaluation.evaluating": ("Evaluation", "evaluate_store"),
     "extractor.export.exporting": ("ExportReport", "export_store"),
     "extractor.images.listing": ("ImageList", "list_images"),
     "extractor.models.backbone": ("Backbone",),

@@ -18,6 +18,7 @@ import PIL
 from api_reference import api_reference
 
 from extractor.cli.doctor import doctor_parser
+from extractor.cli.evaluate import evaluate_parser
 from extractor.cli.export import export_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
 from extractor.cli.parser import EXIT_CODES, command_options
@@ -87,6 +88,7 @@ VERB_PARSERS = (
     info_parser,
     verify_parser,
     compact_parser,
+    evaluate_parser,
     export_parser,
     search_parser,
     doctor_parser,

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from extractor.cli import doctor, export, extract, models, search, stores
+from extractor.cli import doctor, evaluate, export, extract, models, search, stores
 from extractor.cli.console import say
 from extractor.cli.json_log import Events
 from extractor.cli.signals import NAMES, EndedError, Stopping
@@ -34,6 +34,7 @@ VERBS = {
     "info": stores.info,
     "verify": stores.verify,
     "compact": stores.compact,
+    "evaluate": evaluate.evaluate,
     "export": export.export,
     "search": search.search,
     "doctor": doctor.doctor,

@@ -58,6 +58,7 @@ other commands (write a folder of the same name as ./models):
   extract info STORE                                show how a store was made
   extract verify STORE                              check every byte of a store
   extract compact STORE                             remove rows of images that changed or went
+  extract evaluate STORE                            measure how well a store tells classes apart
   extract export STORE --to PATH                    write a store for another tool
   extract search STORE QUERY...                     find the nearest images in a store
   extract doctor                                    check packages, devices, caches and OUT

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.stores import write_store
 
 from extractor import FeatureStore
 from extractor.cli import export
 from extractor.cli import main as cli
 from extractor.export.formats import FORMATS
-
-__all__ = ["write_store"]
 
 ROWS = np.arange(12, dtype=np.float32).reshape(4, 3)
 

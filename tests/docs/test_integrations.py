@@ -14,12 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from support.pictures import noise
-from support.stores import write_store
 
 from extractor import FeatureStore, extract
 from extractor.cli import main as cli
-
-__all__ = ["write_store"]
 
 GUIDE = Path(__file__).parents[2] / "docs" / "integrations.md"
 NAMES = [f"cats/{i:02}.jpg".encode() for i in range(5)] + [b"cats/tom.jpg", b"dogs/00.jpg"]

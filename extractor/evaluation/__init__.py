@@ -1,0 +1,1 @@
+"""How well the rows of a store tell classes apart; no torch, no Pillow."""
