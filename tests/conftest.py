@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -30,11 +32,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     import torch
 
-    if torch.cuda.is_available() or REQUIRE_CUDA:
+    if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Let a skipped test of a GPU fail where a GPU is required, whatever skipped it."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    if REQUIRE_CUDA and report.skipped and item.get_closest_marker("cuda"):
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"EXTRACTOR_REQUIRE_CUDA=1 allows no skipped test: {reason}"
 
 
 @pytest.fixture(autouse=True)

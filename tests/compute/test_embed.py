@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -97,6 +98,8 @@ def test_row_ignores_rest_of_batch(device: str) -> None:
     alone = run(backbone, images[4:], 4)  # the last three, in a padded batch
     together = run(backbone, images, 4)
     assert np.array_equal(alone, together[4:])
+    among_others = run(backbone, [images[4], images[0], images[6], images[2]], 4)
+    assert np.array_equal(among_others[[0, 2]], alone[[0, 2]])
 
 
 def test_gpu_rows_equal_cpu_rows(device: str) -> None:
@@ -106,6 +109,66 @@ def test_gpu_rows_equal_cpu_rows(device: str) -> None:
     cpu = run(load_backbone("resnet18", weights="random", device="cpu"), images, 5)
     worst = np.abs(here - cpu).max() / np.abs(cpu).max()
     assert worst < 1e-4
+
+
+def test_rows_are_those_of_float64_whatever_a_program_allows(device: str) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (60, 50, 3), np.uint8) for _ in range(4)]
+    backbone = load_backbone("resnet18", weights="random", device="cpu", image_size=64)
+    with BatchLoader(
+        iter([list(images)]), [backbone.preprocess], LoaderOptions(batch_size=4, workers=1)
+    ) as loader:
+        pixels = Normalize(backbone)(next(iter(loader)).pictures[0].clone())
+    expected = copy.deepcopy(backbone.module).double()(pixels.double()).numpy()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        rows = run(backbone.to(torch.device(device)), images, 4)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    # TF32 keeps 11 bits: it would be off by about 1e-3.
+    assert np.linalg.norm(rows - expected) < 5e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.cuda
+def test_full_gpu_computes_the_same_rows_in_parts(caplog: pytest.LogCaptureFixture) -> None:
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (60, 50, 3), np.uint8) for _ in range(256)]
+    backbone = load_backbone("resnet18", weights="random", device="cuda")
+    expected = run(backbone, images, 16)
+    torch.cuda.empty_cache()
+    # The pixels of 256 images take 147 MiB in float32, and the first feature maps four times that.
+    total = torch.cuda.get_device_properties(backbone.device).total_memory
+    limit = torch.cuda.memory_reserved(backbone.device) + 400 * 2**20
+    torch.cuda.set_per_process_memory_fraction(limit / total, backbone.device)
+    try:
+        rows = run(backbone, images, 256)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, backbone.device)
+    assert "is out of memory with 256 images at a time; continuing with 128" in caplog.text
+    np.testing.assert_allclose(rows, expected, rtol=1e-3, atol=1e-4 * abs(expected).max())
+
+
+@pytest.mark.cuda
+def test_closed_embed_gives_back_memory_of_a_gpu() -> None:
+    backbone = load_backbone("resnet18", weights="random", device="cuda")
+    spec = EmbeddingSpec("test", (EmbeddingPart(backbone),))
+
+    def start(batches: int) -> int:
+        plan: Iterator[list[ImageSource]] = ([flat(c)] * 8 for c in colors(6))
+        options = LoaderOptions(batch_size=8, workers=2, pin=True)
+        with (
+            BatchLoader(plan, [backbone.preprocess], options) as loader,
+            closing(embed([spec], loader, normalize=False)) as computed,
+        ):
+            for _ in range(batches):
+                next(computed)
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+
+    whole = start(6)
+    assert start(2) == whole
+    assert torch.backends.cudnn.allow_tf32
 
 
 @pytest.mark.parametrize(

@@ -103,3 +103,16 @@ def test_broken_device_is_recognized_in_every_library(message: str) -> None:
 def test_other_errors_are_none_of_the_device(error: Exception) -> None:
     assert not is_out_of_memory(error)
     assert not is_broken_device(error)
+
+
+@pytest.mark.cuda
+def test_gpu_has_a_name() -> None:
+    assert device_name(torch.device("cuda", 0)) == torch.cuda.get_device_properties(0).name
+
+
+@pytest.mark.cuda
+def test_lack_of_memory_of_a_gpu_is_recognized() -> None:
+    too_much = torch.cuda.get_device_properties(0).total_memory * 2
+    with pytest.raises(DeviceError, match=r"^cuda:0 is out of memory; try"):  # noqa: SIM117
+        with device_errors(torch.device("cuda", 0)):
+            torch.empty(too_much, dtype=torch.uint8, device="cuda:0")
