@@ -44,12 +44,16 @@ class Progress:
         failed: Number of images without a row; 0 before ``computing``.
         phase: ``listing`` the images, ``loading`` the models, ``tuning`` (precision, compilation,
             and which rows exist), ``computing`` or ``publishing``, in this order.
+        shard: Shard of the run that a worker process has just finished, from 0; else None.
+        worker: Number of that worker, from 1; else None.
     """
 
     done: int
     total: int
     failed: int
     phase: Phase = "computing"
+    shard: int | None = None
+    worker: int | None = None
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class WorkerReport:
     Attributes:
         device: Device that it computed on, such as ``cuda:0``.
         images: Number of images that it computed.
-        seconds: Duration of the computation, for all workers the same.
+        seconds: Seconds from its first shard to its last, without loading the models.
         computing: Seconds in which its device computed for it.
     """
 
@@ -253,14 +257,17 @@ class Report:
     @property
     def busy(self) -> dict[str, float]:
         """Share of the computation's time in which each device of the workers was busy."""
-        share: dict[str, list[float]] = {}
+        by_device: dict[str, list[WorkerReport]] = {}
         for worker in self.workers:
-            share.setdefault(worker.device, []).append(worker.computing / max(worker.seconds, 1e-9))
-        # Processes take turns on a GPU, and share the cores of a CPU.
-        return {
-            device: min(sum(parts) / (len(parts) if device == "cpu" else 1), 1.0)
-            for device, parts in share.items()
-        }
+            by_device.setdefault(worker.device, []).append(worker)
+        busy = {}
+        for device, workers in by_device.items():
+            computing = sum(worker.computing for worker in workers)
+            # Processes take turns on a GPU, and share the cores of a CPU.
+            turns = len(workers) if device == "cpu" else 1
+            longest = max(worker.seconds for worker in workers)
+            busy[device] = min(computing / max(longest * turns, 1e-9), 1.0)
+        return busy
 
     @property
     def images_per_second(self) -> float:

@@ -145,19 +145,29 @@ def _new_bar(terminal: TextIO, progress: Progress) -> Any:
 
 
 class _Handler(logging.Handler):
-    def __init__(self, write: Callable[[str], None]) -> None:
+    def __init__(self, write: Callable[..., None], *, names_worker: bool) -> None:
         super().__init__(logging.WARNING)
         self._write = write
+        self._names_worker = names_worker
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._write(record.getMessage())
+        if self._names_worker:
+            self._write(record.getMessage(), worker=getattr(record, "worker", None))
+        else:
+            self._write(record.getMessage())
 
 
 @contextmanager
-def logging_to(write: Callable[[str], None]) -> Iterator[None]:
-    """Pass the package's own warnings to a function; other libraries keep their logging."""
+def logging_to(write: Callable[..., None], *, names_worker: bool = False) -> Iterator[None]:
+    """Pass the package's own warnings to a function; other libraries keep their logging.
+
+    Args:
+        write: Called with each warning.
+        names_worker: Whether it is also called with the number of the ``worker`` that warns; None
+            for the process itself.
+    """
     logger = logging.getLogger("extractor")
-    handler = _Handler(write)
+    handler = _Handler(write, names_worker=names_worker)
     logger.addHandler(handler)
     propagated, logger.propagate = logger.propagate, False
     try:

@@ -87,7 +87,8 @@ def _compute(images: ImageList, command: Command, stopping: Stopping, events: Ev
     options, own = command.options, command.own
     _keep_compiled()
     bar = Bar(quiet=own.quiet or events.wanted)
-    with bar, events.alone(), logging_to(events.warning if events.wanted else bar.warn):
+    write, names_worker = (events.warning, True) if events.wanted else (bar.warn, False)
+    with bar, events.alone(), logging_to(write, names_worker=names_worker):
         keep_freed_memory()
         spin_briefly()  # takes effect only before torch is imported, which the next lines do
         with freeze_imports():

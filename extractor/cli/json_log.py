@@ -28,8 +28,8 @@ class Events:
     """Writer of events.
 
     Each event has ``time`` (ISO 8601, UTC) and ``event``: ``skipped``, ``excluded``, ``start``,
-    ``progress``, ``warning``, ``output``, ``interrupted``, ``error`` or ``end``. The last event has
-    the ``exit_code``.
+    ``progress``, ``shard``, ``warning``, ``output``, ``interrupted``, ``error`` or ``end``. The
+    last event has the ``exit_code``.
 
     Args:
         clock: Returns the time in seconds; tests give their own.
@@ -95,6 +95,9 @@ class Events:
 
     def progress(self, progress: Progress) -> None:
         """Write how far the run is: when a phase begins, every ten seconds, and at the end."""
+        if progress.shard is not None:
+            self.write("shard", shard=progress.shard, worker=progress.worker, done=progress.done)
+            return
         now = self._clock()
         is_over = progress.done >= progress.total
         is_new = progress.phase != self._phase
@@ -118,9 +121,9 @@ class Events:
         started, done_before = self._first
         return round((progress.done - done_before) / (now - started), 2) if now > started else None
 
-    def warning(self, message: str) -> None:
-        """Write a warning."""
-        self.write("warning", message=message)
+    def warning(self, message: str, worker: int | None = None) -> None:
+        """Write a warning, with the number of the worker process that it comes from."""
+        self.write("warning", message=message, **({} if worker is None else {"worker": worker}))
 
     def end(self, report: Report) -> None:
         """Write the exit code and the counts of each store."""
@@ -134,5 +137,6 @@ class Events:
             excluded=dict(report.excluded),
             unlisted=len(report.unlisted),
             seconds=round(report.seconds, 3),
+            workers=[worker.as_dict() for worker in report.workers],
             stores=stores,
         )

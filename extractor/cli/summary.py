@@ -91,8 +91,20 @@ def _run_rows(report: Report) -> Iterator[tuple[str, str]]:
     total, loading = f"{report.seconds:.1f} s", f"{report.load_seconds:.1f} s"
     rate = f"{report.images_per_second:,.1f} images/s"
     yield "time", f"{total}, including {loading} to load and tune; then {rate}"
+    if report.workers:
+        yield "workers", _workers(report)
     if report.spent is not None and report.spent.bound:
         yield "", report.spent.bound
+
+
+def _workers(report: Report) -> str:
+    """Return how fast the worker processes were, and how busy they kept their devices."""
+    rates = sorted(worker.images_per_second for worker in report.workers)
+    slow, fast = (f"{rate:,.1f}" for rate in (rates[0], rates[-1]))
+    each = slow if slow == fast else f"{slow} to {fast}"
+    busy = ", ".join(f"{device} busy {share:.0%}" for device, share in report.busy.items())
+    count = plural(len(rates), "process", "processes")
+    return f"{count}, {each} images/s each; {busy}"
 
 
 def _precision(report: Report) -> str:

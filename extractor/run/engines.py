@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import socket
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -65,10 +64,14 @@ class Computation:
     Attributes:
         spent: Time by kind of work.
         workers: What each worker process did; empty if this process computed.
+        start_seconds: Time until the first worker had loaded the models.
+        threads: Number of threads of each process that computed on a CPU.
     """
 
     spent: Spent
     workers: tuple[WorkerReport, ...] = ()
+    start_seconds: float = 0.0
+    threads: int = field(default_factory=torch.get_num_threads)
 
 
 def compute(leased: LeasedRun, computing: Computing) -> Computation:
@@ -134,7 +137,7 @@ def _compute_in_processes(
     leased: LeasedRun, computing: Computing, slots: Sequence[WorkerSlot]
 ) -> Computation:
     """Compute the shards in worker processes."""
-    begun = time.perf_counter()
+    leased.has_workers = True
     inputs, folder = computing.inputs, leased.plan.passes[0].stores[0].staging / WORKERS
     setups = []
     for slot in slots:
@@ -152,13 +155,15 @@ def _compute_in_processes(
     board = Board(leased.shards)
     try:
         write_paths(folder, leased.paths())
-        LocalWorkers(setups, board, leased).run()
+        workers = LocalWorkers(setups, board, leased)
+        workers.run()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     leased.check_failed(board.failed)
     inputs = replace(inputs, options=replace(inputs.options, workers=slots[0].workers))
     spent = _spent(leased.receipts, computing.specs, inputs, processes=len(slots))
-    return Computation(spent, _reports(leased.receipts, slots, time.perf_counter() - begun))
+    reports = _reports(leased.receipts, slots)
+    return Computation(spent, reports, workers.start_seconds, slots[0].threads)
 
 
 def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
@@ -199,14 +204,13 @@ def _spent(
     )
 
 
-def _reports(
-    receipts: Sequence[Receipt], slots: Sequence[WorkerSlot], seconds: float
-) -> tuple[WorkerReport, ...]:
-    """Return what each worker did in so many seconds."""
+def _reports(receipts: Sequence[Receipt], slots: Sequence[WorkerSlot]) -> tuple[WorkerReport, ...]:
+    """Return what each worker did."""
     reports = []
     for slot in slots:
         own = [receipt for receipt in receipts if receipt.worker == slot.worker]
         computing = sum(each.seconds["model"] + each.seconds["transfer"] for each in own)
         images = sum(each.images for each in own)
+        seconds = sum(each.wall_seconds for each in own)
         reports.append(WorkerReport(slot.device, images, seconds, computing))
     return tuple(reports)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from extractor.errors import ShardsFailedError
 from extractor.images.listing import ImageList, display_path
@@ -35,6 +36,7 @@ class LeasedRun:
     Attributes:
         plan: Passes over the images, with all their shards.
         receipts: Receipts of the shards that were finished, in their order.
+        has_workers: Whether workers compute, and not this process.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class LeasedRun:
             ]
         )
         self.receipts: list[Receipt] = []
+        self.has_workers = False
         self._pending = [max(output.pending for output in each) for each in self._sharing]
         self._total = max(len(images), sum(self._pending))
         self._done_before = {
@@ -121,6 +124,9 @@ class LeasedRun:
         for output in self._sharing[number]:
             output.collect(index)
         self.receipts.append(receipt)
+        if self.has_workers:
+            shard, worker = receipt.shard, receipt.worker + 1
+            self._callbacks.report(replace(self._progress(), shard=shard, worker=worker))
 
     def on_suspects(self, worker: int, suspects: list[bytes]) -> None:
         """Keep suspects for later runs, and tell the user."""
@@ -129,14 +135,14 @@ class LeasedRun:
         log.warning(
             "worker %d died while decoding %s; now decoded in a process of its own",
             *(worker + 1, ", ".join(map(display_path, suspects))),
-            extra={"worker": worker},
+            extra={"worker": worker + 1},
         )
 
     def on_warning(self, worker: int, message: str) -> None:
         """Pass on a warning, once if several workers have the same."""
         if message not in self._warned:
             self._warned.add(message)
-            log.warning("%s", message, extra={"worker": worker})
+            log.warning("%s", message, extra={"worker": worker + 1})
 
     def on_tick(self) -> None:
         """Report the progress.
@@ -144,9 +150,11 @@ class LeasedRun:
         Raises:
             InterruptedRunError: The run should stop.
         """
+        self._callbacks.report(self._progress())
+
+    def _progress(self) -> Progress:
         new = sum(done - self._done_before[shard] for shard, done in self._done.items())
-        done = self._total - self.pending + new
-        self._callbacks.report(Progress(done, self._total, self._failed, "computing"))
+        return Progress(self._total - self.pending + new, self._total, self._failed)
 
     def check_failed(self, failed: Mapping[int, str]) -> None:
         """Check that no shard failed for good.

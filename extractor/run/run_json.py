@@ -171,6 +171,8 @@ def write_run_json(
             "excluded": dict(report.excluded),
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
             "spent": report.spent and report.spent.as_dict(),
+            "workers": [worker.as_dict() for worker in report.workers],
+            "busy": {device: round(share, 3) for device, share in report.busy.items()},
             "exit_code": report.exit_code,
             "checksum": "",
         }

@@ -76,7 +76,6 @@ class Session:
         self._out = out
         self._options = options
         self._here = on_first_device(options)
-        self._threads = 0
         self._sample: list[bytes] = []
         check_models(models, options)
         names = [model for model in models if isinstance(model, str)]
@@ -98,7 +97,6 @@ class Session:
         timer = Timer(trace=self._options.profile is not None)
         with ExitStack() as stack:
             stack.enter_context(compute_threads(self._options.threads))
-            self._threads = torch.get_num_threads()
             claims = stack.enter_context(self.claim_outputs(specs))
             sizes = choose_sizes(specs, claims, listed, self._options)
             inputs = Inputs(
@@ -228,7 +226,7 @@ class Session:
             if self._options.profile is not None and inputs.timer is not None:
                 _write_profile(self._options.profile, inputs.timer)
         check_has_rows(outputs)
-        self._clock.end("compute")
+        self._clock.end("compute", start=computation.start_seconds)
         return computation
 
     def publish(self, outputs: Sequence[StoreOutput]) -> tuple[StoreReport, ...]:
@@ -259,7 +257,7 @@ class Session:
             least_cosine=min(cosines, default=None),
             is_compiled=any(backbone.is_compiled for backbone in backbones),
             seconds=sum(seconds.values()),
-            load_seconds=sum(seconds[name] for name in ("list", "load", "tune")),
+            load_seconds=sum(seconds.get(name, 0.0) for name in ("list", "load", "tune", "start")),
             accepted_failure_rate=self._options.max_failure_rate,
             spent=computation.spent,
             workers=computation.workers,
@@ -271,7 +269,7 @@ class Session:
             None if names is None else request_of(names, self._options),
             computed=Computed(
                 [[backbone.provenance for backbone in spec.backbones] for spec in specs],
-                self._threads,
+                computation.threads,
             ),
             options=self._options,
             started=self._clock.started,
@@ -288,10 +286,17 @@ class _StageClock:
         self.seconds: dict[str, float] = {}
         self._begun = time.perf_counter()
 
-    def end(self, stage: str) -> None:
-        """Attribute the time since the end of the previous stage to this one."""
+    def end(self, stage: str, *, start: float = 0.0) -> None:
+        """Attribute the time since the end of the previous stage to this one.
+
+        Args:
+            stage: Name of the stage.
+            start: Seconds of it that workers took to start, which are a stage of their own.
+        """
         now = time.perf_counter()
-        self.seconds[stage] = now - self._begun
+        if start:
+            self.seconds["start"] = start
+        self.seconds[stage] = now - self._begun - start
         self._begun = now
 
 

@@ -48,6 +48,9 @@ class LocalWorkers:
         setups: Setup of each worker.
         board: Shards to compute.
         listener: Hears of the progress.
+
+    Attributes:
+        start_seconds: Time until the first worker had loaded the models.
     """
 
     def __init__(self, setups: Sequence[WorkerSetup], board: Board, listener: Listener) -> None:
@@ -56,6 +59,8 @@ class LocalWorkers:
         self._listener = listener
         self._workers: dict[int, _Worker] = {}
         self._receipts = 0
+        self._begun = time.perf_counter()
+        self.start_seconds = 0.0
         self._starts = dict.fromkeys(range(len(setups)), 0)  # in a row that did not get ready
 
     def run(self) -> None:
@@ -107,6 +112,7 @@ class LocalWorkers:
     def _handle(self, number: int, worker: _Worker, message: object) -> None:
         if isinstance(message, Ready):
             worker.is_ready = True
+            self.start_seconds = self.start_seconds or time.perf_counter() - self._begun
             self._starts[number] = 0
         elif isinstance(message, BatchDone):
             self._listener.on_batch(number, message.shard, message.done, message.failed)
