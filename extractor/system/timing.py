@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Iterator
@@ -47,7 +46,7 @@ class Spent:
             of a file had arrived. ``decode`` is the processor time to decode and resize. Both are
             sums over all threads. ``transfer`` is the time to copy pixels to a GPU, ``model`` to
             embed, ``write`` to append rows, and ``idle`` to wait for decoded images.
-        wall_seconds: Seconds from the first work to the last; 0 if that is not known. Where several
+        wall_seconds: Seconds that the computation took; 0 if that is not known. Where several
             processes computed, their sum, as all other seconds and the images.
         processes: Number of processes. ``threads``, ``cores`` and ``readers`` are those of one.
     """
@@ -152,12 +151,6 @@ class Timer:
         self._spans: list[tuple[str, int, float, float]] | None = [] if trace else None
         self._names: dict[int, str] = {}
         self._begun = time.perf_counter()
-        self._first, self._last = math.inf, -math.inf
-
-    @property
-    def wall_seconds(self) -> float:
-        """Seconds from the first work to the last; 0 before any."""
-        return max(self._last - self._first, 0.0)
 
     @contextmanager
     def spent(self, kind: str) -> Iterator[None]:
@@ -179,8 +172,6 @@ class Timer:
         """
         with self._lock:
             self.seconds[kind] += lasted if counted is None else counted
-            self._first = min(self._first, begun)
-            self._last = max(self._last, begun + lasted)
             if self._spans is not None and len(self._spans) < MAX_SPANS:
                 thread = threading.get_ident()
                 self._names.setdefault(thread, threading.current_thread().name)

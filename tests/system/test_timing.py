@@ -127,14 +127,6 @@ def test_lock_binds_if_nothing_else_is_busy(changes: dict[str, Any], expected: s
         )
 
 
-def test_timer_knows_when_work_began_and_ended() -> None:
-    timer = Timer()
-    assert timer.wall_seconds == 0
-    for begun, lasted in ((5.0, 1.0), (3.0, 0.5), (5.5, 4.0)):
-        timer.add("decode", begun, lasted, counted=0.1)
-    assert timer.wall_seconds == 6.5
-
-
 def test_timer_sums_all_threads() -> None:
     timer = Timer(trace=True)
 
