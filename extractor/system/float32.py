@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import operator
 import threading
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -88,11 +89,11 @@ def _save() -> _Saved:
     with contextlib.suppress(RuntimeError):
         products = torch.get_float32_matmul_precision()
     switches = {}
+    inherited = {parent: _read(parent) for parent in set(PARENTS.values())}
     for name, parent in PARENTS.items():
         value = _read(name)
         if value is not None:
-            is_inherited = value == _read(parent)
-            switches[name] = INHERITED if is_inherited else value
+            switches[name] = INHERITED if value == inherited[parent] else value
     return _Saved(convolutions, products, switches)
 
 
@@ -102,7 +103,8 @@ def _switch_off(saved: _Saved) -> None:
     torch.set_float32_matmul_precision("highest")
     for name in saved.switches:
         _write(name, EXACT)
-    rounding = [f"{name} {_read(name)}" for name in saved.switches if _read(name) != EXACT]
+    effective = {name: _read(name) for name in saved.switches}
+    rounding = [f"{name} {value}" for name, value in effective.items() if value != EXACT]
     if not saved.switches and torch.backends.cudnn.allow_tf32:
         rounding.append("cudnn.allow_tf32")
     if rounding:
@@ -123,12 +125,18 @@ def _restore(saved: _Saved) -> None:
 
 def _read(name: str) -> str | None:
     """Return the effective precision of an operation or a backend; None before torch 2.9."""
-    try:
-        value = operator.attrgetter(f"{name}.fp32_precision")(torch.backends)
-    except AttributeError:
-        return None
-    return str(value)
+    value: str | None = getattr(_switch(name), "fp32_precision", None)
+    return value
 
 
 def _write(name: str, value: str) -> None:
-    operator.attrgetter(name)(torch.backends).fp32_precision = value
+    _switch(name).fp32_precision = value
+
+
+@functools.cache
+def _switch(name: str) -> Any:
+    """Return the object of an operation or a backend; None if torch has none."""
+    try:
+        return operator.attrgetter(name)(torch.backends)
+    except AttributeError:
+        return None
