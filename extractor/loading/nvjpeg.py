@@ -25,6 +25,7 @@ from extractor.loading.batch import Batch
 from extractor.loading.crash_log import CrashLog
 from extractor.loading.device_render import block_of, render_block, turned_upright
 from extractor.preprocess import Preprocess
+from extractor.system.devices import is_broken_device
 from extractor.text import first_line
 
 __all__ = ["MAX_GROUP_IMAGES", "NvjpegDecoder"]
@@ -111,6 +112,7 @@ class NvjpegDecoder:
 
     Attributes:
         is_trusted: Whether the GPU decodes; None during the trial.
+        objection: Why it is not trusted; empty if it is.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class NvjpegDecoder:
         self._decode = decode or self._nvjpeg
         self._trial = _Trial()
         self.is_trusted: bool | None = None
+        self.objection = ""
 
     def decode_batch(
         self, batch: Batch, pictures: Sequence[torch.Tensor], embed: Embed | None = None
@@ -228,7 +231,7 @@ class NvjpegDecoder:
 
     def _raise_if_broken(self, error: RuntimeError) -> None:
         """Raise an error that all later calls would meet, too."""
-        if "CUDA error" in str(error):
+        if is_broken_device(error):
             raise error
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # raises what earlier work ran into
@@ -295,10 +298,10 @@ class NvjpegDecoder:
             trial.least_cosine = min(trial.least_cosine, cosine)
         if not trial.is_over:
             return
-        objection = trial.objection()
-        self.is_trusted = not objection
-        if objection:
-            log.warning("%s %s; decoding all images on the CPU", self._device, objection)
+        self.objection = trial.objection()
+        self.is_trusted = not self.objection
+        if self.objection:
+            log.warning("%s %s; decoding all images on the CPU", self._device, self.objection)
 
     def _render_on_cpu(self, image: EncodedJpeg) -> list[npt.NDArray[np.uint8]] | Failure:
         rows = [

@@ -78,16 +78,17 @@ def measure_machine(task: Task) -> Figures:
 
 
 def measure_decode(task: Task) -> Figures:
-    """Measure decoding alone, with all cores."""
+    """Measure decoding alone, with all cores, or with ``task.workers`` threads."""
     from extractor.images.listing import list_images
 
     torch.set_num_threads(1)  # one core per decoding thread
     images, preprocess, device = list_images(task.images), _preprocess(task), _device(task)
     first = range(min(len(images), default_batch_size(device.type)))
-    for batch in _decoded(images, first, preprocess, device):  # load the decoders
+    workers = getattr(task, "workers", None) or available_cores()
+    for batch in _decoded(images, first, preprocess, device, workers):  # load the decoders
         batch.release()
     started = time.perf_counter()
-    for batch in _decoded(images, range(len(images)), preprocess, device):
+    for batch in _decoded(images, range(len(images)), preprocess, device, workers):
         batch.release()
     return _rate(len(images), time.perf_counter() - started)
 
@@ -99,7 +100,11 @@ def _preprocess(task: Task) -> Preprocess:
 
 
 def _decoded(
-    images: ImageList, indexes: Sequence[int], preprocess: Preprocess, device: torch.device
+    images: ImageList,
+    indexes: Sequence[int],
+    preprocess: Preprocess,
+    device: torch.device,
+    workers: int,
 ) -> Iterator[Batch]:
     """Decode the images at ``indexes`` as a run does."""
     from extractor.loading.loader import BatchLoader
@@ -113,7 +118,7 @@ def _decoded(
     with BatchLoader(
         batches,
         [preprocess],
-        LoaderOptions(batch_size=size, workers=available_cores(), pin=device.type == "cuda"),
+        LoaderOptions(batch_size=size, workers=workers, pin=device.type == "cuda"),
     ) as loader:
         yield from loader
 
@@ -164,7 +169,7 @@ def _inputs(task: Task, backbone: Backbone) -> tuple[list[torch.Tensor], torch.T
     batches: list[torch.Tensor] = []
     is_image: list[bool] = []
     indexes = range(min(len(images), FIDELITY_IMAGES))
-    for batch in _decoded(images, indexes, preprocess, device):
+    for batch in _decoded(images, indexes, preprocess, device, available_cores()):
         (uint8,) = batch.pictures
         pixels = uint8.permute(0, 3, 1, 2).float().div_(255).sub_(mean).div_(std)
         batches.append(pixels.to(device, backbone.dtype))
