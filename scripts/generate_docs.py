@@ -22,7 +22,7 @@ from extractor.cli.evaluate import evaluate_parser
 from extractor.cli.export import export_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
 from extractor.cli.parser import EXIT_CODES, command_options
-from extractor.cli.search import search_parser
+from extractor.cli.search import index_parser, search_parser
 from extractor.cli.stores import compact_parser, info_parser, verify_parser
 from extractor.flags import Option, Scope, options_in
 from extractor.images.containers.kinds import KINDS
@@ -91,6 +91,7 @@ VERB_PARSERS = (
     evaluate_parser,
     export_parser,
     search_parser,
+    index_parser,
     doctor_parser,
 )
 

@@ -37,6 +37,7 @@ VERBS = {
     "evaluate": evaluate.evaluate,
     "export": export.export,
     "search": search.search,
+    "index": search.index,
     "doctor": doctor.doctor,
 }
 

@@ -1,4 +1,4 @@
-"""``extract search``: rows of a store that are nearest to images."""
+"""``extract search`` and ``extract index``: rows of a store that are nearest to images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from extractor.search.hits import Hits
     from extractor.search.queries import Query
 
-__all__ = ["search", "search_parser"]
+__all__ = ["index", "index_parser", "search", "search_parser"]
 
 SOME_FAILED = 3
 
@@ -67,6 +67,9 @@ def search_parser() -> argparse.ArgumentParser:
             metavar="IMAGE",
             help=f"image whose direction is {verb} that of each query; may be repeated",
         )
+    parser.add_argument(
+        "--exact", action="store_true", help="search all rows even if there is an index"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--csv", action="store_true", help="print CSV")
@@ -113,12 +116,66 @@ def search(arguments: Sequence[str]) -> int:
         kept = [number for number in range(len(queries)) if number not in errors]
         queries = [queries[number] for number in kept]
         own = [query.row for query in queries]
-        hits = searcher.find(vectors[kept], parsed.k, parsed.metric, own, plus=plus, minus=minus)
+        hits = searcher.find(
+            vectors[kept],
+            parsed.k,
+            parsed.metric,
+            own,
+            plus=plus,
+            minus=minus,
+            exact=parsed.exact,
+        )
     _print(store, queries, hits, parsed)
     if parsed.sheet:
         _draw(store, queries or plus, hits, parsed)
-    say(f"{parsed.store}: {hits.method} search of {plural(len(store), 'row')}")
+    how = "exact search" if hits.method == "exact" else hits.method
+    say(f"{parsed.store}: {how}, {plural(len(store), 'row')}")
     return SOME_FAILED if errors else 0
+
+
+def index_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``extract index``."""
+    parser = Parser(
+        prog="extract index",
+        description="Build an index for fast approximate search, or bring it up to date. It lies "
+        "in STORE/derived, or in the user's cache if the store is read-only. Needs faiss: "
+        "pip install 'backbone-extractor[search]'.",
+    )
+    parser.add_argument("store", metavar="STORE", help="folder of the store")
+    parser.add_argument(
+        "--kind",
+        choices=("flat", "hnsw", "ivf"),
+        help="kind of index (default: that of the present one, or else hnsw below a million rows "
+        "and ivf from there on)",
+    )
+    parser.add_argument(
+        "--metric",
+        choices=("cosine", "ip", "l2"),
+        default="cosine",
+        help="metric to search by (default: %(default)s)",
+    )
+    return parser
+
+
+def index(arguments: Sequence[str]) -> int:
+    """Build the index of a store, or bring it up to date; return the exit code."""
+    parsed = index_parser().parse_args(arguments)
+    from extractor.reading.reader import FeatureStore
+    from extractor.search.searcher import Searcher
+
+    store = FeatureStore.open(parsed.store)
+    with logging_to(warn):
+        built = Searcher(store).build_index(parsed.kind, metric=parsed.metric)
+    entry = built.entry
+    done = f"{plural(built.added, 'row')} {'indexed' if built.was_built else 'added'}"
+    lines = [
+        f"{parsed.store}: {done if built.added else 'already up to date'}",
+        f"index   {entry.path}",
+        f"kind    {entry.kind}, {parsed.metric}, {plural(entry.file.bytes, 'byte')}",
+        f"recall  {entry.recall:.3f} of the 10 nearest rows, for {plural(entry.sample, 'row')}",
+    ]
+    print_lines(lines)
+    return 0
 
 
 def _extractor(

@@ -167,6 +167,11 @@ class KeptRows(LazyArray):
         self.ndim = len(self.shape)
         self.dtype = array.dtype
 
+    @property
+    def whole(self) -> Any:
+        """The array that the rows were selected from."""
+        return self._array
+
     def __len__(self) -> int:
         return self.shape[0]
 

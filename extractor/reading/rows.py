@@ -247,6 +247,7 @@ class Rows(ABC):
         own_rows: npt.ArrayLike | None = None,
         plus: Any = (),
         minus: Any = (),
+        exact: bool = False,
     ) -> Hits:
         """Return the nearest rows of each query.
 
@@ -257,7 +258,8 @@ class Rows(ABC):
         Vectors and paths in the store need no torch. Other images are embedded as the rows were,
         by an :class:`Extractor` that the store keeps.
 
-        Scores are computed in float64 from all rows. Among equal scores, the lower row comes first.
+        All rows are searched, unless there is an index (:meth:`Searcher.build_index`). Scores are
+        computed in float64. Among equal scores, the lower row comes first.
 
         Args:
             queries: Vectors ``(q, dim)``, or a single one. Or images: paths in :attr:`paths`, image
@@ -268,6 +270,7 @@ class Rows(ABC):
             own_rows: ``(q,)`` int, the row of each query vector, which is left out; -1 for none.
             plus: Images whose direction is added to that of each query.
             minus: Images whose direction is subtracted.
+            exact: Whether to search all rows even if there is an index.
 
         Raises:
             UsageError: Vectors of another dim or with NaN, k above the number of rows, or an
@@ -277,7 +280,7 @@ class Rows(ABC):
             ExtractorError: The model of the store cannot be loaded, or has other weights.
         """
         return self._searcher.search(
-            queries, k, metric=metric, own_rows=own_rows, plus=plus, minus=minus
+            queries, k, metric=metric, own_rows=own_rows, plus=plus, minus=minus, exact=exact
         )
 
     @functools.cached_property

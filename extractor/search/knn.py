@@ -24,6 +24,7 @@ __all__ = [
     "Library",
     "Metric",
     "Neighbors",
+    "best_of",
     "check_metric",
     "checked_vectors",
     "faiss_module",
@@ -31,6 +32,7 @@ __all__ = [
     "merged",
     "nearest",
     "pair_scores",
+    "prepared",
     "row_blocks",
 ]
 
@@ -121,6 +123,40 @@ def nearest(
         found.rows[chunk, : rows.shape[1]] = rows
         found.scores[chunk, : rows.shape[1]] = scores
     return found
+
+
+def best_of(
+    features: Features,
+    queries: npt.ArrayLike,
+    candidates: Rows,
+    k: int,
+    *,
+    metric: Metric = "cosine",
+    own_rows: npt.ArrayLike | None = None,
+) -> Neighbors:
+    """Return the k nearest of some rows, scored in float64 as :func:`nearest` does.
+
+    Args:
+        features: ``(N, dim)``.
+        queries: ``(q, dim)``, finite.
+        candidates: ``(q, n)`` int64, different rows for each query; -1 for none.
+        k: Number of rows per query. Missing ones are -1.
+        metric: ``cosine``, ``ip`` or ``l2``.
+        own_rows: As for :func:`nearest`.
+
+    Raises:
+        UsageError: As for :func:`nearest`.
+    """
+    vectors = checked_vectors(queries, math.prod(features.shape[1:]))
+    own = _checked_rows(own_rows, len(vectors), len(features))
+    missing = np.full((len(vectors), max(k - candidates.shape[1], 0)), -1, np.int64)
+    candidates = np.concatenate([candidates, missing], axis=1)
+    return Neighbors(*_Search(features, vectors, own, metric, 0.0).best_of(candidates, k))
+
+
+def prepared(vectors: npt.NDArray[Any], metric: Metric) -> npt.NDArray[Any]:
+    """Return vectors as libraries compare them: of unit length for the cosine similarity."""
+    return _unit(vectors) if metric == "cosine" else vectors
 
 
 def check_metric(metric: object) -> None:
@@ -338,9 +374,17 @@ class _Search:
             if len(unsure):
                 found = self._all_above(unsure, scores64[unsure, -1] - self._error[unsure], k)
                 rows[unsure], scores64[unsure] = found
+        return self._shown(rows, scores64)
+
+    def best_of(self, candidates: Rows, k: int) -> tuple[Rows, Floats]:
+        """Return the k best of some rows ``(q, n)``, and their scores."""
+        return self._shown(*merged(candidates, self._scored(candidates), k))
+
+    def _shown(self, rows: Rows, scores: Floats) -> tuple[Rows, Floats]:
+        """Return rows and scores as callers get them."""
         if self._metric == "l2":
-            scores64 = np.sqrt(np.maximum(-scores64, 0.0))
-        return rows, np.where(rows < 0, np.nan, scores64)
+            scores = np.sqrt(np.maximum(-scores, 0.0))
+        return rows, np.where(rows < 0, np.nan, scores)
 
     def _prepared_blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
         for start, block in row_blocks(self._features, _block_rows(self._features)):

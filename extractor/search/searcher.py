@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from extractor.errors import DecodeError, StoreError, UsageError
+from extractor.reading.reader import FeatureStore
 from extractor.reading.rows import Rows
 from extractor.search.hits import Hits
+from extractor.search.index import MAX_K, BuiltIndex, StoreIndex, build_index, open_index
 from extractor.search.knn import (
     Floats,
     Metric,
+    best_of,
     check_metric,
     checked_vectors,
     largest_length,
@@ -50,6 +53,7 @@ class Searcher:
     def __init__(self, rows: Rows, *, extractor: Extractor | None = None) -> None:
         self._rows = rows
         self._extractor = extractor
+        self._indexes: dict[Metric, StoreIndex | None] = {}
 
     def search(
         self,
@@ -60,6 +64,7 @@ class Searcher:
         own_rows: npt.ArrayLike | None = None,
         plus: Any = (),
         minus: Any = (),
+        exact: bool = False,
     ) -> Hits:
         """Return the nearest rows of each query; see :meth:`FeatureStore.search`."""
         self.check(k, metric, has_terms=bool(len(plus) or len(minus)))
@@ -71,7 +76,7 @@ class Searcher:
             vectors = self._vectors_of(images)
             own_rows = np.array([query.row for query in images], np.int64)
         added, removed = (queries_of(self._rows, images) for images in (plus, minus))
-        return self.find(vectors, k, metric, own_rows, plus=added, minus=removed)
+        return self.find(vectors, k, metric, own_rows, plus=added, minus=removed, exact=exact)
 
     def find(
         self,
@@ -82,6 +87,7 @@ class Searcher:
         *,
         plus: Sequence[Query] = (),
         minus: Sequence[Query] = (),
+        exact: bool = False,
     ) -> Hits:
         """Return the nearest rows of vectors plus and minus the directions of images.
 
@@ -93,12 +99,13 @@ class Searcher:
                 ``plus`` and ``minus`` are left out, too.
             plus: Images to add.
             minus: Images to subtract.
+            exact: Whether to search all rows even if there is an index.
 
         Raises:
             ExtractorError: As for :meth:`search`.
         """
         if not plus and not minus:
-            return self.nearest(vectors, k, metric=metric, own_rows=own_rows)
+            return self.nearest(vectors, k, metric=metric, own_rows=own_rows, exact=exact)
         self.check(k, metric, has_terms=True)
         wanted = checked_vectors(vectors, self._rows.dim)
         wanted = wanted if len(wanted) else np.zeros((1, self._rows.dim))
@@ -108,7 +115,7 @@ class Searcher:
             own = np.asarray(own_rows).reshape(len(wanted), -1)
             left_out = np.concatenate([own, left_out], axis=1)
         wanted = _combined(wanted, self._vectors_of(plus), self._vectors_of(minus))
-        return self.nearest(wanted, k, metric=metric, own_rows=left_out)
+        return self.nearest(wanted, k, metric=metric, own_rows=left_out, exact=exact)
 
     def nearest(
         self,
@@ -117,6 +124,7 @@ class Searcher:
         *,
         metric: Metric = "cosine",
         own_rows: npt.ArrayLike | None = None,
+        exact: bool = False,
     ) -> Hits:
         """Return the nearest rows of vectors ``(q, dim)``.
 
@@ -125,21 +133,72 @@ class Searcher:
             k: Number of rows per query; None for 10, or all if there are fewer.
             metric: ``cosine``, ``ip`` or ``l2``.
             own_rows: ``(q,)`` or ``(q, n)`` int, rows to leave out; -1 for none.
+            exact: Whether to search all rows even if there is an index.
 
         Raises:
             UsageError: A value that makes no sense.
             StoreError: There are no rows.
         """
         self.check(k, metric)
-        found = nearest(
+        k = min(DEFAULT_K, len(self._rows)) if k is None else int(k)
+        wanted = checked_vectors(vectors, self._rows.dim)
+        searches = functools.partial(
+            nearest,
             self._rows.features,
-            vectors,
-            min(DEFAULT_K, len(self._rows)) if k is None else int(k),
+            k=k,
             metric=metric,
-            own_rows=own_rows,
             largest=None if metric == "cosine" else self._largest,
         )
-        return Hits(self._rows, found, metric, "exact")
+        index = None if exact else self._index_for(metric)
+        left_out = 0 if own_rows is None else np.size(own_rows) // max(len(wanted), 1)
+        if index is None or k + left_out > MAX_K:
+            return Hits(self._rows, searches(queries=wanted, own_rows=own_rows), metric, "exact")
+        found = best_of(
+            self._rows.features,
+            wanted,
+            index.candidates(wanted, k + left_out),
+            k,
+            metric=metric,
+            own_rows=own_rows,
+        )
+        short = np.flatnonzero(found.rows[:, -1] < 0)  # the index found fewer rows than there are
+        if len(short):
+            own = None if own_rows is None else np.asarray(own_rows)[short]
+            exactly = searches(queries=wanted[short], own_rows=own)
+            found.rows[short], found.scores[short] = exactly.rows, exactly.scores
+        return Hits(self._rows, found, metric, index.title)
+
+    def build_index(
+        self, kind: Literal["flat", "hnsw", "ivf"] | None = None, *, metric: Metric = "cosine"
+    ) -> BuiltIndex:
+        """Build the index of a store for fast approximate search, or bring it up to date.
+
+        Later searches by the same metric use it, in this and in other programs. It lies in the
+        folder ``derived`` of the store, or in the user's cache if the store is read-only. Rows that
+        are newer than the index are searched exactly.
+
+        >>> built = Searcher(store).build_index("hnsw")  # doctest: +SKIP
+        >>> built.entry.kind, built.added, store.reopen().search(store[0]).method  # doctest: +SKIP
+        ('hnsw', 25, 'hnsw index (recall@10 1.000)')
+
+        Args:
+            kind: ``hnsw``, ``ivf``, which is built faster, or ``flat``, which finds every row. None
+                keeps the kind of the present index, or else takes HNSW below a million rows and IVF
+                from there on.
+            metric: Metric to search by.
+
+        Raises:
+            UsageError: An unknown kind or metric, or rows that are no whole store.
+            InstallationError: faiss is not installed.
+            StoreError: There are no rows, or the index cannot be written.
+        """
+        if not isinstance(self._rows, FeatureStore):
+            raise UsageError(
+                f"index: got {type(self._rows).__name__}, expected a store; make an index of each"
+            )
+        built = build_index(self._rows, kind, metric)
+        self._indexes.pop(metric, None)
+        return built
 
     def check(self, k: int | None, metric: object, *, has_terms: bool = False) -> None:
         """Check what is known before a model is loaded.
@@ -191,6 +250,14 @@ class Searcher:
                 else:
                     vectors[number] = row.ravel()
         return vectors, errors
+
+    def _index_for(self, metric: Metric) -> StoreIndex | None:
+        """Return the index of a whole store for a metric, if it has one."""
+        if not isinstance(self._rows, FeatureStore):
+            return None
+        if metric not in self._indexes:
+            self._indexes[metric] = open_index(self._rows, metric)
+        return self._indexes[metric]
 
     @functools.cached_property
     def _embedder(self) -> Extractor:

@@ -20,6 +20,7 @@ from extractor.system.hashing import hash_file
 
 __all__ = [
     "DEFAULTS",
+    "DERIVED",
     "FAILURES",
     "FEATURES",
     "HISTORY",
@@ -61,6 +62,9 @@ FAILURES = "failures.jsonl"
 HISTORY = "history.jsonl"
 LIST_ROWS = "list_rows.npy"
 RUN = "run.json"
+# Folder of what was made from the rows, such as an index. It is no part of the store: programs may
+# delete it, and a store may be copied without it.
+DERIVED = "derived"
 # The staging folder, in which a run builds its shards. It is hidden, so that no tool mistakes it
 # for a result.
 STAGING = ".extractor-partial"

@@ -11,6 +11,7 @@ from pathlib import Path
 from extractor.errors import StoreDamagedError, StoreError
 from extractor.store.atomic import store_errors, sync_folder, write_atomically
 from extractor.store.format import (
+    DERIVED,
     FAILURES,
     FEATURES,
     HISTORY,
@@ -43,7 +44,9 @@ __all__ = [
 
 NAMES_SHOWN = 5
 # Everything that a store holds on its top level.
-_NAMES = frozenset({MANIFEST, RUN, FAILURES, HISTORY, LIST_ROWS, FEATURES, IMAGES, STAGING})
+_NAMES = frozenset(
+    {MANIFEST, RUN, FAILURES, HISTORY, LIST_ROWS, FEATURES, IMAGES, STAGING, DERIVED}
+)
 
 
 def check_output_folder(

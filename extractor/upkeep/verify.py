@@ -16,6 +16,7 @@ from extractor.errors import StoreError
 from extractor.reading.array import map_array
 from extractor.reading.reader import manifest_errors
 from extractor.store.format import (
+    DERIVED,
     FAILURES,
     FEATURES,
     HISTORY,
@@ -133,7 +134,15 @@ def _own_checksum(name: str, text: bytes) -> Iterator[str]:
 
 
 def _extra(folder: Path, manifest: Manifest) -> Iterator[str]:
-    listed = {MANIFEST, RUN, FEATURES, IMAGES, STAGING, *(entry.name for entry in manifest.files)}
+    listed = {
+        MANIFEST,
+        RUN,
+        FEATURES,
+        IMAGES,
+        STAGING,
+        DERIVED,
+        *(entry.name for entry in manifest.files),
+    }
     for below in ("", FEATURES, IMAGES):
         try:
             names = sorted(os.listdir(folder / below))

@@ -1,0 +1,220 @@
+"""Indexes that were made from a store: where they lie, and which rows they hold."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from extractor.errors import StoreError
+from extractor.search.knn import METRICS, Metric
+from extractor.store.atomic import sync, write_atomically
+from extractor.store.format import DERIVED, FileEntry, Manifest
+
+__all__ = [
+    "KINDS",
+    "IndexEntry",
+    "ShardKey",
+    "check_file",
+    "covers",
+    "entries_of",
+    "publish_index",
+    "shard_keys",
+]
+
+log = logging.getLogger(__name__)
+
+FORMAT = "extractor-index"
+VERSION = 1
+KINDS = ("flat", "hnsw", "ivf")
+SUFFIX = ".index.json"
+
+# Number, SHA-256 of the embeddings, and rows in the file of a shard, retired ones included.
+ShardKey = tuple[int, str, int]
+
+
+@dataclass(frozen=True)
+class IndexEntry:
+    """What the JSON file beside an index says.
+
+    Attributes:
+        folder: Folder of both files.
+        kind: ``flat``, ``hnsw`` or ``ivf``.
+        metric: Metric that it searches by.
+        dim: Number of values in one vector.
+        shards: Shards whose rows it holds, in its order.
+        file: Name, size and SHA-256 of the index.
+        effort: ``efSearch`` of HNSW, ``nprobe`` of IVF; 0 for a flat index.
+        recall: Share of the 10 nearest rows that it finds, measured when it was made.
+        sample: Number of queries for that measurement.
+        faiss: Version of faiss that wrote it.
+    """
+
+    folder: Path
+    kind: str
+    metric: Metric
+    dim: int
+    shards: tuple[ShardKey, ...]
+    file: FileEntry
+    effort: int
+    recall: float
+    sample: int
+    faiss: str
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            ValueError: One is impossible.
+        """
+        if self.kind not in KINDS or self.metric not in METRICS:
+            raise ValueError(f"kind {self.kind!r}, metric {self.metric!r}")
+        if os.path.basename(self.file.name) != self.file.name or not self.shards:
+            raise ValueError(f"file {self.file.name!r}, {len(self.shards)} shards")
+
+    @property
+    def rows(self) -> int:
+        """Number of rows in the index, retired ones included."""
+        return sum(rows for _, _, rows in self.shards)
+
+    @property
+    def path(self) -> Path:
+        """File of the index."""
+        return self.folder / self.file.name
+
+    @property
+    def title(self) -> str:
+        """Kind and recall, for people."""
+        return f"{self.kind} index (recall@10 {self.recall:.3f})"
+
+    def to_json(self) -> str:
+        """Return the content of the JSON file."""
+        values = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        del values["folder"]
+        return json.dumps(values, indent=2) + "\n"
+
+    @classmethod
+    def read(cls, path: Path) -> IndexEntry:
+        """Read the JSON file of an index.
+
+        Raises:
+            ValueError: It has another form.
+            OSError: It cannot be read.
+        """
+        try:
+            values = json.loads(path.read_bytes())
+            if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
+                raise ValueError("another format")
+            values["shards"] = tuple((int(n), str(d), int(r)) for n, d, r in values["shards"])
+            values["file"] = FileEntry(**values["file"])
+            values["effort"], values["recall"] = int(values["effort"]), float(values["recall"])
+            return cls(folder=path.parent, **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"it lacks {error}") from error
+
+
+def shard_keys(manifest: Manifest) -> tuple[ShardKey, ...]:
+    """Return the shards of a store, as an index names them."""
+    return tuple((shard.shard, shard.features.sha256, shard.rows) for shard in manifest.shards)
+
+
+def covers(entry: IndexEntry, manifest: Manifest) -> bool:
+    """Return whether a store still holds all shards of an index."""
+    dim = manifest.description.dim
+    return entry.dim == dim and set(shard_keys(manifest)).issuperset(entry.shards)
+
+
+def derived_folders(out: Path) -> tuple[Path, Path]:
+    """Return where what is derived from a store may lie: in it, and in the user's cache."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    key = hashlib.sha256(os.fsencode(os.path.realpath(out))).hexdigest()[:32]
+    return out / DERIVED, cache / "extractor" / "derived" / key
+
+
+def entries_of(out: Path) -> list[IndexEntry]:
+    """Return all indexes of a store; a JSON file that is none is left out with a warning."""
+    entries = []
+    for folder in derived_folders(out):
+        for path in sorted(folder.glob(f"*{SUFFIX}")):
+            try:
+                entries.append(IndexEntry.read(path))
+            except (OSError, ValueError) as error:
+                log.warning("%s is left out: it describes no index (%s)", path, error)
+    return entries
+
+
+def check_file(entry: IndexEntry) -> str:
+    """Return why the file of an index cannot be used; empty if it is as it was written.
+
+    faiss parses files in C++, where other content may do anything.
+    """
+    try:
+        if entry.path.stat().st_size != entry.file.bytes:
+            return "its size changed"
+        return "" if FileEntry.of(entry.path, entry.file.name) == entry.file else "it was changed"
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def publish_index(out: Path, write: Callable[[Path], None], entry: IndexEntry) -> IndexEntry:
+    """Write an index and the JSON file beside it, which appears last.
+
+    The name of the index holds its SHA-256, so that a reader of the old one keeps it.
+
+    Args:
+        out: Folder of the store.
+        write: Writes the index to a file.
+        entry: What is known about the index; its folder and its file are replaced.
+
+    Returns:
+        The entry as it was written.
+
+    Raises:
+        StoreError: It cannot be written, neither to the store nor to the cache.
+    """
+    stem = f"{entry.kind}-{entry.metric}"
+    problem = ""
+    for folder in derived_folders(out):
+        try:
+            with _temporary(folder) as partial:
+                write(partial)
+                with partial.open("rb") as file:
+                    sync(file.fileno())
+                found = FileEntry.of(partial, "")
+                found = replace(found, name=f"{stem}-{found.sha256[:16]}.faiss")
+                entry = replace(entry, folder=folder, file=found)
+                os.replace(partial, entry.path)
+                write_atomically(folder / f"{stem}{SUFFIX}", entry.to_json().encode())
+        except OSError as error:
+            problem = problem or f"{folder}: {error.strerror or error}"
+            continue
+        _remove_others(entry, stem)
+        return entry
+    raise StoreError(f"the index cannot be written ({problem}); free some room, or try again")
+
+
+@contextlib.contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """Yield the path of a new file in a folder; remove it if it is still there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(suffix=".partial", dir=folder)
+    os.close(handle)
+    os.chmod(name, 0o644)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _remove_others(entry: IndexEntry, stem: str) -> None:
+    """Remove older indexes of the same kind and metric."""
+    for path in entry.folder.glob(f"{stem}-*.faiss"):
+        if path.name != entry.file.name:
+            with contextlib.suppress(OSError):
+                path.unlink()
