@@ -12,6 +12,7 @@ if [ "${1:-}" = --all ]; then
     selection=()
     export EXTRACTOR_TEST_KILLS="${EXTRACTOR_TEST_KILLS:-12}"
     export EXTRACTOR_TEST_EXAMPLES="${EXTRACTOR_TEST_EXAMPLES:-60}"
+    export EXTRACTOR_TEST_STRIDE="${EXTRACTOR_TEST_STRIDE:-1}"
     export EXTRACTOR_TEST_MUTATIONS="${EXTRACTOR_TEST_MUTATIONS:-300}"
 fi
 venv=$(scripts/setup.sh dev)

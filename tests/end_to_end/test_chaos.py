@@ -70,6 +70,7 @@ class Folder:
         os.utime(path, ns=(10**18, 10**18 + self._count))
 
 
+@pytest.mark.slow
 def test_store_matches_changing_folder_despite_kills(
     tmp_path: Path,
 ) -> None:

@@ -254,7 +254,13 @@ def arguments(home: Path, out: str) -> list[str]:
     return [*command, str(home / "in"), "-o", str(home / out)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill", "term"])
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGKILL, id="kill"),
+        pytest.param(signal.SIGTERM, id="term", marks=pytest.mark.slow),
+    ],
+)
 def test_repeatedly_killed_run_equals_undisturbed_store(
     many: tuple[Path, Path], number: signal.Signals
 ) -> None:

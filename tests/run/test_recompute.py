@@ -32,19 +32,23 @@ def folder(tmp_path: Path) -> Path:
 MODEL = "torchvision:squeezenet1_1"
 
 
+def slow(*values: object) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("model", "settings"),
     [
         (MODEL, {}),
         (MODEL, {"seed": 3, "dtype": "float16", "normalize": True}),
-        (MODEL, {"image_size": 96, "resize": "squash", "mean": (0.5, 0.5, 0.5)}),
+        slow(MODEL, {"image_size": 96, "resize": "squash", "mean": (0.5, 0.5, 0.5)}),
         (MODEL, {"layers": ["features.7"], "pool": "gem:4"}),
         (MODEL, {"layers": ["features.5", "features.7"], "concat": True}),
-        (MODEL, {"layers": ["features.7"], "pool": "none", "image_size": 64}),
-        (f"{MODEL}+resnet18", {}),
-        (MODEL, {"precision": "bfloat16"}),
+        slow(MODEL, {"layers": ["features.7"], "pool": "none", "image_size": 64}),
+        slow(f"{MODEL}+resnet18", {}),
+        slow(MODEL, {"precision": "bfloat16"}),
         (f"{MODEL}+resnet18", {"precision": "mixed"}),
-        ("torchvision:resnet18", {"bypass": ["layer4.1"], "image_size": 64}),
+        slow("torchvision:resnet18", {"bypass": ["layer4.1"], "image_size": 64}),
     ],
 )
 def test_recompute_confirms_unchanged_rows(
