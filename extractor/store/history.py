@@ -233,4 +233,6 @@ def parse_history(content: bytes, name: str) -> list[HistoryEntry]:
 
 def _sorted_ids(ids: Iterable[Any]) -> Ids:
     values = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, np.int64)
+    if values.dtype == np.int64 and (values[1:] > values[:-1]).all():
+        return values
     return np.unique(values.astype(np.int64, copy=False))

@@ -21,9 +21,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from common import argument_parser, positive, progress, report
+from noop_worker import START, NoSetup
 from synthetic import SyntheticImages, path_of, paths, status, write_store
 
 from extractor import FeatureStore
@@ -36,6 +38,7 @@ from extractor.store.plan import Sight, Snapshot, StoredImages, plan_run
 from extractor.store.writer import published_images
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
+from extractor.workers import local
 
 DIM = 8
 BATCH = 256
@@ -43,6 +46,13 @@ LOOKUPS = 1000
 LEASES = 20_000
 WORKERS = 8
 FOLDER = "store"
+
+
+class Silent:
+    """Hears of the progress of workers, and says nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *arguments: None
 
 
 class Steps:
@@ -164,6 +174,18 @@ class Steps:
         (_, seconds) = timed(lambda: hand_out(self.leases, WORKERS))
         return {"leases": self.leases, "leases_per_second": self.leases / seconds}
 
+    def processes(self) -> dict[str, Any]:
+        """Hand out leases to processes that write nothing. Their memory is not counted."""
+        board = Board(range(self.leases))
+        listener: Any = Silent()
+        setups: Any = [NoSetup(self.folder / f"crash-{i}") for i in range(WORKERS)]
+        with mock.patch.object(local, "START", START):
+            _, seconds = timed(local.LocalWorkers(setups, board, listener).run)
+        assert board.is_done
+        assert not board.failed
+        rate = self.leases / seconds
+        return {"leases": self.leases, "workers": WORKERS, "leases_per_second": rate}
+
     def _snapshot(self) -> Snapshot:
         listed = PackedPaths(paths(self.images.count))
         sizes, mtimes = status(range(self.images.count))
@@ -184,6 +206,7 @@ STEPS = (
     "verify",
     "compact",
     "board",
+    "processes",
 )
 
 
