@@ -6,6 +6,7 @@ import contextlib
 import functools
 import operator
 import threading
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ PARENTS = {
     "mkldnn.matmul": "mkldnn",
 }
 EXACT, INHERITED = "ieee", "none"
+
+DEPRECATED = "Please use the new API settings to control TF32"
 
 
 class _Saved(NamedTuple):
@@ -48,17 +51,27 @@ class _FullFloat32:
         self._lock = threading.Lock()
         self._inside = 0
         self._saved = _Saved(None, None, {})
+        self._is_first = True
 
     def __enter__(self) -> None:
         with self._lock:
-            if not self._inside:
-                self._saved = _save()
-                try:
-                    _switch_off(self._saved)
-                except BaseException:
-                    _restore(self._saved)
-                    raise
+            if not self._inside and self._is_first:
+                # From 2.9 on, torch warns once of each of its older switches.
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", DEPRECATED)
+                    self._begin()
+                self._is_first = False
+            elif not self._inside:
+                self._begin()
             self._inside += 1
+
+    def _begin(self) -> None:
+        self._saved = _save()
+        try:
+            _switch_off(self._saved)
+        except BaseException:
+            _restore(self._saved)
+            raise
 
     def __exit__(self, *_: object) -> None:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -140,6 +141,28 @@ def test_torch_without_the_newer_switches_uses_the_older_ones(
         assert torch.get_float32_matmul_precision() == "highest"
     assert backends.cudnn.allow_tf32 is True
     assert torch.get_float32_matmul_precision() == "high"
+
+
+def test_deprecated_switches_cause_no_warning(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    setter = torch.set_float32_matmul_precision
+    warned: list[str] = []
+
+    def warn_once(value: str) -> None:
+        if not warned:
+            warned.append(value)
+            warnings.warn(f"{float32.DEPRECATED} behavior, such as", UserWarning, stacklevel=1)
+        setter(value)
+
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", warn_once)
+    context = float32._FullFloat32()
+    for _ in range(2):
+        with context:
+            assert torch.backends.cudnn.allow_tf32 is False
+    assert warned == ["highest"]
+    assert not recwarn.list
+    assert torch.backends.cudnn.allow_tf32 is True
 
 
 @needs_switches
