@@ -35,9 +35,11 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "StoreNotFoundError",
         "StoreDamagedError",
         "StoreBusyError",
+        "ShardBusyError",
         "StoreReplacedError",
         "UnknownTokenError",
         "InterruptedRunError",
+        "ShardsFailedError",
     ),
 }
 

@@ -42,6 +42,8 @@ def test_exported_members() -> None:
         "Progress",
         "Report",
         "Searcher",
+        "ShardBusyError",
+        "ShardsFailedError",
         "SourceError",
         "StoreBusyError",
         "StoreDamagedError",
