@@ -202,7 +202,7 @@ def _extract(
                 "busy": busy,
                 "spent": report.spent and report.spent.as_dict(),
             }
-            name = f"extract {model}{label}, {plural(number, 'process', 'processes')}"
+            name = f"extract {model}, {plural(number, 'process', 'processes')}{label}"
             result = result_of(name, found)
             shares = f", GPU busy {sum(busy) / len(busy):.0f} %" if busy else ""
             yield Result(result.name, None, result.detail + shares, result.figures)

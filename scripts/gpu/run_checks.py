@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -233,7 +234,28 @@ def print_table(results: dict[str, list[Result]]) -> None:
         rows = [_row(result) for check in checks for result in results.get(check.name, ())]
         if rows:
             print("\n".join(["", part, *rows]))
-    print(flush=True)
+    print("\n".join(["", *shares(results)]), flush=True)
+
+
+def shares(results: Mapping[str, Sequence[Result]]) -> list[str]:
+    """Return for each model the share of its limit, min(D, M), that the best run reaches."""
+    best: dict[tuple[str, str], float] = {}
+    for result in itertools.chain.from_iterable(results.values()):
+        side, _, model = result.name.partition(",")[0].partition(" ")
+        side, model = ("D", "") if side == "D" else (side, model)
+        rate = result.figures.get("images_per_second", 0.0)
+        best[side, model] = max(best.get((side, model), 0.0), rate)
+    decode = best.get(("D", ""), 0.0)
+    lines = []
+    for (side, model), rate in best.items():
+        alone = best.get(("M", model), 0.0)
+        if side == "extract" and rate and alone and decode:
+            limit = min(decode, alone)
+            lines.append(
+                f"{model}: {rate:,.0f} images/s are {rate / limit:.2f} of min(D {decode:,.0f}, "
+                f"M {alone:,.0f})"
+            )
+    return lines
 
 
 if __name__ == "__main__":

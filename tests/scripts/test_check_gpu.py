@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import correctness
@@ -201,6 +203,41 @@ def test_every_check_has_a_function() -> None:
         assert sum(check.seconds for check in checks) >= run_checks.LIMITS[part]
 
 
+def test_share_is_that_of_the_best_run() -> None:
+    rates = {
+        "M resnet50": 100.0,
+        "M resnet50, compiled": 200.0,
+        "D 1 thread": 50.0,
+        "D 2 processes of 1 thread": 150.0,
+        "extract resnet50, 1 process": 60.0,
+        "extract resnet50, 4 processes": 120.0,
+        "extract vit, 1 process": 7.0,  # its M is missing
+        "timm-tuned resnet50": 500.0,
+    }
+    results = [Result(name, None, "", {"images_per_second": r}) for name, r in rates.items()]
+    left_out = [Result("M vit", None, "left out: no time left")]
+    assert run_checks.shares({"a": results, "b": left_out}) == [
+        "resnet50: 120 images/s are 0.80 of min(D 150, M 200)"
+    ]
+
+
+def test_missing_packages_are_named(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"hypothesis", "fastapi", "httpx"}
+    find_spec = correctness.importlib.util.find_spec
+    monkeypatch.setattr(
+        correctness.importlib.util,
+        "find_spec",
+        lambda name: None if name in missing else find_spec(name),
+    )
+    files, left_out = correctness.cuda_test_files()
+    assert "tests/loading/test_nvjpeg.py" in files
+    for file in left_out:
+        assert "hypothesis" in (SCRIPT.parents[1] / file).read_text()
+    missing.add("pytest")
+    (result,) = correctness.tests(setting)
+    assert (result.is_right, result.detail) == (None, "needs pytest, which is not installed")
+
+
 # ---------------------------------------------------------------------------------------------
 # Each check can fail
 
@@ -341,3 +378,54 @@ def test_relative_error_is_that_of_the_worst_row() -> None:
     exact = np.array([[3.0, 4.0], [0.0, 10.0]])
     rows = np.array([[3.0, 4.0], [1.0, 10.0]])
     assert correctness.relative_error(rows, exact) == pytest.approx(0.1)
+
+
+# ---------------------------------------------------------------------------------------------
+# What only a device runs, on a simulated one
+
+
+@pytest.fixture
+def cuda(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[Setting, list[object]]:
+    """Setting of a device with 1,000 bytes of memory, and what is called on it."""
+    calls: list[object] = []
+
+    def replace(name: str, value: Any = None) -> None:
+        real = getattr(torch.cuda, name)  # it exists
+
+        def call(*args: Any, **options: Any) -> Any:
+            inspect.signature(real).bind(*args, **options)
+            calls.append((name, *args))
+            return value
+
+        monkeypatch.setattr(torch.cuda, name, call)
+
+    replace("max_memory_reserved", 500)
+    replace("empty_cache")
+    replace("get_device_properties", SimpleNamespace(total_memory=1000))
+    replace("set_per_process_memory_fraction")
+    replace("synchronize")
+    replace("memory_allocated", 7)
+    replace("is_available", True)
+    assert callable(torch.cuda._sleep)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(("_sleep", cycles)))
+    return Setting("cuda", False, setting.out, setting.photos), calls
+
+
+def test_little_memory_is_a_part_of_what_was_needed(cuda: tuple[Setting, list[object]]) -> None:
+    setting, calls = cuda
+    with correctness.little_memory(setting, torch.nn.Identity(), 4):
+        assert calls[-1] == ("set_per_process_memory_fraction", 0.3)
+    assert calls[-1] == ("set_per_process_memory_fraction", 1.0)
+    assert correctness._allocated(setting) == 7
+    assert calls[-2:] == [("synchronize",), ("memory_allocated",)]
+
+
+def test_delayed_copies_sleep_where_pictures_are_copied(
+    cuda: tuple[Setting, list[object]],
+) -> None:
+    _, calls = cuda
+    pictures = correctness.Slow((torch.zeros(2), torch.ones(2)))
+    assert pictures[1].sum() == 2
+    assert calls == []
+    assert [float(picture.sum()) for picture in pictures] == [0, 2]
+    assert [call[0] for call in calls] == ["_sleep"]
