@@ -1,11 +1,12 @@
-"""Who computes the shards of a run: this process, or several on this machine."""
+"""Who computes the shards of a run: this process, several on this machine, or a cluster."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -14,7 +15,7 @@ from extractor.compute.inputs import Inputs, device_of
 from extractor.lease.board import Board
 from extractor.lease.lease import Receipt
 from extractor.lease.paths_file import write_paths
-from extractor.lease.sharing import Machine, WorkerSlot, share_out
+from extractor.lease.sharing import Machine, WorkerSlot, on_first_device, share_out
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options
 from extractor.report import WorkerReport
@@ -26,9 +27,15 @@ from extractor.system.timing import KINDS, Spent, Timer
 from extractor.workers.local import LocalWorkers
 from extractor.workers.opening import ShardOpener
 from extractor.workers.pipeline import ShardPipeline
+from extractor.workers.ray_cluster import (
+    RayWorkers,
+    demand_of_workers,
+    device_of_cluster,
+    ray_cluster,
+)
 from extractor.workers.worker import WorkerSetup
 
-__all__ = ["Computation", "Computing", "compute"]
+__all__ = ["Computation", "Computing", "compute", "engine_for"]
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +81,20 @@ class Computation:
     threads: int = field(default_factory=torch.get_num_threads)
 
 
+@contextmanager
+def engine_for(options: Options) -> Iterator[Options]:
+    """Connect to what computes a run, and yield the options to load its models with here.
+
+    Raises:
+        ExtractorError: No Ray cluster answers.
+    """
+    if options.engine == "local":
+        yield on_first_device(options)
+        return
+    with ray_cluster(options.address):
+        yield replace(options, device=device_of_cluster(options))
+
+
 def compute(leased: LeasedRun, computing: Computing) -> Computation:
     """Compute the shards that the stores of a run lack.
 
@@ -83,6 +104,8 @@ def compute(leased: LeasedRun, computing: Computing) -> Computation:
         ExtractorError: Nothing can be computed.
     """
     leased.on_tick()
+    if computing.options.engine == "ray" and leased.shards:
+        return _compute_on_cluster(leased, computing)
     slots = _slots(leased, computing)
     if slots:
         return _compute_in_processes(leased, computing, slots)
@@ -164,6 +187,37 @@ def _compute_in_processes(
     spent = _spent(leased.receipts, computing.specs, inputs, processes=len(slots))
     reports = _reports(leased.receipts, slots)
     return Computation(spent, reports, workers.start_seconds, slots[0].threads)
+
+
+def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
+    """Compute the shards on the nodes of a Ray cluster."""
+    leased.has_workers = True
+    given, device = computing.options, device_of_cluster(computing.options)
+    demand, nodes = demand_of_workers(given, device)
+    threads = given.threads or demand.cores
+    options = replace(
+        given, device=device, workers=given.workers or demand.decoding_threads, threads=threads
+    )
+    of_node = max(map(demand.fits, ([node] for node in nodes)), default=1)
+    share = max(options.max_pixels // max(of_node, 1), 1)
+    setup = replace(_setup(leased, computing), options=options, pixel_share=share)
+    board = Board(leased.shards)
+    try:
+        write_paths(setup.paths, leased.paths())
+        workers = RayWorkers(setup, demand, board, leased)
+        workers.run()
+    finally:
+        shutil.rmtree(setup.paths, ignore_errors=True)
+    leased.check_failed(board.failed)
+    inputs = replace(computing.inputs, options=options)
+    count = max(len(workers.nodes), 1)
+    spent = _spent(leased.receipts, computing.specs, inputs, processes=count)
+    spent = replace(spent, cores=demand.cores)
+    slots = [
+        WorkerSlot(number, f"{device} of {node}", 0, 0, 0) for number, node in workers.nodes.items()
+    ]
+    reports = _reports(leased.receipts, slots)
+    return Computation(spent, reports, workers.start_seconds, threads)
 
 
 def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:

@@ -19,7 +19,6 @@ from extractor.compute.tune import Recorded, TuneSettings, tune
 from extractor.errors import UsageError
 from extractor.images.listing import ImageList, Input, list_images
 from extractor.lease.describe import describe, precision_of
-from extractor.lease.sharing import on_first_device
 from extractor.lease.suspects import load_suspects
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
@@ -27,7 +26,7 @@ from extractor.models.naming import join_names, store_folders
 from extractor.options import Options
 from extractor.report import Progress, Report, StoreReport
 from extractor.run.callbacks import Callbacks
-from extractor.run.engines import Computation, Computing, compute
+from extractor.run.engines import Computation, Computing, compute, engine_for
 from extractor.run.leased import LeasedRun
 from extractor.run.output import StoreOutput, claim_store
 from extractor.run.preflight import (
@@ -75,13 +74,18 @@ class Session:
         self._models = models
         self._out = out
         self._options = options
-        self._here = on_first_device(options)
+        self._here = options
         self._sample: list[bytes] = []
         check_models(models, options)
         names = [model for model in models if isinstance(model, str)]
         self._model_names = names if len(names) == len(models) else None
         if self._model_names is not None:
             check_output_folders(self._model_names, out, options)
+        elif options.engine == "ray":
+            raise UsageError(
+                "engine: a model of this process cannot be loaded on the nodes of a Ray cluster; "
+                "try the name of a model, or FILE.py:FUNCTION"
+            )
 
     def run(self, images: Input | Iterable[Input] | ImageList, callbacks: Callbacks) -> Report:
         """Run all stages and return the report.
@@ -89,6 +93,10 @@ class Session:
         Raises:
             InterruptedRunError: A callback asked the run to stop.
         """
+        with engine_for(self._options) as self._here:
+            return self._run(images, callbacks)
+
+    def _run(self, images: Input | Iterable[Input] | ImageList, callbacks: Callbacks) -> Report:
         callbacks.report(Progress(0, 0, 0, "listing"))
         listed = self.list_images(images)
         callbacks.report(Progress(0, len(listed), 0, "loading"))

@@ -1,0 +1,236 @@
+"""The actor on a node of a Ray cluster: a worker, and what the driver asks of it.
+
+Every method returns what went wrong as a :class:`~extractor.workers.worker_process.Failed`: an
+exception would cross Ray with the stack of the node in its message.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import pickle
+import queue
+import socket
+import threading
+import warnings
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from extractor.errors import ExtractorError
+from extractor.lease.lease import Lease, Receipt
+from extractor.lease.paths_file import PathsFile
+from extractor.lease.software import software_versions
+from extractor.text import first_line
+from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
+
+if TYPE_CHECKING:
+    from extractor.workers.worker import WorkerSetup
+
+__all__ = ["NEWS_SECONDS", "ShardActor", "packed"]
+
+NEWS_SECONDS = 1.0  # between two reports on the progress of an actor
+SAMPLE = 8  # images that a node must see one of
+
+
+class _StopError(BaseException):
+    """The driver asked the worker to stop."""
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """A setup that only an actor with the same software reads."""
+
+    software: Mapping[str, str]
+    folder: str  # that relative names of files start from
+    setup: bytes
+
+
+def packed(setup: WorkerSetup) -> _Packed:
+    """Return a setup for :meth:`ShardActor.prepare`."""
+    return _Packed(software_versions(), os.getcwd(), pickle.dumps(setup))
+
+
+class ShardActor:
+    """Computes leased shards in a thread of its own, while others talk to the driver."""
+
+    def __init__(self) -> None:
+        self._leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
+        self._first: Lease | None = None
+        self._receipts: dict[int, Future[Receipt | Failed]] = {}
+        self._changing = threading.Lock()
+        self._failure: Failed | None = None
+        self._news: list[BatchDone | Warned] = []
+        self._copies: set[int] = set()
+        self._stops = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def node(self) -> str:
+        """Return the identifier of the node that this actor is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
+    def prepare(self, content: _Packed) -> Ready | Failed:
+        """Load the models, and return once they are ready."""
+        problem = _software_problem(content.software)
+        if problem:
+            return Failed("UsageError", problem)
+        with contextlib.suppress(OSError):
+            os.chdir(content.folder)
+        setup = _on_this_machine(pickle.loads(content.setup))
+        problem = _storage_problem(setup)
+        if problem:
+            return Failed("StoreError", problem)
+        ready: Future[Ready | Failed] = Future()
+        self._thread = threading.Thread(target=self._run, args=(setup, ready), name="worker")
+        self._thread.daemon = True
+        self._thread.start()
+        return ready.result()
+
+    def compute(self, lease: Lease) -> Receipt | Failed:
+        """Compute a shard, and return once it is on the disk.
+
+        Several may be asked for at once. The images of the next one are decoded ahead.
+        """
+        receipt: Future[Receipt | Failed] = Future()
+        with self._changing:
+            if self._failure is not None:
+                return self._failure
+            self._receipts[lease.shard] = receipt
+            if lease.is_copy:
+                self._copies.add(lease.shard)
+        self._leases.put(lease)
+        return receipt.result()
+
+    def news(self) -> list[BatchDone | Warned]:
+        """Return what happened since the last call, after a moment."""
+        self._stops.wait(NEWS_SECONDS)
+        with self._changing:
+            news, self._news = self._news, []
+        return news
+
+    def stop(self) -> None:
+        """End after the current batch, and return then."""
+        self._stops.set()
+        self._leases.put(None)
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self, setup: WorkerSetup, ready: Future[Ready | Failed]) -> None:
+        """Load the models, and compute what is leased, until the driver stops it."""
+        failure = Failed("", "the worker was stopped")
+        try:
+            self._work(setup, ready)
+        except _StopError:
+            pass
+        except Exception as error:
+            is_ours = isinstance(error, ExtractorError)
+            kind = type(error).__name__
+            failure = Failed(kind, str(error) if is_ours else f"{kind}: {first_line(error)}")
+        with self._changing:
+            self._failure = failure
+            pending = list(self._receipts.values())
+            self._receipts.clear()
+        for receipt in pending:
+            receipt.set_result(failure)
+        if not ready.done():
+            ready.set_result(failure)
+
+    def _work(self, setup: WorkerSetup, ready: Future[Ready | Failed]) -> None:
+        from extractor.system.process_tuning import keep_freed_memory, spin_briefly
+
+        keep_freed_memory()
+        spin_briefly()  # takes effect only before torch is imported
+        from extractor.images.budget import allow_pixels
+        from extractor.system.cpu import compute_threads
+        from extractor.workers.worker import ShardWorker
+
+        allow_pixels(setup.options.max_pixels)
+        warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
+        with compute_threads(setup.options.threads):
+            worker = ShardWorker(setup)
+            # The driver loaded the same models, and gave the warnings that this gives rise to.
+            logging.getLogger("extractor").addHandler(_Handler(self))
+            ready.set_result(Ready())
+            while self._wait_for_lease():
+                worker.compute(self._lease_now, self._after_batch, self._on_receipt)
+
+    def _wait_for_lease(self) -> bool:
+        self._first = self._leases.get()
+        return self._first is not None
+
+    def _lease_now(self) -> Lease | None:
+        if (first := self._first) is not None:
+            self._first = None
+            return first
+        try:
+            return self._leases.get_nowait()
+        except queue.Empty:
+            return None
+
+    def _after_batch(self, shard: int, done: int, failed: int) -> None:
+        if shard not in self._copies:
+            self.tell(BatchDone(shard, done, failed))
+        if self._stops.is_set():
+            raise _StopError
+
+    def _on_receipt(self, receipt: Receipt) -> None:
+        with self._changing:
+            pending = self._receipts.pop(receipt.shard)
+        pending.set_result(receipt)
+
+    def tell(self, message: BatchDone | Warned) -> None:
+        """Keep a message for the driver."""
+        with self._changing:
+            self._news.append(message)
+
+
+class _Handler(logging.Handler):
+    def __init__(self, actor: ShardActor) -> None:
+        super().__init__(logging.WARNING)
+        self._actor = actor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._actor.tell(Warned(record.getMessage()))
+
+
+def _software_problem(expected: Mapping[str, str]) -> str:
+    """Return what differs from the software of the driver, in one sentence; empty if nothing."""
+    own = software_versions()
+    names = ("extractor", "python", "torch", "torchvision", "timm")
+    different = [
+        f"{name} {own.get(name, 'none')} instead of {expected.get(name, 'none')}"
+        for name in names
+        if own.get(name) != expected.get(name)
+    ]
+    if not different:
+        return ""
+    return f"it has {', '.join(different)}; install the versions of the driver on all nodes"
+
+
+def _on_this_machine(setup: WorkerSetup) -> WorkerSetup:
+    """Return a setup whose slot for large images is that of this machine."""
+    slot = setup.large_image_slot
+    if slot is None:
+        return setup
+    return replace(setup, large_image_slot=slot.with_name(f"{slot.name}-{socket.gethostname()}"))
+
+
+def _storage_problem(setup: WorkerSetup) -> str:
+    """Return what this node does not see, in one sentence; empty if it sees all."""
+    advice = "keep images and --out on storage that all nodes mount at the same path"
+    if not setup.paths.is_dir():
+        return f"it does not see the folder {setup.paths.parent} of the run; {advice}"
+    images = sum(each.images for each in setup.plan.passes)
+    step = max(images // SAMPLE, 1)
+    paths = PathsFile(setup.paths)
+    sample = [
+        os.path.join(setup.root, paths.read(range(index, index + 1))[0])
+        for index in range(0, images, step)
+    ]
+    if not any(map(os.path.exists, sample)):
+        return f"it sees no image of {os.fsdecode(setup.root)}; {advice}"
+    return ""

@@ -1,0 +1,100 @@
+"""Workers on a Ray cluster: what each one gets, and what is said where there is no cluster."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.networks import mean_pixel
+
+from extractor import extract
+from extractor.errors import ExtractorError, InstallationError, UsageError
+from extractor.options import Options
+from extractor.workers.ray_cluster import Demand, Node, ray_cluster, share_nodes
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "demand", "workers"),
+    [
+        ([Node(0, 0), Node(8, 0), Node(8, 0)], {}, Demand(8, 0), 2),
+        ([Node(64, 0)], {}, Demand(16, 0), 4),
+        ([Node(64, 0), Node(4, 0)], {}, Demand(4, 0), 17),
+        ([Node(8, 0), Node(8, 0)], {"processes": 4}, Demand(2, 0), 8),
+        ([Node(2, 0)], {"processes": 9}, Demand(1, 0), 2),
+        ([], {}, Demand(1, 0), 0),
+    ],
+)
+def test_cores_of_a_worker_without_gpus(
+    nodes: list[Node], options: dict[str, Any], demand: Demand, workers: int
+) -> None:
+    found = share_nodes(Options(**options), nodes, "cpu")
+    assert (found, found.fits(nodes)) == (demand, workers)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "demand", "workers"),
+    [
+        ([Node(4, 0), Node(8, 1)], {}, Demand(4, 1 / 2), 2),
+        ([Node(16, 1), Node(16, 1)], {}, Demand(4, 1 / 4), 8),
+        ([Node(96, 8)], {}, Demand(4, 1 / 3), 24),
+        ([Node(96, 8)], {"processes": 1}, Demand(12, 1), 8),
+        ([Node(4, 8)], {}, Demand(1, 1), 4),
+        ([Node(16, 0)], {}, Demand(1, 1), 0),
+    ],
+)
+def test_share_of_a_gpu(
+    nodes: list[Node], options: dict[str, Any], demand: Demand, workers: int
+) -> None:
+    found = share_nodes(Options(**options), nodes, "cuda")
+    assert (found, found.fits(nodes)) == (demand, workers)
+
+
+def test_a_worker_on_a_gpu_leaves_a_core_to_the_thread_that_launches() -> None:
+    assert [Demand(cores, 1).decoding_threads for cores in (1, 4)] == [1, 3]
+    assert [Demand(cores, 0).decoding_threads for cores in (1, 4)] == [1, 4]
+
+
+def test_a_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(InstallationError, match=r"pip install 'backbone-extractor\[ray\]'"):
+        extract(tmp_path, "resnet18", tmp_path / "out", engine="ray")
+
+
+def test_a_model_of_the_caller_cannot_move_to_other_nodes(photos: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be loaded on the nodes of a Ray cluster"):
+        extract(photos, mean_pixel(), tmp_path / "out", engine="ray")
+
+
+@pytest.fixture
+def with_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray seems to be installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+
+
+@pytest.mark.usefixtures("with_ray")
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:99999", "[::1]:1"])
+def test_an_address_that_does_not_answer_is_refused(address: str) -> None:
+    with (
+        pytest.raises(ExtractorError, match=r"address: .* does not answer .*; check the address"),
+        ray_cluster(address),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("with_ray")
+def test_what_answers_must_be_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(command: list[str], **_: object) -> None:
+        raise subprocess.TimeoutExpired(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", never)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(ExtractorError, match=f"what answers at {address} is no Ray cluster"),
+            ray_cluster(address),
+        ):
+            pass
