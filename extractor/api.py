@@ -17,6 +17,7 @@ from extractor.images.types import Failure, ImageSource
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec, Model, load_specs
 from extractor.options import DEFAULT_MODEL, SERVING, Options, signature_with_options
+from extractor.parts.session import PartSession
 from extractor.reading.groups import StoreGroup
 from extractor.reading.reader import FeatureStore
 from extractor.reading.rows import Rows, Selection
@@ -97,7 +98,9 @@ def extract(
     for name, callback in (("progress", progress), ("stop", stop)):
         if callback is not None and not callable(callback):
             raise UsageError(f"{name}: got {callback!r}, expected a function or None")
-    session = Session(models, check_output_name(out), checked)
+    session = (Session if checked.part is None else PartSession)(
+        models, check_output_name(out), checked
+    )
     callbacks = Callbacks(progress, stop)
     with installation_errors(callbacks.has_raised):
         return session.run(images, callbacks)

@@ -188,6 +188,10 @@ class Report:
         spent: Time by kind of work; None if no model was loaded because there was nothing to do.
         unlisted: Paths of folders that could not be listed, with the reason.
         workers: What each worker process did; empty if the process itself computed.
+        part: Part of the run that this process computed, such as ``3/16``; empty if all of it. Then
+            ``images`` and the counts of a store that is not complete are those of the part.
+        shards: Number of shards of all parts; 0 without parts.
+        missing_shards: Number of shards that other parts have not finished yet.
     """
 
     stores: tuple[StoreReport, ...]
@@ -206,6 +210,9 @@ class Report:
     spent: Spent | None = None
     unlisted: tuple[tuple[str, str], ...] = ()
     workers: tuple[WorkerReport, ...] = ()
+    part: str = ""
+    shards: int = 0
+    missing_shards: int = 0
 
     @property
     def exit_code(self) -> int:
@@ -229,9 +236,10 @@ class Report:
             ``exit_code``, ``images``, ``resumed``, ``passed_over``, ``skipped``, ``excluded``,
             ``unlisted`` (pairs of path and reason), ``device``, ``precision``, ``least_cosine``,
             ``compiled``, ``failure_rate``, ``seconds``, ``load_seconds``, ``spent`` (as in
-            ``run.json``), ``workers`` and ``stores``. Each store has ``out``, ``rows``,
-            ``failures``, ``added``, ``changed``, ``gone``, ``unseen``, ``vanished``, ``shape``,
-            ``model`` and ``first_failures`` (pairs of path and reason). Paths are text as
+            ``run.json``), ``workers``, ``part``, ``shards``, ``missing_shards`` and ``stores``.
+            Each store has ``out``, ``rows``, ``failures``, ``added``, ``changed``, ``gone``,
+            ``unseen``, ``vanished``, ``shape``, ``model`` and ``first_failures`` (pairs of path
+            and reason). Paths are text as
             :func:`os.fsdecode` makes it.
         """
         return {
@@ -251,6 +259,9 @@ class Report:
             "load_seconds": self.load_seconds,
             "spent": self.spent and self.spent.as_dict(),
             "workers": [worker.as_dict() for worker in self.workers],
+            "part": self.part,
+            "shards": self.shards,
+            "missing_shards": self.missing_shards,
             "stores": [store.as_dict() for store in self.stores],
         }
 
@@ -277,7 +288,7 @@ class Report:
     @property
     def failure_rate(self) -> float:
         """Fraction of images without a row, from 0 to 1; the largest one of several stores."""
-        return max(store.failed for store in self.stores) / self.images
+        return max(store.failed for store in self.stores) / max(self.images, 1)
 
     @property
     def _only(self) -> StoreReport:

@@ -20,6 +20,7 @@ ORDER: list[set[str]] = [
     {"evaluation"},
     {"search"},
     {"api"},
+    {"parts"},
     {"run", "serving"},
     {"workers"},
     {"lease"},

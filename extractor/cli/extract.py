@@ -21,6 +21,7 @@ from extractor.version import __version__
 if TYPE_CHECKING:
     from extractor.cli.signals import Stopping
     from extractor.images.listing import ImageList
+    from extractor.parts.request import UnlistedImages
     from extractor.report import Progress, Report
 
 __all__ = ["extract"]
@@ -42,15 +43,18 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     from extractor.report import Progress
     from extractor.run.up_to_date import up_to_date_report
 
-    models = list(own.model)
-    images = _images(own, list(command.options.exclude), events)
-    events.start(len(images), models, __version__)
-    report = up_to_date_report(images, models, own.out, command.options)
-    if report is None:
-        report = _compute(images, command, stopping, events)
+    models, part = list(own.model), command.options.part
+    if part is not None:  # another part may have listed the images
+        events.start(None, models, __version__)
+        report = _compute(_unlisted_images(command, events), command, stopping, events)
     else:
-        failed = max(store.failed for store in report.stores)
-        events.progress(Progress(len(images), len(images), failed))
+        images = _images(own, list(command.options.exclude), events)
+        events.start(len(images), models, __version__)
+        known = up_to_date_report(images, models, own.out, command.options)
+        report = known or _compute(images, command, stopping, events)
+        if known is not None:
+            failed = max(store.failed for store in report.stores)
+            events.progress(Progress(len(images), len(images), failed))
     if events.wanted or own.quiet:
         for message in warnings(report):
             (events.warning if events.wanted else warn)(message)
@@ -83,7 +87,9 @@ def _check(command: Command) -> None:
     check_output_folders(list(own.model), own.out, command.options)
 
 
-def _compute(images: ImageList, command: Command, stopping: Stopping, events: Events) -> Report:
+def _compute(
+    images: ImageList | UnlistedImages, command: Command, stopping: Stopping, events: Events
+) -> Report:
     options, own = command.options, command.own
     _keep_compiled()
     bar = Bar(quiet=own.quiet or events.wanted)
@@ -98,7 +104,7 @@ def _compute(images: ImageList, command: Command, stopping: Stopping, events: Ev
         allow_pixels(options.max_pixels)
 
         def show(progress: Progress) -> None:
-            if progress.phase == "listing":  # done before the call
+            if progress.phase == "listing" and options.part is None:  # done before the call
                 return
             events.progress(progress)
             if progress.phase == "computing":
@@ -106,8 +112,9 @@ def _compute(images: ImageList, command: Command, stopping: Stopping, events: Ev
                 bar.update(progress)
 
         arguments: Any = {name: getattr(options, name) for name in options_in(Options)}
+        inputs: Any = images
         return api.extract(
-            images, list(own.model), own.out, progress=show, stop=stopping, **arguments
+            inputs, list(own.model), own.out, progress=show, stop=stopping, **arguments
         )
 
 
@@ -119,6 +126,24 @@ def _keep_compiled() -> None:
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):
             os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+
+
+def _unlisted_images(command: Command, events: Events) -> UnlistedImages:
+    """Return the images for a part, which lists them only if no other one has."""
+    from extractor.parts.request import UnlistedImages
+
+    own, exclude = command.own, list(command.options.exclude)
+    identity = [os.path.abspath(name) for name in own.inputs]
+    if own.image_list == "-":
+        identity = ["standard input"]
+    elif own.image_list:
+        name = own.image_list
+        try:
+            status = os.stat(name)
+        except OSError as error:
+            raise SourceError(f"cannot read the list {name}: {error.strerror}") from error
+        identity = [os.path.abspath(name), str(status.st_size), str(status.st_mtime_ns)]
+    return UnlistedImages(identity, lambda: _images(own, exclude, events))
 
 
 def _images(own: CommandOptions, exclude: Sequence[str], events: Events) -> ImageList:

@@ -88,8 +88,14 @@ class Events:
         if len(paths) == PATHS_PER_EVENT:
             self._write(verb, {"paths": self._left_out.pop(verb)})
 
-    def start(self, images: int, models: list[str], version: str) -> None:
-        """Write that the images are listed and the models are loaded next."""
+    def start(self, images: int | None, models: list[str], version: str) -> None:
+        """Write that the images are listed and the models are loaded next.
+
+        Args:
+            images: Number of images; None for a part of a run, which does not know it yet.
+            models: Names of the models.
+            version: Version of this program.
+        """
         process = {"host": socket.gethostname(), "process": os.getpid()}
         self.write("start", version=version, models=models, images=images, **process)
 
@@ -128,6 +134,8 @@ class Events:
     def end(self, report: Report) -> None:
         """Write the exit code and the counts of each store."""
         stores = [{"out": os.fspath(store.out), **store.counts} for store in report.stores]
+        names = ("part", "shards", "missing_shards")
+        part = {name: getattr(report, name) for name in names} if report.part else {}
         self.write(
             "end",
             exit_code=report.exit_code,
@@ -139,4 +147,5 @@ class Events:
             seconds=round(report.seconds, 3),
             workers=[worker.as_dict() for worker in report.workers],
             stores=stores,
+            **part,
         )

@@ -17,7 +17,10 @@ FOLDERS_SHOWN = 5
 
 def summary(report: Report) -> list[tuple[str, str]]:
     """Return what a run did, as rows of a name and a text."""
-    rows = [row for store in report.stores for row in _store_rows(store)]
+    of_store = _part_rows if report.missing_shards else _store_rows
+    rows = [row for store in report.stores for row in of_store(store)]
+    if report.part:
+        rows.append(("part", _part(report)))
     rows += _unlisted_rows(report)
     rows += _run_rows(report)
     if report.passed_over:
@@ -61,6 +64,31 @@ def _store_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
             yield "", f"{path}: {reason}"
         if store.failed > len(store.first_failures):
             yield "", "..."
+
+
+def _part_rows(store: StoreReport) -> Iterator[tuple[str, str]]:
+    """Yield what a part did for a store that is not complete yet."""
+    images = plural(store.rows + store.failed, "image")
+    yield "model", store.backbone
+    yield "rows", f"{store.rows:,} of {images} of this part"
+    yield "store", f"{store.out}, not complete yet"
+    if store.failed:
+        yield "failed", plural(store.failed, "image")
+        for path, reason in store.first_failures:
+            yield "", f"{path}: {reason}"
+        if store.failed > len(store.first_failures):
+            yield "", "..."
+
+
+def _part(report: Report) -> str:
+    """Return how far the other parts are."""
+    if not report.shards:
+        return f"{report.part}; nothing was left to compute"
+    if not report.missing_shards:
+        return f"{report.part} is done, and so are all others"
+    verb = "is" if report.missing_shards == 1 else "are"
+    missing = f"{report.missing_shards:,} of {plural(report.shards, 'shard')} {verb} missing"
+    return f"{report.part} is done; {missing}"
 
 
 def _kept_rows(store: StoreReport) -> Iterator[tuple[str, str]]:

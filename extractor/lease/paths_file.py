@@ -13,7 +13,7 @@ import numpy as np
 
 from extractor.errors import StoreError
 
-__all__ = ["PathsFile", "write_paths"]
+__all__ = ["BLOCK", "PathsFile", "write_paths"]
 
 BLOCK = 1024  # paths between two offsets: all shards but explicit ones begin with a block
 

@@ -32,7 +32,7 @@ class Suspects:
     def load(self) -> tuple[list[bytes], list[bytes]]:
         """Return all suspects and, of these, those of the last run, and save them all."""
         # A run has one file of its own and one for each of its workers.
-        logs = [self._folder / IN_FLIGHT, *(self._folder / WORKERS).glob(f"{IN_FLIGHT}*")]
+        logs = [self._folder / IN_FLIGHT, *(self._folder / WORKERS).rglob(f"{IN_FLIGHT}*")]
         new = sorted({path for log in logs for path in CrashLog.read(log)})
         return self.add(new), new
 

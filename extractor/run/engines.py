@@ -8,6 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 
@@ -54,6 +55,9 @@ class Computing:
         model_names: Names of the models; None where one is an object of the caller.
         root: Folder that the paths of the images are relative to.
         sample: Absolute paths of the images that precision and compilation were tried on.
+        folder: Folder for files of this process; None is that of the run.
+        paths: Folder of the paths of all images, if they are written already. Then other processes
+            compute shards of the run, too, and keep those that they are computing.
     """
 
     options: Options
@@ -62,6 +66,8 @@ class Computing:
     model_names: Sequence[str] | None
     root: bytes
     sample: Sequence[bytes]
+    folder: Path | None = None
+    paths: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,8 @@ def _compute_here(leased: LeasedRun, computing: Computing) -> Computation:
     """Compute the shards in this process."""
     specs = computing.specs
     inputs = replace(computing.inputs, timer=computing.inputs.timer or Timer())
-    opener = ShardOpener(leased.plan, leased.full_paths)
+    others = computing.paths is not None
+    opener = ShardOpener(leased.plan, leased.full_paths, fails_if_busy=others)
 
     def after_batch(shard: int, done: int, failed: int) -> None:
         leased.on_batch(0, shard, done, failed)
@@ -149,9 +156,10 @@ def _compute_here(leased: LeasedRun, computing: Computing) -> Computation:
 
     for index, each in enumerate(leased.plan.passes):
         stores = [store.spec for store in each.stores]
-        crash_log = each.stores[0].staging / IN_FLIGHT
+        crash_log = (computing.folder or each.stores[0].staging) / IN_FLIGHT
         pipeline = ShardPipeline(specs, inputs, crash_log, computing.model_names)
-        works = map(opener.open, leased.leases(index))
+        leases = leased.leases(index)
+        works = opener.open_free(leases) if others else map(opener.open, leases)
         pipeline.compute(works, stores, after_batch, leased.on_receipt)
     return Computation(_spent(leased.receipts, specs, inputs, processes=1))
 
@@ -161,7 +169,7 @@ def _compute_in_processes(
 ) -> Computation:
     """Compute the shards in worker processes."""
     leased.has_workers = True
-    inputs, folder = computing.inputs, leased.plan.passes[0].stores[0].staging / WORKERS
+    inputs, folder = computing.inputs, _folder(leased, computing)
     setups = []
     for slot in slots:
         options = replace(
@@ -177,7 +185,8 @@ def _compute_in_processes(
         )
     board = Board(leased.shards)
     try:
-        write_paths(folder, leased.paths())
+        if computing.paths is None:
+            write_paths(folder, leased.paths())
         workers = LocalWorkers(setups, board, leased)
         workers.run()
     finally:
@@ -223,13 +232,13 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
 def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
     """Return what all workers need to know of a run."""
     assert computing.model_names is not None
-    folder = leased.plan.passes[0].stores[0].staging / WORKERS
+    folder = _folder(leased, computing)
     return WorkerSetup(
         models=tuple(computing.model_names),
         options=computing.inputs.options,
         weights=weights_of(computing.specs),
         plan=leased.plan,
-        paths=folder,
+        paths=computing.paths or folder,
         root=computing.root,
         batch_size=computing.inputs.batch_size,
         sample=tuple(computing.sample),
@@ -237,6 +246,10 @@ def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
         crash_log=folder / IN_FLIGHT,
         large_image_slot=folder / f"{LARGE_IMAGE}-{socket.gethostname()}",
     )
+
+
+def _folder(leased: LeasedRun, computing: Computing) -> Path:
+    return computing.folder or leased.plan.passes[0].stores[0].staging / WORKERS
 
 
 def _spent(

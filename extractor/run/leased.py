@@ -9,6 +9,7 @@ from dataclasses import replace
 from extractor.errors import ShardsFailedError
 from extractor.images.listing import ImageList, display_path
 from extractor.lease.lease import Lease, Receipt
+from extractor.lease.parts import Part
 from extractor.lease.plan import PassPlan, RunPlan
 from extractor.lease.suspects import Suspects
 from extractor.report import Progress
@@ -32,22 +33,28 @@ class LeasedRun:
         outputs: Stores of the run.
         images: Images of the run.
         callbacks: Hear of the progress.
+        part: Part of the shards that are computed here; None computes all.
 
     Attributes:
         plan: Passes over the images, with all their shards.
         receipts: Receipts of the shards that were finished, in their order.
         has_workers: Whether workers compute, and not this process.
+        pending: Number of images that are left to compute, each counted once for each pass.
     """
 
     def __init__(
-        self, outputs: Sequence[StoreOutput], images: ImageList, callbacks: Callbacks
+        self,
+        outputs: Sequence[StoreOutput],
+        images: ImageList,
+        callbacks: Callbacks,
+        part: Part | None = None,
     ) -> None:
         self._outputs = outputs
         self._images = images
         self._callbacks = callbacks
         passes: dict[tuple[str, int], list[int]] = {}
         for index, output in enumerate(outputs):
-            if output.pending:
+            if output.is_planned:
                 passes.setdefault((output.todo_digest, output.shard_images), []).append(index)
         self._sharing = [[outputs[index] for index in sharing] for sharing in passes.values()]
         self.plan = RunPlan(
@@ -62,12 +69,18 @@ class LeasedRun:
         )
         self.receipts: list[Receipt] = []
         self.has_workers = False
-        self._pending = [max(output.pending for output in each) for each in self._sharing]
-        self._total = max(len(images), sum(self._pending))
         self._done_before = {
             shard: min(output.done_in(index) for output in self._sharing[number])
             for shard, (number, index, _) in enumerate(self.plan)
         }
+        if part is None:
+            self._own = range(len(self.plan))
+            self.pending = sum(max(output.pending for output in each) for each in self._sharing)
+            self._total = max(len(images), self.pending)
+        else:
+            self._own = part.shards(len(self.plan))
+            self._total = sum(len(self.plan[shard].images) for shard in self._own)
+            self.pending = self._total - sum(self._done_before[shard] for shard in self._own)
         self._done: dict[int, int] = {}
         self._failed = max((output.failed for output in outputs), default=0)
         self._warned: set[str] = set()
@@ -77,14 +90,20 @@ class LeasedRun:
         """Shards that are left to compute."""
         return [
             shard
-            for shard, (number, index, _) in enumerate(self.plan)
+            for shard in self._own
+            for number, index, _ in [self.plan[shard]]
             if not all(output.is_finished(index) for output in self._sharing[number])
         ]
 
     @property
-    def pending(self) -> int:
-        """Number of images that are left to compute, each counted once for each pass."""
-        return sum(self._pending)
+    def images(self) -> int:
+        """Number of images of the shards that are computed here."""
+        return self._total
+
+    def own_shards_of(self, output: StoreOutput) -> list[int]:
+        """Return the indices of the shards of a store that are computed here."""
+        planned = (self.plan[shard] for shard in self._own)
+        return [each.in_pass for each in planned if output in self._sharing[each.pass_index]]
 
     def leases(self, pass_index: int) -> Iterator[Lease]:
         """Yield a lease for each shard of a pass that is left to compute."""

@@ -20,7 +20,7 @@ from extractor.options import Options
 from extractor.report import FAILURES_SHOWN, StoreReport
 from extractor.run.root import match_root
 from extractor.run.snapshot import look_at, seen_from
-from extractor.store.claim import ClaimedFolder
+from extractor.store.claim import ClaimedFolder, SharedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import Description, Manifest, listing_digest
 from extractor.store.job import Job
@@ -82,7 +82,7 @@ class StoreOutput:
 
     def __init__(
         self,
-        claim: ClaimedFolder,
+        claim: ClaimedFolder | SharedFolder,
         spec: EmbeddingSpec,
         description: Description,
         images: ImageList,
@@ -134,6 +134,7 @@ class StoreOutput:
 
     def _prepare(self) -> None:
         """Compare the images with the store, and plan what is left to compute."""
+        assert isinstance(self._claim, ClaimedFolder)
         existing = take_up(self._claim, self._description)
         self._follow_root(existing)
         if isinstance(existing, InterruptedRun):
@@ -156,6 +157,32 @@ class StoreOutput:
             self._report_software(existing)
         self.rows += self._plan.rows
         self._count_failures(self._plan.failures)
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the store is filled in a pass over its images."""
+        return self.pending > 0
+
+    @property
+    def is_up_to_date(self) -> bool:
+        """Whether nothing changes in the store."""
+        return self._run is None
+
+    @property
+    def plan(self) -> Plan:
+        """What becomes of the rows of before."""
+        return self._plan
+
+    @property
+    def listing(self) -> str:
+        """Digest of all paths that the store will have."""
+        missing, paths = self._plan.missing, self._images.paths
+        return listing_digest(sorted([*paths, *missing]) if missing else paths)
+
+    @property
+    def lines(self) -> Iterable[bytes] | None:
+        """Path of each line of the list; None if their rows are not asked for."""
+        return self._listed
 
     @property
     def _listed(self) -> Iterable[bytes] | None:
@@ -306,14 +333,18 @@ class StoreOutput:
 
     def discard(self) -> None:
         """Keep nothing for the next run."""
+        assert isinstance(self._claim, ClaimedFolder)
         self._claim.discard_work()
 
     def publish(self) -> StoreReport:
         """Make the store visible, and report what it holds."""
         if self._run is not None:
             self._keep_unread(self._run)
-            listing = listing_digest(self._all_paths())
-            self._run.publish(self._plan, listing=listing, listed=self._listed)
+            self._run.publish(self._plan, listing=self.listing, listed=self._listed)
+        return self.report()
+
+    def report(self) -> StoreReport:
+        """Report what the store holds once it is published."""
         return StoreReport(
             out=self._claim.out,
             rows=self.rows,
@@ -338,7 +369,7 @@ class StoreOutput:
             if failure.reason == "unreadable" and failure.path in self._plan.replaced
         ]
         # What disappeared while the run lasted is gone, and its failure stands.
-        root = self._images.root
+        root = os.fsencode(self._description.root)
         there = (Sight.READABLE, Sight.UNSEEN)
         kept = {path for path in unread if look_at(os.path.join(root, path)) in there}
         self._plan = self._plan.keeping(kept)
@@ -346,10 +377,6 @@ class StoreOutput:
         self.failed -= len(kept)
         names = {display_path(path) for path in kept}
         self._first_failures = [entry for entry in self._first_failures if entry[0] not in names]
-
-    def _all_paths(self) -> Iterable[bytes]:
-        missing = self._plan.missing
-        return sorted([*self._images.paths, *missing]) if missing else self._images.paths
 
     def _count_failures(self, failures: Iterable[FailureRecord]) -> None:
         for failure in failures:

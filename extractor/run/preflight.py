@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from extractor.errors import SourceError, StoreError, UsageError
 from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
-from extractor.store.format import MAX_SHARDS
+from extractor.store.format import MAX_SHARDS, STAGING
 from extractor.store.publish import check_output_folder
 from extractor.text import plural
 
@@ -56,6 +56,8 @@ def check_output_folders(models: Sequence[str], out: str | None, options: Option
         StoreError: A folder cannot be written, is in use, or holds other files.
     """
     for folder in store_folders(out, planned_stores(models, options) or []):
+        if options.part is not None and (Path(folder) / STAGING).is_dir():
+            continue  # other parts are at work, and may be publishing
         check_output_folder(
             Path(folder), may_exist=True, overwrite=options.overwrite, check_lock=True
         )

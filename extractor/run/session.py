@@ -41,7 +41,7 @@ from extractor.run.recorded_weights import recorded_weights
 from extractor.run.run_json import Computed, request_of, write_run_json
 from extractor.run.sizes import Sizes, choose_sizes
 from extractor.run.snapshot import take_snapshot, unlisted_folders
-from extractor.store.claim import ClaimedFolder
+from extractor.store.claim import ClaimedFolder, SharedFolder
 from extractor.store.format import IN_FLIGHT
 from extractor.store.job import MAX_SHARD_IMAGES
 from extractor.store.writer import existing_computation
@@ -76,6 +76,7 @@ class Session:
         self._options = options
         self._here = options
         self._sample: list[bytes] = []
+        self._crash_folder: Path | None = None  # that of the first store
         check_models(models, options)
         names = [model for model in models if isinstance(model, str)]
         self._model_names = names if len(names) == len(models) else None
@@ -160,7 +161,7 @@ class Session:
     def choose_precision(
         self,
         specs: Sequence[EmbeddingSpec],
-        claims: Sequence[ClaimedFolder],
+        claims: Sequence[ClaimedFolder | SharedFolder],
         images: ImageList,
         inputs: Inputs,
     ) -> list[EmbeddingSpec]:
@@ -187,7 +188,9 @@ class Session:
 
         def sample(count: int) -> list[torch.Tensor]:
             slots = replace(inputs, batch_size=count).crash_log_slots
-            with CrashLog(claims[0].staging / IN_FLIGHT, slots) as crash_log:
+            with CrashLog(
+                (self._crash_folder or claims[0].staging) / IN_FLIGHT, slots
+            ) as crash_log:
                 return decode_sample(self._sample, specs, inputs, crash_log)
 
         tuned = tune(specs, recorded, settings, sample)
@@ -224,18 +227,24 @@ class Session:
         callbacks: Callbacks,
     ) -> Computation:
         """Compute the pending rows, and return what that took."""
-        specs = [output.spec for output in outputs]
-        computing = Computing(
-            self._options, specs, inputs, self._model_names, images.root, self._sample
-        )
-        try:
-            computation = compute(LeasedRun(outputs, images, callbacks), computing)
-        finally:
-            if self._options.profile is not None and inputs.timer is not None:
-                _write_profile(self._options.profile, inputs.timer)
+        computing = self._computing([output.spec for output in outputs], inputs, images)
+        computation = self._compute(LeasedRun(outputs, images, callbacks), computing)
         check_has_rows(outputs)
         self._clock.end("compute", start=computation.start_seconds)
         return computation
+
+    def _computing(
+        self, specs: Sequence[EmbeddingSpec], inputs: Inputs, images: ImageList
+    ) -> Computing:
+        return Computing(self._options, specs, inputs, self._model_names, images.root, self._sample)
+
+    def _compute(self, leased: LeasedRun, computing: Computing) -> Computation:
+        try:
+            return compute(leased, computing)
+        finally:
+            timer = computing.inputs.timer
+            if self._options.profile is not None and timer is not None:
+                _write_profile(self._options.profile, timer)
 
     def publish(self, outputs: Sequence[StoreOutput]) -> tuple[StoreReport, ...]:
         """Make the stores visible."""
@@ -249,11 +258,23 @@ class Session:
         pending: int,
         computation: Computation,
     ) -> Report:
+        report = self._make_report(images, specs, stores, pending, computation)
+        self._write_run_json(report, specs, computation.threads)
+        return report
+
+    def _make_report(
+        self,
+        images: ImageList,
+        specs: Sequence[EmbeddingSpec],
+        stores: tuple[StoreReport, ...],
+        pending: int,
+        computation: Computation,
+    ) -> Report:
         self._clock.end("publish")
         seconds = self._clock.seconds
         backbones = [backbone for spec in specs for backbone in spec.backbones]
         cosines = [b.least_cosine for b in backbones if b.least_cosine is not None]
-        report = Report(
+        return Report(
             stores=stores,
             images=len(images),
             resumed=len(images) - pending,
@@ -271,19 +292,20 @@ class Session:
             workers=computation.workers,
             unlisted=unlisted_folders(images),
         )
+
+    def _write_run_json(self, report: Report, specs: Sequence[EmbeddingSpec], threads: int) -> None:
         names = self._model_names
         write_run_json(
             report,
             None if names is None else request_of(names, self._options),
             computed=Computed(
                 [[backbone.provenance for backbone in spec.backbones] for spec in specs],
-                computation.threads,
+                threads,
             ),
             options=self._options,
             started=self._clock.started,
-            seconds=seconds,
+            seconds=self._clock.seconds,
         )
-        return report
 
 
 class _StageClock:

@@ -14,6 +14,7 @@ from extractor.store.format import (
     JOB,
     JOURNAL,
     MANIFEST,
+    PLAN,
     REPLACED,
     STAGING,
     SUSPECTS,
@@ -22,7 +23,7 @@ from extractor.store.job import Job
 from extractor.store.lock import Lock
 from extractor.store.publish import check_output_folder, clear_staging, publish_staged
 
-__all__ = ["ClaimedFolder"]
+__all__ = ["ClaimedFolder", "SharedFolder"]
 
 
 class _OnExit(enum.Enum):
@@ -49,6 +50,7 @@ class ClaimedFolder:
             something else, which is then discarded.
         extend: accept a finished store, which is then extended.
         lock: fail if the file system does not support locks.
+        waits: wait while another process uses the folder.
 
     Attributes:
         out: folder of the store.
@@ -61,23 +63,30 @@ class ClaimedFolder:
     """
 
     def __init__(
-        self, out: Path, *, overwrite: bool = False, extend: bool = False, lock: bool = True
+        self,
+        out: Path,
+        *,
+        overwrite: bool = False,
+        extend: bool = False,
+        lock: bool = True,
+        waits: bool = False,
     ) -> None:
         self.out = out
         self.staging = out / STAGING
         self.overwrite = overwrite
         self.lock = lock
+        self._waits = waits
         self._may_exist = overwrite or extend
-        self._lock = Lock(self.staging / "lock", required=lock)
+        self._lock = Lock(self.staging / "lock", required=lock, waits=waits)
         self._made: list[Path] = []  # folders that did not exist before
         self._on_exit = _OnExit.KEEP_FOUND
 
     def __enter__(self) -> ClaimedFolder:
-        self.check()
+        if not self._waits:  # what others are publishing is checked once they have left
+            self.check()
         with store_errors(self.out):
             try:
-                self._make_folders()
-                self._lock.__enter__()
+                self._take_lock()
             except BaseException:
                 self._remove_made_folders()
                 raise
@@ -89,6 +98,15 @@ class ClaimedFolder:
                 raise
         return self
 
+    def _take_lock(self) -> None:
+        while not self._lock.is_held:
+            self._make_folders()
+            try:
+                self._lock.__enter__()
+            except FileNotFoundError:  # the last holder removed the folder just now
+                if not self._waits:
+                    raise
+
     def __exit__(self, *_: object) -> None:
         self.release()
 
@@ -98,12 +116,7 @@ class ClaimedFolder:
 
     def staged_job(self) -> Job | None:
         """Return the job of an interrupted run; None if there is none, or it left nothing."""
-        try:
-            return Job.from_json((self.staging / JOB).read_bytes())
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError):  # the run died while it wrote the job
-            return None
+        return _staged_job(self.staging)
 
     def start_staging(self) -> None:
         """Clear the staging folder and make its folders; leaving clears them again."""
@@ -149,7 +162,7 @@ class ClaimedFolder:
         return self._on_exit is _OnExit.KEEP_WORK and self._has_work()
 
     def _has_work(self) -> bool:
-        if any((self.staging / name).is_file() for name in (SUSPECTS, IN_FLIGHT)):
+        if any((self.staging / name).is_file() for name in (SUSPECTS, IN_FLIGHT, PLAN)):
             return True
         journal = self.staging / JOURNAL
         batches = any(path.stat().st_size for path in journal.glob("*.jsonl"))
@@ -170,3 +183,49 @@ class ClaimedFolder:
         for folder in reversed(self._made):
             with contextlib.suppress(OSError):  # not empty: something else uses it by now
                 folder.rmdir()
+
+
+class SharedFolder:
+    """Context manager that lets several processes compute shards of one run.
+
+    While one does, no other run can claim the folder. Entering waits while one has claimed it.
+    Leaving clears nothing. A folder where no run is under way is shared as it is, without a lock.
+
+    Args:
+        out: folder of the store.
+        overwrite: as for :class:`ClaimedFolder`.
+
+    Attributes:
+        out: as given.
+        staging: folder in it that holds the work until it is published.
+        overwrite: as given.
+        lock: the file system must support locks.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        self.out = out
+        self.staging = out / STAGING
+        self.overwrite = overwrite
+        self.lock = True
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> SharedFolder:
+        with store_errors(self.out), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            self._held.enter_context(Lock(self.staging / "lock", shared=True, waits=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def staged_job(self) -> Job | None:
+        """Return the job of the run that is under way; None if there is none."""
+        return _staged_job(self.staging)
+
+
+def _staged_job(staging: Path) -> Job | None:
+    try:
+        return Job.from_json((staging / JOB).read_bytes())
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):  # the run died while it wrote the job
+        return None

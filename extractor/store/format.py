@@ -31,6 +31,8 @@ __all__ = [
     "LIST_ROWS",
     "MANIFEST",
     "MAX_SHARDS",
+    "PLAN",
+    "PLAN_PATHS",
     "REPLACED",
     "RUN",
     "STAGING",
@@ -71,6 +73,8 @@ STAGING = ".extractor-partial"
 # Names inside the staging folder.
 JOB = "job.json"  # what the run computes
 JOURNAL = "journal"  # folder: finished batches of each shard
+PLAN = "plan.json"  # what the parts of a job array share
+PLAN_PATHS = "plan"  # folder: paths of the images of that plan
 IN_FLIGHT = "in-flight"  # images that are being decoded
 SUSPECTS = "suspects.json"  # images during whose decoding a run died
 WORKERS = "workers"  # folder: what driver and workers of a run share

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 from extractor.errors import ShardBusyError, StoreBusyError, StoreError
@@ -14,6 +16,11 @@ from extractor.store.atomic import NOT_SUPPORTED
 from extractor.store.format import JOURNAL
 
 __all__ = ["FinishingLock", "Lock", "ShardLock", "is_same_file"]
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.05
+TELL_SECONDS = 10.0  # until the user hears why the program waits
 
 
 class Lock:
@@ -24,21 +31,26 @@ class Lock:
     Args:
         path: file to lock, in the staging folder of a store.
         required: fail if the file system does not support locks.
+        shared: let others share the lock; then the file must exist.
+        waits: wait while another process holds the lock.
 
     Raises:
-        StoreError: on entry, if another process holds the lock; it does not wait.
+        StoreError: on entry, if another process holds the lock and it does not wait.
+        FileNotFoundError: on entry, if there is no file to share.
     """
 
-    _waits = False
-
-    def __init__(self, path: Path, *, required: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, required: bool = True, shared: bool = False, waits: bool = False
+    ) -> None:
         self._path = path
         self._required = required
+        self._shared = shared
+        self._waits = waits
         self._descriptor: int | None = None
 
     def __enter__(self) -> Lock:
         while self._descriptor is None:
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (0 if self._shared else os.O_CREAT)
             descriptor = os.open(self._path, flags, 0o666)
             try:
                 self._take(descriptor)
@@ -74,11 +86,26 @@ class Lock:
             os.close(descriptor)
 
     def _take(self, descriptor: int) -> None:
+        begun, operation = time.monotonic(), fcntl.LOCK_SH if self._shared else fcntl.LOCK_EX
+        has_told = False
+        while True:
+            busy = self._try(descriptor, operation)
+            if busy is None:
+                return
+            if not self._waits:
+                raise busy
+            if not has_told and time.monotonic() - begun > TELL_SECONDS:
+                has_told = True
+                log.warning("waiting: %s", str(busy).partition(";")[0])
+            time.sleep(POLL_SECONDS)
+
+    def _try(self, descriptor: int, operation: int) -> StoreBusyError | None:
+        """Take the lock if it is free; else return who has it."""
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self._waits else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 1000).decode(errors="replace").strip()
-            raise self._busy(holder or "another process") from error
+            fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            return self._busy(holder or "another process")
         except OSError as error:
             if error.errno not in {*NOT_SUPPORTED, errno.ENOLCK}:
                 raise
@@ -88,6 +115,7 @@ class Lock:
                     f"({error.strerror}), so a second run would go unnoticed; choose another "
                     "--out, or use --no-lock and start only one run at a time"
                 ) from error
+        return None
 
     @property
     def _out(self) -> Path:
@@ -117,10 +145,14 @@ class ShardLock(Lock):
         ShardBusyError: on entry, if another process holds the lock; it does not wait.
     """
 
-    _suffix = "lock"
-
     def __init__(self, staging: Path, shard: int, *, required: bool = True) -> None:
-        super().__init__(staging / JOURNAL / f"{shard:05d}.{self._suffix}", required=required)
+        self._begin(staging, shard, "lock", required=required)
+
+    def _begin(
+        self, staging: Path, shard: int, suffix: str, *, required: bool, waits: bool = False
+    ) -> None:
+        path = staging / JOURNAL / f"{shard:05d}.{suffix}"
+        Lock.__init__(self, path, required=required, waits=waits)
         self._staging = staging
         self._shard = shard
 
@@ -143,8 +175,8 @@ class ShardLock(Lock):
 class FinishingLock(ShardLock):
     """Lock under which one of several attempts at a shard finishes it; it waits for others."""
 
-    _suffix = "finish"
-    _waits = True
+    def __init__(self, staging: Path, shard: int, *, required: bool = True) -> None:
+        self._begin(staging, shard, "finish", required=required, waits=True)
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:

@@ -21,6 +21,8 @@ from extractor.store.format import (
     JOURNAL,
     LIST_ROWS,
     MANIFEST,
+    PLAN,
+    PLAN_PATHS,
     REPLACED,
     RUN,
     STAGING,
@@ -115,8 +117,8 @@ def _check_parent(out: Path) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Check that a staging folder holds only what this program leaves there."""
-    files = (FAILURES, HISTORY, LIST_ROWS, MANIFEST, JOB, REPLACED, SUSPECTS)
-    known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, WORKERS, *files}
+    files = (FAILURES, HISTORY, LIST_ROWS, MANIFEST, JOB, PLAN, REPLACED, SUSPECTS)
+    known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, PLAN_PATHS, WORKERS, *files}
     known |= {f"{name}.partial" for name in files}
     if staging.is_symlink() or (staging.is_dir() and not known.issuperset(os.listdir(staging))):
         raise StoreError(

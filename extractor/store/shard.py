@@ -36,6 +36,7 @@ __all__ = [
     "ShardWriter",
     "clear_attempts",
     "done_name",
+    "finished_shards",
     "journal_name",
 ]
 
@@ -334,20 +335,23 @@ def done_name(shard: int) -> str:
     return f"{JOURNAL}/{shard:05d}.done"
 
 
+def finished_shards(staging: Path) -> dict[int, FinishedShard]:
+    """Return the finished shards whose files are complete, by number."""
+    names = sorted((staging / JOURNAL).glob("*.done"))
+    shards = [FinishedShard.read(staging, int(path.stem)) for path in names]
+    return {shard.shard: shard for shard in shards if shard is not None}
+
+
 def clear_attempts(staging: Path) -> tuple[dict[int, FinishedShard], list[int]]:
     """Remove what dead attempts left in a staging folder and no run can use.
 
     Returns:
         The finished shards whose files are complete, and the numbers of the unfinished ones.
     """
-    finished: dict[int, FinishedShard] = {}
+    finished = finished_shards(staging)
     unfinished = []
-    for path in sorted((staging / JOURNAL).glob("*.done")):
-        number = int(path.stem)
-        shard = FinishedShard.read(staging, number)
-        if shard is not None:
-            finished[number] = shard
-        else:  # a power cut destroyed its files: it is computed again
+    for path in (staging / JOURNAL).glob("*.done"):
+        if int(path.stem) not in finished:  # a power cut destroyed it: it is computed again
             path.unlink(missing_ok=True)
     for path in sorted((staging / JOURNAL).glob("*.jsonl")):
         if int(path.stem) in finished:

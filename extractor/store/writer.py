@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from extractor.errors import StoreDamagedError, StoreError
 from extractor.store.atomic import ignore_signals, store_errors, sync_folder, write_atomically
-from extractor.store.claim import ClaimedFolder
+from extractor.store.claim import ClaimedFolder, SharedFolder
 from extractor.store.failures import FailureRecord, failure_lines, read_failures
 from extractor.store.format import (
     FAILURES,
@@ -63,7 +63,13 @@ from extractor.store.index import (
 from extractor.store.job import Job
 from extractor.store.plan import Move, Plan, StoredImages
 from extractor.store.publish import check_size, publish_staged
-from extractor.store.shard import FinishedShard, ShardWriter, clear_attempts, done_name
+from extractor.store.shard import (
+    FinishedShard,
+    ShardWriter,
+    clear_attempts,
+    done_name,
+    finished_shards,
+)
 
 __all__ = [
     "ExistingComputation",
@@ -72,6 +78,7 @@ __all__ = [
     "StoreRun",
     "existing_computation",
     "has_rows_of_list",
+    "join",
     "published_images",
     "rewrite",
     "take_up",
@@ -108,7 +115,7 @@ class ExistingComputation:
 
 
 def existing_computation(
-    claim: ClaimedFolder, description: Description
+    claim: ClaimedFolder | SharedFolder, description: Description
 ) -> ExistingComputation | None:
     """Return how existing rows were computed that a run would keep; None if there are none.
 
@@ -187,7 +194,28 @@ def take_up(claim: ClaimedFolder, description: Description) -> ExistingStore | I
         return InterruptedRun(claim, base, job, finished, begun, replaced=replaced)
 
 
-def _replaced(claim: ClaimedFolder) -> tuple[Manifest | None, int]:
+def join(claim: ClaimedFolder | SharedFolder, description: Description) -> StoreRun:
+    """Return the run in a folder to compute some of its shards, and change nothing.
+
+    Args:
+        claim: the output folder.
+        description: description of the requested store.
+
+    Raises:
+        StoreError: there is no such run; names what differs.
+    """
+    with store_errors(claim.out):
+        job = claim.staged_job()
+        if job is None or job.first_id is None:
+            raise StoreError(f"{claim.out} holds no run to join; run the same command again")
+        _check_same(claim, job.description, description, "a run")
+        base = Manifest.read(claim.out / MANIFEST) if job.base else None
+        replaced = None if base is not None else _replaced(claim)[0]
+        finished = finished_shards(claim.staging)
+        return StoreRun(claim, job, base, finished, replaced=replaced)
+
+
+def _replaced(claim: ClaimedFolder | SharedFolder) -> tuple[Manifest | None, int]:
     """Return the manifest of a store that is replaced, if it can be read, and the next id."""
     try:
         manifest = Manifest.read(claim.out / MANIFEST)
@@ -203,7 +231,9 @@ def _is_other_work(description: Description, other: Description) -> bool:
     return bool(description.differences(other)) or description.root != other.root
 
 
-def _check_same(claim: ClaimedFolder, old: Description, new: Description, kind: str) -> None:
+def _check_same(
+    claim: ClaimedFolder | SharedFolder, old: Description, new: Description, kind: str
+) -> None:
     differences = old.differences(new)
     if not differences:
         return
@@ -469,7 +499,7 @@ class StoreRun:
 
     def __init__(
         self,
-        claim: ClaimedFolder,
+        claim: ClaimedFolder | SharedFolder,
         job: Job,
         base: Manifest | None = None,
         finished: dict[int, FinishedShard] | None = None,
@@ -514,6 +544,16 @@ class StoreRun:
             return 0
         finished = self._finished.get(number)
         return self._begun.get(number, 0) if finished is None else finished.images
+
+    def missing(self) -> list[int]:
+        """Return the shards that are not finished; what other processes finished counts."""
+        last = self.job.first - (-self.job.images // self.job.description.shard_images)
+        missing = [n for n in range(self.job.first, last) if n not in self._finished]
+        for number in missing:
+            shard = FinishedShard.read(self._claim.staging, number)
+            if shard is not None:
+                self.add(shard)
+        return [number for number in missing if number not in self._finished]
 
     @contextlib.contextmanager
     def shard(self, number: int) -> Iterator[ShardWriter]:
@@ -570,6 +610,7 @@ class StoreRun:
                 manifest = replace(manifest, list_rows=self._write_list_rows(manifest, listed))
             for name in (FEATURES, IMAGES):
                 sync_folder(staging / name)
+            assert isinstance(self._claim, ClaimedFolder)  # others may not compute meanwhile
             self._claim.check()
             with ignore_signals():
                 # Now the new store is complete: if this run dies, the next one publishes it.

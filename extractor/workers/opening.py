@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 
-from extractor.errors import StoreBusyError
+from extractor.errors import ShardBusyError, StoreBusyError
 from extractor.lease.lease import Lease
 from extractor.lease.plan import RunPlan, StoreTarget
 from extractor.store.shard import ShardWriter
@@ -42,12 +43,30 @@ class ShardOpener:
         pass_index, index, images = self._plan[lease.shard]
         start = self._starts[pass_index]
         stores = self._plan.passes[pass_index].stores
-        opened = [(store, self._writer(store, store.first + index, lease)) for store in stores]
-        outputs = [
-            ShardOutput(store, writer) for store, writer in opened if writer.finished is None
-        ]
-        paths = self._paths(range(start + images.start, start + images.stop))
+        with ExitStack() as stack:
+            opened = [
+                (store, stack.enter_context(self._writer(store, store.first + index, lease)))
+                for store in stores
+            ]
+            outputs = [
+                ShardOutput(store, writer) for store, writer in opened if writer.finished is None
+            ]
+            paths = self._paths(range(start + images.start, start + images.stop))
+            stack.pop_all()
         return ShardWork(lease, paths, outputs)
+
+    def open_free(self, leases: Iterable[Lease]) -> Iterator[ShardWork]:
+        """Open the shards that no other process computes.
+
+        Raises:
+            StoreError: The file system refuses.
+        """
+        for lease in leases:
+            try:
+                work = self.open(lease)
+            except ShardBusyError:
+                continue
+            yield work
 
     def _writer(self, store: StoreTarget, number: int, lease: Lease) -> ShardWriter:
         staging, description, lock = store.staging, store.description, store.lock

@@ -19,6 +19,7 @@ import pytest
 
 from extractor.cli.main import VERBS
 from extractor.cli.parser import build_parser
+from extractor.lease.parts import COUNT_VARIABLE, Part, part_from_environment
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
@@ -126,9 +127,11 @@ def test_slurm_job_requeues_only_interrupted_runs(
 def test_slurm_job_passes_its_variables_to_extract(job: Job) -> None:
     job.end("exit 0\n")
     words = job.read("words")
-    assert words == ["--log-json", "--model", "resnet18", "--out", "my store", "my images"]
+    asked = ["--model", "resnet18", "--out", "my store", "my images"]
+    assert words == ["--log-json", "--part", "auto", *asked]
     parsed = build_parser().parse_args(words)
     assert (parsed.model, parsed.out, parsed.inputs) == (["resnet18"], "my store", ["my images"])
+    assert parsed.part == "auto"
 
 
 def test_slurm_job_forwards_sigusr1_and_requeues(job: Job) -> None:
@@ -284,20 +287,36 @@ def test_kubernetes_job_fails_at_once_on_permanent_errors(
     assert (kubernetes["apiVersion"], kubernetes["kind"]) == ("batch/v1", "Job")
     job, pod = kubernetes["spec"], kubernetes["spec"]["template"]["spec"]
     (container,) = pod["containers"]
-    fail, ignore = job["podFailurePolicy"]["rules"]
-    assert fail["action"] == "FailJob"
-    assert fail["onExitCodes"] == {
-        "containerName": container["name"],
-        "operator": "In",
-        "values": [2, 3],
-    }
+    usage, failures, ignore = job["podFailurePolicy"]["rules"]
+    for rule, action, code in ((usage, "FailJob", 2), (failures, "FailIndex", 3)):
+        assert rule["action"] == action
+        assert rule["onExitCodes"] == {
+            "containerName": container["name"],
+            "operator": "In",
+            "values": [code],
+        }
     assert ignore["action"] == "Ignore"
     assert ignore["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     # What a podFailurePolicy demands.
     assert pod["restartPolicy"] == "Never"
     assert job["podReplacementPolicy"] == "Failed"
-    assert job["backoffLimit"] > 0
+    assert job["backoffLimitPerIndex"] > 0
     assert pod["terminationGracePeriodSeconds"] > 4  # that a batch may take to end
+
+
+def test_kubernetes_job_tells_each_pod_its_part(kubernetes: dict[str, Any]) -> None:
+    job = kubernetes["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    environment = {one["name"]: one["value"] for one in container["env"]}
+    assert job["completionMode"] == "Indexed"  # sets JOB_COMPLETION_INDEX
+    assert int(environment[COUNT_VARIABLE]) == job["completions"] >= job["parallelism"]
+    words = container["command"][1:]
+    assert build_parser().parse_args(words).part == "auto"
+    parts = [
+        part_from_environment({**environment, "JOB_COMPLETION_INDEX": str(index)})
+        for index in range(job["completions"])
+    ]
+    assert parts == [Part(index, job["completions"]) for index in range(job["completions"])]
 
 
 def test_kubernetes_job_mounts_its_paths_and_one_gpu(

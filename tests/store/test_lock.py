@@ -5,8 +5,10 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import extractor.store.lock as lock_module
 from extractor.errors import StoreError
 from extractor.reading.reader import FeatureStore
-from extractor.store.claim import ClaimedFolder
+from extractor.store.claim import ClaimedFolder, SharedFolder
+from extractor.store.format import PLAN
 from extractor.store.lock import Lock
 from extractor.store.writer import StoreRun
 
@@ -188,3 +192,55 @@ def test_check_does_not_take_the_lock(tmp_path: Path) -> None:
     Lock(path).check()
     with Lock(path):
         pass
+
+
+def test_shared_lock_admits_others_that_share_it_and_no_run(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "staging" / "lock"
+    with pytest.raises(FileNotFoundError, match="lock"):
+        Lock(path, shared=True).__enter__()
+    path.parent.mkdir(parents=True)
+    path.touch()
+    refused = pytest.raises(StoreError, match=f"being written by process {os.getpid()} on")
+    with Lock(path, shared=True), Lock(path, shared=True), refused:
+        Lock(path).__enter__()
+    with Lock(path), pytest.raises(StoreError, match=f"process {os.getpid()} on"):
+        Lock(path, shared=True).__enter__()
+
+
+def test_waiting_lock_takes_over_and_says_why_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(lock_module, "TELL_SECONDS", 0.0)
+    path = tmp_path / "out" / "staging" / "lock"
+    path.parent.mkdir(parents=True)
+    first = Lock(path)
+    first.__enter__()
+    threading.Timer(0.3, first.__exit__).start()
+    begin = time.monotonic()
+    with Lock(path, waits=True):
+        assert time.monotonic() - begin >= 0.2
+    assert [record.getMessage() for record in caplog.records] == [
+        f"waiting: {tmp_path / 'out'} is being written by process {os.getpid()} on "
+        f"{socket.gethostname()}"
+    ]
+
+
+def test_shared_folder_without_a_run_is_shared_as_it_is(tmp_path: Path) -> None:
+    with SharedFolder(tmp_path / "out") as folder:
+        assert folder.staged_job() is None
+    assert not (tmp_path / "out").exists()
+
+
+def test_leaving_a_shared_folder_clears_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ClaimedFolder(out) as claim:
+        claim.start_staging()
+        (claim.staging / PLAN).write_text("{}")
+        claim.keep_work()
+    for _ in range(2):
+        refused = pytest.raises(StoreError, match="being written by")
+        with SharedFolder(out), SharedFolder(out) as folder, refused:
+            ClaimedFolder(out).__enter__()
+        assert (folder.staging / PLAN).exists()
+    with ClaimedFolder(out, waits=True) as claim:
+        assert (claim.staging / PLAN).exists()

@@ -1,0 +1,1 @@
+"""Parts of a run: a job array fills a store together."""
