@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from extractor import errors
 from extractor.errors import ExtractorError
@@ -86,7 +87,10 @@ class LocalWorkers:
         return not self._receipts and len(self._board.failed) >= HOPELESS_SHARDS
 
     def _start(self, number: int) -> None:
-        self._workers[number] = _Worker(self._setups[number])
+        setup = self._setups[number]
+        with _blocked_signals():  # of the child until it handles them, and between these two steps
+            worker = self._workers[number] = _Worker(setup.crash_log)
+        worker.send(setup)
 
     def _hand_out(self) -> None:
         """Give every worker a lease, and a second one whose images it decodes meanwhile."""
@@ -160,30 +164,34 @@ class LocalWorkers:
 
     def _end(self) -> None:
         """End all workers: those that compute may finish their batch."""
-        for worker in self._workers.values():
-            worker.send(None)
-        deadline = time.monotonic() + GRACE_SECONDS
-        for worker in self._workers.values():
-            worker.end(deadline)
+        workers = list(self._workers.values())
+        try:
+            for worker in workers:
+                worker.send(None)
+            deadline = time.monotonic() + GRACE_SECONDS
+            for worker in workers:
+                worker.wait(deadline)
+        finally:  # also after a second signal
+            with _blocked_signals():
+                for worker in workers:
+                    worker.kill()
 
 
 class _Worker:
     """One child process, and the driver's end of its socket."""
 
-    def __init__(self, setup: WorkerSetup) -> None:
-        self.crash_log = setup.crash_log
+    def __init__(self, crash_log: Path) -> None:
+        self.crash_log = crash_log
         self.failure: Failed | None = None
         self.is_ready = False
         self.has_ended = False
         ours, theirs = socket.socketpair()
         with ours, theirs:
             arguments = [sys.executable, "-c", START, str(theirs.fileno()), *sys.path]
-            with _blocked_signals():  # until the child can handle them
-                self._process = subprocess.Popen(
-                    arguments, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
-                )
+            self._process = subprocess.Popen(
+                arguments, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
             self.connection = Connection(ours.detach())
-        self.send(setup)
 
     def send(self, message: object) -> None:
         """Send a message; a worker that died meanwhile is noticed where messages are read."""
@@ -211,13 +219,16 @@ class _Worker:
             return f"{name}, maybe out of memory" if name == "SIGKILL" else name
         return f"signal {-code}"
 
-    def end(self, deadline: float) -> None:
-        """Wait until the process ends by itself, or end it at the deadline."""
+    def wait(self, deadline: float) -> None:
+        """Wait until the process ends by itself, at most until a deadline."""
         with contextlib.suppress(EOFError, OSError):
             while self.connection.poll(max(deadline - time.monotonic(), 0)):
                 self.connection.recv()  # it could not end with a full socket
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(max(deadline - time.monotonic(), 0.01))
+
+    def kill(self) -> None:
+        """End the process if it has not ended."""
         self._process.kill()
         self._process.wait()
         self.connection.close()
@@ -225,7 +236,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _blocked_signals() -> Iterator[None]:
-    """Keep signals from a child that is being started; it inherits this."""
+    """Keep signals from this thread; a child that is started inherits this."""
     numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:

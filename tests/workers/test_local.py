@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -137,4 +140,48 @@ def test_interrupted_run_leaves_no_worker(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(InterruptedRunError, match="stopped"):
         engine.run()
     assert time.monotonic() - begun < 30
+    assert children() == before
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """An alarm interrupts, as Ctrl-C does in a notebook."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt("Ctrl-C")
+
+    before = [signal.signal(number, interrupt) for number in (signal.SIGALRM, signal.SIGINT)]
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    for number, handler in zip((signal.SIGALRM, signal.SIGINT), before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_second_ctrl_c_leaves_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 50)
+    before = children()
+    engine = workers(tmp_path, Board([0]), Heard(ticks=1), is_deaf=True)
+    signal.setitimer(signal.ITIMER_REAL, 2)  # while it waits for the workers
+    with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
+        engine.run()
+    assert children() == before
+
+
+@pytest.mark.usefixtures("interrupts")
+def test_ctrl_c_while_a_worker_starts_leaves_no_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "GRACE_SECONDS", 0.5)
+    start = subprocess.Popen
+
+    def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        process = start(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGINT)
+        return process
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    before = children()
+    with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
+        workers(tmp_path, Board([0]), Heard(), is_deaf=True).run()
     assert children() == before
