@@ -405,7 +405,7 @@ def cuda(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> tuple[Setting, li
     replace("set_per_process_memory_fraction")
     replace("synchronize")
     replace("memory_allocated", 7)
-    replace("is_available", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert callable(torch.cuda._sleep)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: calls.append(("_sleep", cycles)))
     return Setting("cuda", False, setting.out, setting.photos), calls
