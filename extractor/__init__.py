@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         UsageError,
         WeightsError,
     )
+    from extractor.evaluation.comparing import Comparison, compare_stores
     from extractor.evaluation.evaluating import Evaluation, evaluate_store
     from extractor.export.exporting import ExportReport, export_store
     from extractor.images.listing import ImageList, list_images
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Backbone",
     "Changes",
+    "Comparison",
     "DecodeError",
     "DeviceError",
     "Evaluation",
@@ -84,6 +86,7 @@ __all__ = [
     "UsageError",
     "WeightsError",
     "__version__",
+    "compare_stores",
     "evaluate_store",
     "export_store",
     "extract",
@@ -113,6 +116,7 @@ _MODULES = {
         "UsageError",
         "WeightsError",
     ),
+    "extractor.evaluation.comparing": ("Comparison", "compare_stores"),
     "extractor.evaluation.evaluating": ("Evaluation", "evaluate_store"),
     "extractor.export.exporting": ("ExportReport", "export_store"),
     "extractor.images.listing": ("ImageList", "list_images"),

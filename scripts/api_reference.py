@@ -17,7 +17,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Fill stores": ("extract", "Options", "Progress", "Report", "StoreReport"),
     "Embed in memory": ("Extractor",),
     "Read stores": ("FeatureStore", "StoreInfo", "Changes"),
-    "Evaluate stores": ("evaluate_store", "Evaluation"),
+    "Evaluate stores": ("evaluate_store", "Evaluation", "compare_stores", "Comparison"),
     "Export stores": ("export_store", "ExportReport"),
     "Search": ("Searcher", "Hits", "Hit"),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),

@@ -17,6 +17,7 @@ from pathlib import Path
 import PIL
 from api_reference import api_reference
 
+from extractor.cli.compare import compare_parser
 from extractor.cli.doctor import doctor_parser
 from extractor.cli.evaluate import evaluate_parser
 from extractor.cli.export import export_parser
@@ -89,6 +90,7 @@ VERB_PARSERS = (
     verify_parser,
     compact_parser,
     evaluate_parser,
+    compare_parser,
     export_parser,
     search_parser,
     index_parser,

@@ -24,6 +24,7 @@ def test_exported_members() -> None:
     assert extractor.__all__ == [
         "Backbone",
         "Changes",
+        "Comparison",
         "DecodeError",
         "DeviceError",
         "Evaluation",
@@ -56,6 +57,7 @@ def test_exported_members() -> None:
         "UsageError",
         "WeightsError",
         "__version__",
+        "compare_stores",
         "evaluate_store",
         "export_store",
         "extract",

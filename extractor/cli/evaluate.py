@@ -15,7 +15,7 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from extractor.evaluation.evaluating import Evaluation
 
-__all__ = ["add_measure_options", "evaluate", "evaluate_parser", "numbers"]
+__all__ = ["add_measure_options", "evaluate", "evaluate_parser", "numbers", "percent"]
 
 METRICS = ("cosine", "ip", "l2")
 LABELS_HELP = (
@@ -108,7 +108,7 @@ def _page(evaluation: Evaluation) -> list[str]:
         lines.append(f"no other row has the class of {unmatched}; they count for accuracy only")
     lines += ["", f"{'measure':14} {'all':>6}  95 % interval"]
     lines += [
-        f"{name:14} {_percent(score.value):>6}  {_percent(score.low)} to {_percent(score.high)}"
+        f"{name:14} {percent(score.value):>6}  {percent(score.low)} to {percent(score.high)}"
         for name, score in evaluation.scores.items()
     ]
     shown = [name for name in evaluation.scores if not name.startswith("recall")]
@@ -116,10 +116,11 @@ def _page(evaluation: Evaluation) -> list[str]:
     head = "".join(f"  {name:>12}" for name in shown)
     lines += ["", f"{'class':{width}} {'queries':>8}{head}"]
     for name, each in evaluation.classes.items():
-        cells = "".join(f"  {_percent(each.scores[measure]):>12}" for measure in shown)
+        cells = "".join(f"  {percent(each.scores[measure]):>12}" for measure in shown)
         lines.append(f"{printable(name):{width}} {each.queries:>8,}{cells}")
     return lines
 
 
-def _percent(value: float) -> str:
+def percent(value: float) -> str:
+    """Return a fraction in percent, or a dash for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from extractor.parts.request import UnlistedImages
     from extractor.report import Progress, Report
 
-__all__ = ["extract"]
+__all__ = ["extract", "run"]
 
 
 def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int:
@@ -33,7 +33,15 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
     Raises:
         ExtractorError: The run failed.
     """
-    command = parse(arguments)
+    return run(parse(arguments), stopping, events).exit_code
+
+
+def run(command: Command, stopping: Stopping, events: Events) -> Report:
+    """Run a parsed command line, print what it did, and return it.
+
+    Raises:
+        ExtractorError: The run failed.
+    """
     own = command.own
     events.wanted = own.log_json
     for message in command.warnings:
@@ -64,7 +72,7 @@ def extract(arguments: Sequence[str], stopping: Stopping, events: Events) -> int
             print_table(summary(report))
         except OutputError as error:  # the rows are stored
             warn(str(error))
-    return report.exit_code
+    return report
 
 
 def _check(command: Command) -> None:

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from extractor.cli import doctor, evaluate, export, extract, models, search, stores
+from extractor.cli import compare, doctor, evaluate, export, extract, models, search, stores
 from extractor.cli.console import say
 from extractor.cli.json_log import Events
 from extractor.cli.signals import NAMES, EndedError, Stopping
@@ -35,6 +35,7 @@ VERBS = {
     "verify": stores.verify,
     "compact": stores.compact,
     "evaluate": evaluate.evaluate,
+    "compare": compare.compare,
     "export": export.export,
     "search": search.search,
     "index": search.index,

@@ -59,6 +59,7 @@ other commands (write a folder of the same name as ./models):
   extract verify STORE                              check every byte of a store
   extract compact STORE                             remove rows of images that changed or went
   extract evaluate STORE                            measure how well a store tells classes apart
+  extract compare -m A -m B images/                 compare models, layers or stores
   extract export STORE --to PATH                    write a store for another tool
   extract search STORE QUERY...                     find the nearest images in a store
   extract index STORE                               make an index for faster search

@@ -7,19 +7,20 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Score", "score_of"]
+__all__ = ["LEVEL", "RESAMPLES", "Score", "score_of"]
 
 RESAMPLES = 2000
 LEVEL = 0.95
 # More different values than this are replaced by the means of as many groups of neighbors.
 MAX_VALUES = 5_000
+MAX_DRAWN = 2_000_000
 
 Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Mean over queries, with an interval of 95 %.
+    """Mean over queries, with an interval.
 
     Attributes:
         value: The mean; NaN without queries.
@@ -34,7 +35,9 @@ class Score:
     queries: int
 
 
-def score_of(values: Floats, seed: int) -> Score:
+def score_of(
+    values: Floats, seed: int, *, level: float = LEVEL, resamples: int = RESAMPLES
+) -> Score:
     """Return the mean of values, and its interval if other queries had been drawn.
 
     >>> score = score_of(np.array([0.0, 1.0, 1.0, 1.0]), seed=0)
@@ -44,6 +47,8 @@ def score_of(values: Floats, seed: int) -> Score:
     Args:
         values: ``(q,)``; NaN for a query that does not count.
         seed: Seed of the resamples.
+        level: Probability that the interval covers.
+        resamples: Number of resamples.
     """
     defined = values[~np.isnan(values)]
     if not len(defined):
@@ -56,7 +61,12 @@ def score_of(values: Floats, seed: int) -> Score:
         counts = np.array([len(group) for group in groups])
     random = np.random.default_rng(seed)
     total = len(defined)
-    drawn = random.multinomial(total, counts / total, RESAMPLES)
-    means = drawn @ unique / total
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    step = max(MAX_DRAWN // len(unique), 1)  # resamples at a time
+    means = np.concatenate(
+        [
+            random.multinomial(total, counts / total, min(step, resamples - done)) @ unique / total
+            for done in range(0, resamples, step)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Score(float(defined.mean()), float(low), float(high), total)

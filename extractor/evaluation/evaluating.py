@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from extractor.errors import UsageError
 from extractor.evaluation.bootstrap import Score, score_of
-from extractor.evaluation.labels import Labels, labels_of
+from extractor.evaluation.labels import Labels, labels_of, store_of
 from extractor.evaluation.metrics import (
     average_precision_at_r,
     knn_accuracy,
@@ -22,6 +22,7 @@ from extractor.evaluation.metrics import (
 from extractor.evaluation.probe import probe as linear_probe
 from extractor.reading.groups import StoreGroup
 from extractor.reading.reader import FeatureStore
+from extractor.reading.rows import Rows
 from extractor.search.knn import Metric, check_metric, nearest
 from extractor.text import plural
 
@@ -107,12 +108,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def evaluate_store(
-    store: FeatureStore | str | os.PathLike[str],
+    store: Rows | str | os.PathLike[str],
     labels: Labels = None,
     *,
     k: Sequence[int] | None = None,
     metric: Metric = "cosine",
-    queries: FeatureStore | str | os.PathLike[str] | None = None,
+    queries: Rows | str | os.PathLike[str] | None = None,
     query_labels: Labels = None,
     probe: bool = False,
     seed: int = 0,
@@ -127,7 +128,7 @@ def evaluate_store(
     (25, 25)
 
     Args:
-        store: The store, or its folder.
+        store: The store, its folder, or a selection of its rows.
         labels: None for the names of the folders that hold the images; a CSV file with the columns
             ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function, which gets a path; a mapping
             of paths; or one label per row.
@@ -143,11 +144,12 @@ def evaluate_store(
         StoreError: A store is damaged, or the two are of different backbones.
         InstallationError: The linear probe needs scikit-learn.
     """
-    store = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
+    rows = store if isinstance(store, Rows) else FeatureStore.open(store)
+    source = store_of(rows)
     check_metric(metric)
-    names = _labels(store, labels)
-    asked = _Queries.of(store, names, queries, query_labels)
-    chosen = _checked_k(k, len(store) - asked.is_own)
+    names = _labels(rows, labels)
+    asked = _Queries.of(rows, names, queries, query_labels)
+    chosen = _checked_k(k, len(rows) - asked.is_own)
     classes = sorted(set(names))
     code_of = {name: code for code, name in enumerate(classes)}
     codes = np.array([code_of[name] for name in names], np.int64)
@@ -157,19 +159,19 @@ def evaluate_store(
     if not relevant.any():
         raise UsageError(
             f"labels: no query has another row of its class "
-            f"({plural(len(store), 'row')} in {plural(len(classes), 'class', 'classes')}), so "
+            f"({plural(len(rows), 'row')} in {plural(len(classes), 'class', 'classes')}), so "
             "nothing can be found"
         )
-    values = _retrieved(store, codes, asked, truth, relevant, metric=metric, k=chosen)
+    values = _retrieved(rows, codes, asked, truth, relevant, metric=metric, k=chosen)
     if probe:
-        rows = np.asarray(store.features[:]).reshape(len(store), -1).astype(np.float32)
+        vectors = np.asarray(rows.features[:]).reshape(len(rows), -1).astype(np.float32)
         other = None if asked.is_own else asked.vectors(slice(None)).astype(np.float32)
-        values["linear probe"] = linear_probe(rows, codes, other, truth, seed=seed)
+        values["linear probe"] = linear_probe(vectors, codes, other, truth, seed=seed)
     return Evaluation(
-        store=str(store.path),
-        model=store.info.model,
+        store=str(source.path),
+        model=source.info.model,
         metric=metric,
-        rows=len(store),
+        rows=len(rows),
         queries=len(truth),
         unmatched=int((relevant == 0).sum()),
         scores={name: score_of(each, seed) for name, each in values.items()},
@@ -178,14 +180,14 @@ def evaluate_store(
     )
 
 
-def _labels(store: FeatureStore, labels: Labels) -> list[str]:
-    if not len(store):
-        raise UsageError(f"{store.path} holds no rows, so nothing can be evaluated")
-    names = labels_of(store, labels)
+def _labels(rows: Rows, labels: Labels) -> list[str]:
+    if not len(rows):
+        raise UsageError(f"{store_of(rows).path} holds no rows, so nothing can be evaluated")
+    names = labels_of(rows, labels)
     if len(set(names)) == 1:
         raise UsageError(
-            f"labels: all rows of {store.path} have the label {names[0]!r}; expected two classes "
-            "or more"
+            f"labels: all rows of {store_of(rows).path} have the label {names[0]!r}; expected two "
+            "classes or more"
         )
     return names
 
@@ -195,36 +197,36 @@ class _Queries:
     """Rows that are searched for.
 
     Attributes:
-        store: The store that holds them.
+        rows: The rows.
         names: The label of each.
         is_own: Whether they are the rows of the store that is evaluated.
     """
 
-    store: FeatureStore
+    rows: Rows
     names: Sequence[str]
     is_own: bool
 
     @classmethod
     def of(
         cls,
-        store: FeatureStore,
+        rows: Rows,
         names: Sequence[str],
-        queries: FeatureStore | str | os.PathLike[str] | None,
+        queries: Rows | str | os.PathLike[str] | None,
         labels: Labels,
     ) -> _Queries:
         if queries is None:
             if labels is not None:
                 raise UsageError("query labels: there are no queries; name their store")
-            return cls(store, names, True)
-        other = queries if isinstance(queries, FeatureStore) else FeatureStore.open(queries)
-        StoreGroup([store, other])  # refuses stores of different backbones
+            return cls(rows, names, True)
+        other = queries if isinstance(queries, Rows) else FeatureStore.open(queries)
+        StoreGroup([store_of(rows), store_of(other)])  # refuses stores of different backbones
         if not len(other):
-            raise UsageError(f"queries: {other.path} holds no rows")
+            raise UsageError(f"queries: {store_of(other).path} holds no rows")
         return cls(other, labels_of(other, labels), False)
 
     def vectors(self, rows: slice) -> npt.NDArray[Any]:
         """Return some of the queries, ``(n, dim)``."""
-        picked = np.asarray(self.store.features[rows])
+        picked = np.asarray(self.rows.features[rows])
         return picked.reshape(len(picked), -1)
 
 
@@ -242,7 +244,7 @@ def _checked_k(k: Sequence[int] | None, available: int) -> list[int]:
 
 
 def _retrieved(
-    store: FeatureStore,
+    rows: Rows,
     codes: Codes,
     queries: _Queries,
     truth: Codes,
@@ -260,7 +262,7 @@ def _retrieved(
     for start in range(0, len(truth), step):
         chunk = slice(start, min(start + step, len(truth)))
         own = np.arange(chunk.start, chunk.stop) if queries.is_own else None
-        found = nearest(store.features, queries.vectors(chunk), depth, metric=metric, own_rows=own)
+        found = nearest(rows.features, queries.vectors(chunk), depth, metric=metric, own_rows=own)
         neighbors, wanted = with_none[found.rows], relevant[chunk]
         matches = (neighbors == truth[chunk, None]) & (neighbors >= 0)
         parts.append(

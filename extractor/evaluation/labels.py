@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 
 from extractor.errors import UsageError
 from extractor.reading.reader import FeatureStore
+from extractor.reading.rows import Rows, Selection
 from extractor.text import first_line, plural
 
-__all__ = ["Labels", "labels_of"]
+__all__ = ["Labels", "labels_of", "store_of"]
 
 Labels: TypeAlias = (
     "str | os.PathLike[str] | Callable[[str], Any] | Mapping[str, Any] | Sequence[Any] | None"
@@ -23,11 +24,27 @@ Labels: TypeAlias = (
 PATHS_SHOWN = 3
 
 
-def labels_of(store: FeatureStore, labels: Labels = None) -> list[str]:
+def store_of(rows: Rows) -> FeatureStore:
+    """Return the store that rows belong to.
+
+    Raises:
+        UsageError: They belong to several stores.
+    """
+    while isinstance(rows, Selection):
+        rows = rows.base
+    if not isinstance(rows, FeatureStore):
+        raise UsageError(
+            f"store: got {type(rows).__name__}, expected a FeatureStore, a selection of one, or "
+            "the folder of one"
+        )
+    return rows
+
+
+def labels_of(rows: Rows, labels: Labels = None) -> list[str]:
     """Return the label of each row.
 
     Args:
-        store: The store.
+        rows: A store or a selection of one.
         labels: None for the name of the folder that holds the image; a CSV file with the columns
             ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function, which gets a path; a mapping
             of paths; or one label per row.
@@ -36,22 +53,22 @@ def labels_of(store: FeatureStore, labels: Labels = None) -> list[str]:
         UsageError: A row has no label, or a label belongs to no row.
     """
     if labels is None:
-        return _checked(store.paths, [_folder(path) for path in store.paths])
+        return _checked(rows.paths, [_folder(path) for path in rows.paths])
     if isinstance(labels, (str, os.PathLike)):
         name = os.fspath(labels)
         if re.fullmatch(r".*\.py:\w+", name, re.DOTALL):
-            return _from_function(store, _function(name), name)
-        return _from_mapping(store, _read_csv(Path(name)), name)
+            return _from_function(rows, _function(name), name)
+        return _from_mapping(rows, _read_csv(Path(name)), name)
     if isinstance(labels, Mapping):
-        return _from_mapping(store, labels, "labels")
+        return _from_mapping(rows, labels, "labels")
     if callable(labels):
-        return _from_function(store, labels, "labels")
+        return _from_function(rows, labels, "labels")
     values = list(labels)
-    if len(values) != len(store):
+    if len(values) != len(rows):
         raise UsageError(
-            f"labels: got {plural(len(values), 'label')} for {plural(len(store), 'row')}"
+            f"labels: got {plural(len(values), 'label')} for {plural(len(rows), 'row')}"
         )
-    return _checked(store.paths, values)
+    return _checked(rows.paths, values)
 
 
 def _folder(path: str) -> str | None:
@@ -80,7 +97,8 @@ def _shown(paths: Sequence[str]) -> str:
     return ", ".join(ascii(path)[1:-1] for path in paths[:PATHS_SHOWN]) + more
 
 
-def _from_mapping(store: FeatureStore, labels: Mapping[str, Any], source: str) -> list[str]:
+def _from_mapping(rows: Rows, labels: Mapping[str, Any], source: str) -> list[str]:
+    store = store_of(rows)
     known = {os.path.normpath(_relative(store, path)): label for path, label in labels.items()}
     # An image that failed has a label but no row.
     failed = {str(failure.get("path")) for failure in store.failures}
@@ -90,7 +108,7 @@ def _from_mapping(store: FeatureStore, labels: Mapping[str, Any], source: str) -
             f"{source}: {plural(len(unknown), 'path')} not in {store.path}: {_shown(unknown)}; "
             f"paths are relative to {store.root}, or absolute"
         )
-    return _checked(store.paths, (known.get(path) for path in store.paths))
+    return _checked(rows.paths, (known.get(path) for path in rows.paths))
 
 
 def _relative(store: FeatureStore, path: str) -> str:
@@ -127,16 +145,16 @@ def _read_csv(path: Path) -> dict[str, str]:
     return labels
 
 
-def _from_function(store: FeatureStore, function: Callable[[str], Any], source: str) -> list[str]:
+def _from_function(rows: Rows, function: Callable[[str], Any], source: str) -> list[str]:
     labels = []
-    for path in store.paths:
+    for path in rows.paths:
         try:
             labels.append(function(path))
         except Exception as error:
             raise UsageError(
                 f"{source}: {type(error).__name__} for {path!a}: {first_line(error)}"
             ) from error
-    return _checked(store.paths, labels)
+    return _checked(rows.paths, labels)
 
 
 def _function(name: str) -> Callable[[str], Any]:
