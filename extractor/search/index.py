@@ -26,15 +26,16 @@ from extractor.search.derived import (
     shard_keys,
 )
 from extractor.search.knn import (
+    Features,
     Floats,
     Metric,
     Rows,
     best_of,
     check_metric,
     faiss_module,
-    largest_length,
     nearest,
     prepared,
+    row_blocks,
 )
 from extractor.store.format import FileEntry
 from extractor.text import plural
@@ -54,7 +55,7 @@ EXTRA = 20  # candidates beyond k, since an index holds vectors in float16
 TRAIN_ROWS_PER_LIST = 64
 MIN_ROWS_PER_LIST = 39  # faiss warns below
 MAX_RETIRED = 0.25  # share of rows in an index that no longer count; beyond it is built anew
-HALF_MAX = 60_000  # lengths that float16 can hold
+HALF_MAX = 60_000  # values that float16 can hold
 
 
 @dataclass(frozen=True)
@@ -309,7 +310,7 @@ def _present(
 
 def _new_index(faiss: Any, store: FeatureStore, kind: str, metric: Metric) -> Any:
     """Return an empty index, trained if it needs training."""
-    is_large = metric != "cosine" and largest_length(store.features) > HALF_MAX
+    is_large = metric != "cosine" and _largest_value(store.features) > HALF_MAX
     code = "Flat" if is_large else "SQfp16"
     lists = max(min(4 * math.isqrt(len(store)), len(store) // MIN_ROWS_PER_LIST), 1)
     name = {"flat": "Flat", "hnsw": f"HNSW32,{code}", "ivf": f"IVF{lists},{code}"}[kind]
@@ -319,6 +320,12 @@ def _new_index(faiss: Any, store: FeatureStore, kind: str, metric: Metric) -> An
         sample = _sample(store, TRAIN_ROWS_PER_LIST * lists)
         index.train(_vectors(store.features[sample], metric))
     return index
+
+
+def _largest_value(features: Features) -> float:
+    """Return the largest absolute value of all rows; 0 without rows."""
+    blocks = row_blocks(features, BLOCK_ROWS)
+    return max((float(np.abs(block).max(initial=0.0)) for _, block in blocks), default=0.0)
 
 
 def _sample(store: FeatureStore, count: int) -> Rows:

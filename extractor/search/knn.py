@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,11 +24,11 @@ __all__ = [
     "Library",
     "Metric",
     "Neighbors",
+    "RowLengths",
     "best_of",
     "check_metric",
     "checked_vectors",
     "faiss_module",
-    "largest_length",
     "merged",
     "nearest",
     "pair_scores",
@@ -48,6 +48,7 @@ LIBRARIES = ("auto", "faiss", "numpy")
 BLOCK_BYTES = 16 * 2**20  # of rows at a time
 PAIR_BYTES = 32 * 2**20  # of rows that are scored in float64 at a time
 QUERY_CHUNK = 1024
+FEW = 4  # queries; up to here one pass per query is faster than a matrix product
 # Candidates beyond k. More of them make a second pass over the rows rarer.
 EXTRA = 32
 
@@ -78,7 +79,7 @@ def nearest(
     metric: Metric = "cosine",
     own_rows: npt.ArrayLike | None = None,
     library: Library = "auto",
-    largest: float | None = None,
+    lengths: RowLengths | None = None,
 ) -> Neighbors:
     """Return the k nearest rows of each query.
 
@@ -99,7 +100,7 @@ def nearest(
         own_rows: ``(q,)`` or ``(q, n)`` int, rows that are left out for each query, such as its
             own; -1 for none.
         library: ``faiss``, ``numpy``, or ``auto`` for faiss where it is installed.
-        largest: :func:`largest_length` of the features, if it is known; saves a pass over them.
+        lengths: Lengths of the rows, to compute them only once for several calls.
 
     Raises:
         UsageError: A query with NaN or infinity or of another dim, or an unknown metric.
@@ -111,14 +112,13 @@ def nearest(
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise UsageError(f"k: got {k!r}, expected an integer of at least 1")
     faiss = _library(library)
-    if largest is None and metric != "cosine" and len(vectors):
-        largest = largest_length(features)
+    lengths = lengths or RowLengths(len(features))
     found = Neighbors(
         np.full((len(vectors), k), -1, np.int64), np.full((len(vectors), k), np.nan, np.float64)
     )
     for start in range(0, len(vectors) if len(features) else 0, QUERY_CHUNK):
         chunk = slice(start, start + QUERY_CHUNK)
-        search = _Search(features, vectors[chunk], own[chunk], metric, largest or 0.0)
+        search = _Search(features, vectors[chunk], own[chunk], metric, lengths)
         rows, scores = search.run(min(k, len(features)), faiss)
         found.rows[chunk, : rows.shape[1]] = rows
         found.scores[chunk, : rows.shape[1]] = scores
@@ -151,7 +151,8 @@ def best_of(
     own = _checked_rows(own_rows, len(vectors), len(features))
     missing = np.full((len(vectors), max(k - candidates.shape[1], 0)), -1, np.int64)
     candidates = np.concatenate([candidates, missing], axis=1)
-    return Neighbors(*_Search(features, vectors, own, metric, 0.0).best_of(candidates, k))
+    search = _Search(features, vectors, own, metric, RowLengths(0))
+    return Neighbors(*search.best_of(candidates, k))
 
 
 def prepared(vectors: npt.NDArray[Any], metric: Metric) -> npt.NDArray[Any]:
@@ -253,13 +254,53 @@ def _block_rows(features: Features) -> int:
     return max(BLOCK_BYTES // max(row_bytes, 1), 1)
 
 
-def largest_length(features: Features) -> float:
-    """Return the largest Euclidean length of a row, slightly rounded up; 0 without rows."""
-    largest = 0.0
-    for _, block in row_blocks(features, _block_rows(features)):
-        squares = _squares(_as_float(block, np.promote_types(block.dtype, np.float32)))
-        largest = max(largest, float(np.nanmax(squares, initial=0.0)))
-    return math.sqrt(largest) * (1 + 1e-3)
+class RowLengths:
+    """Euclidean lengths of rows, each computed when its block is first read.
+
+    Args:
+        rows: Number of rows.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self._values = np.full(rows, np.nan)
+
+    def of(self, start: int, block: npt.NDArray[Any]) -> Floats:
+        """Return the lengths of a block of rows, ``(n,)``; NaN for rows with NaN.
+
+        Args:
+            start: Row that the block begins with.
+            block: ``(n, dim)`` float32 or float64.
+        """
+        known = self._values[start : start + len(block)]
+        if np.isnan(known).any():
+            known[:] = np.sqrt(_squares(block))
+        return known
+
+    @property
+    def largest(self) -> float:
+        """Largest length so far, slightly rounded up; 0 for none."""
+        finite = self._values[np.isfinite(self._values)]
+        return float(finite.max(initial=0.0)) * (1 + 1e-3)
+
+
+class _Block(NamedTuple):
+    """Rows that are compared at a time.
+
+    Attributes:
+        start: Row that the block begins with.
+        rows: ``(n, dim)``.
+        lengths: ``(n,)``.
+    """
+
+    start: int
+    rows: npt.NDArray[Any]
+    lengths: Floats
+
+    @property
+    def unit_factors(self) -> npt.NDArray[Any]:
+        """``(n,)``, what makes rows of unit length; those of zeros stay zeros."""
+        factors: npt.NDArray[Any] = 1 / np.where(self.lengths > 0, self.lengths, 1)
+        return factors.astype(self.rows.dtype)
 
 
 def _as_float(block: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
@@ -275,6 +316,11 @@ def _squares(block: npt.NDArray[Any]) -> Floats:
         exact = block[unsure].astype(np.float64)
         squares[unsure] = np.einsum("ij,ij->i", exact, exact)
     return squares
+
+
+def _is_moderate(lengths: Floats) -> bool:
+    """Return whether products of rows neither overflow nor underflow in float32."""
+    return bool(((lengths == 0) | ((lengths > 1e-15) & (lengths < 1e15))).all())
 
 
 def _unit(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -331,50 +377,65 @@ class _Search:
     """Search for a few queries, which fit into memory with their candidates."""
 
     def __init__(
-        self, features: Features, queries: Floats, own: Rows, metric: Metric, largest: float
+        self, features: Features, queries: Floats, own: Rows, metric: Metric, lengths: RowLengths
     ) -> None:
         self._features = features
         self._own = own
         self._metric: Metric = metric
+        self._row_lengths = lengths
         self._dim = queries.shape[1]
         if metric == "cosine":
             peaks = np.abs(queries).max(axis=1, initial=0.0, keepdims=True)
             queries = _unit(queries / np.where(peaks > 0, peaks, 1))
         self._queries = queries
-        lengths = np.sqrt(np.einsum("ij,ij->i", queries, queries))
-        scales = {
-            "cosine": np.ones(len(queries)),
-            "ip": lengths * largest,
-            "l2": (lengths + largest) ** 2,
-        }[metric]
-        # No sum of dim products in float32, in any order, is further from the true one.
-        self._error = 2 * (self._dim + 8) * ROUNDING * scales
-        nonzero = scales[scales > 0]
-        fits = not len(nonzero) or (nonzero.min() > SMALLEST and nonzero.max() < LARGEST)
+        self._lengths: Floats = np.sqrt(np.einsum("ij,ij->i", queries, queries))
         is_narrow = features.dtype in (np.float16, np.float32)
-        self._dtype: type[np.floating[Any]] = np.float32 if fits and is_narrow else np.float64
+        self._dtype: type[np.floating[Any]] = np.float32 if is_narrow else np.float64
 
     def run(self, k: int, faiss: Any) -> tuple[Rows, Floats]:
         """Return rows and scores, ``(q, k)``; ``faiss`` is the library, or None."""
-        count = min(k + EXTRA + self._own.shape[1], len(self._features))
-        best = _Best(len(self._queries), count)
-        queries = self._queries.astype(self._dtype)
-        use_faiss = faiss is not None and self._dtype is np.float32
-        for start, block in self._prepared_blocks():
-            if use_faiss:
-                scores, rows = self._with_faiss(faiss, queries, block, min(count, len(block)))
-                best.add(scores, np.where(rows < 0, -1, rows + start))
-            else:
-                best.add_block(start, self._scores(queries, block))
+        total = len(self._features)
+        count = min(k + EXTRA + self._own.shape[1], total)
+        best = self._best(count, faiss)
+        scales = self._scales()
+        nonzero = scales[scales > 0]
+        if len(nonzero) and not SMALLEST < nonzero.min() <= nonzero.max() < LARGEST:
+            self._dtype = np.float64
+            best = self._best(count, None)
         scores64 = self._scored(best.rows)
         rows, scores64 = merged(best.rows, scores64, k)
-        if count < len(self._features):
+        if count < total:
+            # No sum of dim products in float32, in any order, is further from the true one.
+            error = 2 * (self._dim + 8) * ROUNDING * scales
             # A row that is no candidate has at most the lowest score of the candidates.
-            unsure = np.flatnonzero(~(scores64[:, -1] > best.scores.min(axis=1) + self._error))
+            unsure = np.flatnonzero(~(scores64[:, -1] > best.scores.min(axis=1) + error))
             if len(unsure):
-                found = self._all_above(unsure, scores64[unsure, -1] - self._error[unsure], k)
+                found = self._all_above(unsure, scores64[unsure, -1] - error[unsure], k)
                 rows[unsure], scores64[unsure] = found
         return self._shown(rows, scores64)
+
+    def _scales(self) -> Floats:
+        """Return for each query the largest value that its products add up to."""
+        if self._metric == "cosine":
+            return np.ones(len(self._queries))
+        largest = self._row_lengths.largest
+        if self._metric == "ip":
+            return self._lengths * largest
+        return np.square(self._lengths + largest)
+
+    def _best(self, count: int, faiss: Any) -> _Best:
+        """Return the best rows of all by their scores in the type of the search."""
+        best = _Best(len(self._queries), count)
+        queries = self._queries.astype(self._dtype)
+        # For a few queries, faiss would spend its time on making rows of unit length.
+        use_faiss = faiss is not None and not (self._metric == "cosine" and len(queries) <= FEW)
+        for block in self._blocks():
+            if use_faiss:
+                scores, rows = self._with_faiss(faiss, queries, block, count)
+                best.add(scores, np.where(rows < 0, -1, rows + block.start))
+            else:
+                best.add_block(block.start, self._scores(queries, block))
+        return best
 
     def best_of(self, candidates: Rows, k: int) -> tuple[Rows, Floats]:
         """Return the k best of some rows ``(q, n)``, and their scores."""
@@ -386,29 +447,42 @@ class _Search:
             scores = np.sqrt(np.maximum(-scores, 0.0))
         return rows, np.where(rows < 0, np.nan, scores)
 
-    def _prepared_blocks(self) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    def _blocks(self) -> Iterator[_Block]:
         for start, block in row_blocks(self._features, _block_rows(self._features)):
-            values = _as_float(block, self._dtype)
-            yield start, _unit(values) if self._metric == "cosine" else values
+            rows = _as_float(block, self._dtype)
+            lengths = self._row_lengths.of(start, rows)
+            if self._metric == "cosine" and not _is_moderate(lengths):
+                rows, lengths = _unit(rows), np.ones(len(rows))
+            yield _Block(start, rows, lengths)
 
     def _with_faiss(
-        self, faiss: Any, queries: npt.NDArray[Any], block: npt.NDArray[Any], count: int
+        self, faiss: Any, queries: npt.NDArray[Any], block: _Block, count: int
     ) -> tuple[npt.NDArray[Any], Rows]:
+        count = min(count, len(block.rows))
         if self._metric == "l2":
-            distances, rows = faiss.knn(queries, block, count, metric=faiss.METRIC_L2)
-            return -distances, rows
-        found: tuple[npt.NDArray[Any], Rows] = faiss.knn(
-            queries, block, count, metric=faiss.METRIC_INNER_PRODUCT
-        )
-        return found
+            distances, found = faiss.knn(queries, block.rows, count, metric=faiss.METRIC_L2)
+            return -distances, found
+        rows = block.rows
+        if self._metric == "cosine":
+            rows = rows * block.unit_factors[:, None]
+        scores, found = faiss.knn(queries, rows, count, metric=faiss.METRIC_INNER_PRODUCT)
+        return scores, found
 
-    def _scores(self, queries: npt.NDArray[Any], block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return ``(q, n)`` scores of a block, in the type of the block."""
-        scores: npt.NDArray[Any] = queries @ block.T
-        if self._metric == "l2":
-            scores *= 2
-            scores -= np.einsum("ij,ij->i", block, block)
-            scores -= np.einsum("ij,ij->i", queries, queries)[:, None]
+    def _scores(self, queries: npt.NDArray[Any], block: _Block) -> npt.NDArray[Any]:
+        """Return ``(q, n)`` scores of a block, in the type of the search."""
+        scores: npt.NDArray[Any]
+        with np.errstate(over="ignore", invalid="ignore"):  # then float64 is used
+            if len(queries) <= FEW:
+                # Threads of BLAS would cost more than they save, above all on a busy machine.
+                scores = np.stack([np.einsum("ij,j->i", block.rows, query) for query in queries])
+            else:
+                scores = queries @ block.rows.T
+            if self._metric == "cosine":
+                scores *= block.unit_factors
+            elif self._metric == "l2":
+                scores *= 2
+                scores -= np.square(block.lengths.astype(scores.dtype))
+                scores -= np.einsum("ij,ij->i", queries, queries)[:, None]
         return scores
 
     def _scored(self, rows: Rows) -> Floats:
@@ -443,10 +517,10 @@ class _Search:
         rows = np.full((len(queries), k), -1, np.int64)
         scores = np.full((len(queries), k), -np.inf)
         vectors = self._queries[queries].astype(self._dtype)
-        for start, block in self._prepared_blocks():
+        for block in self._blocks():
             near = self._scores(vectors, block) >= limits[:, None]
             for number in np.flatnonzero(near.any(axis=1)).tolist():
-                found = np.flatnonzero(near[number]) + start
+                found = np.flatnonzero(near[number]) + block.start
                 found = found[~np.isin(found, self._own[queries[number]])]
                 new = self._score_pairs(np.full(len(found), queries[number]), found)
                 both = np.concatenate([rows[number], found])[None]

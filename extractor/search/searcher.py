@@ -17,10 +17,10 @@ from extractor.search.index import MAX_K, BuiltIndex, StoreIndex, build_index, o
 from extractor.search.knn import (
     Floats,
     Metric,
+    RowLengths,
     best_of,
     check_metric,
     checked_vectors,
-    largest_length,
     nearest,
 )
 from extractor.search.queries import Query, as_vectors, queries_of
@@ -53,6 +53,7 @@ class Searcher:
     def __init__(self, rows: Rows, *, extractor: Extractor | None = None) -> None:
         self._rows = rows
         self._extractor = extractor
+        self._lengths = RowLengths(len(rows))
         self._indexes: dict[Metric, StoreIndex | None] = {}
 
     def search(
@@ -147,7 +148,7 @@ class Searcher:
             self._rows.features,
             k=k,
             metric=metric,
-            largest=None if metric == "cosine" else self._largest,
+            lengths=self._lengths,
         )
         index = None if exact else self._index_for(metric)
         left_out = 0 if own_rows is None else np.size(own_rows) // max(len(wanted), 1)
@@ -266,10 +267,6 @@ class Searcher:
         from extractor.api import Extractor  # here, because it loads torch
 
         return Extractor.for_store(self._rows)
-
-    @functools.cached_property
-    def _largest(self) -> float:
-        return largest_length(self._rows.features)
 
     def _vectors_of(self, queries: Sequence[Query]) -> Floats:
         """Return the vectors of queries.
