@@ -174,7 +174,7 @@ class Report:
         images: Number of images of the run.
         resumed: Number of images that were done before.
         passed_over: Number of files in the folders that are not images.
-        device: Device that computed, such as ``cuda:0``.
+        device: Device that computed, such as ``cuda:0``, or several of them.
         precision: Precision of the model.
         seconds: Duration of the run.
         load_seconds: Time until the models were ready: listing, loading and tuning.

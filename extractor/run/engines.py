@@ -170,6 +170,7 @@ def _compute_in_processes(
     """Compute the shards in worker processes."""
     leased.has_workers = True
     inputs, folder = computing.inputs, _folder(leased, computing)
+    _clear_device(computing.specs)
     setups = []
     for slot in slots:
         options = replace(
@@ -180,6 +181,7 @@ def _compute_in_processes(
                 _setup(leased, computing),
                 options=options,
                 pixel_share=slot.max_pixels_share,
+                processes=len(slots),
                 crash_log=folder / f"{IN_FLIGHT}-{slot.worker}",
             )
         )
@@ -209,7 +211,10 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
     )
     of_node = max(map(demand.fits, ([node] for node in nodes)), default=1)
     share = max(options.max_pixels // max(of_node, 1), 1)
-    setup = replace(_setup(leased, computing), options=options, pixel_share=share)
+    processes = max(of_node, 1)
+    setup = replace(
+        _setup(leased, computing), options=options, pixel_share=share, processes=processes
+    )
     board = Board(leased.shards)
     try:
         write_paths(setup.paths, leased.paths())
@@ -227,6 +232,15 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
     ]
     reports = _reports(leased.receipts, slots)
     return Computation(spent, reports, workers.start_seconds, threads)
+
+
+def _clear_device(specs: Sequence[EmbeddingSpec]) -> None:
+    """Leave the memory of a GPU to the workers. This process computes nothing from now on."""
+    if device_of(specs).type == "cuda":
+        for spec in specs:
+            for backbone in spec.backbones:
+                backbone.module.to("cpu")
+        torch.cuda.empty_cache()
 
 
 def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:

@@ -281,7 +281,8 @@ class Session:
             passed_over=images.passed_over,
             skipped=images.skipped,
             excluded=images.excluded,
-            device=str(device_of(specs)),
+            device=", ".join(dict.fromkeys(worker.device for worker in computation.workers))
+            or str(device_of(specs)),
             precision=join_names(list(dict.fromkeys(map(precision_of, specs)))),
             least_cosine=min(cosines, default=None),
             is_compiled=any(backbone.is_compiled for backbone in backbones),

@@ -7,12 +7,14 @@ import ctypes
 import math
 from pathlib import Path, PurePosixPath
 
-__all__ = ["free_memory", "granted_memory"]
+__all__ = ["free_memory", "granted_memory", "share_memory"]
 
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 STATM = Path("/proc/self/statm")
+
+_sharers = 1  # processes that share the memory of this machine; see share_memory()
 UNLIMITED = 2**60  # version 1 says "no limit" by a number of pages near 2**63
 
 
@@ -52,7 +54,17 @@ def free_memory() -> float:
     What the process has freed and keeps for itself counts. ``ulimit -v`` counts, too.
     """
     _, free = granted_memory()
-    return min(free + _kept_memory(), _free_addresses())
+    return min(free / _sharers + _kept_memory(), _free_addresses())
+
+
+def share_memory(processes: int) -> None:
+    """Let this process take no more than its share of the memory that is free.
+
+    Args:
+        processes: Number of processes that compute on this machine, this one included.
+    """
+    global _sharers
+    _sharers = processes
 
 
 def _machine(meminfo: Path) -> tuple[float, float]:

@@ -45,6 +45,7 @@ class WorkerSetup:
         crash_log: File for the images that the worker is decoding.
         pixel_share: Number of pixels that the worker may decode at once.
         large_image_slot: File that stands for the right to decode an image above the share.
+        processes: Number of workers on the machine, which share its memory.
     """
 
     models: tuple[str, ...]
@@ -59,6 +60,7 @@ class WorkerSetup:
     crash_log: Path
     pixel_share: int | None = None
     large_image_slot: Path | None = None
+    processes: int = 1
 
 
 class ShardWorker:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from extractor.errors import ExtractorError
 from extractor.lease.lease import Lease
+from extractor.system.memory import share_memory
 from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 from extractor.text import first_line
 
@@ -175,6 +176,7 @@ def _work(setup: WorkerSetup, child: _Child) -> None:
     from extractor.workers.worker import ShardWorker
 
     allow_pixels(setup.options.max_pixels)
+    share_memory(setup.processes)
     with compute_threads(setup.options.threads):
         worker = ShardWorker(setup)
         child.send(Ready())

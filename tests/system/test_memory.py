@@ -80,3 +80,13 @@ def test_limit_on_addresses_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert free_memory() == 900 * page
     monkeypatch.setattr(resource, "getrlimit", lambda _: (10 * page, 10 * page))
     assert free_memory() == 0
+
+
+def test_processes_share_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "granted_memory", lambda: (8.0 * MIB, 6.0 * MIB))
+    monkeypatch.setattr(memory_module, "_kept_memory", lambda: 1 * MIB)
+    monkeypatch.setattr(memory_module, "_free_addresses", lambda: math.inf)
+    assert free_memory() == 7 * MIB
+    monkeypatch.setattr(memory_module, "_sharers", 1)  # restored after the test
+    memory_module.share_memory(3)
+    assert free_memory() == 3 * MIB
