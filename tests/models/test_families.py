@@ -12,14 +12,11 @@ from extractor import load_backbone
 # Families that every run of the tests compares; the others are slow.
 ALWAYS = (
     "timm:deit_tiny_patch16_224",
-    "timm:regnetx_002",
     "timm:swin_tiny_patch4_window7_224",
     "timm:test_convnext",
     "timm:test_efficientnet",
     "timm:test_resnet",
-    "torchvision:densenet121",
     "torchvision:mobilenet_v3_small",
-    "torchvision:resnet18",
     "torchvision:squeezenet1_1",
 )
 MODELS = [
