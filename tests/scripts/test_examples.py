@@ -24,6 +24,7 @@ from extractor.lease.parts import COUNT_VARIABLE, Part, part_from_environment
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
 GUIDE = ROOT / "docs" / "batch-jobs.md"
+CLUSTER_GUIDE = ROOT / "docs" / "cluster.md"
 EVENTS = ("start", "progress", "warning", "output", "interrupted", "error", "end")
 
 # A stub of `extract` that waits for a signal as the program does: the first one ends it with 143.
@@ -384,8 +385,8 @@ def test_guide_shows_every_event() -> None:
     assert written == set(EVENTS)
 
 
-def test_guide_names_every_example() -> None:
-    text = GUIDE.read_text("utf-8")
+def test_guides_name_every_example() -> None:
+    text = GUIDE.read_text("utf-8") + CLUSTER_GUIDE.read_text("utf-8")
     for path in EXAMPLES.iterdir():
         assert f"../scripts/examples/{path.name}" in text
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
