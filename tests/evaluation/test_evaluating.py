@@ -59,11 +59,18 @@ def labels(random: np.random.Generator, count: int) -> list[str]:
     return [*names[:-2], "lonely", "alone"]
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("metric", ["cosine", "l2", "ip"])
+@pytest.mark.parametrize("long_lists", [0, 10_000], ids=["searched", "ranked"])
 def test_measures_equal_a_brute_force(
-    tmp_path: Path, write_store: WriteStore, seed: int, metric: str
+    tmp_path: Path,
+    write_store: WriteStore,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+    metric: str,
+    long_lists: int,
 ) -> None:
+    monkeypatch.setattr(evaluating, "LONG_LISTS", long_lists)
     random = np.random.default_rng(seed)
     # Small integers: distances tie often, and are exact.
     rows = random.integers(-2, 3, (90, 4)).astype(np.float32)
