@@ -249,7 +249,7 @@ def progress(now):
     if kill_at and now.phase == "computing" and now.done >= kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
 report = extract(progress=progress, **settings)
-print(report.resumed)
+print(report.resumed, len(report.workers))
 """
 
 
@@ -274,7 +274,9 @@ def stores(setting: Setting) -> Iterator[Result]:
             blocking = pool.submit(
                 _one_run, setting, common, "blocking", env={"CUDA_LAUNCH_BLOCKING": "1"}
             )
-            several = pool.submit(_one_run, setting, {**common, "processes": 2}, "several")
+            several = pool.submit(
+                _one_run, setting, {**common, "processes": 2}, "several", workers=2
+            )
             interrupted = pool.submit(_interrupted, setting, common, count)
             yield same_bytes("run twice", first, again.result())
             yield same_bytes("CUDA_LAUNCH_BLOCKING=1", first, blocking.result())
@@ -302,6 +304,7 @@ def _one_run(
     code: int = 0,
     env: Mapping[str, str] | None = None,
     wants_resumed: bool = False,
+    workers: int = 0,
 ) -> Path:
     """Run ``extract`` in a process, and return its store."""
     out = setting.scratch / f"store-{name}"
@@ -313,8 +316,10 @@ def _one_run(
         text=True,
     )
     assert done.returncode == code, f"{name}: exit code {done.returncode}, expected {code}"
-    if wants_resumed:
-        assert int(done.stdout.split()[-1]) > 0, f"{name}: nothing was resumed"
+    if code == 0:
+        resumed, found = map(int, done.stdout.split()[-2:])
+        assert resumed > 0 or not wants_resumed, f"{name}: nothing was resumed"
+        assert found == workers, f"{name}: {found} workers, expected {workers}"
     return out
 
 

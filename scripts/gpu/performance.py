@@ -27,7 +27,7 @@ from extractor.text import plural
 MODELS = ("resnet50", "vit_base_patch16_224", "convnext_base", "vit_large_patch14_224")
 STAND_INS = ("test_resnet", "test_vit")
 TINY = f"{Path(__file__).with_name('tiny_network.py')}:network"
-MOST_IMAGES = 33_000
+LEAST_IMAGES, MOST_IMAGES = 8192, 33_000  # at least one shard for each of eight processes
 EXTRACT_SECONDS = 8.0  # wanted length of a run
 READY, GO = "ready", "go"
 
@@ -179,7 +179,7 @@ def _extract(
 ) -> Iterator[Result]:
     figures = {result.name: result.figures for result in setting.results_of("model_eager")}
     rate = figures.get(f"M {model}", {}).get("images_per_second", 1000.0)
-    count = setting.pick(int(min(max(rate * EXTRACT_SECONDS, 2000), MOST_IMAGES)), 64)
+    count = setting.pick(int(min(max(rate * EXTRACT_SECONDS, LEAST_IMAGES), MOST_IMAGES)), 64)
     label = "".join(f", {key} {value}" for key, value in options.items())
     with setting.links(f"{model}-{len(options)}", count) as images:
         for number in processes:
@@ -194,12 +194,14 @@ def _extract(
                     precision=setting.pick("float16", "float32"),
                     compile="off",
                     processes=number,
+                    shard_images=setting.pick(None, 32),
                     **options,
                 )
             found = {
                 "images": report.images,
                 "images_per_second": report.images_per_second,
                 "busy": busy,
+                "workers": [worker.as_dict() for worker in report.workers],
                 "spent": report.spent and report.spent.as_dict(),
             }
             name = f"extract {model}, {plural(number, 'process', 'processes')}{label}"
