@@ -37,13 +37,18 @@ def pictures_of(specs: Sequence[EmbeddingSpec]) -> list[Preprocess]:
     return list(pictures.values())
 
 
-def batch_size_for(specs: Sequence[EmbeddingSpec], options: Options) -> int:
+def batch_size_for(specs: Sequence[EmbeddingSpec], options: Options, device: str = "") -> int:
     """Return the number of images in one forward pass.
 
     It is at most the size of a shard, which ends a batch. It does not depend on the number of
     images, since the value of a row must not depend on it.
+
+    Args:
+        specs: Embeddings of a run.
+        options: Options of the run.
+        device: Type of the device that computes; that of the specs if empty.
     """
-    batch_size = options.batch_size or default_batch_size(device_of(specs).type)
+    batch_size = options.batch_size or default_batch_size(device or device_of(specs).type)
     return min(batch_size, options.shard_images or batch_size)
 
 

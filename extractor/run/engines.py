@@ -28,15 +28,11 @@ from extractor.system.timing import KINDS, Spent, Timer
 from extractor.workers.local import LocalWorkers
 from extractor.workers.opening import ShardOpener
 from extractor.workers.pipeline import ShardPipeline
-from extractor.workers.ray_cluster import (
-    RayWorkers,
-    demand_of_workers,
-    device_of_cluster,
-    ray_cluster,
-)
+from extractor.workers.ray_cluster import demand_of_workers, device_of_cluster, ray_cluster
+from extractor.workers.ray_workers import RayWorkers
 from extractor.workers.worker import WorkerSetup
 
-__all__ = ["Computation", "Computing", "compute", "engine_for"]
+__all__ = ["Computation", "Computing", "compute", "device_elsewhere", "engine_for"]
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +94,17 @@ def engine_for(options: Options) -> Iterator[Options]:
         yield on_first_device(options)
         return
     with ray_cluster(options.address):
-        yield replace(options, device=device_of_cluster(options))
+        device = device_of_cluster(options)
+        is_here = device != "cuda" or torch.cuda.is_available()
+        yield replace(options, device=device if is_here else "cpu")
+
+
+def device_elsewhere(options: Options, specs: Sequence[EmbeddingSpec]) -> str:
+    """Return the type of device that computes if this machine has none like it; else nothing."""
+    if options.engine == "local":
+        return ""
+    device = device_of_cluster(options)
+    return "" if device == device_of(specs).type else device
 
 
 def compute(leased: LeasedRun, computing: Computing) -> Computation:
@@ -226,7 +232,7 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
     inputs = replace(computing.inputs, options=options)
     count = max(len(workers.nodes), 1)
     spent = _spent(leased.receipts, computing.specs, inputs, processes=count)
-    spent = replace(spent, cores=demand.cores)
+    spent = replace(spent, cores=demand.cores, device=device)
     slots = [
         WorkerSlot(number, f"{device} of {node}", 0, 0, 0) for number, node in workers.nodes.items()
     ]

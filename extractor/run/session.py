@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from extractor.compute.inputs import Inputs, device_of
 from extractor.compute.tune import Recorded, TuneSettings, tune
 from extractor.errors import UsageError
 from extractor.images.listing import ImageList, Input, list_images
-from extractor.lease.describe import describe, precision_of
+from extractor.lease.describe import describe
 from extractor.lease.suspects import load_suspects
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
@@ -26,7 +27,13 @@ from extractor.models.naming import join_names, store_folders
 from extractor.options import Options
 from extractor.report import Progress, Report, StoreReport
 from extractor.run.callbacks import Callbacks
-from extractor.run.engines import Computation, Computing, compute, engine_for
+from extractor.run.engines import (
+    Computation,
+    Computing,
+    compute,
+    device_elsewhere,
+    engine_for,
+)
 from extractor.run.leased import LeasedRun
 from extractor.run.output import StoreOutput, claim_store
 from extractor.run.preflight import (
@@ -37,7 +44,7 @@ from extractor.run.preflight import (
     check_output_folders,
     check_shard_count,
 )
-from extractor.run.recorded_weights import recorded_weights
+from extractor.run.recorded_weights import recorded_weights, weights_of
 from extractor.run.run_json import Computed, request_of, write_run_json
 from extractor.run.sizes import Sizes, choose_sizes
 from extractor.run.snapshot import take_snapshot, unlisted_folders
@@ -47,6 +54,8 @@ from extractor.store.job import MAX_SHARD_IMAGES
 from extractor.store.writer import existing_computation
 from extractor.system.cpu import compute_threads
 from extractor.system.timing import Timer
+from extractor.workers.ray_workers import run_trial_on_cluster
+from extractor.workers.trial import Trial
 from extractor.workers.worker import decode_sample
 
 __all__ = ["Session"]
@@ -75,6 +84,8 @@ class Session:
         self._out = out
         self._options = options
         self._here = options
+        self._elsewhere = ""
+        self._computations: list[dict[str, Any]] = []
         self._sample: list[bytes] = []
         self._crash_folder: Path | None = None  # that of the first store
         check_models(models, options)
@@ -107,7 +118,7 @@ class Session:
         with ExitStack() as stack:
             stack.enter_context(compute_threads(self._options.threads))
             claims = stack.enter_context(self.claim_outputs(specs))
-            sizes = choose_sizes(specs, claims, listed, self._options)
+            sizes = choose_sizes(specs, claims, listed, self._options, self._elsewhere)
             inputs = Inputs(
                 self._here,
                 sizes.batch_size,
@@ -145,7 +156,9 @@ class Session:
         specs = load_specs(self._models, self._here, recorded_sha256=recorded)
         import pyarrow.parquet  # noqa: F401  (fail now, not after the first shard)
 
-        check_decode_device(self._options.decode, device_of(specs))
+        self._elsewhere = device_elsewhere(self._options, specs)
+        device = torch.device(self._elsewhere) if self._elsewhere else device_of(specs)
+        check_decode_device(self._options.decode, device)
         self._clock.end("load")
         return specs
 
@@ -193,9 +206,30 @@ class Session:
             ) as crash_log:
                 return decode_sample(self._sample, specs, inputs, crash_log)
 
-        tuned = tune(specs, recorded, settings, sample)
+        tuned = list(specs)
+        if self._elsewhere:
+            self._computations = self._choose_elsewhere(specs, recorded, settings)
+        else:
+            tuned = tune(specs, recorded, settings, sample)
+            self._computations = [
+                dict(describe(spec, self._options, images.root, inputs.batch_size).computation)
+                for spec in tuned
+            ]
         self._clock.end("tune")
         return tuned
+
+    def _choose_elsewhere(
+        self,
+        specs: Sequence[EmbeddingSpec],
+        recorded: Sequence[Recorded | None],
+        settings: TuneSettings,
+    ) -> list[dict[str, Any]]:
+        """Choose the precision on a device of the cluster, since this machine has none like it."""
+        assert self._model_names is not None  # checked at the start
+        options = replace(self._options, device=self._elsewhere)
+        names, sample = tuple(self._model_names), tuple(self._sample)
+        trial = Trial(names, options, weights_of(specs), tuple(recorded), settings, sample)
+        return run_trial_on_cluster(trial)
 
     def compare(
         self,
@@ -208,9 +242,10 @@ class Session:
         content = self._options.check == "content"
         snapshot = functools.cache(lambda: take_snapshot(images, content=content))
         outputs = []
-        for claim, spec, size in zip(claims, specs, sizes.shard_images, strict=True):
-            options = replace(self._options, shard_images=size)
+        for index, (claim, spec) in enumerate(zip(claims, specs, strict=True)):
+            options = replace(self._options, shard_images=sizes.shard_images[index])
             description = describe(spec, options, images.root, sizes.batch_size)
+            description = replace(description, computation=self._computations[index])
             outputs.append(StoreOutput(claim, spec, description, images, snapshot, options))
         return outputs
 
@@ -272,8 +307,10 @@ class Session:
     ) -> Report:
         self._clock.end("publish")
         seconds = self._clock.seconds
-        backbones = [backbone for spec in specs for backbone in spec.backbones]
-        cosines = [b.least_cosine for b in backbones if b.least_cosine is not None]
+        computed = self._computations
+        cosines = [each["least_cosine"] for each in computed if each["least_cosine"] is not None]
+        precisions = dict.fromkeys(str(each["precision"]) for each in computed)
+        devices = (worker.device.partition(" of ")[0] for worker in computation.workers)
         return Report(
             stores=stores,
             images=len(images),
@@ -281,11 +318,10 @@ class Session:
             passed_over=images.passed_over,
             skipped=images.skipped,
             excluded=images.excluded,
-            device=", ".join(dict.fromkeys(worker.device for worker in computation.workers))
-            or str(device_of(specs)),
-            precision=join_names(list(dict.fromkeys(map(precision_of, specs)))),
+            device=self._elsewhere or ", ".join(dict.fromkeys(devices)) or str(device_of(specs)),
+            precision=join_names(list(precisions)),
             least_cosine=min(cosines, default=None),
-            is_compiled=any(backbone.is_compiled for backbone in backbones),
+            is_compiled=any(each["compiled"] for each in computed),
             seconds=sum(seconds.values()),
             load_seconds=sum(seconds.get(name, 0.0) for name in ("list", "load", "tune", "start")),
             accepted_failure_rate=self._options.max_failure_rate,

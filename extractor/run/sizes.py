@@ -39,6 +39,7 @@ def choose_sizes(
     claims: Sequence[ClaimedFolder],
     images: ImageList,
     options: Options,
+    device: str = "",
 ) -> Sizes:
     """Return the sizes of a run: what was chosen, else that of existing rows.
 
@@ -49,11 +50,12 @@ def choose_sizes(
         claims: Folder of each store.
         images: Images of the run.
         options: Options of the run.
+        device: Type of the device that computes; that of the specs if empty.
 
     Raises:
         StoreError: An existing store cannot be read.
     """
-    batch_size = batch_size_for(specs, options)
+    batch_size = batch_size_for(specs, options, device)
     found = [
         existing_computation(claim, describe(spec, options, images.root, batch_size))
         for claim, spec in zip(claims, specs, strict=True)

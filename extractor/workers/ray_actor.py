@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from extractor.errors import ExtractorError
 from extractor.lease.lease import Lease, Receipt
@@ -27,6 +27,7 @@ from extractor.text import first_line
 from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
 
 if TYPE_CHECKING:
+    from extractor.workers.trial import Trial
     from extractor.workers.worker import WorkerSetup
 
 __all__ = ["NEWS_SECONDS", "ShardActor", "packed"]
@@ -41,16 +42,16 @@ class _StopError(BaseException):
 
 @dataclass(frozen=True)
 class _Packed:
-    """A setup that only an actor with the same software reads."""
+    """What only an actor with the same software reads."""
 
     software: Mapping[str, str]
     folder: str  # that relative names of files start from
-    setup: bytes
+    content: bytes
 
 
-def packed(setup: WorkerSetup) -> _Packed:
-    """Return a setup for :meth:`ShardActor.prepare`."""
-    return _Packed(software_versions(), os.getcwd(), pickle.dumps(setup))
+def packed(content: WorkerSetup | Trial) -> _Packed:
+    """Return what :meth:`ShardActor.prepare` or :meth:`ShardActor.run_trial` takes."""
+    return _Packed(software_versions(), os.getcwd(), pickle.dumps(content))
 
 
 class ShardActor:
@@ -80,7 +81,7 @@ class ShardActor:
             return Failed("UsageError", problem)
         with contextlib.suppress(OSError):
             os.chdir(content.folder)
-        setup = _on_this_machine(pickle.loads(content.setup))
+        setup = _on_this_machine(pickle.loads(content.content))
         problem = _storage_problem(setup)
         if problem:
             return Failed("StoreError", problem)
@@ -89,6 +90,20 @@ class ShardActor:
         self._thread.daemon = True
         self._thread.start()
         return ready.result()
+
+    def run_trial(self, content: _Packed) -> list[dict[str, Any]] | Failed:
+        """Choose precision and compilation, see :func:`extractor.workers.trial.run_trial`."""
+        problem = _software_problem(content.software)
+        if problem:
+            return Failed("UsageError", problem)
+        with contextlib.suppress(OSError):
+            os.chdir(content.folder)
+        from extractor.workers.trial import run_trial
+
+        try:
+            return run_trial(pickle.loads(content.content))
+        except Exception as error:
+            return _failed(error)
 
     def compute(self, lease: Lease) -> Receipt | Failed:
         """Compute a shard, and return once it is on the disk.
@@ -127,9 +142,7 @@ class ShardActor:
         except _StopError:
             pass
         except Exception as error:
-            is_ours = isinstance(error, ExtractorError)
-            kind = type(error).__name__
-            failure = Failed(kind, str(error) if is_ours else f"{kind}: {first_line(error)}")
+            failure = _failed(error)
         with self._changing:
             self._failure = failure
             pending = list(self._receipts.values())
@@ -195,6 +208,12 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._actor.tell(Warned(record.getMessage()))
+
+
+def _failed(error: Exception) -> Failed:
+    kind = type(error).__name__
+    is_ours = isinstance(error, ExtractorError)
+    return Failed(kind, str(error) if is_ours else f"{kind}: {first_line(error)}")
 
 
 def _software_problem(expected: Mapping[str, str]) -> str:

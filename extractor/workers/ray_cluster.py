@@ -1,8 +1,4 @@
-"""Workers on the nodes of a Ray cluster.
-
-Only leases, receipts and the progress cross Ray. Images, rows and the list of paths are on storage
-that all nodes share.
-"""
+"""A Ray cluster: how this process joins it, and what its nodes have for workers."""
 
 from __future__ import annotations
 
@@ -15,28 +11,21 @@ import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from extractor import errors
 from extractor.errors import ExtractorError, InstallationError, UsageError
-from extractor.lease.board import Board
-from extractor.lease.lease import Lease, Receipt
-from extractor.lease.listener import Listener
-from extractor.loading.crash_log import CrashLog
+from extractor.lease.sharing import (
+    CORES_PER_CPU_PROCESS,
+    CORES_PER_GPU_PROCESS,
+    MAX_PROCESSES_PER_GPU,
+)
 from extractor.options import Options
 from extractor.text import first_line, plural
-from extractor.workers.ray_actor import ShardActor, packed
-from extractor.workers.worker import WorkerSetup
-from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
 
 __all__ = [
     "Demand",
     "Node",
-    "RayWorkers",
     "demand_of_workers",
     "device_of_cluster",
     "nodes_of_cluster",
@@ -44,27 +33,8 @@ __all__ = [
     "share_nodes",
 ]
 
-log = logging.getLogger(__name__)
-
-TICK_SECONDS = 0.2
-GROW_SECONDS = 5.0  # between two looks at the nodes of the cluster
-WAIT_SECONDS = 15.0  # without any worker, before the user is told
-GRACE_SECONDS = 4.0  # for the current batch, once the run should stop
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 60.0  # importing Ray takes seconds on a busy machine
-START_ATTEMPTS = 3  # deaths in a row, before the first worker is ready
-HOPELESS_SHARDS = 3  # that failed for good, without one that was written
-
-# A shard runs a second time once it takes so much longer than the others, and at least so long.
-SLOW_FACTOR = 1.5
-SLOW_SECONDS = 10.0
-
-CORES_PER_WORKER = 16  # see extractor.lease.sharing
-CORES_PER_GPU_WORKER = 4
-MAX_WORKERS_PER_GPU = 4
-
-# Errors of one shard or one device. All others end every worker in the same way.
-NOT_FATAL = frozenset({"DeviceError", "DecodeError", ""})
 
 
 @contextlib.contextmanager
@@ -186,6 +156,10 @@ class Demand:
         """Number of decoding threads of one worker."""
         return max(self.cores - 1, 1) if self.gpus else self.cores
 
+    def __str__(self) -> str:
+        cores = plural(self.cores, "free core")
+        return f"{cores} and a GPU" if self.gpus else cores
+
     def fits(self, nodes: Sequence[Node]) -> int:
         """Return how many workers fit on the nodes."""
         counts = []
@@ -208,13 +182,13 @@ def share_nodes(options: Options, nodes: Sequence[Node], device: str) -> Demand:
     if device == "cuda":
         able = [node for node in nodes if node.gpus and node.cores] or [Node(1, 1)]
         of_gpu = max(min(node.cores // node.gpus for node in able), 1)
-        default = min(max(of_gpu // CORES_PER_GPU_WORKER, 1), MAX_WORKERS_PER_GPU)
+        default = min(max(of_gpu // CORES_PER_GPU_PROCESS, 1), MAX_PROCESSES_PER_GPU)
         processes = options.processes or default
         return Demand(max(of_gpu // processes, 1), 1 / processes)
     least = min((node.cores for node in nodes if node.cores), default=1)
     if options.processes is not None:
         return Demand(max(least // options.processes, 1), 0)
-    return Demand(min(least, CORES_PER_WORKER), 0)
+    return Demand(min(least, CORES_PER_CPU_PROCESS), 0)
 
 
 def demand_of_workers(options: Options, device: str) -> tuple[Demand, list[Node]]:
@@ -245,334 +219,3 @@ def device_of_cluster(options: Options) -> str:
             "--device cuda"
         )
     return options.device
-
-
-class RayWorkers:
-    """Computes the shards of a board on the nodes of a cluster.
-
-    A worker that dies loses its leases, and another one takes its place where there is room. Nodes
-    that join get workers. Near the end, idle workers race those that are much slower than others.
-
-    Args:
-        setup: Setup of every worker; its crash log gets the number of the worker as a suffix.
-        demand: What each worker needs.
-        board: Shards to compute.
-        listener: Hears of the progress.
-
-    Attributes:
-        nodes: Address of the node of each worker that was ready once.
-        start_seconds: Time until the first worker had loaded the models.
-    """
-
-    def __init__(
-        self, setup: WorkerSetup, demand: Demand, board: Board, listener: Listener
-    ) -> None:
-        self.nodes: dict[int, str] = {}
-        self.start_seconds = 0.0
-        self._setup = setup
-        self._demand = demand
-        self._board = board
-        self._listener = listener
-        self._workers: dict[int, _Worker] = {}
-        self._refused: dict[int, _Worker] = {}  # keep their place, so that no other one gets it
-        self._waiting: dict[Any, tuple[_Worker, _Handler]] = {}
-        self._seconds: list[float] = []
-        self._started = 0
-        self._deaths = 0  # in a row, before any worker was ready
-        self._grown = self._told = self._begun = 0.0
-
-    def run(self) -> None:
-        """Compute all shards.
-
-        Raises:
-            InterruptedRunError: The listener asked to stop.
-            ExtractorError: No worker can work.
-        """
-        self._begun = self._told = time.monotonic()
-        try:
-            while not (self._board.is_done or self._is_hopeless):
-                self._grow()
-                self._hand_out()
-                self._listen()
-                self._listener.on_tick()
-        finally:
-            self._end()
-
-    @property
-    def _is_hopeless(self) -> bool:
-        """Whether all shards fail, not only some."""
-        return not self._seconds and len(self._board.failed) >= HOPELESS_SHARDS
-
-    def _grow(self) -> None:
-        """Start workers where the cluster has room, but no more than there are shards left."""
-        now = time.monotonic()
-        if now - self._grown < GROW_SECONDS and self._workers:
-            return
-        self._grown = now
-        held = {lease.shard for leases in self._board.running.values() for lease in leases}
-        left = self._board.waiting + len(held)
-        room = max(self._demand.fits(nodes_of_cluster()) - len(self._refused), 0)
-        if not self._refused:
-            room = max(room, 1)  # a request that waits makes an autoscaler add a node
-        for _ in range(min(left, room) - len(self._workers)):
-            self._start()
-        if now - self._told < WAIT_SECONDS or any(each.node for each in self._workers.values()):
-            return
-        self._told = now
-        self._listener.on_warning(0, f"waiting for a node with {self._needs}")
-
-    @property
-    def _needs(self) -> str:
-        cores = plural(self._demand.cores, "free core")
-        return f"{cores} and a GPU" if self._demand.gpus else cores
-
-    def _start(self) -> None:
-        number, self._started = self._started, self._started + 1
-        crash_log = self._setup.crash_log
-        crash_log = crash_log.with_name(f"{crash_log.name}-{number}")
-        worker = _Worker(number, crash_log, self._demand)
-        self._workers[number] = worker
-        setup = packed(replace(self._setup, crash_log=crash_log))
-        self._wait_for(worker, worker.actor.node.remote(), self._on_node)
-        self._wait_for(worker, worker.actor.prepare.remote(setup), self._on_ready)
-
-    def _wait_for(self, worker: _Worker, reference: Any, handler: _Handler) -> None:
-        self._waiting[reference] = (worker, handler)
-
-    def _hand_out(self) -> None:
-        """Give every worker a lease, and a second one whose images it decodes meanwhile."""
-        ready = {number: worker for number, worker in self._workers.items() if worker.is_ready}
-        running = self._board.running
-        idle = len(self._workers) - sum(number in running for number in ready)
-        for ahead in (False, True):
-            for number, worker in ready.items():
-                lease = self._board.take(number, ahead=ahead, idle=idle if ahead else 0)
-                if lease is not None:
-                    self._lease(worker, lease)
-        if self._board.waiting or not self._may_copy(running):
-            return
-        for number, worker in ready.items():
-            lease = None if worker.is_busy else self._board.copy_for(number)
-            if lease is not None:
-                self._lease(worker, lease)
-
-    def _may_copy(self, running: Any) -> bool:
-        """Return whether a shard takes much longer than the others did."""
-        if not self._setup.options.lock:  # without locks, two attempts could mix their files
-            return False
-        ages = [worker.age for worker in self._workers.values() if worker.number in running]
-        seconds = sorted(self._seconds)
-        usual = seconds[len(seconds) // 2] if seconds else 0.0
-        return bool(seconds) and max(ages, default=0.0) > max(usual * SLOW_FACTOR, SLOW_SECONDS)
-
-    def _lease(self, worker: _Worker, lease: Lease) -> None:
-        if not worker.leases:
-            worker.since = time.monotonic()
-        worker.leases.add(lease.shard)
-        self._wait_for(
-            worker,
-            worker.actor.compute.remote(lease),
-            lambda worker, answer: self._on_answer(worker, lease, answer),
-        )
-
-    def _listen(self) -> None:
-        """Handle the answers of actors, until nothing is left or it is time for a tick."""
-        import ray
-
-        references = list(self._waiting)
-        if not references:
-            time.sleep(TICK_SECONDS)
-            return
-        arrived, rest = ray.wait(references, num_returns=1, timeout=TICK_SECONDS)
-        if arrived and rest:
-            arrived += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        for reference in arrived:
-            if reference not in self._waiting:  # of a worker that died meanwhile
-                continue
-            worker, handler = self._waiting.pop(reference)
-            try:
-                answer = ray.get(reference)
-            except ray.exceptions.RayError as error:
-                self._on_death(worker, error)
-            else:
-                handler(worker, answer)
-
-    def _on_node(self, worker: _Worker, node: str) -> None:
-        worker.node = node
-
-    def _on_ready(self, worker: _Worker, answer: Ready | Failed) -> None:
-        if isinstance(answer, Failed):
-            self._refuse(worker, answer)
-            return
-        worker.is_ready = True
-        self._deaths = 0
-        if not self.nodes:
-            self.start_seconds = time.monotonic() - self._begun
-        self.nodes[worker.number] = worker.node_address()
-        self._wait_for(worker, worker.actor.news.remote(), self._on_news)
-
-    def _refuse(self, worker: _Worker, failure: Failed) -> None:
-        """Go on without a node that cannot do the work.
-
-        Raises:
-            ExtractorError: No other one can.
-        """
-        del self._workers[worker.number]
-        self._refused[worker.number] = worker
-        text = f"node {worker.node_address()} cannot take part: {failure.message}"
-        if not self._workers:
-            kind = getattr(errors, failure.kind, None)
-            is_ours = isinstance(kind, type) and issubclass(kind, ExtractorError)
-            raise (kind if is_ours and kind is not None else ExtractorError)(text)
-        self._listener.on_warning(worker.number, text)
-
-    def _on_news(self, worker: _Worker, news: list[BatchDone | Warned]) -> None:
-        for message in news:
-            if isinstance(message, Warned):
-                self._listener.on_warning(worker.number, message.message)
-            else:
-                self._listener.on_batch(worker.number, message.shard, message.done, message.failed)
-        self._wait_for(worker, worker.actor.news.remote(), self._on_news)
-
-    def _on_answer(self, worker: _Worker, lease: Lease, answer: Receipt | Failed) -> None:
-        if isinstance(answer, Failed):
-            self._on_failure(worker, answer)
-            return
-        worker.leases.discard(lease.shard)
-        worker.since = time.monotonic()
-        receipt = replace(answer, worker=worker.number)
-        self._seconds.append(receipt.wall_seconds)
-        if self._board.settle(receipt):
-            self._listener.on_receipt(receipt)
-
-    def _on_failure(self, worker: _Worker, failure: Failed) -> None:
-        """Replace a worker that ended with an error.
-
-        Raises:
-            ExtractorError: Every other worker would end in the same way.
-        """
-        kind = getattr(errors, failure.kind, None)
-        if failure.kind not in NOT_FATAL and isinstance(kind, type):
-            raise kind(failure.message)
-        self._lose(worker, failure.message, counts=True, suspects=[])
-
-    def _on_death(self, worker: _Worker, error: Exception) -> None:
-        """Replace a worker whose process, node or connection is gone.
-
-        Raises:
-            ExtractorError: No worker has become ready in several attempts.
-        """
-        if worker.number not in self._workers:
-            return
-        is_preempted = bool(getattr(error, "preempted", False))
-        text = "its node was taken away" if is_preempted else _death_text(error)
-        is_cut_off = isinstance(error, _ray_errors().ActorUnavailableError)
-        suspects: list[bytes] = []
-        if not (is_preempted or is_cut_off) and worker.is_on_live_node():
-            suspects = CrashLog.read(worker.crash_log)
-        if suspects:
-            self._listener.on_suspects(worker.number, suspects)
-        if not worker.is_ready:
-            self._deaths += 1
-        if self._deaths >= START_ATTEMPTS and not any(w.is_ready for w in self._workers.values()):
-            raise ExtractorError(f"no worker could start on the Ray cluster: {text}")
-        self._lose(worker, text, counts=not (is_preempted or is_cut_off), suspects=suspects)
-
-    def _lose(self, worker: _Worker, text: str, *, counts: bool, suspects: list[bytes]) -> None:
-        del self._workers[worker.number]
-        mine = [ref for ref, (of, _) in self._waiting.items() if of is worker]
-        for reference in mine:
-            del self._waiting[reference]
-        worker.kill()
-        self._board.lose(worker.number, text, suspects=suspects, counts=counts)
-        self._grown = 0.0
-        if not self._board.is_done:
-            text = f"worker {worker.number + 1} ended ({text}); another one takes its place"
-            self._listener.on_warning(worker.number, text)
-
-    def _end(self) -> None:
-        """End all workers: those that compute may finish their batch."""
-        import ray
-
-        stopping = [worker.actor.stop.remote() for worker in self._workers.values()]
-        if stopping:
-            with contextlib.suppress(ray.exceptions.RayError):
-                ray.wait(stopping, num_returns=len(stopping), timeout=GRACE_SECONDS)
-        for worker in (*self._workers.values(), *self._refused.values()):
-            worker.kill()
-
-
-class _Worker:
-    """One actor, as the driver sees it."""
-
-    def __init__(self, number: int, crash_log: Path, demand: Demand) -> None:
-        import ray
-
-        self.number = number
-        self.crash_log = crash_log
-        self.is_ready = False
-        self.leases: set[int] = set()
-        self.since = 0.0
-        self.node = ""
-        # Restarts are ours: the log of the images in its hands must be read before.
-        make = ray.remote(
-            num_cpus=demand.cores,
-            num_gpus=demand.gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            max_concurrency=8,  # two leases, the news and the end
-            scheduling_strategy="SPREAD",
-        )
-        self.actor: Any = make(ShardActor).remote()
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.leases)
-
-    @property
-    def age(self) -> float:
-        """Seconds since it began its shard."""
-        return time.monotonic() - self.since if self.leases else 0.0
-
-    def is_on_live_node(self) -> bool:
-        """Return whether Ray says that its node is alive."""
-        import ray
-
-        return any(node["NodeID"] == self.node and node["Alive"] for node in ray.nodes())
-
-    def node_address(self) -> str:
-        """Return the address of its node, for people."""
-        import ray
-
-        found = [node for node in ray.nodes() if node["NodeID"] == self.node]
-        return str(found[0]["NodeManagerAddress"]) if found else "unknown"
-
-    def kill(self) -> None:
-        import ray
-
-        with contextlib.suppress(Exception):
-            ray.kill(self.actor)
-
-
-_Handler = Callable[["_Worker", Any], None]
-
-
-def _death_text(error: Exception) -> str:
-    """Return why an actor is gone, in a few words; Ray needs a page for it."""
-    text = str(error)
-    if "No module named 'extractor" in text:
-        return "its node lacks this program; install it on all nodes"
-    if isinstance(error, _ray_errors().OutOfMemoryError):
-        return "out of memory"
-    if "node has died" in text or "node died" in text:
-        return "its node died"
-    if "process has died" in text:
-        return "its process died, maybe out of memory"
-    causes = [line for line in text.splitlines() if " because " in line]
-    return f"{type(error).__name__}: {causes[0][:200] if causes else first_line(error)}"
-
-
-def _ray_errors() -> Any:
-    import ray
-
-    return ray.exceptions

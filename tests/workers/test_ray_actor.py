@@ -105,7 +105,7 @@ def test_an_error_ends_the_worker_and_answers_all_leases(actor: ShardActor) -> N
 
 
 def test_another_version_is_refused_before_the_setup_is_read() -> None:
-    content = replace(packed(None), software={"extractor": "0.0.1", "python": "3.0"}, setup=b"\0")
+    content = replace(packed(None), software={"extractor": "0.0.1", "python": "3.0"}, content=b"\0")
     failed = ShardActor().prepare(content)
     assert isinstance(failed, Failed)
     assert "instead of 0.0.1, python " in failed.message

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,13 @@ from support.networks import mean_pixel
 from extractor import extract
 from extractor.errors import ExtractorError, InstallationError, UsageError
 from extractor.options import Options
-from extractor.workers.ray_cluster import Demand, Node, ray_cluster, share_nodes
+from extractor.workers.ray_cluster import (
+    Demand,
+    Node,
+    device_of_cluster,
+    ray_cluster,
+    share_nodes,
+)
 
 
 @pytest.mark.parametrize(
@@ -58,21 +66,58 @@ def test_a_worker_on_a_gpu_leaves_a_core_to_the_thread_that_launches() -> None:
     assert [Demand(cores, 0).decoding_threads for cores in (1, 4)] == [1, 4]
 
 
+@pytest.fixture
+def with_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray seems to be installed."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+
+
 def test_a_missing_ray_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(InstallationError, match=r"pip install 'backbone-extractor\[ray\]'"):
         extract(tmp_path, "resnet18", tmp_path / "out", engine="ray")
 
 
+@pytest.mark.usefixtures("with_ray")
+@pytest.mark.parametrize(
+    ("error", "match"),
+    [
+        (ConnectionError("none"), "no Ray cluster runs on this machine; start one with ray start"),
+        (
+            RuntimeError("Version mismatch: 3.10\nand 3.12"),
+            "differs: Version mismatch: 3.10 and 3",
+        ),
+        (ValueError("no node here"), r"cannot join .* \(no node here\); run the command on one of"),
+    ],
+)
+def test_a_cluster_that_cannot_be_joined_is_refused(
+    error: Exception, match: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: object) -> None:
+        raise error
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    fake = SimpleNamespace(is_initialized=lambda: False, init=init)
+    monkeypatch.setitem(sys.modules, "ray", fake)  # type: ignore[arg-type]
+    with pytest.raises(ExtractorError, match=match), ray_cluster(None):
+        pass
+
+
+@pytest.mark.usefixtures("with_ray")
+def test_a_program_that_joined_a_cluster_stays_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))  # type: ignore[arg-type]
+    with ray_cluster("127.0.0.1:1"):
+        pass
+
+
+def test_one_gpu_of_a_machine_is_no_device_of_a_cluster() -> None:
+    with pytest.raises(UsageError, match="got cuda:1, and the Ray cluster assigns GPUs"):
+        device_of_cluster(Options(device="cuda:1"))
+
+
 def test_a_model_of_the_caller_cannot_move_to_other_nodes(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be loaded on the nodes of a Ray cluster"):
         extract(photos, mean_pixel(), tmp_path / "out", engine="ray")
-
-
-@pytest.fixture
-def with_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray seems to be installed."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
 
 
 @pytest.mark.usefixtures("with_ray")
