@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +24,13 @@ from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
-__all__ = ["build", "is_function_name"]
+__all__ = ["build", "count_as_imported", "files_of_code", "is_function_name"]
 
 log = logging.getLogger(__name__)
 
 _FOLDERS: set[str] = set()  # folders from which files of models were loaded
+_FILES: dict[str, frozenset[str]] = {}  # files behind each digest of code
+_ALSO: set[Path] = set()  # files of another process that count as imported here
 
 # Image size for a function that returns a module without a transform.
 IMAGE_SIZE = 224
@@ -164,7 +166,7 @@ def _call(code: Callable[[], object], label: str) -> object:
 def _digest_of_code(path: Path) -> str:
     """Return the SHA-256 of a file and its imports from its folder, without installed packages."""
     folder = path.parent
-    files = {path}
+    files = {path, *(file for file in _ALSO if folder in file.parents and file.is_file())}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
         if file and folder in Path(file).parents and "site-packages" not in Path(file).parts:
@@ -173,7 +175,22 @@ def _digest_of_code(path: Path) -> str:
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder)}\0".encode())
         digest.update(file.read_bytes())
-    return digest.hexdigest()
+    text = digest.hexdigest()
+    _FILES[text] = frozenset(map(str, files))
+    return text
+
+
+def files_of_code(digests: Iterable[str]) -> tuple[str, ...]:
+    """Return the files behind digests of code that were computed in this process."""
+    return tuple(sorted({file for digest in digests for file in _FILES.get(digest, ())}))
+
+
+def count_as_imported(files: Iterable[str]) -> None:
+    """Let files count as code of the models beside them, as in the process that imported them.
+
+    A program may import more from the folder of a model than the model does.
+    """
+    _ALSO.update(map(Path, files))
 
 
 def _import_from(folder: Path) -> None:

@@ -18,6 +18,7 @@ from extractor.lease.lease import Receipt
 from extractor.lease.paths_file import write_paths
 from extractor.lease.sharing import Machine, WorkerSlot, on_first_device, share_out
 from extractor.models.embedding import EmbeddingSpec
+from extractor.models.from_file import files_of_code
 from extractor.options import Options
 from extractor.report import WorkerReport
 from extractor.run.leased import LeasedRun
@@ -265,6 +266,9 @@ def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
         suspects=tuple(computing.inputs.suspects),
         crash_log=folder / IN_FLIGHT,
         large_image_slot=folder / f"{LARGE_IMAGE}-{socket.gethostname()}",
+        code=files_of_code(
+            backbone.provenance.code for spec in computing.specs for backbone in spec.backbones
+        ),
     )
 
 

@@ -19,6 +19,7 @@ from extractor.lease.paths_file import PathsFile
 from extractor.lease.plan import RunPlan, StoreTarget
 from extractor.loading.crash_log import CrashLog
 from extractor.models.embedding import EmbeddingSpec, load_specs
+from extractor.models.from_file import count_as_imported
 from extractor.options import Options
 from extractor.workers.opening import ShardOpener
 from extractor.workers.pipeline import AfterBatch, OnReceipt, ShardPipeline, ShardWork
@@ -46,6 +47,7 @@ class WorkerSetup:
         pixel_share: Number of pixels that the worker may decode at once.
         large_image_slot: File that stands for the right to decode an image above the share.
         processes: Number of workers on the machine, which share its memory.
+        code: Files that the driver counted as code of the models.
     """
 
     models: tuple[str, ...]
@@ -61,6 +63,7 @@ class WorkerSetup:
     pixel_share: int | None = None
     large_image_slot: Path | None = None
     processes: int = 1
+    code: tuple[str, ...] = ()
 
 
 class ShardWorker:
@@ -90,6 +93,7 @@ class ShardWorker:
             pixel_share=setup.pixel_share,
             large_image_slot=setup.large_image_slot,
         )
+        count_as_imported(setup.code)
         specs = load_specs(setup.models, setup.options, recorded_sha256=setup.weights)
         self._specs = self._tuned(specs)
         for target in self._targets:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.commands import run_python
 from support.networks import MEAN, STD, normalized
 from support.pictures import color
 from torch import nn
@@ -19,6 +21,7 @@ from torch import nn
 from extractor import Backbone, FeatureStore, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.errors import ExtractorError, ModelError, StoreError, UsageError, WeightsError
+from extractor.models import from_file
 from extractor.models.checkpoint import MisfitError
 from extractor.preprocess import Preprocess
 from extractor.run.recompute import recompute
@@ -464,6 +467,27 @@ def test_function_accepts_pixel_options(file: Path) -> None:
     made = load(file, "bare", image_size=(32, 64), mean=(0.0, 0.0, 0.0))
     assert made.preprocess.input_size == (32, 64)
     assert made.preprocess.mean == (0, 0, 0)
+
+
+def test_worker_counts_what_the_program_imported_as_code(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program beside the file of the model imports more than the model does."""
+    (file.parent / "of_the_program.py").write_text("A = 1\n")
+    monkeypatch.syspath_prepend(file.parent)
+    importlib.import_module("of_the_program")
+    digest = load(file, "bare").provenance.code
+    files = from_file.files_of_code([digest, "another"])
+    assert files == (str(file), str(file.parent / "of_the_program.py"))
+    code = (
+        "import sys; from extractor import load_backbone; from extractor.models import from_file\n"
+        "from_file.count_as_imported(sys.argv[2:])\n"
+        "print(load_backbone(sys.argv[1], device='cpu').provenance.code)\n"
+    )
+    worker = run_python("-c", code, f"{file}:bare", *files)
+    assert worker.stdout == f"{digest}\n", worker.stderr
+    alone = run_python("-c", code, f"{file}:bare")
+    assert alone.stdout not in (f"{digest}\n", "")
 
 
 def test_changed_code_counts_as_another_network(file: Path, photos: Path, tmp_path: Path) -> None:
