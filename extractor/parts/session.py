@@ -73,15 +73,11 @@ class PartSession(Session):
                 "or choose another --out"
             )
         self._threads = 0
+        self._tuned: Sequence[EmbeddingSpec] | None = None
         super().__init__(models, out, options)
 
-    def run(self, images: Images, callbacks: Callbacks) -> Report:
-        """Compute the part, publish the stores if it was the last one, and return the report.
-
-        Raises:
-            StoreError: Parts of another run are at work in the folder.
-            InterruptedRunError: A callback asked the run to stop.
-        """
+    def _run(self, images: Images, callbacks: Callbacks) -> Report:
+        """Compute the part, publish the stores if it was the last one, and return the report."""
         if not isinstance(images, str | bytes | os.PathLike | ImageList | UnlistedImages):
             images = tuple(images)
         callbacks.report(Progress(0, 0, 0, "loading"))
@@ -98,7 +94,7 @@ class PartSession(Session):
                         report = self._leave_plan(images, specs, claims, request, callbacks)
             if report.part and not report.missing_shards:
                 callbacks.publishing()
-                report = self._publish_all(folders, specs, request, report)
+                report = self._publish_all(folders, request, report)
         return replace(report, part=str(self._part))
 
     def _leave_plan(
@@ -120,6 +116,7 @@ class PartSession(Session):
             shutil.rmtree(claim.staging / WORKERS, ignore_errors=True)
         inputs = Inputs(self._here, sizes.batch_size, suspects, Timer())
         tuned = self.choose_precision(specs, claims, listed, inputs)
+        self._tuned = tuned
         outputs = self.compare(tuned, claims, listed, sizes)
         self.check_space(outputs)
         leased = LeasedRun(outputs, listed, callbacks)
@@ -168,7 +165,9 @@ class PartSession(Session):
             timer = Timer(trace=self._options.profile is not None)
             inputs = Inputs(self._here, plan.batch_size, suspects, timer)
             images = PlannedImages.of(plan, shared)
-            outputs = self._planned(plan, images, specs, shared, inputs)
+            if self._tuned is None:
+                self._tuned = self.choose_precision(specs, shared, images, inputs)
+            outputs = self._planned(plan, images, shared)
             leased = LeasedRun(outputs, images, callbacks, self._part)
             pending = leased.pending
             computing = self._computing([output.spec for output in outputs], inputs, images)
@@ -191,7 +190,6 @@ class PartSession(Session):
     def _publish_all(
         self,
         folders: Sequence[Path],
-        specs: Sequence[EmbeddingSpec],
         request: Mapping[str, Any],
         report: Report,
     ) -> Report:
@@ -203,9 +201,7 @@ class PartSession(Session):
             for claim in claims:
                 if claim.staged_job() is not None:
                     claim.keep_work()
-            inputs = Inputs(self._here, plan.batch_size, frozenset(), Timer())
-            images = PlannedImages.of(plan, claims)
-            outputs = self._planned(plan, images, specs, claims, inputs)
+            outputs = self._planned(plan, PlannedImages.of(plan, claims), claims)
             missing = sum(output.count_missing() for output in outputs)
             if missing:  # a power cut destroyed files
                 return replace(report, missing_shards=missing)
@@ -230,21 +226,18 @@ class PartSession(Session):
         self,
         plan: PartPlan,
         images: PlannedImages,
-        specs: Sequence[EmbeddingSpec],
         folders: Folders,
-        inputs: Inputs,
     ) -> list[PlannedOutput]:
         """Return the stores as the plan has them."""
-        tuned = self.choose_precision(specs, folders, images, inputs)
+        assert self._tuned is not None
         outputs = []
-        for index, folder in enumerate(folders):
+        for index, (folder, spec) in enumerate(zip(folders, self._tuned, strict=True)):
             planned = plan.stores[index]
             options = replace(self._options, shard_images=planned.shard_images)
-            description = describe(tuned[index], options, images.root, plan.batch_size)
+            description = describe(spec, options, images.root, plan.batch_size)
             lines = order_folder(plan.paths(folders), index)
-            outputs.append(
-                PlannedOutput(folder, tuned[index], description, images, planned, options, lines)
-            )
+            output = PlannedOutput(folder, spec, description, images, planned, options, lines)
+            outputs.append(output)
         return outputs
 
 

@@ -19,6 +19,7 @@ from support.pictures import noise
 from support.stores import content
 
 import extractor.run.session as session_module
+import extractor.store.writer as writer_module
 from extractor import FeatureStore, extract
 from extractor.errors import (
     InterruptedRunError,
@@ -28,13 +29,18 @@ from extractor.errors import (
     UsageError,
 )
 from extractor.images.listing import ImageList, list_images
+from extractor.lease.parts import Part
+from extractor.loading.crash_log import CrashLog
 from extractor.models import embedding
+from extractor.options import Options
+from extractor.parts.session import _harvest, _own_folder
 from extractor.report import Progress, Report
-from extractor.store.format import STAGING
+from extractor.store.format import IN_FLIGHT, STAGING, WORKERS
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
 
 SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "device": "cpu"}
+ANY_DEVICE = Options().device
 IMAGES = 23  # eight shards, of which the last has two images
 BAD = 5
 
@@ -251,7 +257,7 @@ def test_part_may_have_other_workers_and_another_number(
     photos: Path, tmp_path: Path, alone: dict[str, object]
 ) -> None:
     out = tmp_path / "out"
-    part(photos, out, "1/2", workers=2)
+    part(photos, out, "1/2", workers=2, device=ANY_DEVICE, devices="cpu")
     part(photos, out, "4/4")
     part(photos, out, "2/3", max_failure_rate=1.0)
     assert part(photos, out, "3/4").missing_shards == 0
@@ -265,7 +271,7 @@ def test_parts_fill_several_stores_together(photos: Path, tmp_path: Path) -> Non
     for i in range(4):
         noise(100 + i, 8, 8).save(photos / f"new-{i}.png")
     extract(photos, models, outs[0], **SIZES)
-    for number in (2, 3, 1):
+    for number in (1, 3, 2):  # the first part alone fills one of the stores
         extract(photos, models, outs[1], part=f"{number}/3", **SIZES)
     for model in models:
         assert content(outs[1] / model) == content(outs[0] / model)
@@ -308,6 +314,52 @@ def test_images_that_all_fail_leave_no_store(photos: Path, tmp_path: Path) -> No
 def test_part_does_not_start_over(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="part: got overwrite"):
         part(photos, tmp_path / "out", "1/2", overwrite=True)
+
+
+@pytest.mark.parametrize("again", ["1/2", "2/2", ""])
+def test_store_of_a_part_that_died_while_publishing_is_published_by_the_next(
+    photos: Path,
+    tmp_path: Path,
+    alone: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    again: str,
+) -> None:
+    out = tmp_path / "out"
+    part(photos, out, "1/2")
+
+    def die(out: Path) -> None:
+        raise MemoryError("the process dies")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer_module, "publish_staged", die)
+        with pytest.raises(MemoryError, match="the process dies"):
+            part(photos, out, "2/2")
+    assert (out / STAGING / "store.json").exists()
+    extract(photos, "mean", out, part=again or None, **SIZES)
+    assert content(out) == alone
+    assert not (out / STAGING).exists()
+
+
+def test_suspects_of_a_dead_part_are_those_of_the_same_part_alone(tmp_path: Path) -> None:
+    staging = tmp_path / "out" / STAGING
+    staging.mkdir(parents=True)
+    with _own_folder(staging, Part(0, 2)) as folder:
+        dead = CrashLog(folder / IN_FLIGHT, 2)
+        dead.__enter__()
+        dead.note(1, b"/photos/evil.png")
+        left = (folder / IN_FLIGHT).read_bytes()
+    (staging / WORKERS / "part-1-2").mkdir()
+    (staging / WORKERS / "part-1-2" / IN_FLIGHT).write_bytes(left)
+    with _own_folder(staging, Part(1, 2)) as folder:
+        assert _harvest(folder, [staging]) == frozenset()
+    with _own_folder(staging, Part(0, 2)) as folder:
+        assert folder.name == "part-1-2"
+        assert _harvest(folder, [staging]) == {b"/photos/evil.png"}
+        with _own_folder(staging, Part(0, 2)) as copy:  # the same part runs twice
+            assert copy != folder
+            assert _harvest(copy, [staging]) == {b"/photos/evil.png"}
+        assert (folder / "lock").exists()
+    assert not list((staging / WORKERS).iterdir())
 
 
 MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"
 GUIDE = ROOT / "docs" / "batch-jobs.md"
 CLUSTER_GUIDE = ROOT / "docs" / "cluster.md"
-EVENTS = ("start", "progress", "warning", "output", "interrupted", "error", "end")
+EVENTS = ("start", "progress", "warning", "output", "shard", "interrupted", "error", "end")
 
 # A stub of `extract` that waits for a signal as the program does: the first one ends it with 143.
 WAITS = """
