@@ -35,7 +35,7 @@ K = 10
 SHARD_ROWS = 15_625
 CLUSTER_ROWS = 500
 CLUSTER_SPREAD = 0.5  # of the rows around their center, relative to the centers
-INDEX_QUERIES = 200
+INDEX_QUERIES = 1000
 
 MEMORY = """
 import sys
