@@ -25,7 +25,7 @@ from unittest import mock
 
 import numpy as np
 from common import argument_parser, positive, progress, report
-from noop_worker import START, NoSetup
+from noop_worker import START, NoActor, NoSetup
 from synthetic import SyntheticImages, path_of, paths, status, write_store
 
 from extractor import FeatureStore
@@ -45,6 +45,7 @@ BATCH = 256
 LOOKUPS = 1000
 LEASES = 20_000
 WORKERS = 8
+RAY_WORKERS = 4
 FOLDER = "store"
 
 
@@ -186,6 +187,29 @@ class Steps:
         rate = self.leases / seconds
         return {"leases": self.leases, "workers": WORKERS, "leases_per_second": rate}
 
+    def ray(self) -> dict[str, Any]:
+        """Hand out leases to Ray actors that write nothing. Their memory is not counted."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        from extractor.workers import ray_cluster, ray_workers
+
+        ray.init(num_cpus=RAY_WORKERS, include_dashboard=False, log_to_driver=False)
+        before = peak_megabytes()
+        board = Board(range(self.leases))
+        setup: Any = NoSetup(self.folder / "crash")
+        listener: Any = Silent()
+        with mock.patch.object(ray_workers, "ShardActor", NoActor):
+            workers = ray_workers.RayWorkers(setup, ray_cluster.Demand(1, 0), board, listener)
+            _, seconds = timed(workers.run)
+        ray.shutdown()
+        assert board.is_done
+        assert not board.failed
+        rate = self.leases / (seconds - workers.start_seconds)
+        own = round(peak_megabytes() - before, 1)
+        figures = {"workers": RAY_WORKERS, "leases_per_second": rate, "megabytes_beyond_ray": own}
+        return {"leases": self.leases, "start_seconds": workers.start_seconds, **figures}
+
     def _snapshot(self) -> Snapshot:
         listed = PackedPaths(paths(self.images.count))
         sizes, mtimes = status(range(self.images.count))
@@ -207,7 +231,11 @@ STEPS = (
     "compact",
     "board",
     "processes",
+    "ray",
 )
+# Steps that need an extra, or as much memory as rows; run only if they are asked for.
+OPTIONAL = ("verify", "compact", "ray")
+DEFAULT_STEPS = tuple(step for step in STEPS if step not in OPTIONAL)
 
 
 def hand_out(leases: int, workers: int) -> None:
@@ -242,7 +270,7 @@ def main() -> None:
     parser.add_argument("--dim", type=positive, default=DIM)
     parser.add_argument("--shard-images", type=positive, help="default: as a new store would")
     parser.add_argument("--leases", type=positive, default=LEASES)
-    parser.add_argument("--steps", nargs="+", choices=STEPS, default=STEPS, metavar="STEP")
+    parser.add_argument("--steps", nargs="+", choices=STEPS, default=DEFAULT_STEPS, metavar="STEP")
     parser.add_argument("--folder", help="parent of the store (default: the system's for such)")
     parser.add_argument("--keep", help="folder of the store, which stays there for later steps")
     parser.add_argument("--one-step", choices=STEPS, help="run one step in this process")

@@ -47,6 +47,7 @@ def test_scale_benchmark_reports_every_step(tmp_path: Path) -> None:
     figures = json.loads(done.stdout)
     steps = [figures[name] for name in figures if name not in ("machine", "versions")][2:]
     assert len(steps) >= 11
+    assert {"verify", "compact", "ray"}.isdisjoint(figures)
     assert not [step for step in steps if "error" in step or step["megabytes"] < 0]
     assert figures["write"]["shards"] == 3
     assert figures["board"]["leases"] == 50
