@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from extractor.lease.lease import Lease, Receipt
+from extractor.options import Options
 from extractor.workers.worker_process import Ready
 
 __all__ = ["START", "NoActor", "NoSetup", "main"]
@@ -24,9 +25,11 @@ class NoSetup:
 
     Attributes:
         crash_log: File that does not exist.
+        options: Options of the run.
     """
 
     crash_log: Path
+    options: Options = field(default_factory=Options)
 
 
 def main(descriptor: int) -> None:
