@@ -192,15 +192,15 @@ class Steps:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         import ray
 
-        from extractor.workers import ray_cluster
+        from extractor.workers import ray_cluster, ray_workers
 
         ray.init(num_cpus=RAY_WORKERS, include_dashboard=False, log_to_driver=False)
         before = peak_megabytes()
         board = Board(range(self.leases))
         setup: Any = NoSetup(self.folder / "crash")
         listener: Any = Silent()
-        with mock.patch.object(ray_cluster, "ShardActor", NoActor):
-            workers = ray_cluster.RayWorkers(setup, ray_cluster.Demand(1, 0), board, listener)
+        with mock.patch.object(ray_workers, "ShardActor", NoActor):
+            workers = ray_workers.RayWorkers(setup, ray_cluster.Demand(1, 0), board, listener)
             _, seconds = timed(workers.run)
         ray.shutdown()
         assert board.is_done
