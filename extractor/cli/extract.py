@@ -105,6 +105,8 @@ def _compute(
     with bar, events.alone(), logging_to(write, names_worker=names_worker):
         keep_freed_memory()
         spin_briefly()  # takes effect only before torch is imported, which the next lines do
+        # Ray would print the logs of a node that dies. A warning says what a run needs to know.
+        os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
         with freeze_imports():
             from extractor import api
             from extractor.images.budget import allow_pixels

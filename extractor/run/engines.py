@@ -211,7 +211,7 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
     """Compute the shards on the nodes of a Ray cluster."""
     leased.has_workers = True
     given, device = computing.options, device_of_cluster(computing.options)
-    demand, nodes = demand_of_workers(given, device)
+    demand, nodes = demand_of_workers(given, device, leased.on_tick)
     threads = given.threads or demand.cores
     options = replace(
         given, device=device, workers=given.workers or demand.decoding_threads, threads=threads

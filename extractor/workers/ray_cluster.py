@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from extractor.errors import ExtractorError, InstallationError, UsageError
@@ -33,6 +34,10 @@ __all__ = [
     "share_nodes",
 ]
 
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 0.2
+WAIT_SECONDS = 15.0  # for a node, before the user is told
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 60.0  # importing Ray takes seconds on a busy machine
 
@@ -191,10 +196,34 @@ def share_nodes(options: Options, nodes: Sequence[Node], device: str) -> Demand:
     return Demand(min(least, CORES_PER_CPU_PROCESS), 0)
 
 
-def demand_of_workers(options: Options, device: str) -> tuple[Demand, list[Node]]:
-    """Return what each worker needs on the cluster as it is now, and its nodes."""
-    nodes = nodes_of_cluster()
+def demand_of_workers(
+    options: Options, device: str, on_tick: Callable[[], None] = lambda: None
+) -> tuple[Demand, list[Node]]:
+    """Return what each worker needs on the cluster as it is now, and its nodes.
+
+    Waits for the first node of the kind: the nodes of a new cluster join it one after the other.
+
+    Args:
+        options: Options of the run.
+        device: Type of the device.
+        on_tick: Called while it waits; may raise an exception to stop.
+    """
+    nodes = _wait_for_nodes(device, on_tick)
     return share_nodes(options, nodes, device), nodes
+
+
+def _wait_for_nodes(device: str, on_tick: Callable[[], None]) -> list[Node]:
+    """Return the nodes, as soon as one of them has room for a worker."""
+    told = time.monotonic()
+    while True:
+        nodes = nodes_of_cluster()
+        if any(node.cores and (node.gpus or device != "cuda") for node in nodes):
+            return nodes
+        if time.monotonic() - told > WAIT_SECONDS:
+            told = time.monotonic()
+            log.warning("waiting for a node with %s", "a GPU" if device == "cuda" else "a core")
+        time.sleep(TICK_SECONDS)
+        on_tick()
 
 
 def nodes_of_cluster() -> list[Node]:
@@ -208,11 +237,14 @@ def nodes_of_cluster() -> list[Node]:
 def device_of_cluster(options: Options) -> str:
     """Return the type of device that the workers compute on.
 
+    ``auto`` is a GPU if a node that has joined by now has one.
+
     Raises:
         UsageError: The options name one GPU of a machine.
     """
     if options.device == "auto":
-        return "cuda" if any(node.gpus for node in nodes_of_cluster()) else "cpu"
+        nodes = _wait_for_nodes("cpu", lambda: None)
+        return "cuda" if any(node.gpus for node in nodes) else "cpu"
     if ":" in options.device:
         raise UsageError(
             f"device: got {options.device}, and the Ray cluster assigns GPUs to workers; use "

@@ -16,9 +16,11 @@ from support.networks import mean_pixel
 from extractor import extract
 from extractor.errors import ExtractorError, InstallationError, UsageError
 from extractor.options import Options
+from extractor.workers import ray_cluster as module
 from extractor.workers.ray_cluster import (
     Demand,
     Node,
+    demand_of_workers,
     device_of_cluster,
     ray_cluster,
     share_nodes,
@@ -108,6 +110,22 @@ def test_a_program_that_joined_a_cluster_stays_in_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))  # type: ignore[arg-type]
     with ray_cluster("127.0.0.1:1"):
         pass
+
+
+def test_a_run_waits_for_the_first_node_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    joined = iter([[Node(0, 0)], [Node(0, 0), Node(4, 0)], [Node(4, 0), Node(8, 1)]])
+    ticks: list[None] = []
+    monkeypatch.setattr(module, "nodes_of_cluster", lambda: next(joined))
+    monkeypatch.setattr(module, "TICK_SECONDS", 0)
+    monkeypatch.setattr(module, "WAIT_SECONDS", -1)
+
+    demand, nodes = demand_of_workers(Options(), "cuda", lambda: ticks.append(None))
+
+    assert (demand, len(nodes)) == (Demand(4, 1 / 2), 2)
+    assert len(ticks) == 2
+    assert "waiting for a node with a GPU" in caplog.text
 
 
 def test_one_gpu_of_a_machine_is_no_device_of_a_cluster() -> None:
