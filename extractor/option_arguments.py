@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import TypedDict
 
-from extractor.options import Check, Compile, Decode, Dtype, Engine, Fuse, Precision
+from extractor.options import Augment, Check, Compile, Decode, Dtype, Engine, Fuse, Precision
 from extractor.preprocess import Fit, GrayBits, Interpolation
 
 __all__ = ["BackboneArguments", "EmbeddingArguments", "OptionArguments", "ServingArguments"]
@@ -26,6 +26,8 @@ class BackboneArguments(TypedDict, total=False):
     layers: Sequence[str]
     pool: str
     keep_head: bool
+    augment: Augment | None
+    scales: tuple[float, ...] | None
     image_size: int | tuple[int, int] | None
     test_size: bool
     crop_pct: float | None

@@ -13,6 +13,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from extractor.errors import UsageError
@@ -48,6 +49,7 @@ Precision = Literal["auto", "float32", "bfloat16", "float16", "mixed"]
 Compile = Literal["auto", "on", "off"]
 Fuse = Literal["auto", "off"]
 Dtype = Literal["float32", "float16"]
+Augment = Literal["flip"]
 Decode = Literal["scaled", "exact", "gpu"]
 Check = Literal["stat", "content"]
 Engine = Literal["local", "ray"]
@@ -57,6 +59,8 @@ MAX_BATCH_SIZE = 65_536
 MAX_WORKERS = 1_024
 MAX_IMAGE_SIZE = 16_384
 MAX_SECONDS = 1e6
+LEAST_SCALE, MAX_SCALE = 0.1, 4.0
+MAX_SCALES = 8
 MAX_INTEGER = 2**63 - 1
 
 MAX_PIXELS = 200_000_000  # default limit for one image before it is resized
@@ -178,6 +182,44 @@ def parse_rgb(text: str) -> tuple[float, float, float]:
     return red, green, blue
 
 
+def parse_scales(text: str) -> tuple[float, ...]:
+    """Return the factors written as ``1,0.71``.
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise ValueError(f"got {text!r}, expected numbers such as 1,0.71") from None
+
+
+def _check_scales(scales: object) -> tuple[float, ...] | None:
+    """Return the scales as floats, the largest first; None if there is nothing but 1.
+
+    Raises:
+        UsageError: They are no different numbers, or out of range.
+    """
+    if scales is None:
+        return None
+    if not isinstance(scales, (tuple, list)) or not 1 <= len(scales) <= MAX_SCALES:
+        raise UsageError(
+            f"scales: got {scales!r}, expected 1 to {MAX_SCALES} numbers such as (1, 0.71)"
+        )
+    for scale in scales:
+        is_number = isinstance(scale, Real) and not isinstance(scale, bool)
+        if not is_number or not LEAST_SCALE <= scale <= MAX_SCALE:
+            raise UsageError(
+                f"scales: got {scale!r}, expected numbers from {LEAST_SCALE:g} to {MAX_SCALE:g}, "
+                "such as 1,0.71"
+            )
+    factors = tuple(sorted(map(float, scales), reverse=True))
+    twice = [f"{scale:g}" for scale in sorted(set(factors)) if factors.count(scale) > 1]
+    if twice:
+        raise UsageError(f"scales: got {twice[0]} more than once, expected each only once")
+    return None if factors == (1.0,) else factors
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """Everything a caller can choose about a run, except the images, the model and the output.
@@ -280,6 +322,31 @@ class Options:
             "keep the classifier and use its output, such as logits or CLIP's projected vector",
             EMBEDDING,
             advanced=True,
+            scope="backbone",
+        ),
+    )
+    augment: Augment | None = option(
+        None,
+        Flag(
+            "--augment",
+            "flip takes the mean of the embeddings of an image and of its mirror image",
+            EMBEDDING,
+            advanced=True,
+            unset="the image alone",
+            scope="backbone",
+        ),
+    )
+    scales: tuple[float, ...] | None = option(
+        None,
+        Flag(
+            "--scales",
+            "take the mean of the embeddings of an image resized by each of these factors, such as "
+            "1,0.71; for models that accept several sizes",
+            EMBEDDING,
+            metavar="FACTORS",
+            advanced=True,
+            parse=parse_scales,
+            unset="1",
             scope="backbone",
         ),
     )
@@ -770,6 +837,12 @@ class Options:
         kind = parse_pooling(self.pool).kind
         if not self.layers and self.pool != "avg":
             raise UsageError(f"pool: {self.pool} pools a layer; name one, such as --layer layer4")
+        object.__setattr__(self, "scales", _check_scales(self.scales))
+        if kind == "none" and (self.augment or self.scales):
+            raise UsageError(
+                "pool: none keeps positions, which differ from view to view; leave out --augment "
+                "and --scales, or choose another --pool"
+            )
         if len(set(self.layers)) < len(self.layers):
             raise UsageError(f"layers: got {', '.join(self.layers)}, expected each only once")
         if self.concat and len(self.layers) < 2 and not any(map(is_open_layer, self.layers)):

@@ -132,7 +132,7 @@ CLASSES: tuple[tuple[Scope, str, str], ...] = (
 def option_arguments() -> str:
     """Return the module with the ``TypedDict`` classes of all options."""
     declared = options_in(Options)
-    own = {"Check", "Compile", "Decode", "Dtype", "Engine", "Fuse", "Precision"}
+    own = {"Augment", "Check", "Compile", "Decode", "Dtype", "Engine", "Fuse", "Precision"}
     names = sorted(own & {annotation.split(" ")[0] for annotation in _annotations(declared)})
     parts = [ARGUMENTS_HEAD.format(imports=", ".join(names))]
     for scope, head, function in CLASSES:

@@ -6,6 +6,7 @@ import argparse
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from extractor.cli.console import logging_to, print_lines, say, warn
@@ -34,6 +35,8 @@ a machine without network. Weights that are in the cache are not downloaded agai
 # Number of name components shown by `models show`; the second level has resnet50's layer3.5.
 DEPTH = 2
 RENAMED_SHOWN = 3
+SMALLER = 0.71  # a scale to try
+SCALES = {True: "any, with --scales", False: "1 only", None: "unknown"}
 
 
 def list_parser() -> argparse.ArgumentParser:
@@ -220,9 +223,32 @@ def _details(name: str) -> dict[str, Any]:
         "heads": list(backbone.heads),
         "preprocess": backbone.preprocess.as_dict(),
         "test_preprocess": backbone.evaluations[1].as_dict() if backbone.evaluations else None,
+        "other_sizes": _takes_other_sizes(backbone),
         "weights": _weights(known),
         "layers": _layers(backbone),
     }
+
+
+def _takes_other_sizes(backbone: Backbone) -> bool | None:
+    """Return whether the network also embeds smaller images; None if it cannot be tried."""
+    import torch
+
+    from extractor.models.load import with_views
+    from extractor.network.probe import PROBE_IMAGES
+    from extractor.network.views import Views
+
+    size = backbone.preprocess.input_size
+    weight = next(backbone.module.parameters(), torch.zeros(()))
+    tried = replace(backbone, device=weight.device)  # perhaps the meta device
+    try:
+        tried.embed(torch.zeros(PROBE_IMAGES, 3, *size))
+    except Exception:  # some networks need values
+        return None
+    try:
+        with_views(tried, Views(scales=(1.0, SMALLER)), Options())
+    except ModelError:
+        return False
+    return True
 
 
 def _layers(backbone: Backbone) -> list[dict[str, Any]]:
@@ -261,6 +287,7 @@ def _page(details: dict[str, Any]) -> list[str]:
         ),
         ("images", f"{_size(pixels)}, {pixels['interpolation']}"),
         *_test_size(details["test_preprocess"]),
+        ("scales", SCALES[details["other_sizes"]]),
         ("mean, std", f"{pixels['mean']}, {pixels['std']}"),
         ("weights", _tags(details["weights"])),
     ]

@@ -95,9 +95,17 @@ def _embedding(store: FeatureStore) -> str:
         f"pool {embedding['pool'] or 'none'}" if layer else "",
         " x ".join(map(str, description.shape)),
         description.dtype,
+        *_views(embedding),
         "unit length" if embedding.get("normalized") else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _views(embedding: Mapping[str, Any]) -> list[str]:
+    """Return which views of an image were averaged, in words."""
+    flip = "mean with the mirror image" if embedding.get("augment") == "flip" else ""
+    factors = " and ".join(f"{scale:g}" for scale in embedding.get("scales", ()))
+    return [flip, factors and f"mean over scales {factors}"]
 
 
 def _computation(computation: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ def describe(spec: EmbeddingSpec, options: Options, root: bytes, batch_size: int
             "shape": list(spec.shape),
             "dtype": options.dtype,
             "normalized": options.normalize,
+            **first.views.as_dict(),
         },
         preprocess=(
             {"parts": [backbone.preprocess.as_dict() for backbone in spec.backbones]}

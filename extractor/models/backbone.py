@@ -20,6 +20,7 @@ from extractor.network.module_names import find_modules
 from extractor.network.precision import convert, input_dtype, resolve_precision
 from extractor.network.probe import describe_shapes, probe
 from extractor.network.taps import POOLED_FEATURES, Output, Taps
+from extractor.network.views import ONE_VIEW, Views
 from extractor.options import Options, Pooling, parse_pooling
 from extractor.preprocess import Preprocess
 from extractor.system.devices import device_errors, resolve_device
@@ -66,6 +67,7 @@ class Backbone:
         kept_heads: Dotted names of the classifiers, if they were kept.
         evaluations: Published evaluation transforms, if there are two: at the size of training and
             at the size of tests.
+        views: Views of an image whose embeddings are averaged.
     """
 
     module: nn.Module
@@ -82,10 +84,16 @@ class Backbone:
     folded: tuple[str, ...] = ()
     kept_heads: tuple[str, ...] = ()
     evaluations: tuple[Preprocess, ...] = ()
+    views: Views = ONE_VIEW
 
     def __post_init__(self) -> None:
         if not self.outputs or (self.taps is None and len(self.outputs) != 1):
             raise ValueError(f"got {len(self.outputs)} outputs without taps, expected one")
+        if self.views != ONE_VIEW and any(len(output.shape) > 1 for output in self.outputs):
+            raise UsageError(
+                "pool: maps and tokens differ from view to view; leave out augment and scales, or "
+                "pool the layer"
+            )
         self.module.eval()
         for parameter in self.module.parameters():  # TorchScript modules lack requires_grad_
             parameter.requires_grad_(False)
@@ -159,6 +167,8 @@ class Backbone:
         """Image size in words, with the published sizes that are not in use."""
         words = ("training size", "test size")
         sizes = [self.preprocess.size_text]
+        if self.views.count > 1:
+            sizes.append(f"mean of {self.views.count} views")
         for name, published in zip(words, self.evaluations, strict=False):
             if published.size_text != self.preprocess.size_text:
                 sizes.append(f"{name} {published.size_text}")
@@ -196,6 +206,8 @@ class Backbone:
     def embed(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Embed a batch of pixels in one forward pass; return a tensor for each output.
 
+        There is one pass for each of several :attr:`views`, and the result is their mean.
+
         Args:
             pixels: ``(B, 3, H, W)`` floating point, RGB, normalized as ``preprocess`` says.
 
@@ -205,12 +217,22 @@ class Backbone:
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
-        pixels = pixels.to(self.device, self.dtype)
+        pixels = pixels.to(self.device)
         with torch.inference_mode():
-            if self.taps is not None:
-                tensors: tuple[object, ...] = self.taps(self.module, pixels)
-            else:
-                tensors = (_vector(self.module(pixels), self.outputs[0]),)
+            if self.views.count == 1:
+                return self._embed_view(*self.views.of(pixels))
+            sums: list[torch.Tensor] = []
+            for view in self.views.of(pixels):
+                outputs = self._embed_view(view)
+                sums = [a + b for a, b in zip(sums, outputs, strict=True)] if sums else [*outputs]
+            return tuple(each / self.views.count for each in sums)
+
+    def _embed_view(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        pixels = pixels.to(self.dtype)
+        if self.taps is not None:
+            tensors: tuple[object, ...] = self.taps(self.module, pixels)
+        else:
+            tensors = (_vector(self.module(pixels), self.outputs[0]),)
         embeddings = []
         for tensor, output in zip(tensors, self.outputs, strict=True):
             expected = (len(pixels), *output.shape)
@@ -302,8 +324,9 @@ class Backbone:
         """
         if self.device.type != "cpu" or self.is_compiled:
             return wanted
-        height, width = self.preprocess.input_size
-        fit = images_that_fit(self, (height, width), wanted, reserved_bytes=reserved_bytes)
+        height, width = max(self.views.sizes(self.preprocess.input_size))
+        single = replace(self, views=ONE_VIEW)  # views are computed one after the other
+        fit = images_that_fit(single, (height, width), wanted, reserved_bytes=reserved_bytes)
         if not fit.images:
             others = f", the decoded batches {_gib(reserved_bytes)}" if reserved_bytes else ""
             raise DeviceError(
@@ -342,7 +365,9 @@ class Backbone:
         with device_errors(self.device):
             pixels = torch.cat([*flat, noise])[-count:]
             pixels = pixels.to(self.device, memory_format=torch.channels_last)
-            self.folded = fuse(self.module, self.embed, pixels)
+            single = replace(self, views=ONE_VIEW)
+            compared = None if self.views == ONE_VIEW else self.embed
+            self.folded = fuse(self.module, single.embed, pixels, compared=compared)
         return self
 
     def to(self, device: torch.device, precision: str = "float32") -> Backbone:

@@ -62,6 +62,11 @@ class EmbeddingSpec:
     def __post_init__(self) -> None:
         if not self.parts or (len(self.parts) > 1 and any(len(s) > 1 for s in self._shapes)):
             raise ValueError(f"{self.name}: shapes {self._shapes} cannot be joined")
+        if len({backbone.views for backbone in self.backbones}) > 1:
+            raise UsageError(
+                f"{self.name}: joins backbones that average different views of an image; give all "
+                "of them --augment and --scales, or none"
+            )
 
     @property
     def _shapes(self) -> list[tuple[int, ...]]:

@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from extractor.errors import ModelError, UsageError
+import torch
+
+from extractor.errors import DeviceError, ModelError, UsageError
 from extractor.models import from_file, from_timm, from_torchvision
 from extractor.models.backbone import Backbone
 from extractor.models.catalog import Catalog
@@ -20,6 +22,7 @@ from extractor.models.weight_files import WeightsFile
 from extractor.network.precision import resolve_precision
 from extractor.network.probe import PROBE_IMAGES, probe
 from extractor.network.taps import Output
+from extractor.network.views import ONE_VIEW, Views
 from extractor.options import (
     DEFAULT_MODEL,
     Options,
@@ -27,13 +30,14 @@ from extractor.options import (
     signature_with_options,
 )
 from extractor.system.devices import device_errors, resolve_device
+from extractor.text import first_line
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from extractor.option_arguments import BackboneArguments
 
-__all__ = ["adapt", "fetch", "load", "load_backbone", "resolve_name", "with_changes"]
+__all__ = ["adapt", "fetch", "load", "load_backbone", "resolve_name", "with_changes", "with_views"]
 
 log = logging.getLogger(__name__)
 
@@ -132,16 +136,14 @@ def _advice(error: MisfitError, model: str) -> str:
 
 
 def adapt(backbone: Backbone, options: Options) -> Backbone:
-    """Apply the bypasses and layers of ``options`` to a loaded backbone, and try its image size.
+    """Apply bypasses, layers and views to a loaded backbone, and try its image sizes.
 
     Raises:
-        ModelError: The model cannot take the image size, or there is no such module.
+        ModelError: The model cannot take an image size, or there is no such module.
         UsageError: An image size for a backbone whose layers are already chosen.
         DeviceError: A single image does not fit in the memory of the CPU.
     """
-    # Refuses what cannot fit. Twice the batch, for the memory is estimated here or never.
-    batch = options.batch_size or default_batch_size(backbone.device.type)
-    fitting = backbone.images_at_a_time(max(2 * batch, PROBE_IMAGES))
+    fitting = backbone.images_at_a_time(_estimated_images(backbone, options))  # or refuses
     has_new_size = options.image_size is not None or options.test_size
     if has_new_size and backbone.taps is not None:
         raise UsageError("image size: choose it before the layers of a backbone")
@@ -161,7 +163,51 @@ def adapt(backbone: Backbone, options: Options) -> Backbone:
         backbone = backbone.bypass(options.bypass)
     if options.layers:
         backbone = backbone.at_layers(options.layers, options.pooling)
-    return backbone
+    flip = backbone.views.flip or options.augment == "flip"
+    views = Views(flip, options.scales or backbone.views.scales)
+    return backbone if views == backbone.views else with_views(backbone, views, options)
+
+
+def with_views(backbone: Backbone, views: Views, options: Options) -> Backbone:
+    """Return a backbone that shares the network and averages the embeddings of several views.
+
+    The network is tried with the size of each view, if the memory suffices for that.
+
+    Raises:
+        ModelError: The network does not take such a size, or its embedding depends on it.
+        UsageError: The embedding is a map or tokens.
+        DeviceError: A single image does not fit in the memory, or the device is broken.
+    """
+    changed = replace(backbone, views=views)
+    if changed.images_at_a_time(_estimated_images(backbone, options)) < PROBE_IMAGES:
+        return changed
+    own = backbone.preprocess.input_size
+    for height, width in dict.fromkeys(views.sizes(own)):
+        if (height, width) == own:
+            continue
+        blank = torch.zeros(PROBE_IMAGES, 3, height, width)
+        try:
+            with device_errors(backbone.device):
+                single = replace(backbone, views=ONE_VIEW)
+                single.embed(blank.to(memory_format=torch.channels_last))
+        except DeviceError:
+            raise
+        except Exception as error:  # networks reject a shape with all kinds of exceptions
+            raise ModelError(
+                f"scales: {backbone.provenance.model} takes images of {own[0]} x {own[1]} pixels, "
+                f"not of {height} x {width} ({first_line(error)}); leave --scales out, or try a "
+                "convolutional network such as resnet50"
+            ) from error
+    return changed
+
+
+def _estimated_images(backbone: Backbone, options: Options) -> int:
+    """Return the number of images to estimate the memory for.
+
+    Twice the batch, for the memory is estimated before a network is fused, or never.
+    """
+    batch = options.batch_size or default_batch_size(backbone.device.type)
+    return max(2 * batch, PROBE_IMAGES)
 
 
 def with_changes(backbone: Backbone, options: Options) -> Backbone:

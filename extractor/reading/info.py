@@ -34,6 +34,8 @@ class StoreInfo:
         dim: Number of values in one embedding.
         shape: Shape of one embedding.
         dtype: Type of the stored values, ``float32`` or ``float16``.
+        augment: ``flip`` for the mean with the mirror image, or empty.
+        scales: Factors of the image size whose embeddings were averaged; ``(1.0,)`` for one.
         normalized: Whether embeddings have unit length.
         preprocess: Evaluation transform as the manifest has it.
         precision: Precision of the model.
@@ -61,6 +63,8 @@ class StoreInfo:
     dim: int
     shape: tuple[int, ...]
     dtype: str
+    augment: str
+    scales: tuple[float, ...]
     normalized: bool
     preprocess: Mapping[str, Any] = field(repr=False)
     precision: str
@@ -101,6 +105,8 @@ class StoreInfo:
             dim=made.dim,
             shape=made.shape,
             dtype=made.dtype,
+            augment=str(made.embedding.get("augment", "")),
+            scales=tuple(made.embedding.get("scales", (1.0,))),
             normalized=bool(made.embedding.get("normalized", False)),
             preprocess=made.preprocess,
             precision=str(made.computation.get("precision", "")),

@@ -16,9 +16,10 @@ from extractor.models.backbone import Backbone
 from extractor.models.digests import sha256_of_file
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec, fuse_as_chosen, load_specs
 from extractor.models.from_file import is_function_name
-from extractor.models.load import load
+from extractor.models.load import load, with_views
 from extractor.models.naming import HUB, LOCAL, split_model, split_names, split_weights
 from extractor.network.taps import PRE_LOGITS
+from extractor.network.views import Views
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.reading.reader import FeatureStore
@@ -176,6 +177,9 @@ def spec_of(store: FeatureStore, weights: Weights = None, device: str = "auto") 
             parts, pixels, outputs, precisions, files, strict=True
         ):
             backbone = _with_outputs(loader.load(part, numbers, file), output)
+            views = Views.from_mapping(embedding)
+            if views != backbone.views:
+                backbone = with_views(backbone, views, Options())
             backbone = fuse_as_chosen(backbone, fuse)
             backbones.append(backbone.to(backbone.device, precision))
         unit_parts = bool(embedding.get("unit_parts"))
@@ -235,7 +239,11 @@ def _spec_of_module(
         precision=precision,  # type: ignore[arg-type]
         fuse=fuse,  # type: ignore[arg-type]
     )
-    backbone = replace(backbone, preprocess=_preprocess(description.preprocess))
+    backbone = replace(
+        backbone,
+        preprocess=_preprocess(description.preprocess),
+        views=Views.from_mapping(description.embedding),
+    )
     specs = load_specs([backbone], options)
     return EmbeddingSpec("again", _parts(specs[0].backbones))
 

@@ -91,8 +91,10 @@ FLAGS = {
     "computation.decode": "--decode",
     "computation.device": "--device",
     "computation.precision": "--precision",
+    "embedding.augment": "--augment",
     "embedding.dtype": "--dtype",
     "embedding.normalized": "--normalize",
+    "embedding.scales": "--scales",
     "shard_images": "--shard-images",
 }
 
@@ -260,8 +262,10 @@ def _renamed_source(old: Description, new: Description) -> str:
 def _argument(difference: Difference) -> str:
     """Return how to ask for the earlier value: ``with --dtype float16``; empty if no flag can."""
     flag, value = FLAGS.get(difference.setting, ""), difference.before
-    if isinstance(value, bool):
+    if isinstance(value, bool) or value is None:
         return flag and f"{'with' if value else 'without'} {flag}"
+    if difference.setting == "embedding.scales":
+        return f"with {flag} {','.join(f'{scale:g}' for scale in value)}"
     is_one_word = str(value).isalnum()  # the precision of joined backbones is none
     return f"with {flag} {value}" if flag and is_one_word else ""
 

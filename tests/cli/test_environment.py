@@ -22,6 +22,7 @@ def parsed(words: list[str], **variables: str) -> dict[str, Any]:
 OPTIONS = [each for each in command_options() if each.words]
 TEXTS = {
     "mean": "0.1,0.2,0.3",
+    "scales": "1,0.71",
     "std": "0.1,0.2,0.3",
     "device": "cpu",
     "pool": "gem:4",

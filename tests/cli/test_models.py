@@ -375,3 +375,14 @@ def test_download_of_a_deprecated_name_names_the_present_one(
     complaint = run(capsys, "download", "tf_efficientnet_b0_ns", code=1)
     assert "tf_efficientnet_b0_ns is now tf_efficientnet_b0.ns_jft_in1k" in complaint
     assert "the weights are not on this machine" in complaint
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [("test_resnet", "any, with --scales"), ("torchvision:vit_b_32", "1 only")],
+)
+def test_show_tells_whether_a_model_takes_several_sizes(
+    model: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["models", "show", model]) == 0
+    assert f"\nscales       {text}\n" in capsys.readouterr().out

@@ -36,6 +36,8 @@ def test_help_shows_about_a_dozen_options() -> None:
         (["-b", "x", "a"], "argument -b/--batch-size: got 'x', expected an integer"),
         (["--crop-pct", "x", "a"], "argument --crop-pct: got 'x', expected a number"),
         (["--mean", "1,2", "a"], "argument --mean: got '1,2', expected three numbers"),
+        (["--scales", "abc", "a"], "argument --scales: got 'abc', expected numbers such as 1,0.71"),
+        (["--augment", "twice", "a"], "argument --augment: invalid choice: 'twice'"),
         (["--precision", "int4", "a"], "argument --precision: invalid choice: 'int4'"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),
     ],

@@ -79,6 +79,10 @@ OPTION_SETS: list[tuple[str, dict[str, Any]]] = [
     ("torchvision:resnet18", {"bypass": ["layer4.1"], "dtype": "float16"}),
     (MODEL, {"keep_head": True, "crop_pct": 0.9, "interpolation": "nearest"}),
     (MODEL, {"gray_bits": 12, "decode": "exact"}),
+    (MODEL, {"augment": "flip", "scales": (1, 0.5), "normalize": True, "batch_size": 4}),
+    (f"{MODEL}+test_resnet", {"augment": "flip", "scales": (1, 0.71), "precision": "bfloat16"}),
+    ("torchvision:resnet18", {"layers": ["layer2", "layer3"], "scales": (1.5, 1), "concat": True}),
+    (MODEL, {"keep_head": True, "augment": "flip"}),
 ]
 
 

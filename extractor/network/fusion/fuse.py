@@ -34,7 +34,9 @@ log = logging.getLogger(__name__)
 TOLERANCE = 1e-3
 
 
-def fuse(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, ...]:
+def fuse(
+    network: nn.Module, embed: Embed, pixels: torch.Tensor, *, compared: Embed | None = None
+) -> tuple[str, ...]:
     """Fold batch normalizations into convolutions, and pack these on a CPU; in place.
 
     A follower stays if the convolution's output also goes elsewhere, if it runs several times,
@@ -45,6 +47,8 @@ def fuse(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
         embed: Runs the network on ``(B, 3, H, W)`` pixels.
         pixels: ``(B, 3, H, W)`` float, RGB, normalized: images of several kinds, since a network
             may take another path for each.
+        compared: Runs the network as the embeddings are computed, if not with ``embed``: perhaps
+            several times, and with other image sizes.
 
     Returns:
         Dotted names of the fused modules. Each is now an activation or an ``nn.Identity``.
@@ -55,13 +59,18 @@ def fuse(network: nn.Module, embed: Embed, pixels: torch.Tensor) -> tuple[str, .
     with torch.no_grad(), full_float32(), ExitStack() as undo:
         try:
             expected, chains = find_chains(network, embed, pixels, is_foldable, is_affine)
-            expected_single = embed(single)
+            if compared is None:
+                compared = embed
+            else:
+                expected = compared(pixels)
+            expected_single = compared(single)
             change = 0.0
 
             def is_same() -> bool:
                 nonlocal change
                 change = max(
-                    _change(expected, embed(pixels)), _change(expected_single, embed(single))
+                    _change(expected, compared(pixels)),
+                    _change(expected_single, compared(single)),
                 )
                 return change <= TOLERANCE
 
