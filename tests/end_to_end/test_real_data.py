@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from extractor import FeatureStore, extract, load_backbone
+from extractor import FeatureStore, evaluate_store, extract, load_backbone
 from extractor.cli import main as cli
 from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
@@ -165,3 +165,20 @@ def test_worker_count_changes_no_byte_and_batch_size_no_order(tmp_path: Path) ->
         assert (one.path / file).read_bytes() == (four.path / file).read_bytes()
     assert one.paths == four.paths == small.paths
     assert cosines(one.features[:], small.features[:]).min() > 0.99999
+
+
+def test_nearest_photos_have_the_class_that_scikit_learn_finds(tmp_path: Path) -> None:
+    if not (DATA / "labelled").is_dir():
+        pytest.skip("there are no labelled photos")
+    sklearn = pytest.importorskip("sklearn.neighbors")
+    name, path, _, _ = squeezenet()
+    store = extract(DATA / "labelled", name, tmp_path / "out", weights=path, device="cpu").store
+    labels = np.array([image.partition("/")[0] for image in store.paths])
+    evaluation = evaluate_store(store)
+    search = sklearn.KNeighborsClassifier(5, metric="cosine", algorithm="brute")
+    neighbors = search.fit(store.features[:], labels).kneighbors(return_distance=False)
+    right = (labels[neighbors[:, 0]] == labels).mean()
+    assert evaluation.scores["accuracy@1"].value == pytest.approx(right, abs=1e-9)
+    recalled = (labels[neighbors] == labels[:, None]).any(axis=1).mean()
+    assert evaluation.scores["recall@5"].value == pytest.approx(recalled, abs=1e-9)
+    assert right > 0.9

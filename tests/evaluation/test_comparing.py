@@ -141,3 +141,22 @@ def test_speed_counts_parameters_once(
     network = timm.create_model("test_resnet", num_classes=0)
     assert found.parameters == sum(p.numel() for p in network.parameters())
     assert found.images_per_second > 0
+
+
+def test_better_store_of_a_measure_has_the_higher_mean(
+    tmp_path: Path, write_store: WriteStore
+) -> None:
+    paths = [
+        write_store(tmp_path / f"{seed}", [rows(1.2, seed)], names=[NAMES]) for seed in range(5)
+    ]
+    comparison = compare_stores(paths, LABELS)
+    order = [each.name for each in comparison.stores]
+    means = {each.name: each.evaluation.scores for each in comparison.stores}
+    turned = 0
+    for each in comparison.differences:
+        lead = means[each.better][each.measure].value - means[each.worse][each.measure].value
+        assert lead == pytest.approx(each.value, abs=1e-12)
+        assert each.low <= each.value <= each.high
+        assert each.value >= 0
+        turned += order.index(each.better) > order.index(each.worse)
+    assert turned  # the order by another measure differs from that by accuracy@1

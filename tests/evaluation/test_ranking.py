@@ -29,3 +29,15 @@ def test_ranking_is_that_of_the_search(
     )
     without = Ranking(rows, metric).nearest(queries, 60, None)
     np.testing.assert_array_equal(without, nearest(rows, queries, 60, metric=metric).rows)
+
+
+def test_equal_rows_tie_however_a_product_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = Ranking._scores
+
+    def rounded(self: Ranking, queries: np.ndarray, block: np.ndarray) -> np.ndarray:
+        return exact(self, queries, block) + 1e-12 * np.arange(len(block))
+
+    monkeypatch.setattr(Ranking, "_scores", rounded)
+    rows = np.array([[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]], np.float32)
+    found = Ranking(rows, "ip").nearest(np.array([[1, 0.5]]), 5, None)
+    assert found.tolist() == [[0, 2, 4, 1, 3]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -157,6 +158,24 @@ def test_export_that_died_between_two_renames_is_restored(
     with pytest.raises(UsageError, match="too large"):
         export_store(store, tmp_path / "to", dtype="float16")
     assert len(rows_of(tmp_path / "to")) == 4
+
+
+def test_failed_rename_leaves_the_old_export(
+    store: FeatureStore, tmp_path: Path, tree: Tree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_store(store, tmp_path / "to")
+    before = tree(tmp_path)
+    rename = os.replace
+
+    def replace(source: Path, destination: Path) -> None:
+        if Path(source).name == "to" and Path(destination) == tmp_path / "to":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(StoreError, match=r"cannot write .*to: Input/output error"):
+        export_store(store, tmp_path / "to", "npy", overwrite=True)
+    assert tree(tmp_path) == before
 
 
 def test_foreign_folder_in_the_way_is_kept(store: FeatureStore, tmp_path: Path) -> None:
