@@ -18,6 +18,7 @@ from extractor.store.format import (
     REPLACED,
     STAGING,
     SUSPECTS,
+    WORKERS,
 )
 from extractor.store.job import Job
 from extractor.store.lock import Lock
@@ -163,6 +164,8 @@ class ClaimedFolder:
 
     def _has_work(self) -> bool:
         if any((self.staging / name).is_file() for name in (SUSPECTS, IN_FLIGHT, PLAN)):
+            return True
+        if any((self.staging / WORKERS).rglob(f"{IN_FLIGHT}*")):  # of workers that died
             return True
         journal = self.staging / JOURNAL
         batches = any(path.stat().st_size for path in journal.glob("*.jsonl"))

@@ -102,7 +102,7 @@ class Spent:
             verb = "decode" if count > 1 else "decodes"
             advice = "add cores" if self.threads >= self.cores else "use more --workers"
             if self.device == "cuda" and self.decode != "gpu":
-                advice += " or --decode gpu"
+                advice += " or the experimental --decode gpu"
             return (
                 f"bound by decoding: {threads} {verb} {_format_rate(decode)} images/s, the model "
                 f"could do {_format_rate(model)}; {advice}"

@@ -17,7 +17,7 @@ import pytest
 from extractor.errors import StoreError
 from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
-from extractor.store.format import STAGING, Description
+from extractor.store.format import IN_FLIGHT, STAGING, WORKERS, Description
 from extractor.store.job import Job
 from extractor.store.writer import StoreRun, rewrite
 
@@ -390,3 +390,12 @@ def test_full_disk_keeps_the_old_store(
     assert tree(small_disk) == before
     write_store(out, parts[:1], overwrite=True)
     assert len(FeatureStore.open(out)) == 4
+
+
+def test_crash_logs_of_dead_workers_are_kept_for_the_next_run(tmp_path: Path) -> None:
+    with ClaimedFolder(tmp_path / "out") as claim:
+        claim.keep_work()
+        crash_log = claim.staging / WORKERS / "part-1-2" / f"{IN_FLIGHT}-0"
+        crash_log.parent.mkdir(parents=True)
+        crash_log.write_bytes(b"")
+    assert crash_log.exists()

@@ -44,7 +44,7 @@ def spent(
         (
             spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda"),
             "bound by decoding: 2 threads decode 500 images/s, the model could do 4,000; add cores "
-            "or --decode gpu",
+            "or the experimental --decode gpu",
         ),
         (  # files that the GPU cannot decode
             spent(decode=4.0, model=0.25, idle=2.0, read=0.1, device="cuda", decode_mode="gpu"),
