@@ -62,7 +62,7 @@ class Run:
     def after_batch(self, shard: int, done: int, failed: int) -> None:
         self.batches.append((shard, done, failed))
         if len(self.batches) == self.stops_after:
-            raise StopError
+            raise StopError("stopped here")
 
     def rows(self, shard: int) -> np.ndarray:
         return np.load(self.staging / features_name(5 + shard))
@@ -106,7 +106,7 @@ def test_failures_are_counted_in_the_receipt_of_their_shard(run: Run) -> None:
 
 def test_interrupted_shard_goes_on_after_its_last_batch(run: Run) -> None:
     run.stops_after = 3  # the first batch of the second shard
-    with pytest.raises(StopError):
+    with pytest.raises(StopError, match="stopped here"):
         run.compute(leases(0, 1, 2))
     assert FinishedShard.read(run.staging, 6) is None
     run.compute(leases(1))
@@ -116,7 +116,7 @@ def test_interrupted_shard_goes_on_after_its_last_batch(run: Run) -> None:
 
 def test_shard_whose_images_are_all_done_is_finished_without_any(run: Run) -> None:
     run.stops_after = 2  # the last batch of the first shard
-    with pytest.raises(StopError):
+    with pytest.raises(StopError, match="stopped here"):
         run.compute(leases(0))
     run.compute(leases(0, 2))
     assert [(r.shard, r.images) for r in run.receipts] == [(0, 0), (2, 2)]
