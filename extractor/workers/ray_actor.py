@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import pickle
-import queue
 import socket
 import threading
 import warnings
@@ -24,6 +23,7 @@ from extractor.lease.lease import Lease, Receipt
 from extractor.lease.paths_file import PathsFile
 from extractor.lease.software import software_versions
 from extractor.text import first_line
+from extractor.workers.lease_queue import LeaseQueue
 from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ class ShardActor:
     """Computes leased shards in a thread of its own, while others talk to the driver."""
 
     def __init__(self) -> None:
-        self._leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
-        self._first: Lease | None = None
+        self._leases = LeaseQueue()
         self._receipts: dict[int, Future[Receipt | Failed]] = {}
         self._changing = threading.Lock()
         self._failure: Failed | None = None
@@ -159,30 +158,19 @@ class ShardActor:
         spin_briefly()  # takes effect only before torch is imported
         from extractor.images.budget import allow_pixels
         from extractor.system.cpu import compute_threads
+        from extractor.system.memory import share_memory
         from extractor.workers.worker import ShardWorker
 
         allow_pixels(setup.options.max_pixels)
+        share_memory(setup.processes)
         warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
         with compute_threads(setup.options.threads):
             worker = ShardWorker(setup)
             # The driver loaded the same models, and gave the warnings that this gives rise to.
             logging.getLogger("extractor").addHandler(_Handler(self))
             ready.set_result(Ready())
-            while self._wait_for_lease():
-                worker.compute(self._lease_now, self._after_batch, self._on_receipt)
-
-    def _wait_for_lease(self) -> bool:
-        self._first = self._leases.get()
-        return self._first is not None
-
-    def _lease_now(self) -> Lease | None:
-        if (first := self._first) is not None:
-            self._first = None
-            return first
-        try:
-            return self._leases.get_nowait()
-        except queue.Empty:
-            return None
+            while self._leases.wait():
+                worker.compute(self._leases.take, self._after_batch, self._on_receipt)
 
     def _after_batch(self, shard: int, done: int, failed: int) -> None:
         if shard not in self._copies:

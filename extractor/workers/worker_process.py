@@ -11,7 +11,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import queue
 import signal
 import sys
 import threading
@@ -21,10 +20,10 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from extractor.errors import ExtractorError
-from extractor.lease.lease import Lease
 from extractor.system.memory import share_memory
 from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
 from extractor.text import first_line
+from extractor.workers.lease_queue import LeaseQueue
 
 if TYPE_CHECKING:
     from extractor.workers.worker import WorkerSetup
@@ -74,8 +73,7 @@ class _Child:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._sending = threading.Lock()
-        self._leases: queue.SimpleQueue[Lease | None] = queue.SimpleQueue()
-        self._first: Lease | None = None
+        self.leases = LeaseQueue()
         self._stops = False
 
     def send(self, message: Any) -> None:
@@ -95,27 +93,12 @@ class _Child:
                 os._exit(1)  # the driver is gone; what is written is kept
             if lease is None:
                 self.stop()
-            self._leases.put(lease)
+            self.leases.put(lease)
 
     def stop(self, *_: object) -> None:
         """End after the current batch."""
         self._stops = True
-        self._leases.put(None)
-
-    def wait_for_lease(self) -> bool:
-        """Wait for a lease, and return whether there is one. False is the end."""
-        self._first = self._leases.get()
-        return self._first is not None
-
-    def lease_now(self) -> Lease | None:
-        """Return the next lease if it is there already."""
-        if (first := self._first) is not None:
-            self._first = None
-            return first
-        try:
-            return self._leases.get_nowait()
-        except queue.Empty:
-            return None
+        self.leases.put(None)
 
     def after_batch(self, shard: int, done: int, failed: int) -> None:
         """Report a batch."""
@@ -182,5 +165,5 @@ def _work(setup: WorkerSetup, child: _Child) -> None:
         child.send(Ready())
         # The driver loaded the same models, and gave the warnings that this gives rise to.
         logging.getLogger("extractor").addHandler(_Handler(child))
-        while child.wait_for_lease():
-            worker.compute(child.lease_now, child.after_batch, child.send)
+        while child.leases.wait():
+            worker.compute(child.leases.take, child.after_batch, child.send)
