@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import logging
+import os
 import re
 import sys
 import traceback
@@ -24,11 +25,11 @@ from extractor.models.weight_files import WeightsFile
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 
-__all__ = ["build", "count_as_imported", "files_of_code", "is_function_name"]
+__all__ = ["build", "count_as_imported", "files_of_code", "is_function_name", "path_without_models"]
 
 log = logging.getLogger(__name__)
 
-_FOLDERS: set[str] = set()  # folders from which files of models were loaded
+_FOLDERS: list[str] = []  # folders from which files of models were loaded, as in sys.path
 _FILES: dict[str, frozenset[str]] = {}  # files behind each digest of code
 _ALSO: set[Path] = set()  # files of another process that count as imported here
 
@@ -169,8 +170,9 @@ def _digest_of_code(path: Path) -> str:
     files = {path, *(file for file in _ALSO if folder in file.parents and file.is_file())}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        if file and folder in Path(file).parents and "site-packages" not in Path(file).parts:
-            files.add(Path(file))
+        found = Path(os.path.abspath(file)) if file else None
+        if found and folder in found.parents and "site-packages" not in found.parts:
+            files.add(found)
     digest = hashlib.sha256()
     for file in sorted(files):
         digest.update(f"{file.relative_to(folder)}\0".encode())
@@ -193,6 +195,19 @@ def count_as_imported(files: Iterable[str]) -> None:
     _ALSO.update(map(Path, files))
 
 
+def path_without_models() -> list[str]:
+    """Return ``sys.path`` without the folders of files of models.
+
+    A file in such a folder may have the name of a module of Python or of this package's
+    requirements. A new process must import these first, as this one did.
+    """
+    path = list(sys.path)
+    for folder in _FOLDERS:
+        if folder in path:
+            path.remove(folder)
+    return path
+
+
 def _import_from(folder: Path) -> None:
     """Make a file import from its own folder, and forget modules from folders of other files."""
     for name, module in list(sys.modules.items()):
@@ -200,5 +215,5 @@ def _import_from(folder: Path) -> None:
         home = Path(file).parent if file else None
         if home is not None and str(home) in _FOLDERS and home != folder:
             del sys.modules[name]
-    _FOLDERS.add(str(folder))
+    _FOLDERS.append(str(folder))
     sys.path.insert(0, str(folder))

@@ -19,6 +19,7 @@ from extractor.lease.board import Board
 from extractor.lease.lease import Receipt
 from extractor.lease.listener import Listener
 from extractor.loading.crash_log import CrashLog
+from extractor.models.from_file import path_without_models
 from extractor.workers.worker import WorkerSetup
 from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
 
@@ -187,7 +188,7 @@ class _Worker:
         self.has_ended = False
         ours, theirs = socket.socketpair()
         with ours, theirs:
-            arguments = [sys.executable, "-c", START, str(theirs.fileno()), *sys.path]
+            arguments = [sys.executable, "-c", START, str(theirs.fileno()), *path_without_models()]
             self._process = subprocess.Popen(
                 arguments, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
             )

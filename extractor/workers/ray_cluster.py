@@ -21,6 +21,7 @@ from extractor.lease.sharing import (
     CORES_PER_GPU_PROCESS,
     MAX_PROCESSES_PER_GPU,
 )
+from extractor.models.from_file import path_without_models
 from extractor.options import Options
 from extractor.text import first_line, plural
 
@@ -41,6 +42,11 @@ WAIT_SECONDS = 15.0  # for a node, before the user is told
 CONNECT_SECONDS = 5.0
 HEALTH_SECONDS = 60.0  # importing Ray takes seconds on a busy machine
 
+# The command ``ray``, found where this process finds it, whatever lies in the current folder.
+RAY_COMMAND = (
+    "import sys; sys.path[:] = {path!r}; from ray.scripts.scripts import main; sys.exit(main())"
+)
+
 
 @contextlib.contextmanager
 def ray_cluster(address: str | None) -> Iterator[None]:
@@ -54,7 +60,7 @@ def ray_cluster(address: str | None) -> Iterator[None]:
 
     Raises:
         InstallationError: Ray is missing.
-        ExtractorError: No cluster answers.
+        ExtractorError: No cluster answers, or it refuses this process.
     """
     if importlib.util.find_spec("ray") is None:
         raise InstallationError(
@@ -110,7 +116,8 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
         raise ExtractorError(f"address: {address} does not answer ({error}); {advice}") from error
-    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    code = RAY_COMMAND.format(path=path_without_models())
+    command = [sys.executable, "-c", code, "health-check", "--address", address]
     try:
         answered = subprocess.run(
             [*command, "--skip-version-check"],
@@ -119,8 +126,14 @@ def _check_answers(address: str) -> None:
             timeout=HEALTH_SECONDS,
         )
         is_healthy = not answered.returncode
+        wants_token = b"InvalidAuthToken" in answered.stderr
     except subprocess.TimeoutExpired:
-        is_healthy = False
+        is_healthy = wants_token = False
+    if wants_token:
+        raise ExtractorError(
+            f"address: the Ray cluster at {address} refuses this process without its token; set "
+            "RAY_AUTH_MODE=token, and the token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+        )
     if not is_healthy:
         raise ExtractorError(f"address: what answers at {address} is no Ray cluster; {advice}")
 

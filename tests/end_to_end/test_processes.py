@@ -324,3 +324,26 @@ def test_full_disk_in_a_worker_ends_the_run_with_that_reason(
     (small_disk / "filler").unlink()
     command.complete()
     assert list(verify(command.out)) == []
+
+
+def test_workers_take_neither_modules_nor_digests_from_the_folder_of_a_script(
+    tmp_path: Path,
+) -> None:
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "network.py").write_text(MODEL)
+    (code / "queue.py").write_text("raise RuntimeError('not for workers')")
+    (code / "settings.py").write_text("PROCESSES = 2")
+    noise(1, 40, 30).save(tmp_path / "1.png")
+    script = """
+import sys
+import extractor.api
+sys.path.insert(0, "code")
+import settings
+sys.path.remove("code")
+extractor.extract("1.png", "code/network.py:build", "out", device="cpu", threads=1,
+    precision="float32", image_size=32, processes=settings.PROCESSES)
+"""
+    done = run_python("-c", script, cwd=tmp_path, timeout_seconds=END_SECONDS)
+    assert done.returncode == 0, done.stderr
+    assert len(FeatureStore.open(tmp_path / "out")) == 1

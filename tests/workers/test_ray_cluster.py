@@ -161,3 +161,18 @@ def test_what_answers_must_be_ray(monkeypatch: pytest.MonkeyPatch) -> None:
             ray_cluster(address),
         ):
             pass
+
+
+@pytest.mark.usefixtures("with_ray")
+def test_a_cluster_that_wants_a_token_is_named_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(command: list[str], **_: object) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, 1, b"", b"RPC error: InvalidAuthToken: ...")
+
+    monkeypatch.setattr(subprocess, "run", refused)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with (
+            pytest.raises(ExtractorError, match=f"cluster at {address} refuses .* its token"),
+            ray_cluster(address),
+        ):
+            pass
