@@ -170,7 +170,7 @@ def _digest_of_code(path: Path) -> str:
     files = {path, *(file for file in _ALSO if folder in file.parents and file.is_file())}
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
-        found = Path(os.path.abspath(file)) if file else None
+        found = Path(os.path.normpath(file)) if file else None
         if found and folder in found.parents and "site-packages" not in found.parts:
             files.add(found)
     digest = hashlib.sha256()
