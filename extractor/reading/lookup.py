@@ -55,10 +55,14 @@ class IndexLookup:
                     return self._starts[at] + offset
         return None
 
+    def shards_of(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the position of the shard that holds each row, ``(n,)``."""
+        return np.searchsorted(self._starts, rows, side="right") - 1
+
     def values(self, name: str, rows: npt.NDArray[np.int64]) -> list[Any]:
         """Return the values of a column in some rows."""
         found = np.empty(len(rows), object)
-        parts = np.searchsorted(self._starts, rows, side="right") - 1
+        parts = self.shards_of(rows)
         for at in np.unique(parts).tolist():
             column = self._column(at, name)
             for i in np.flatnonzero(parts == at).tolist():

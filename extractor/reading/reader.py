@@ -78,6 +78,7 @@ class FeatureStore(Rows):
         self._features = features
         self._opened_identity = identity
         self._identity = identity
+        self._shards_read = 0  # for paths of single rows
 
     @overload
     @classmethod
@@ -283,6 +284,14 @@ class FeatureStore(Rows):
             return super()._values(name, rows)
         found = self._look_up(lambda lookup: lookup.values(name, rows))
         return list(map(os.fsdecode, found)) if name == "path" else found
+
+    def _paths_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        if "paths" not in self.__dict__:
+            # One search reads few shards. After many searches, a list of all paths costs less.
+            self._shards_read += len(np.unique(self._lookup.shards_of(rows)))
+            if self._shards_read <= len(self.manifest.shards) // 2:
+                return list(map(os.fsdecode, self._look_up(lambda it: it.values("path", rows))))
+        return super()._paths_of(rows)
 
     def _find(self, path: str) -> int | None:
         if len(self) <= LARGE:

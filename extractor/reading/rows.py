@@ -121,6 +121,10 @@ class Rows(ABC):
         values = self.paths if name == "path" else self.column(name)
         return [values[row] for row in rows.tolist()]
 
+    def _paths_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        """Return the paths of some rows."""
+        return [self.paths[row] for row in rows.tolist()]
+
     @functools.cached_property
     def _row_of_path(self) -> dict[str, int]:
         return {path: row for row, path in enumerate(self.paths)}
@@ -366,6 +370,9 @@ class Selection(Rows):
     def column(self, name: str) -> list[Any]:
         """Return one column of the index, one value per row; see :meth:`Rows.column`."""
         return self.base._values(name, self.rows)
+
+    def _paths_of(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        return self.base._paths_of(self.rows[rows])
 
     @functools.cached_property
     def ids(self) -> npt.NDArray[np.int64]:

@@ -65,13 +65,19 @@ class Hits:
             return np.full(self.rows.shape, -1, np.int64)
         return np.where(self.rows < 0, -1, self._source.ids[self.rows])
 
+    @functools.cached_property
+    def _paths(self) -> dict[int, str]:
+        """Path of each row that was found."""
+        rows = np.unique(self.rows[self.rows >= 0])
+        return dict(zip(rows.tolist(), self._source._paths_of(rows), strict=True))
+
     def __len__(self) -> int:
         """Return the number of queries."""
         return len(self.rows)
 
     def __getitem__(self, query: int) -> list[Hit]:
         """Return what was found for one query, the best first."""
-        paths = self._source.paths
+        paths = self._paths
         return [
             Hit(row, row_id, score, paths[row])
             for row, row_id, score in zip(

@@ -146,10 +146,10 @@ class Names:
                     f"{word}: the store has {plural(len(rows), 'row')}, counted from 0"
                 )
             row %= len(rows)
-            return Query(rows.paths[row], row)
+            return Query(rows._paths_of(np.array([row]))[0], row)
         row = self._row_of(word)
         if row >= 0:
-            return Query(rows.paths[row], row)
+            return Query(rows._paths_of(np.array([row]))[0], row)
         if not os.path.exists(word):
             raise UsageError(
                 f"{word}: no such image, and no such path in the store; expected an image, a "

@@ -17,7 +17,10 @@ from support.pictures import noise
 
 from extractor import Extractor, Searcher, extract
 from extractor.errors import DecodeError, StoreError, UsageError
+from extractor.reading import lookup
 from extractor.reading.reader import FeatureStore
+from extractor.search.queries import Names
+from extractor.store.index import read_column
 
 WriteStore = Callable[..., Path]
 
@@ -45,6 +48,35 @@ def store(out: Path) -> FeatureStore:
 
 def cosine(degrees: float) -> float:
     return math.cos(math.radians(degrees))
+
+
+def test_search_reads_paths_of_few_shards_and_after_many_searches_all_once(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    angles = np.arange(32) * 2
+    names = [[b"%d/%d.jpg" % (shard, i) for i in range(4)] for shard in range(8)]
+    out = write_store(tmp_path / "out", np.split(direction(*angles), 8), names=names)
+    store = FeatureStore.open(out)
+    read: list[str] = []
+
+    def noted(path: Path, name: str) -> list[Any]:
+        read.append(path.name)
+        return read_column(path, name)
+
+    monkeypatch.setattr(lookup, "read_column", noted)
+    (query,) = Names(store).queries_of_word("row:9")
+    assert (query.name, query.row, read) == ("2/1.jpg", 9, ["00002.parquet"])
+    hits = store.search([direction(15)[0], direction(17)[0]], k=2)  # rows 7 and 8, 8 and 9
+    expected = [["1/3.jpg", "2/0.jpg"], ["2/0.jpg", "2/1.jpg"]]
+    for _ in range(2):
+        assert [{hit.path for hit in found} for found in hits] == [set(e) for e in expected]
+    assert read[1:] == ["00001.parquet", "00002.parquet"]
+    part = store.select([30, 8])
+    assert part.search(direction(16), k=1)[0][0].path == "2/0.jpg"
+    assert read[3:] == ["00002.parquet"]
+    for row in range(32):
+        assert store.search(store.features[row], k=1)[0][0].path == f"{row // 4}/{row % 4}.jpg"
+    assert read[4:] == [f"{shard:05}.parquet" for shard in range(8)]
 
 
 def test_hits_name_row_id_score_and_path_best_first(store: FeatureStore) -> None:
