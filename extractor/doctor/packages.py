@@ -21,7 +21,7 @@ from extractor.system.installation import (
 )
 from extractor.text import first_line, plural
 
-__all__ = ["check_extras", "check_libraries", "check_torch"]
+__all__ = ["check_extras", "check_libraries", "check_tools", "check_torch"]
 
 TRY = "; try: "
 SMI = ("nvidia-smi", "--query-gpu=name,driver_version,memory.free", "--format=csv,noheader")
@@ -33,6 +33,14 @@ CODECS = {  # Pillow's names of its optional decoders
     "libtiff": "TIFF",
     "jpg_2000": "JPEG 2000",
     "avif": "AVIF",
+}
+
+
+TOOLS = {  # by the name of their extra
+    "search": Package("faiss-cpu", "faiss", "1.8"),
+    "evaluate": Package("scikit-learn", "sklearn", "1.4"),
+    "export": Package("h5py", "h5py", "3.10"),
+    "ray": Package("ray", "ray", "2.55"),
 }
 
 
@@ -52,19 +60,32 @@ def check_extras(_: str) -> Checks:
     for kind in (kind for kind in KINDS if kind.extra):
         yield kind.name
         package = Package(kind.package, kind.module)
-        details = {"version": package.version}
-        install = f"pip install 'backbone-extractor[{kind.extra}]'"
-        if importlib.util.find_spec(kind.module) is None:
-            yield Finding(kind.name, "ok", f"not decoded; {install}", details=details)
-            continue
-        try:
-            importlib.import_module(kind.module)
-        except Exception as error:
-            text = f"{package} cannot be imported ({first_line(error)})"
-            advice = f"pip install --force-reinstall {kind.package}"
-            yield Finding(kind.name, "warning", text, advice, details)
-        else:
-            yield Finding(kind.name, "ok", f"decoded by {package}", details=details)
+        yield _optional(kind.name, package, kind.extra, "not decoded", f"decoded by {package}")
+
+
+def check_tools(_: str) -> Checks:
+    """Import the packages of search, evaluation, exports and Ray; none of them is needed."""
+    for extra, package in TOOLS.items():
+        yield extra
+        yield _optional(extra, package, extra, f"no {package.name}", str(package))
+
+
+def _optional(name: str, package: Package, extra: str, absent: str, present: str) -> Finding:
+    """Import a package of an extra, and return whether it is there and works."""
+    details = {"version": package.version}
+    if importlib.util.find_spec(package.module) is None:
+        text = f"{absent}; pip install 'backbone-extractor[{extra}]'"
+        return Finding(name, "ok", text, details=details)
+    try:
+        importlib.import_module(package.module)
+    except Exception as error:
+        text = f"{package} cannot be imported ({first_line(error)})"
+        advice = f"pip install --force-reinstall {package.name}"
+        return Finding(name, "warning", text, advice, details)
+    if problem := version_problem(package):
+        text, _, advice = problem.partition(TRY)
+        return Finding(name, "warning", text, advice, details)
+    return Finding(name, "ok", present, details=details)
 
 
 def check_torch(_: str) -> Checks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import extractor
 from extractor.cli import main as cli
 from extractor.doctor import children
 from extractor.doctor.finding import Finding
-from extractor.doctor.packages import check_extras
+from extractor.doctor.packages import TOOLS, check_extras, check_tools
 from extractor.images.containers.kinds import KINDS
 
 ROOT = str(Path(extractor.__file__).parent.parent)
@@ -137,6 +138,61 @@ def test_broken_decoder_is_a_warning_and_a_missing_one_is_not(
     found = {each.name: each for each in check_extras("") if isinstance(each, Finding)}
     assert found["HEIC"].state == state
     assert text in found["HEIC"].text
+
+
+def test_tools_are_the_extras_with_the_versions_of_the_project() -> None:
+    assert children.GROUPS["tools"][1] == tuple(TOOLS)
+    project = (Path(ROOT) / "pyproject.toml").read_text("utf-8")
+    for extra, package in TOOLS.items():
+        wanted = re.search(rf'^{extra} = \["(.+)>=(.+)"\]$', project, re.MULTILINE)
+        assert wanted
+        assert wanted.groups() == (package.name, package.minimum)
+
+
+@pytest.mark.parametrize(
+    ("code", "version", "state", "text", "advice"),
+    [
+        ("", "99.0", "ok", "h5py 99.0", ""),
+        (None, "", "ok", "no h5py; pip install 'backbone-extractor[export]'", ""),
+        (
+            "raise ImportError('libhdf5.so')",
+            "99.0",
+            "warning",
+            "h5py 99.0 cannot be imported (libhdf5.so)",
+            "pip install --force-reinstall h5py",
+        ),
+        (
+            "",
+            "2.0",
+            "warning",
+            "h5py 2.0 is installed, expected 3.10 or newer",
+            "pip install 'h5py>=3.10'",
+        ),
+    ],
+)
+def test_broken_or_old_tool_is_a_warning_and_a_missing_one_is_not(
+    code: str | None,
+    version: str,
+    state: str,
+    text: str,
+    advice: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    others = [name for name in TOOLS if name != "export"]
+    for name in others:
+        monkeypatch.delitem(TOOLS, name)
+    if code is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        stand_in(tmp_path, "h5py", version, code, "h5py")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "h5py", raising=False)
+    started, finding = check_tools("")
+    assert isinstance(finding, Finding)
+    assert (started, finding.name) == ("export", "export")
+    assert (finding.state, finding.text, finding.advice) == (state, text, advice)
+    sys.modules.pop("h5py", None)
 
 
 @pytest.mark.slow
