@@ -91,6 +91,26 @@ def test_recall_is_that_of_an_independent_count(store: FeatureStore) -> None:
     assert recall_of(found.rows, exact[picked]) == pytest.approx(entry.recall, abs=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["hnsw", "ivf"])
+def test_printed_recall_is_that_of_other_vectors(
+    kind: Any, tmp_path: Path, write_store: WriteStore
+) -> None:
+    random = np.random.default_rng(5)
+    centers = random.normal(size=(100, 128))
+
+    def near_centers(count: int) -> np.ndarray:
+        noise = random.normal(size=(count, 128)) * 0.3
+        return np.asarray(centers[random.integers(0, 100, count)] + noise, np.float32)
+
+    store = FeatureStore.open(write_store(tmp_path / "out", [near_centers(50_000)]))
+    entry = Searcher(store).build_index(kind).entry
+    assert entry.sample == 5000
+    queries = near_centers(10_000)
+    found, exact = (store.search(queries, 10, exact=exact).rows for exact in (False, True))
+    assert recall_of(found, exact) == pytest.approx(entry.recall, abs=0.01)
+
+
 def test_own_rows_and_all_k_are_found_with_an_index(store: FeatureStore) -> None:
     Searcher(store).build_index("ivf")
     found = store.search(store.features[:20], 5, own_rows=range(20))
@@ -305,7 +325,7 @@ def test_command_builds_extends_and_uses_an_index(
     (entry,) = entries_of(store.path)
     assert printed[0] == f"{out}: 900 rows indexed"
     assert printed[1] == f"index   {entry.path}"
-    assert printed[3] == f"recall  {entry.recall:.3f} of the 10 nearest rows, for 500 rows"
+    assert printed[3] == f"recall  {entry.recall:.3f} of the 10 nearest rows, for 900 rows"
     assert cli.main(["index", out]) == 0
     assert capsys.readouterr().out.startswith(f"{out}: already up to date\n")
     assert cli.main(["search", out, "row:3", "-k", "2"]) == 0
