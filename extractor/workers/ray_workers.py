@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -44,6 +45,8 @@ SLOW_SECONDS = 10.0
 
 # Errors of one shard or one device. All others end every worker in the same way.
 NOT_FATAL = frozenset({"DeviceError", "DecodeError", ""})
+
+COLORS = re.compile(r"\x1b\[[0-9;]*m")  # Ray writes for terminals
 
 
 def run_trial_on_cluster(trial: Trial) -> list[dict[str, Any]]:
@@ -394,7 +397,10 @@ def _death_text(error: Exception) -> str:
         return "its node died"
     if "process has died" in text:
         return "its process died, maybe out of memory"
-    causes = [line for line in text.splitlines() if " because " in line]
+    lines = [COLORS.sub("", line).strip() for line in text.splitlines() if line.strip()]
+    if "creation task" in text:  # the last line is that of a traceback
+        return f"it could not start: {lines[-1][:200]}"
+    causes = [line for line in lines if " because " in line]
     return f"{type(error).__name__}: {causes[0][:200] if causes else first_line(error)}"
 
 

@@ -17,6 +17,7 @@ from extractor import extract
 from extractor.errors import ExtractorError, InstallationError, UsageError
 from extractor.options import Options
 from extractor.workers import ray_cluster as module
+from extractor.workers import ray_workers
 from extractor.workers.ray_cluster import (
     Demand,
     Node,
@@ -176,3 +177,15 @@ def test_a_cluster_that_wants_a_token_is_named_so(monkeypatch: pytest.MonkeyPatc
             ray_cluster(address),
         ):
             pass
+
+
+def test_actor_that_cannot_start_is_told_by_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray_errors = SimpleNamespace(OutOfMemoryError=MemoryError)
+    monkeypatch.setattr(ray_workers, "_ray_errors", lambda: ray_errors)
+    error = RuntimeError(
+        "The actor died because of an error raised in its creation task, "
+        "\x1b[36mray::ShardActor.__init__()\x1b[39m (pid=5)\n  File numpy.py\n"
+        "\x1b[31mImportError: cannot import name 'array'\x1b[0m\n"
+    )
+    expected = "it could not start: ImportError: cannot import name 'array'"
+    assert ray_workers._death_text(error) == expected
