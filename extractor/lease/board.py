@@ -30,6 +30,7 @@ class Board:
         self._losses: dict[int, int] = {}
         self._errors: dict[int, str] = {}
         self._failed: dict[int, str] = {}
+        self._computed: set[int] = set()  # shards of which only the files are left to finish
         self._suspects: dict[bytes, None] = {}
         self._held: dict[int, list[Lease]] = {}
         self._begun: dict[int, int] = {}  # worker -> when its first lease began, in ticks
@@ -114,6 +115,10 @@ class Board:
         self._failed.pop(receipt.shard, None)
         return True
 
+    def note_computed(self, shard: int) -> None:
+        """Note that all images of a shard are computed, so that it is not to blame from now on."""
+        self._computed.add(shard)
+
     def lose(
         self, worker: int, error: str, *, suspects: Iterable[bytes] = (), counts: bool = True
     ) -> tuple[Lease, ...]:
@@ -123,14 +128,15 @@ class Board:
             worker: Number of the worker.
             error: What happened to it, in one sentence.
             suspects: Full paths of the images that it was decoding.
-            counts: Whether its oldest shard may be to blame. A machine that was taken away is no
-                fault of a shard.
+            counts: Whether a shard may be to blame: the oldest one whose images are not all
+                computed. A machine that was taken away is no fault of a shard.
         """
         leases = tuple(self._held.pop(worker, ()))
         self._begun.pop(worker, None)
         self._suspects.update(dict.fromkeys(suspects))
         if leases and counts:
-            shard = leases[0].shard
+            shards = [lease.shard for lease in leases]
+            shard = next((each for each in shards if each not in self._computed), shards[0])
             self._losses[shard] = self._losses.get(shard, 0) + 1
             self._errors[shard] = error
         for lease in leases:

@@ -417,7 +417,7 @@ def _touched(
         touched = (indices >= 0) & (snapshot.mtimes[indices] != images.mtimes)
         # Kept rows of images that could not be read are live, too.
         touched &= matched.live[shard] & (snapshot.sizes[indices] == images.sizes)
-        touched &= [i not in matched.unread for i in indices.tolist()]
+        touched &= np.array([i not in matched.unread for i in indices.tolist()], bool)
         if touched.any():
             moves[shard] = {
                 row: _move(snapshot, int(indices[row]), images.paths[row])

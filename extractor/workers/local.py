@@ -7,11 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from extractor import errors
 from extractor.errors import ExtractorError
@@ -89,7 +91,7 @@ class LocalWorkers:
 
     def _start(self, number: int) -> None:
         setup = self._setups[number]
-        with _blocked_signals():  # of the child until it handles them, and between these two steps
+        with _delayed_signals():  # of the child until it handles them, and between these two steps
             worker = self._workers[number] = _Worker(setup.crash_log)
         worker.send(setup)
 
@@ -121,6 +123,8 @@ class LocalWorkers:
             self._starts[number] = 0
         elif isinstance(message, BatchDone):
             self._listener.on_batch(number, message.shard, message.done, message.failed)
+            if message.done == len(self._setups[number].plan[message.shard].images):
+                self._board.note_computed(message.shard)
         elif isinstance(message, Receipt):
             receipt = replace(message, worker=number)
             self._receipts += 1
@@ -173,7 +177,7 @@ class LocalWorkers:
             for worker in workers:
                 worker.wait(deadline)
         finally:  # also after a second signal
-            with _blocked_signals():
+            with _delayed_signals():
                 for worker in workers:
                     worker.kill()
 
@@ -236,11 +240,22 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _blocked_signals() -> Iterator[None]:
-    """Keep signals from this thread; a child that is started inherits this."""
+def _delayed_signals() -> Iterator[None]:
+    """Handle signals after the block; a child that it starts gets none before it unblocks them."""
     numbers = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    arrived: list[int] = []
+    handlers: dict[signal.Signals, Any] = {}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
+        # Another thread may receive a signal, and Python then handles it in the main thread.
+        if threading.current_thread() is threading.main_thread():
+            for number in numbers:
+                if signal.getsignal(number) is not None:
+                    handlers[number] = signal.signal(number, lambda n, _: arrived.append(n))
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for arrived_number in arrived:
+            signal.raise_signal(arrived_number)

@@ -254,6 +254,8 @@ class RayWorkers:
                 self._listener.on_warning(worker.number, message.message)
             else:
                 self._listener.on_batch(worker.number, message.shard, message.done, message.failed)
+                if message.done == len(self._setup.plan[message.shard].images):
+                    self._board.note_computed(message.shard)
         self._wait_for(worker, worker.actor.news.remote(), self._on_news)
 
     def _on_answer(self, worker: _Worker, lease: Lease, answer: Receipt | Failed) -> None:

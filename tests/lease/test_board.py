@@ -294,3 +294,15 @@ def test_a_board_holds_the_shards_of_a_billion_images(shards: int) -> None:
         settled += board.settle(receipt_of(lease, settled % 64))
 
     assert (settled, board.is_done) == (shards, True)
+
+
+def test_shard_whose_images_are_computed_is_not_to_blame() -> None:
+    board = Board(range(3))
+    first, second = board.take(0), board.take(0, ahead=True)
+    assert (first, second) == (Lease(0), Lease(1))
+    board.note_computed(0)
+    for _ in range(3):
+        board.lose(0, "killed")
+        board.take(0)
+        board.take(0, ahead=True)
+    assert list(board.failed) == [1]

@@ -172,7 +172,9 @@ def run_script(folder: Path, extract: str, **environ: str) -> subprocess.Popen[s
 
 
 def test_ray_script_starts_a_head_and_workers_and_passes_the_address(tmp_path: Path) -> None:
-    process = run_script(tmp_path, "exit 3\n", GPUS="2")
+    # The steps begin in the background, and end with the script.
+    waits = 'until [ "$(wc -l < "$HERE/srun")" = 2 ]; do sleep 0.02; done\n'
+    process = run_script(tmp_path, f"{waits}exit 3\n", GPUS="2")
     _, output = process.communicate(timeout=60)
     assert (process.returncode, "some images failed" in output) == (0, True)
     address = "10.0.0.1:20042"

@@ -309,9 +309,7 @@ FAILURES = st.lists(FAILED, max_size=4, unique_by=lambda one: one.path)
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     shards = draw(
-        st.dictionaries(
-            st.integers(0, 20), st.dictionaries(PATHS, ROWS, min_size=1, max_size=4), max_size=4
-        )
+        st.dictionaries(st.integers(0, 20), st.dictionaries(PATHS, ROWS, max_size=4), max_size=4)
     )
     first_new = draw(st.integers(0, 21))
     return Case(

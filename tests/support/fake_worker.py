@@ -9,11 +9,14 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from extractor.lease.lease import Receipt
+from extractor.lease.plan import PlannedShard
 from extractor.loading.crash_log import CrashLog
 from extractor.system.timing import KINDS
 from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
@@ -46,6 +49,11 @@ class FakeSetup:
     dies_at_start: bool = False
     is_deaf: bool = False
     images: int = 3
+
+    @property
+    def plan(self) -> Any:
+        """Shards of so many images."""
+        return defaultdict(lambda: PlannedShard(0, 0, range(self.images)))
 
 
 def die() -> None:
