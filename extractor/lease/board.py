@@ -59,21 +59,27 @@ class Board:
     def take(self, worker: int, *, ahead: bool = False, idle: int = 0) -> Lease | None:
         """Return a lease of the next shard, or None if there is none for this worker.
 
+        A shard that failed is leased alone, so that no other one fails with it.
+
         Args:
             worker: Number of the worker.
             ahead: Whether the worker may hold a second lease. It gets one if enough shards are
                 left for workers that have none.
             idle: Number of workers that have no lease yet, such as those that still start.
         """
-        held = len(self._held.get(worker, ()))
-        if held and (not ahead or held > 1 or self.waiting <= idle):
+        held = self._held.get(worker, ())
+        if held and (not ahead or len(held) > 1 or self.waiting <= idle):
             return None
-        while self._queue:
-            shard = heapq.heappop(self._queue)
-            if shard in self._waiting:
-                self._waiting.remove(shard)
-                return self._hand_out(worker, shard)
-        return None
+        while self._queue and self._queue[0] not in self._waiting:
+            heapq.heappop(self._queue)
+        if not self._queue:
+            return None
+        shard = self._queue[0]
+        if held and any(each in self._losses for each in (held[0].shard, shard)):
+            return None
+        heapq.heappop(self._queue)
+        self._waiting.remove(shard)
+        return self._hand_out(worker, shard)
 
     def copy_for(self, worker: int) -> Lease | None:
         """Return a second lease of the shard that runs for longest, or None if there is none.

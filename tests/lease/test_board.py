@@ -298,11 +298,18 @@ def test_a_board_holds_the_shards_of_a_billion_images(shards: int) -> None:
 
 def test_shard_whose_images_are_computed_is_not_to_blame() -> None:
     board = Board(range(3))
-    first, second = board.take(0), board.take(0, ahead=True)
-    assert (first, second) == (Lease(0), Lease(1))
+    assert (board.take(0), board.take(0, ahead=True)) == (Lease(0), Lease(1))
     board.note_computed(0)
-    for _ in range(3):
-        board.lose(0, "killed")
-        board.take(0)
-        board.take(0, ahead=True)
-    assert list(board.failed) == [1]
+    board.lose(0, "killed")
+    assert board.take(0) == Lease(0)
+
+
+def test_shard_that_failed_is_leased_alone() -> None:
+    board = Board(range(4))
+    assert (board.take(0), board.take(0, ahead=True)) == (Lease(0), Lease(1))
+    board.lose(0, "killed")
+    assert (board.take(0), board.take(0, ahead=True)) == (Lease(0, attempt=2), None)
+    assert (board.take(1), board.take(1, ahead=True)) == (Lease(1), Lease(2))
+    board.settle(Receipt(0, 1, 0, {}, 0.0, worker=0))
+    board.lose(1, "killed")
+    assert (board.take(0), board.take(0, ahead=True)) == (Lease(1, attempt=2), None)
