@@ -53,6 +53,10 @@ class Workers(RuleBasedStateMachine):
         held, waiting = self.held[worker], self.board.waiting
         lease = self.board.take(worker, ahead=ahead, idle=idle)
         may = not held or (ahead and len(held) == 1 and waiting > idle)
+        if held and waiting:  # what failed is leased alone
+            taken = {each.shard for each in self.all_held()}
+            shards = (n for n in range(self.shards) if self.is_open(n) and n not in taken)
+            may = may and not (self.losses[held[0].shard] or self.losses[min(shards)])
         assert (lease is not None) == (may and waiting > 0)
         if lease is not None:
             self.check(lease)
