@@ -60,6 +60,9 @@ def network(pretrained=False, **options):
 # Runs in a process of its own, so that each run starts alike. Prints the rate.
 RUN = """
 import json, sys
+from extractor.system.process_tuning import keep_freed_memory, spin_briefly
+keep_freed_memory()  # as the command and every worker do
+spin_briefly()
 from extractor import extract
 options = json.loads(sys.argv[1])
 result = extract(options.pop("images"), options.pop("model"), options.pop("out"), **options)
