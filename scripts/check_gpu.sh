@@ -3,6 +3,7 @@
 #
 #   scripts/check_gpu.sh [OUT_FOLDER]                       both parts; results in OUT_FOLDER (default: gpu-results)
 #   scripts/check_gpu.sh --only correctness|performance     at most 150 and 240 seconds
+#   scripts/check_gpu.sh --only stores --only rivals        single checks (--help names them all)
 #   scripts/check_gpu.sh --rehearse                         every step on the CPU with small stand-ins
 #
 # PYTHON names an interpreter with torch, torchvision, timm, pyarrow and tqdm (default: python3). With pytest, the tests

@@ -81,10 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     setting = _setting(out, is_rehearsal=options.rehearse)
     results: dict[str, list[Result]] = {}
-    for part in [options.only] if options.only else LIMITS:
+    for part, checks in _chosen(options.only).items():
         begun = started if not results else time.monotonic()
         factor = REHEARSAL if options.rehearse else 1
-        _run_part(part, setting, begun + factor * LIMITS[part], results)
+        _run_part(part, checks, setting, begun + factor * LIMITS[part], results)
         print(f"{part}: {time.monotonic() - begun:.0f} s", flush=True)
     shutil.rmtree(out / "scratch", ignore_errors=True)
     print_table(results)
@@ -99,10 +99,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, prog="check_gpu.sh")
     parser.add_argument("out", nargs="?", type=Path, default=Path("gpu-results"))
-    parser.add_argument("--only", choices=LIMITS)
+    names = [*LIMITS, *(check.name for checks in CHECKS.values() for check in checks)]
+    parser.add_argument(
+        "--only", choices=names, action="append", metavar="NAME", help=", ".join(names)
+    )
     parser.add_argument("--rehearse", action="store_true", help="on the CPU with stand-ins")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
+
+
+def _chosen(names: Sequence[str] | None) -> dict[str, list[Check]]:
+    """Return the checks of each part that are named, by themselves or by their part."""
+    chosen = {
+        part: [check for check in checks if not names or {part, check.name} & set(names)]
+        for part, checks in CHECKS.items()
+    }
+    return {part: checks for part, checks in chosen.items() if checks}
 
 
 def _setting(out: Path, *, is_rehearsal: bool) -> Setting:
@@ -145,9 +157,13 @@ def _cores() -> int:
 
 
 def _run_part(
-    part: str, setting: Setting, deadline: float, results: dict[str, list[Result]]
+    part: str,
+    checks: Sequence[Check],
+    setting: Setting,
+    deadline: float,
+    results: dict[str, list[Result]],
 ) -> None:
-    """Run the checks of a part until the deadline."""
+    """Run checks of a part until the deadline."""
 
     lock = threading.Lock()
 
@@ -159,8 +175,8 @@ def _run_part(
             text = json.dumps(summary, indent=1)
             Path(setting.out, "results.json").write_text(f"{text}\n", "utf-8")
 
-    results.update({check.name: [] for check in CHECKS[part]})  # in this order
-    first, *rest = CHECKS[part]
+    results.update({check.name: [] for check in checks})  # in this order
+    first, *rest = checks
     run(first)
     is_alone = part == "performance" and not setting.is_rehearsal
     at_a_time = 1 if is_alone else min(SIDE_BY_SIDE, _cores())
