@@ -22,13 +22,13 @@ from extractor.cli.doctor import doctor_parser
 from extractor.cli.evaluate import evaluate_parser
 from extractor.cli.export import export_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
-from extractor.cli.parser import EXIT_CODES, command_options
 from extractor.cli.search import index_parser, search_parser
 from extractor.cli.stores import compact_parser, info_parser, verify_parser
 from extractor.flags import Option, Scope, options_in
 from extractor.images.containers.kinds import KINDS
 from extractor.images.formats import pillow_suffixes
 from extractor.options import SERVING, Options
+from extractor.terminal.parser import EXIT_CODES, command_options
 
 ROOT = Path(__file__).resolve().parent.parent
 ARGUMENTS = ROOT / "extractor" / "option_arguments.py"

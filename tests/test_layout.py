@@ -16,7 +16,8 @@ PACKAGE = Path(extractor.__file__).parent
 ORDER: list[set[str]] = [
     {"__init__", "__main__"},
     {"cli"},
-    {"doctor"},
+    {"terminal", "doctor", "view"},
+    {"analysis"},
     {"evaluation"},
     {"search"},
     {"api"},

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from extractor.cli.console import print_lines, printable
 from extractor.cli.evaluate import add_measure_options, percent
-from extractor.cli.parser import Command, Parser, parse
 from extractor.errors import UsageError
+from extractor.terminal.console import print_lines, printable
+from extractor.terminal.parser import Command, Parser, parse
 from extractor.text import plural
 
 if TYPE_CHECKING:
@@ -85,8 +85,8 @@ def compare(arguments: Sequence[str]) -> int:
 def _extracted(command: Command, *, quiet: bool) -> tuple[list[str], int]:
     """Embed images; return the folders of the stores and the exit code of the run."""
     from extractor.cli.extract import run
-    from extractor.cli.json_log import Events
-    from extractor.cli.signals import Stopping
+    from extractor.terminal.json_log import Events
+    from extractor.terminal.signals import Stopping
 
     if len(command.own.model) < 2 and len(command.options.layers) < 2:
         raise UsageError(

@@ -9,11 +9,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from extractor.cli import environment
-from extractor.cli.console import print_lines, print_table
-from extractor.cli.parser import Parser, command_options
 from extractor.errors import UsageError
 from extractor.flags import PREFIX
+from extractor.terminal import environment
+from extractor.terminal.console import print_lines, print_table
+from extractor.terminal.parser import Parser, command_options
 from extractor.text import plural
 from extractor.version import __version__
 

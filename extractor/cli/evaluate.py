@@ -8,8 +8,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from extractor.cli.console import print_lines, printable
-from extractor.cli.parser import Parser
+from extractor.terminal.console import print_lines, printable
+from extractor.terminal.parser import Parser
 from extractor.text import plural
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from extractor.cli.console import print_lines
-from extractor.cli.parser import Parser
+from extractor.terminal.console import print_lines
+from extractor.terminal.parser import Parser
 from extractor.text import plural
 
 __all__ = ["export", "export_parser"]

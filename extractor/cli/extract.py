@@ -8,21 +8,21 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from extractor.cli.console import Bar, OutputError, logging_to, print_table, warn
-from extractor.cli.json_log import Events
-from extractor.cli.parser import Command, CommandOptions, parse
 from extractor.cli.summary import summary, warnings
 from extractor.errors import SourceError, UsageError
 from extractor.flags import options_in
 from extractor.options import Options
 from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
+from extractor.terminal.console import Bar, OutputError, logging_to, print_table, warn
+from extractor.terminal.json_log import Events
+from extractor.terminal.parser import Command, CommandOptions, parse
 from extractor.version import __version__
 
 if TYPE_CHECKING:
-    from extractor.cli.signals import Stopping
     from extractor.images.listing import ImageList
     from extractor.parts.request import UnlistedImages
     from extractor.report import Progress, Report
+    from extractor.terminal.signals import Stopping
 
 __all__ = ["extract", "run"]
 

@@ -9,9 +9,6 @@ import warnings
 from collections.abc import Sequence
 
 from extractor.cli import compare, doctor, evaluate, export, extract, models, search, stores
-from extractor.cli.console import say
-from extractor.cli.json_log import Events
-from extractor.cli.signals import NAMES, EndedError, Stopping
 from extractor.errors import (
     ExtractorError,
     InstallationError,
@@ -19,11 +16,14 @@ from extractor.errors import (
     UsageError,
 )
 from extractor.system.installation import explain_import
+from extractor.terminal.console import say
+from extractor.terminal.json_log import Events
+from extractor.terminal.signals import NAMES, EndedError, Stopping
 from extractor.text import plural
 
 __all__ = ["main", "process"]
 
-# Exit codes of errors, as in the table EXIT_CODES of extractor.cli.parser.
+# Exit codes of errors, as in the table EXIT_CODES of extractor.terminal.parser.
 FAILED = 1
 USAGE_ERROR = 2
 

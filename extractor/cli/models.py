@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from extractor.cli.console import logging_to, print_lines, say, warn
-from extractor.cli.parser import Parser
 from extractor.errors import ModelError, WeightsError
 from extractor.options import Options
+from extractor.terminal.console import logging_to, print_lines, say, warn
+from extractor.terminal.parser import Parser
 
 if TYPE_CHECKING:
     from extractor.models.backbone import Backbone

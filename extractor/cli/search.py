@@ -10,10 +10,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from extractor.cli.console import logging_to, print_lines, say, warn
-from extractor.cli.parser import Parser
 from extractor.errors import DecodeError, SourceError, UsageError
 from extractor.options import Options
+from extractor.terminal.console import logging_to, print_lines, say, warn
+from extractor.terminal.parser import Parser
 from extractor.text import plural
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from extractor.cli.console import logging_to, print_lines, warn
-from extractor.cli.parser import Parser
 from extractor.errors import UsageError
 from extractor.options import Options
+from extractor.terminal.console import logging_to, print_lines, warn
+from extractor.terminal.parser import Parser
 from extractor.text import plural
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from support.pictures import noise
 
 import extractor
 from extractor.cli.main import VERBS
-from extractor.cli.parser import build_parser
+from extractor.terminal.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"

@@ -22,12 +22,12 @@ from torch import nn
 
 from extractor import Backbone, Extractor, extract, load_backbone
 from extractor.cli import main as cli
-from extractor.cli.parser import parse
 from extractor.errors import ModelError, StoreError, UsageError
 from extractor.images import decode
 from extractor.options import Options
 from extractor.preprocess import PixelChanges, Preprocess
 from extractor.run.recompute import recompute
+from extractor.terminal.parser import parse
 
 VIT = "vit_tiny_patch16_224"
 NETWORKS = ["resnet18", "torchvision:squeezenet1_1", "own"]

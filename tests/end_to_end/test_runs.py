@@ -22,9 +22,7 @@ from support.networks import mean_pixel
 from support.pictures import noise
 
 from extractor import FeatureStore, extract
-from extractor.cli import json_log
 from extractor.cli import main as cli
-from extractor.cli.json_log import Events
 from extractor.errors import InterruptedRunError, StoreError, UsageError
 from extractor.images.listing import list_images
 from extractor.models import embedding
@@ -33,6 +31,8 @@ from extractor.options import Options
 from extractor.report import Progress
 from extractor.run.run_json import request_of
 from extractor.run.up_to_date import up_to_date_report
+from extractor.terminal import json_log
+from extractor.terminal.json_log import Events
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from extractor.cli.main import VERBS
-from extractor.cli.parser import build_parser
+from extractor.terminal.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"

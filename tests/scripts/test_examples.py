@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from extractor.cli.main import VERBS
-from extractor.cli.parser import build_parser
 from extractor.lease.parts import COUNT_VARIABLE, Part, part_from_environment
+from extractor.terminal.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "scripts" / "examples"

@@ -8,11 +8,11 @@ import threading
 
 import pytest
 
-from extractor.cli.console import MAX_OUTPUT_LINES, NAME_COLUMNS, table_lines
+from extractor.terminal.console import MAX_OUTPUT_LINES, NAME_COLUMNS, table_lines
 
 BAR = """
 import contextlib, os, sys, time
-from extractor.cli.console import Bar
+from extractor.terminal.console import Bar
 from extractor.report import Progress
 
 with Bar(quiet=False) as bar:

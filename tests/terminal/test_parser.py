@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from extractor.cli.parser import CommandOptions, build_parser, command_options, parse
 from extractor.flags import Option
 from extractor.options import Options
+from extractor.terminal.parser import CommandOptions, build_parser, command_options, parse
 
 
 def test_a_bare_command_line_holds_the_defaults_of_the_library() -> None:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from extractor.cli import environment
 from extractor.errors import UsageError
 from extractor.flags import Flag, Option, option, options_in
 from extractor.options import DEFAULT_MODEL, GROUPS, INPUT, MODEL, RUN, Options
+from extractor.terminal import environment
 from extractor.version import __version__
 
 __all__ = [

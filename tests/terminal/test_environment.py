@@ -8,10 +8,10 @@ from support.networks import mean_pixel
 
 from extractor import FeatureStore
 from extractor.cli import main as cli
-from extractor.cli.parser import command_options, parse
 from extractor.errors import UsageError
 from extractor.flags import Option
 from extractor.models import embedding
+from extractor.terminal.parser import command_options, parse
 
 
 def parsed(words: list[str], **variables: str) -> dict[str, Any]:

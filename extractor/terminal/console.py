@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
-from extractor.cli.stderr import capture_stderr, duplicate_stderr
 from extractor.errors import ExtractorError
+from extractor.terminal.stderr import capture_stderr, duplicate_stderr
 from extractor.text import plural
 
 if TYPE_CHECKING:

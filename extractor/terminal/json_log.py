@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any, TextIO
 
-from extractor.cli.console import write_line
-from extractor.cli.stderr import capture_stderr, duplicate_stderr
+from extractor.terminal.console import write_line
+from extractor.terminal.stderr import capture_stderr, duplicate_stderr
 
 if TYPE_CHECKING:
     from extractor.report import Progress, Report
