@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from extractor.errors import DecodeError, SourceError, UsageError
 from extractor.options import Options
-from extractor.terminal.console import logging_to, print_lines, say, warn
+from extractor.terminal.console import Bar, logging_to, print_lines, say, warn
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["index", "index_parser", "search", "search_parser"]
 
 SOME_FAILED = 3
+PHASES = {"training": "training the index ...", "measuring": "measuring the recall ..."}
 
 DESCRIPTION = """\
 Show the rows of a store that are nearest to images. A query that is in the store needs no model.
@@ -161,11 +162,20 @@ def index(arguments: Sequence[str]) -> int:
     """Build the index of a store, or bring it up to date; return the exit code."""
     parsed = index_parser().parse_args(arguments)
     from extractor.reading.reader import FeatureStore
+    from extractor.report import Progress
     from extractor.search.searcher import Searcher
 
     store = FeatureStore.open(parsed.store)
-    with logging_to(warn):
-        built = Searcher(store).build_index(parsed.kind, metric=parsed.metric)
+    bar = Bar(quiet=False, status="reading the index ...", unit="row")
+
+    def show(phase: str, done: int, total: int) -> None:
+        if phase == "adding":
+            bar.update(Progress(done, total, 0))
+        else:
+            bar.show(PHASES[phase])
+
+    with bar, logging_to(bar.warn):
+        built = Searcher(store).build_index(parsed.kind, metric=parsed.metric, progress=show)
     entry = built.entry
     done = f"{plural(built.added, 'row')} {'indexed' if built.was_built else 'added'}"
     lines = [

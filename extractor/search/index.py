@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,12 @@ def _opened(
 # Building
 
 
-def build_index(store: FeatureStore, kind: str | None, metric: Metric) -> BuiltIndex:
+def build_index(
+    store: FeatureStore,
+    kind: str | None,
+    metric: Metric,
+    progress: Callable[[str, int, int], None],
+) -> BuiltIndex:
     """Build the index of a store, or bring it up to date.
 
     Rows of new shards are added to an index of the same kind. It is built anew if it holds rows
@@ -252,6 +257,8 @@ def build_index(store: FeatureStore, kind: str | None, metric: Metric) -> BuiltI
         kind: ``flat``, ``hnsw`` or ``ivf``; None for that of the present index, or else HNSW below
             a million rows and IVF from there on.
         metric: Metric to search by.
+        progress: Called with the phase (``training``, ``adding`` or ``measuring``), the number of
+            rows that are done, and how many there are.
 
     Raises:
         UsageError: An unknown kind or metric.
@@ -274,13 +281,19 @@ def build_index(store: FeatureStore, kind: str | None, metric: Metric) -> BuiltI
     keys = shard_keys(store.manifest)
     if before is None:
         kind = kind or ("ivf" if len(store) >= LARGE_STORE else "hnsw")
+        progress("training", 0, len(store))
         index = _new_index(faiss, store, kind, metric)
         known: tuple[ShardKey, ...] = ()
     else:
         kind, index, known = before.entry.kind, before._index, before.entry.shards
     new = [key for key in keys if key not in known]
+    done, total = 0, sum(rows for _, _, rows in new)
     for block in _file_blocks(store, new, metric):
+        progress("adding", done, total)
         index.add(block)
+        done += len(block)
+    progress("adding", done, total)
+    progress("measuring", 0, min(SAMPLE, len(store)))
     entry = IndexEntry(
         folder=store.path,
         kind=kind,
@@ -295,7 +308,7 @@ def build_index(store: FeatureStore, kind: str | None, metric: Metric) -> BuiltI
     )
     entry = _measured(StoreIndex(faiss, index, entry, store), store)
     entry = publish_index(store.path, lambda path: _write(faiss, index, path), entry)
-    return BuiltIndex(entry, sum(rows for _, _, rows in new), was_built=before is None)
+    return BuiltIndex(entry, total, was_built=before is None)
 
 
 def _present(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -170,7 +170,11 @@ class Searcher:
         return Hits(self._rows, found, metric, index.title)
 
     def build_index(
-        self, kind: Literal["flat", "hnsw", "ivf"] | None = None, *, metric: Metric = "cosine"
+        self,
+        kind: Literal["flat", "hnsw", "ivf"] | None = None,
+        *,
+        metric: Metric = "cosine",
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> BuiltIndex:
         """Build the index of a store for fast approximate search, or bring it up to date.
 
@@ -187,6 +191,8 @@ class Searcher:
                 keeps the kind of the present index, or else takes HNSW below a million rows and IVF
                 from there on.
             metric: Metric to search by.
+            progress: Called with the phase (``training``, ``adding`` or ``measuring`` the recall),
+                the number of rows that are done, and how many there are.
 
         Raises:
             UsageError: An unknown kind or metric, or rows that are no whole store.
@@ -197,7 +203,7 @@ class Searcher:
             raise UsageError(
                 f"index: got {type(self._rows).__name__}, expected a store; make an index of each"
             )
-        built = build_index(self._rows, kind, metric)
+        built = build_index(self._rows, kind, metric, progress or (lambda *_: None))
         self._indexes.pop(metric, None)
         return built
 

@@ -53,24 +53,27 @@ class Bar:
 
     Args:
         quiet: Show nothing.
+        status: Line that is shown before the bar.
+        unit: What is counted: ``img``, with the failures, or another word.
     """
 
-    def __init__(self, *, quiet: bool) -> None:
+    def __init__(self, *, quiet: bool, status: str = LOADING, unit: str = "img") -> None:
         self._shown = not quiet and sys.stderr is not None and sys.stderr.isatty()
+        self._first_status = status
+        self._unit = unit
         self._lock = threading.RLock()
         self._stack = contextlib.ExitStack()
         self._terminal: TextIO | None = None
         self._bar: Any = None
-        self._is_loading = False
+        self._status = ""  # the line that stands where the bar will be
         self._output_lines = 0
 
     def __enter__(self) -> Bar:
-        """Show that the model is loading."""
+        """Show the first status."""
         if self._shown:
             self._terminal = duplicate_stderr()
         if self._terminal is not None:
-            self._is_loading = True
-            self._write(LOADING)
+            self.show(self._first_status)
             self._stack.enter_context(capture_stderr(self._output))
         return self
 
@@ -78,12 +81,11 @@ class Bar:
         """Remove the bar and give standard error back."""
         self._stack.close()  # the last lines of libraries arrive here
         with self._lock:
-            self._end_loading()
-            if self._bar is not None:
-                self._bar.close()
+            self._end_status()
+            self._close_bar()
             if self._terminal is not None:
                 self._terminal.close()
-            self._bar = self._terminal = None
+            self._terminal = None
         hidden = self._output_lines - MAX_OUTPUT_LINES
         if hidden > 0:
             say(f"extract: {plural(hidden, 'more message')} of libraries not shown")
@@ -94,10 +96,19 @@ class Bar:
             return
         with self._lock:
             if self._bar is None:
-                self._end_loading()
-                self._bar = _new_bar(self._terminal, progress)
-            self._bar.set_postfix(failed=progress.failed, refresh=False)
+                self._end_status()
+                self._bar = _new_bar(self._terminal, progress, self._unit)
+            if self._unit == "img":
+                self._bar.set_postfix(failed=progress.failed, refresh=False)
             self._bar.update(progress.done - self._bar.n)
+
+    def show(self, status: str) -> None:
+        """Show a line in place of the bar, until the next update."""
+        with self._lock:
+            self._close_bar()
+            self._end_status()
+            self._status = status
+            self._write(status)
 
     def warn(self, message: str) -> None:
         """Print a warning on standard error, above the bar."""
@@ -116,26 +127,31 @@ class Bar:
             elif self._bar is not None:
                 self._bar.write(printable(text), file=self._terminal)
             else:
-                self._write(f"{CLEAR_LINE}{printable(text)}\n{LOADING}")
+                self._write(f"{CLEAR_LINE}{printable(text)}\n{self._status}")
 
-    def _end_loading(self) -> None:
-        if self._is_loading:
-            self._is_loading = False
+    def _end_status(self) -> None:
+        if self._status:
+            self._status = ""
             self._write(CLEAR_LINE)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _write(self, text: str) -> None:
         if self._terminal is not None:
             print(text, end="", file=self._terminal, flush=True)
 
 
-def _new_bar(terminal: TextIO, progress: Progress) -> Any:
+def _new_bar(terminal: TextIO, progress: Progress, unit: str) -> Any:
     from tqdm import tqdm
 
     width = os.get_terminal_size(terminal.fileno()).columns
     return tqdm(
         total=progress.total,
         initial=progress.done,
-        unit="img",
+        unit=unit,
         smoothing=0.1,
         dynamic_ncols=width > 0,
         ncols=None if width else 80,  # some terminals do not know their size

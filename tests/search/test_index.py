@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.networks import mean_pixel
+from support.terminal import on_a_terminal, screen
 
 from extractor import Searcher, extract
 from extractor.cli import main as cli
@@ -333,3 +334,21 @@ def test_command_builds_extends_and_uses_an_index(
     assert capsys.readouterr().err == f"{out}: ivf index ({recall}), 900 rows\n"
     assert cli.main(["search", out, "row:3", "-k", "2", "--exact"]) == 0
     assert "exact search, 900 rows" in capsys.readouterr().err
+
+
+def test_command_shows_its_progress_on_a_terminal(store: FeatureStore) -> None:
+    received = on_a_terminal("-m", "extractor", "index", os.fspath(store.path), "--kind", "hnsw")
+    assert "training the index ..." in received
+    assert "measuring the recall ..." in received
+    (bar,) = filter(None, screen(received))  # all else was removed
+    assert "900/900" in bar
+
+
+def test_progress_counts_the_rows_that_are_added(store: FeatureStore) -> None:
+    seen: list[tuple[str, int, int]] = []
+    Searcher(store).build_index("flat", progress=lambda *values: seen.append(values))
+    adding = [("adding", done, 900) for done in (0, 500, 900)]
+    assert seen == [("training", 0, 900), *adding, ("measuring", 0, 900)]
+    seen.clear()
+    Searcher(store).build_index("flat", progress=lambda *values: seen.append(values))
+    assert seen == []

@@ -1,12 +1,7 @@
 from __future__ import annotations
 
-import os
-import pty
-import subprocess
-import sys
-import threading
-
 import pytest
+from support.terminal import on_a_terminal, screen
 
 from extractor.terminal.console import MAX_OUTPUT_LINES, NAME_COLUMNS, table_lines
 
@@ -30,56 +25,8 @@ os.write(2, b"after the bar\\n")
 """
 
 
-def on_a_terminal(code: str) -> str:
-    """What a terminal receives from a Python program."""
-    terminal, side = pty.openpty()
-    received: list[bytes] = []
-
-    def read() -> None:
-        while True:
-            try:
-                piece = os.read(terminal, 4096)
-            except OSError:
-                return
-            if not piece:
-                return
-            received.append(piece)
-
-    reader = threading.Thread(target=read)
-    with subprocess.Popen([sys.executable, "-c", code], stderr=side) as process:
-        os.close(side)
-        reader.start()
-        assert process.wait(60) == 0
-    reader.join()
-    os.close(terminal)
-    return b"".join(received).decode()
-
-
-def screen(text: str) -> list[str]:
-    """The lines that a terminal shows after a text, as far as the bar uses its controls."""
-    lines = [""]
-    column = 0
-    text = text.replace("\x1b[A", "\x00").replace("\x1b[K", "\x01")
-    row = 0
-    for character in text:
-        if character == "\r":
-            column = 0
-        elif character == "\n":
-            row, column = row + 1, 0
-            lines += [""] * (row + 1 - len(lines))
-        elif character == "\x00":
-            row -= 1
-        elif character == "\x01":
-            lines[row] = lines[row][:column]
-        else:
-            line = lines[row].ljust(column)
-            lines[row] = line[:column] + character + line[column + 1 :]
-            column += 1
-    return [line.rstrip() for line in lines]
-
-
 def test_lines_of_libraries_do_not_tear_the_bar() -> None:
-    lines = screen(on_a_terminal(BAR.format(start=8, more="")))
+    lines = screen(on_a_terminal("-c", BAR.format(start=8, more="")))
     assert set(lines[:2]) == {"tiff: while loading", "extract: warning: RANDOM weights"}
     for done in (8, 9, 10):
         assert f"tiff: bad strip {done}" in lines
@@ -95,9 +42,35 @@ def test_lines_of_libraries_do_not_tear_the_bar() -> None:
 def test_a_flood_of_lines_is_cut_and_does_not_block() -> None:
     """More than a pipe holds, written while nothing reads it."""
     flood = 'os.write(2, b"flood of lines\\n" * 200_000)'
-    lines = screen(on_a_terminal(BAR.format(start=10, more=flood)))
+    lines = screen(on_a_terminal("-c", BAR.format(start=10, more=flood)))
     assert 0 < lines.count("flood of lines") <= MAX_OUTPUT_LINES
     assert any("more messages of libraries not shown" in line for line in lines)
+
+
+STATUS = """
+from extractor.terminal.console import Bar
+from extractor.report import Progress
+
+with Bar(quiet=False, status="opening ...", unit="row") as bar:
+    bar.warn("first")
+    bar.show("training ...")
+    bar.update(Progress(3, 10, 0))
+    bar.show("measuring ...")
+    bar.warn("second")
+"""
+
+
+def test_a_status_stands_in_place_of_the_bar() -> None:
+    received = on_a_terminal("-c", STATUS)
+    assert "opening ..." in received
+    assert "training ..." in received
+    assert "measuring ..." in received
+    first, bar, second, *rest = screen(received)
+    assert (first, second) == ("extract: warning: first", "extract: warning: second")
+    assert "3/10" in bar
+    assert "row/s" in bar
+    assert "failed" not in bar
+    assert not any(rest)
 
 
 @pytest.mark.parametrize("width", [20, 40, 80])
