@@ -379,7 +379,7 @@ def test_every_command_of_the_guide_parses() -> None:
 def test_guide_shows_every_event() -> None:
     lines = [json.loads(line) for line in "".join(blocks("json")).splitlines() if '"event"' in line]
     assert tuple(line["event"] for line in lines) == EVENTS
-    source = (ROOT / "extractor" / "cli" / "json_log.py").read_text("utf-8")
+    source = (ROOT / "extractor" / "terminal" / "json_log.py").read_text("utf-8")
     source += (ROOT / "extractor" / "cli" / "main.py").read_text("utf-8")
     written = set(re.findall(r'\.write\(\s*"(\w+)"', source))
     assert written == set(EVENTS)
