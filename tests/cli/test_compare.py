@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from support.pictures import noise
 
+from extractor import FeatureStore
 from extractor.cli import compare
 from extractor.cli import main as cli
 from extractor.evaluation import speed
 from extractor.store.format import MANIFEST
 
+Rows = npt.NDArray[np.float32]
 RUN = ["--weights", "random", "--device", "cpu"]
 
 
@@ -26,6 +30,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         file = tmp_path / "images" / ("cats", "dogs")[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         noise(number, 40, 40).save(file)
+
+
+def cka_by_definition(first: Rows, second: Rows) -> float:
+    """HSIC of the centered Gram matrices, as Kornblith et al. define linear CKA."""
+    center = np.eye(len(first)) - 1 / len(first)
+    grams = [center @ rows.astype(np.float64) @ rows.T.astype(np.float64) @ center
+             for rows in (first, second)]  # fmt: skip
+
+    def hsic(one: int, other: int) -> float:
+        return float(np.trace(grams[one] @ grams[other]))
+
+    return hsic(0, 1) / float(np.sqrt(hsic(0, 0) * hsic(1, 1)))
 
 
 def test_name_of_the_manifest_is_that_of_the_format() -> None:
@@ -53,8 +69,27 @@ def test_layers_of_one_model_are_compared(capsys: pytest.CaptureFixture[str]) ->
     words = ["compare", "-m", "test_resnet", "--layer", "layer1", "--layer", "layer2", "images"]
     assert cli.main([*words, *RUN, "--json", "--no-speed"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert len(result["stores"]) == 2
-    assert 0 <= result["cka"][0][1] <= 1
+    names = [each["name"] for each in result["stores"]]
+    assert sorted(names) == ["test_resnet@layer1", "test_resnet@layer2"]
+    first, second = (FeatureStore.open(f"features/{name}").features[:] for name in names)
+    assert result["cka"][0][1] == pytest.approx(cka_by_definition(first, second), abs=1e-6)
+    assert result["cka"][0][0] == pytest.approx(1)
+
+
+def test_variants_without_a_block_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["-m", "test_vit", "images", *RUN, "--quiet"]
+    assert cli.main([*run, "-o", "whole"]) == 0
+    assert cli.main([*run, "-o", "without", "--bypass", "blocks.1"]) == 0
+    assert cli.main([*run, "-o", "again", "--bypass", "blocks.1"]) == 0
+    assert cli.main(["compare", "whole", "without", "again", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    at = {each["name"]: number for number, each in enumerate(result["stores"])}
+    cka = np.array(result["cka"])
+    whole, without = (FeatureStore.open(name).features[:] for name in ("whole", "without"))
+    expected = cka_by_definition(whole, without)
+    assert expected < 0.999  # the block changes the embedding
+    assert cka[at["whole"], at["without"]] == pytest.approx(expected, abs=1e-6)
+    assert cka[at["again"], at["without"]] == pytest.approx(1)
 
 
 def test_stores_are_compared_without_a_run(capsys: pytest.CaptureFixture[str]) -> None:
