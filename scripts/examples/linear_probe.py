@@ -1,36 +1,25 @@
-"""Train a linear classifier on a store: linear_probe.py STORE. Folders of images are classes."""
+"""Train a linear probe: linear_probe.py STORE [IMAGE...]. Folders are classes; IMAGEs get one."""
 
 import sys
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from extractor import FeatureStore
-
-EPOCHS = 20
+from extractor import Extractor, FeatureStore, evaluate_store
 
 
-def main(folder: str) -> None:
+def main(folder: str, *images: str) -> None:
     store = FeatureStore.open(folder)
-    names, labels = np.unique(
-        [path.rpartition("/")[0] for path in store.paths], return_inverse=True
-    )
-    torch.manual_seed(0)
-    probe = torch.nn.Sequential(
-        torch.nn.BatchNorm1d(store.dim, momentum=None), torch.nn.Linear(store.dim, len(names))
-    )
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=1e-2)
-    loader = DataLoader(store.dataset(labels), batch_size=256, shuffle=True)
-    for _ in range(EPOCHS):
-        for rows, targets in loader:
-            loss = torch.nn.functional.cross_entropy(probe(rows.float()), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    probe.eval()
-    right = sum((probe(rows.float()).argmax(1) == targets).sum().item() for rows, targets in loader)
-    print(f"{right} of {len(store)} training images in the right one of {len(names)} classes")
+    labels = [path.rpartition("/")[0] for path in store.paths]
+    accuracy = evaluate_store(store, labels, probe=True).scores["linear probe"]
+    print(f"accuracy {accuracy.value:.3f}, between {accuracy.low:.3f} and {accuracy.high:.3f}")
+    if images:
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        probe.fit(store.features[:], labels)
+        with Extractor.for_store(store) as embed:
+            for image, label in zip(images, probe.predict(embed(images)), strict=True):
+                print(f"{image}\t{label}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +16,7 @@ import pytest
 from support.pictures import noise
 
 import extractor
-from extractor import FeatureStore, extract
+from extractor import FeatureStore, evaluate_store, extract
 
 EXAMPLES = Path(__file__).parents[2] / "scripts" / "examples"
 PIPELINES = {"daft_udf", "ray_data"}  # whole programs of another framework
@@ -50,14 +51,17 @@ def test_example_program_is_short_and_says_how_to_call_it(path: Path) -> None:
     assert path.stem in (ast.get_docstring(ast.parse(text)) or "")
 
 
-def test_search_finds_the_image_itself_first(
+def test_search_finds_the_same_picture_first(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    query = str(folder / "images" / "dogs" / "3.png")
-    program("search")["main"](str(folder / "out"), query)
+    image, copy = str(folder / "images" / "dogs" / "3.png"), str(folder / "copy.png")
+    shutil.copyfile(image, copy)
+    program("search")["main"](str(folder / "out"), copy, image)
     lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
-    assert (len(lines), lines[0][2]) == (5, query)
+    assert [line[0] for line in lines] == [copy] * 5 + [image] * 5
+    assert lines[0][2] == image
     assert float(lines[0][1]) == pytest.approx(1, abs=1e-4)
+    assert image not in [line[2] for line in lines[5:]]  # a row does not find itself
 
 
 @pytest.mark.parametrize("name", ["index.npz", "index"])
@@ -87,9 +91,16 @@ def test_index_in_sync_has_the_rows_of_the_store(
     sync("6 added, 6 removed, 6 in the index")
 
 
-def test_probe_learns_its_training_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    program("linear_probe")["main"](str(folder / "out"))
-    assert "6 of 6 training images in the right one of 2 classes" in capsys.readouterr().out
+def test_probe_names_the_class_of_an_image(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    measured = evaluate_store(folder / "out", probe=True).scores["linear probe"].value
+    images = [str(folder / "images" / name) for name in ("cats/0.png", "dogs/3.png")]
+    program("linear_probe")["main"](str(folder / "out"), *images)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"accuracy {measured:.3f}, between 0.")
+    assert others == [f"{images[0]}\tcats", f"{images[1]}\tdogs"]  # it was trained on them
 
 
 def test_joined_rows_are_those_of_both_stores(
