@@ -15,6 +15,7 @@ from extractor.system.installation import installation_errors
 from extractor.version import __version__
 
 if TYPE_CHECKING:
+    from extractor.analysis.mapping import StoreMap, map_store
     from extractor.api import Extractor, extract
     from extractor.errors import (
         DecodeError,
@@ -79,6 +80,7 @@ __all__ = [
     "StoreDamagedError",
     "StoreError",
     "StoreInfo",
+    "StoreMap",
     "StoreNotFoundError",
     "StoreReplacedError",
     "StoreReport",
@@ -92,10 +94,12 @@ __all__ = [
     "extract",
     "list_images",
     "load_backbone",
+    "map_store",
 ]
 
 # Imported on first use, so that a program that only reads a store does not wait for torch.
 _MODULES = {
+    "extractor.analysis.mapping": ("StoreMap", "map_store"),
     "extractor.api": ("Extractor", "extract"),
     "extractor.errors": (
         "DecodeError",

@@ -18,6 +18,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Embed in memory": ("Extractor",),
     "Read stores": ("FeatureStore", "StoreInfo", "Changes"),
     "Evaluate stores": ("evaluate_store", "Evaluation", "compare_stores", "Comparison"),
+    "Map stores": ("map_store", "StoreMap"),
     "Export stores": ("export_store", "ExportReport"),
     "Search": ("Searcher", "Hits", "Hit"),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),

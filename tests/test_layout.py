@@ -53,6 +53,7 @@ TORCH_FREE = (
     "upkeep",
     "export",
     "evaluation",
+    "analysis",
     "options",
     "flags",
     "preprocess",

@@ -1,4 +1,4 @@
-"""Indexes that were made from a store: where they lie, and which rows they hold."""
+"""Files that were made from a store: where they lie, and which rows an index holds."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from extractor.store.format import DERIVED, FileEntry, Manifest
 
 __all__ = [
     "KINDS",
+    "DerivedNames",
     "IndexEntry",
     "ShardKey",
     "check_file",
     "covers",
+    "derived_folders",
     "entries_of",
+    "publish_derived",
     "publish_index",
     "shard_keys",
 ]
@@ -149,15 +152,15 @@ def entries_of(out: Path) -> list[IndexEntry]:
     return entries
 
 
-def check_file(entry: IndexEntry) -> str:
-    """Return why the file of an index cannot be used; empty if it is as it was written.
+def check_file(path: Path, file: FileEntry) -> str:
+    """Return why a file cannot be used; empty if it is as it was written.
 
     faiss parses files in C++, where other content may do anything.
     """
     try:
-        if entry.path.stat().st_size != entry.file.bytes:
+        if path.stat().st_size != file.bytes:
             return "its size changed"
-        return "" if FileEntry.of(entry.path, entry.file.name) == entry.file else "it was changed"
+        return "" if FileEntry.of(path, file.name) == file else "it was changed"
     except OSError as error:
         return error.strerror or str(error)
 
@@ -178,7 +181,54 @@ def publish_index(out: Path, write: Callable[[Path], None], entry: IndexEntry) -
     Raises:
         StoreError: It cannot be written, neither to the store nor to the cache.
     """
-    stem = f"{entry.kind}-{entry.metric}"
+    described = entry
+
+    def describe(folder: Path, file: FileEntry) -> str:
+        nonlocal described
+        described = replace(entry, folder=folder, file=file)
+        return described.to_json()
+
+    names = DerivedNames(f"{entry.kind}-{entry.metric}", ".faiss", SUFFIX)
+    publish_derived(out, write, names, describe, "index")
+    return described
+
+
+@dataclass(frozen=True)
+class DerivedNames:
+    """Names of a derived file, and of the JSON file beside it.
+
+    Attributes:
+        stem: What both begin with, such as ``hnsw-cosine``.
+        suffix: End of the file, such as ``.faiss``.
+        json_suffix: End of the JSON file, such as ``.index.json``.
+    """
+
+    stem: str
+    suffix: str
+    json_suffix: str
+
+
+def publish_derived(
+    out: Path,
+    write: Callable[[Path], None],
+    names: DerivedNames,
+    describe: Callable[[Path, FileEntry], str],
+    what: str,
+) -> None:
+    """Write a file and the JSON file beside it, which appears last; remove older ones.
+
+    The name of the file holds its SHA-256, so that a reader of the old one keeps it.
+
+    Args:
+        out: Folder of the store.
+        write: Writes the file.
+        names: Names of both.
+        describe: Returns the content of the JSON file, from the folder and the file.
+        what: What the file is, for messages.
+
+    Raises:
+        StoreError: It cannot be written, neither to the store nor to the cache.
+    """
     problem = ""
     for folder in derived_folders(out):
         try:
@@ -187,16 +237,19 @@ def publish_index(out: Path, write: Callable[[Path], None], entry: IndexEntry) -
                 with partial.open("rb") as file:
                     sync(file.fileno())
                 found = FileEntry.of(partial, "")
-                found = replace(found, name=f"{stem}-{found.sha256[:16]}.faiss")
-                entry = replace(entry, folder=folder, file=found)
-                os.replace(partial, entry.path)
-                write_atomically(folder / f"{stem}{SUFFIX}", entry.to_json().encode())
+                found = replace(found, name=f"{names.stem}-{found.sha256[:16]}{names.suffix}")
+                content = describe(folder, found).encode()
+                os.replace(partial, folder / found.name)
+                write_atomically(folder / f"{names.stem}{names.json_suffix}", content)
         except OSError as error:
             problem = problem or f"{folder}: {error.strerror or error}"
             continue
-        _remove_others(entry, stem)
-        return entry
-    raise StoreError(f"the index cannot be written ({problem}); free some room, or try again")
+        for path in folder.glob(f"{names.stem}-*{names.suffix}"):
+            if path.name != found.name:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        return
+    raise StoreError(f"the {what} cannot be written ({problem}); free some room, or try again")
 
 
 @contextlib.contextmanager
@@ -210,11 +263,3 @@ def _temporary(folder: Path) -> Iterator[Path]:
         yield Path(name)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-def _remove_others(entry: IndexEntry, stem: str) -> None:
-    """Remove older indexes of the same kind and metric."""
-    for path in entry.folder.glob(f"{stem}-*.faiss"):
-        if path.name != entry.file.name:
-            with contextlib.suppress(OSError):
-                path.unlink()

@@ -221,7 +221,7 @@ def _opened(
     faiss: Any, entry: IndexEntry, store: FeatureStore, *, in_memory: bool = False
 ) -> StoreIndex | None:
     """Open an index; None with a warning if its file cannot be used."""
-    problem = check_file(entry)
+    problem = check_file(entry.path, entry.file)
     if not problem:
         # Codes and links stay in the file, which no program changes in place.
         flags = 0 if in_memory else getattr(faiss, "IO_FLAG_MMAP_IFC", 0)

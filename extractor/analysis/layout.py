@@ -1,0 +1,162 @@
+"""UMAP of a store from its own nearest rows, and new rows placed beside their neighbors."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from extractor.errors import InstallationError, UsageError
+from extractor.reading.reader import FeatureStore
+from extractor.search.index import open_index
+from extractor.search.knn import Features, nearest
+from extractor.search.searcher import Searcher
+from extractor.text import plural
+
+__all__ = ["EXACT_ROWS", "neighbors_of", "place_beside", "umap_layout", "umap_settings"]
+
+NEIGHBORS = 15  # the default of umap-learn
+MIN_DIST = 0.1  # so is this
+SEED = 0
+MIN_ROWS = 10  # below, neighborhoods are the whole store
+EXACT_ROWS = 200_000  # all pairs of 200,000 x 512 take minutes; of a million, hours
+PLACED_BY = 5  # neighbors that a new row is placed by; more of them pull it between clusters
+SAME = 1e-6  # cosine distance of rows that are copies but for rounding
+CHUNK = 4096  # queries
+
+Rows = npt.NDArray[np.int64]
+Points = npt.NDArray[np.float32]
+
+
+def umap_settings() -> dict[str, Any]:
+    """Return what a UMAP is made with.
+
+    Raises:
+        InstallationError: umap-learn is not installed.
+    """
+    try:
+        version = importlib.metadata.version("umap-learn")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InstallationError(
+            "a UMAP needs umap-learn; try pip install 'backbone-extractor[map]', or the method pca"
+        ) from error
+    settings = {"metric": "cosine", "neighbors": NEIGHBORS, "min_dist": MIN_DIST, "seed": SEED}
+    return {**settings, "umap-learn": version}
+
+
+def neighbors_of(store: FeatureStore, rows: Rows, k: int) -> tuple[Rows, npt.NDArray[np.float32]]:
+    """Return the nearest other rows of some rows by the cosine distance, the nearest first.
+
+    Args:
+        store: The store.
+        rows: ``(n,)``, finite rows.
+        k: Number of neighbors.
+
+    Returns:
+        Rows of the store ``(n, k)``, -1 where there are fewer, and distances ``(n, k)`` from 0 to
+        2, infinite where there is no row.
+
+    Raises:
+        UsageError: The store is too large to compare all pairs, and has no index.
+    """
+    if len(rows) * len(store) > EXACT_ROWS**2 and open_index(store, "cosine") is None:
+        raise UsageError(
+            f"{store.path}: the neighbors of {plural(len(rows), 'row')} would take hours; try "
+            f"extract index {store.path} first"
+        )
+    searcher = Searcher(store)
+    k_found = max(min(k, len(store) - 1), 1)
+    found = np.full((len(rows), k), -1, np.int64)
+    distances = np.full((len(rows), k), np.inf, np.float32)
+    for start in range(0, len(rows), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        vectors = np.asarray(store.features[rows[chunk]]).reshape(len(rows[chunk]), -1)
+        hits = searcher.nearest(vectors, k_found, own_rows=rows[chunk])
+        is_row = hits.rows >= 0
+        found[chunk, :k_found] = hits.rows
+        distances[chunk, :k_found] = np.where(is_row, np.maximum(1 - hits.scores, 0), np.inf)
+    return found, distances
+
+
+def umap_layout(store: FeatureStore, rows: Rows, start: Points) -> Points:
+    """Return the UMAP of some rows, ``(n, 2)``; the same rows give the same one on one machine.
+
+    Args:
+        store: The store.
+        rows: ``(n,)``, all finite rows, ascending.
+        start: ``(n, 2)``, where the layout starts from, such as principal components.
+
+    Raises:
+        UsageError: There are too few rows, or too many without an index.
+        InstallationError: umap-learn is not installed.
+    """
+    umap_settings()
+    if len(rows) < MIN_ROWS:
+        raise UsageError(
+            f"{store.path}: got {plural(len(rows), 'row')}, a UMAP needs {MIN_ROWS}; try the "
+            "method pca"
+        )
+    k = min(NEIGHBORS, len(rows)) - 1
+    found, distances = neighbors_of(store, rows, k)
+    number = np.full(len(store), -1, np.int64)
+    number[rows] = np.arange(len(rows))
+    # umap-learn counts a row as its own first neighbor.
+    own = np.arange(len(rows))[:, None]
+    indices = np.concatenate([own, np.where(found < 0, -1, number[found])], axis=1)
+    distances = np.concatenate([np.zeros((len(rows), 1), np.float32), distances], axis=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about seeds, threads and new data, all chosen here
+        import umap
+
+        model: Any = umap.UMAP(
+            n_neighbors=k + 1,
+            min_dist=MIN_DIST,
+            metric="cosine",
+            init=_spread(start),
+            precomputed_knn=(indices.astype(np.int32), distances, None),
+            random_state=SEED,
+            n_jobs=1,  # a seed works with one thread only
+            force_approximation_algorithm=True,  # it ignores the neighbors of few rows otherwise
+        )
+        # With neighbors and a start, umap-learn takes from the rows themselves only their number.
+        return np.asarray(model.fit_transform(start), np.float32)
+
+
+def _spread(start: Points) -> Points:
+    """Return points scaled to the range that UMAP starts from, no two of them alike."""
+    centered = start.astype(np.float64) - start.mean(axis=0)
+    scale = float(np.abs(centered).max(initial=0.0))
+    scaled = centered * (10 / scale) if scale > 0 else centered
+    noise = np.random.default_rng(SEED).normal(scale=1e-3, size=start.shape)
+    return np.asarray(scaled + noise, np.float32)
+
+
+def place_beside(features: Features, new: Features, known: Points) -> Points:
+    """Return where new rows go in a map, ``(n, 2)``: the weighted mean of their neighbors there.
+
+    A neighbor's weight falls with its distance beyond that of the nearest one, as in UMAP. A copy
+    of a row goes to the same point.
+
+    Args:
+        features: ``(m, dim)``, the rows in the map, at least one.
+        new: ``(n, dim)``, finite.
+        known: ``(m, 2)``, their points.
+    """
+    placed = np.empty((len(new), 2), np.float32)
+    for start in range(0, len(new), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        vectors = np.asarray(new[chunk])
+        found = nearest(features, vectors.reshape(len(vectors), -1), PLACED_BY)
+        far = np.where(found.rows < 0, np.inf, 1 - found.scores)
+        beyond = np.maximum(far - far[:, :1], 0)
+        is_row = found.rows >= 0
+        scale = np.where(is_row, beyond, 0).sum(axis=1) / np.maximum(is_row.sum(axis=1) - 1, 1)
+        weights = np.exp(-beyond / np.maximum(scale, 1e-12)[:, None])
+        is_copy = far <= SAME
+        weights = np.where(is_copy.any(axis=1, keepdims=True), is_copy, weights)
+        weights /= weights.sum(axis=1, keepdims=True)
+        placed[chunk] = (weights[:, :, None] * known[found.rows]).sum(axis=1)
+    return placed
