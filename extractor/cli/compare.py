@@ -88,7 +88,9 @@ def _extracted(command: Command, *, quiet: bool) -> tuple[list[str], int]:
     from extractor.terminal.json_log import Events
     from extractor.terminal.signals import Stopping
 
-    if len(command.own.model) < 2 and len(command.options.layers) < 2:
+    layers = command.options.layers
+    may_be_several = len(layers) > 1 or any(set(layer) & set("*?[") for layer in layers)  # globs
+    if len(command.own.model) < 2 and not may_be_several:
         raise UsageError(
             "compare: got one model, expected several -m or --layer, or the folders of stores"
         )

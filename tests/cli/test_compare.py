@@ -65,8 +65,13 @@ def test_models_embed_the_images_once(capsys: pytest.CaptureFixture[str]) -> Non
     assert again["stores"][0]["parameters"] is None
 
 
-def test_layers_of_one_model_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["compare", "-m", "test_resnet", "--layer", "layer1", "--layer", "layer2", "images"]
+@pytest.mark.parametrize(
+    "layers", [["--layer", "layer1", "--layer", "layer2"], ["--layer", "layer[12]"]]
+)
+def test_layers_of_one_model_are_compared(
+    layers: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "-m", "test_resnet", *layers, "images"]
     assert cli.main([*words, *RUN, "--json", "--no-speed"]) == 0
     result = json.loads(capsys.readouterr().out)
     names = [each["name"] for each in result["stores"]]
