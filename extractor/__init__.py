@@ -15,7 +15,10 @@ from extractor.system.installation import installation_errors
 from extractor.version import __version__
 
 if TYPE_CHECKING:
+    from extractor.analysis.duplicate_groups import DuplicateGroup, DuplicateImage, Duplicates
+    from extractor.analysis.duplicates import find_duplicates
     from extractor.analysis.mapping import StoreMap, map_store
+    from extractor.analysis.outliers import LabelError, Outlier, Outliers, find_outliers
     from extractor.api import Extractor, extract
     from extractor.errors import (
         DecodeError,
@@ -57,6 +60,9 @@ __all__ = [
     "Comparison",
     "DecodeError",
     "DeviceError",
+    "DuplicateGroup",
+    "DuplicateImage",
+    "Duplicates",
     "Evaluation",
     "ExportReport",
     "Extractor",
@@ -67,8 +73,11 @@ __all__ = [
     "ImageList",
     "InstallationError",
     "InterruptedRunError",
+    "LabelError",
     "ModelError",
     "Options",
+    "Outlier",
+    "Outliers",
     "Preprocess",
     "Progress",
     "Report",
@@ -92,6 +101,8 @@ __all__ = [
     "evaluate_store",
     "export_store",
     "extract",
+    "find_duplicates",
+    "find_outliers",
     "list_images",
     "load_backbone",
     "map_store",
@@ -99,7 +110,10 @@ __all__ = [
 
 # Imported on first use, so that a program that only reads a store does not wait for torch.
 _MODULES = {
+    "extractor.analysis.duplicate_groups": ("DuplicateGroup", "DuplicateImage", "Duplicates"),
+    "extractor.analysis.duplicates": ("find_duplicates",),
     "extractor.analysis.mapping": ("StoreMap", "map_store"),
+    "extractor.analysis.outliers": ("LabelError", "Outlier", "Outliers", "find_outliers"),
     "extractor.api": ("Extractor", "extract"),
     "extractor.errors": (
         "DecodeError",

@@ -61,6 +61,7 @@ def _fill(
     parts: Sequence[np.ndarray],
     *,
     names: Sequence[Sequence[bytes]] | None = None,
+    records: Sequence[Sequence[ImageRecord]] | None = None,
     numbers: Sequence[int] | None = None,
     failures: Sequence[tuple[bytes, str, str]] = (),
     **described: Any,
@@ -71,16 +72,16 @@ def _fill(
     size = max([4, *map(len, parts)])
     description = _description(**{"dim": dim, "dtype": dtype, "shard_images": size, **described})
     last = len(parts) - 1 if numbers is None else max(numbers)
-    images = last * size + len(parts[-1]) if parts else 0
-    run = rewrite(claim, Job(description, max(images, 0) + len(failures), "0" * 64))
+    total = last * size + len(parts[-1]) if parts else 0
+    run = rewrite(claim, Job(description, max(total, 0) + len(failures), "0" * 64))
     for i, part in enumerate(parts):
         number = i if numbers is None else numbers[i]
         shard_names = _names(number, len(part)) if names is None else names[i]
-        records = _records(shard_names)
+        images = _records(shard_names) if records is None else records[i]
         with run.shard(number) as shard:
             for start in range(0, len(part), 3):  # more than one batch, and a short last one
                 rows = slice(start, start + 3)
-                shard.append(part[rows], records[rows])
+                shard.append(part[rows], images[rows])
             shard.finish()
     if failures:
         with run.shard(len(parts) + 1) as shard:
