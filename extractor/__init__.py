@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from extractor.search.hits import Hit, Hits
     from extractor.search.searcher import Searcher
     from extractor.store.history import Changes
+    from extractor.upkeep.transforming import TransformReport, transform_store
 
 __all__ = [
     "Backbone",
@@ -93,6 +94,7 @@ __all__ = [
     "StoreNotFoundError",
     "StoreReplacedError",
     "StoreReport",
+    "TransformReport",
     "UnknownTokenError",
     "UsageError",
     "WeightsError",
@@ -106,6 +108,7 @@ __all__ = [
     "list_images",
     "load_backbone",
     "map_store",
+    "transform_store",
 ]
 
 # Imported on first use, so that a program that only reads a store does not wait for torch.
@@ -148,6 +151,7 @@ _MODULES = {
     "extractor.search.hits": ("Hit", "Hits"),
     "extractor.search.searcher": ("Searcher",),
     "extractor.store.history": ("Changes",),
+    "extractor.upkeep.transforming": ("TransformReport", "transform_store"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

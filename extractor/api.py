@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
@@ -21,6 +23,7 @@ from extractor.parts.session import PartSession
 from extractor.reading.groups import StoreGroup
 from extractor.reading.reader import FeatureStore
 from extractor.reading.rows import Rows, Selection
+from extractor.reading.transform import Transform
 from extractor.report import Progress, Report
 from extractor.run.callbacks import Callbacks
 from extractor.run.encoder import encoder_of
@@ -172,8 +175,9 @@ class Extractor:
         """Return an extractor whose rows can be compared with those of a store.
 
         The manifest of the store decides the model, its weights, layers and pooling, the pixels,
-        the precision and the scaling. Weights with another SHA-256 are refused. Files of your own
-        are found where they were, as ``run.json`` keeps it.
+        the precision and the scaling. If ``extract transform`` made the store, the same transform
+        is applied. Weights with another SHA-256 are refused. Files of your own are found where they
+        were, as ``run.json`` keeps it.
 
         >>> store = FeatureStore.open("features/resnet50")  # doctest: +SKIP
         >>> with Extractor.for_store(store) as embed:  # doctest: +SKIP
@@ -226,6 +230,9 @@ class Extractor:
             pad_to=encoder.pad_to,
             dtype=encoder.dtype,
         )
+        if encoder.transform is not None:
+            extractor._finish = _Finish(encoder.transform, np.dtype(encoder.result_dtype))
+            extractor._shape = _store_of(store).info.shape
         return extractor
 
     def _serve(
@@ -242,6 +249,8 @@ class Extractor:
         self._is_closed = False
         self._spec = spec
         self._dtype = np.dtype(dtype)
+        self._finish: _Finish | None = None
+        self._shape = spec.shape
         service = EmbeddingService(
             spec, options, pad_to=pad_to, window_seconds=_seconds(batch_window_ms)
         )
@@ -257,12 +266,12 @@ class Extractor:
     @property
     def dim(self) -> int:
         """Number of values in one embedding."""
-        return self._spec.dim
+        return math.prod(self._shape)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one embedding: ``(dim,)``, or the axes of a layer without pooling."""
-        return self._spec.shape
+        return self._shape
 
     def close(self) -> None:
         """End the threads. Calls in progress still get their rows; later ones are refused."""
@@ -323,12 +332,26 @@ class Extractor:
         if self._dtype != rows.dtype:
             with np.errstate(over="ignore"):  # infinite, as a run rounds it
                 rows = rows.astype(self._dtype).astype(np.float32)
+        if self._finish is not None:
+            rows = self._finish(rows)
         errors = {i: _decode_error(sources[i], i, failure) for i, failure in failures.items()}
         if on_error == "return":
             return [errors[i] if i in errors else rows[i] for i in range(len(sources))]
         if errors:
             raise errors[min(errors)]
         return rows
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """What becomes of the embedding of an image in a store that a transform made."""
+
+    transform: Transform
+    dtype: np.dtype[Any]
+
+    def __call__(self, rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        with np.errstate(all="ignore"):  # rows of failed images are undefined
+            return self.transform.apply(rows).astype(self.dtype).astype(np.float32)
 
 
 def _store_of(rows: object) -> FeatureStore:

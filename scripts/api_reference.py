@@ -30,6 +30,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Map stores": ("map_store", "StoreMap"),
     "Export stores": ("export_store", "ExportReport"),
+    "Transform stores": ("transform_store", "TransformReport"),
     "Search": ("Searcher", "Hits", "Hit"),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),
     "Lists of images": ("ImageList", "list_images"),

@@ -60,6 +60,7 @@ def test_exported_members() -> None:
         "StoreNotFoundError",
         "StoreReplacedError",
         "StoreReport",
+        "TransformReport",
         "UnknownTokenError",
         "UsageError",
         "WeightsError",
@@ -73,6 +74,7 @@ def test_exported_members() -> None:
         "list_images",
         "load_backbone",
         "map_store",
+        "transform_store",
     ]
     for name in extractor.__all__:
         assert getattr(extractor, name) is not None

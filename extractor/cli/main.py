@@ -8,7 +8,17 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-from extractor.cli import compare, doctor, evaluate, export, extract, models, search, stores
+from extractor.cli import (
+    compare,
+    doctor,
+    evaluate,
+    export,
+    extract,
+    models,
+    search,
+    stores,
+    transform,
+)
 from extractor.errors import (
     ExtractorError,
     InstallationError,
@@ -37,6 +47,7 @@ VERBS = {
     "evaluate": evaluate.evaluate,
     "compare": compare.compare,
     "export": export.export,
+    "transform": transform.transform,
     "search": search.search,
     "index": search.index,
     "doctor": doctor.doctor,

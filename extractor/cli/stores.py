@@ -15,6 +15,7 @@ from extractor.text import plural
 
 if TYPE_CHECKING:
     from extractor.reading.reader import FeatureStore
+    from extractor.store.format import Description
 
 __all__ = ["compact", "compact_parser", "info", "info_parser", "verify", "verify_parser"]
 
@@ -50,6 +51,7 @@ def _page(store: FeatureStore) -> list[str]:
         ("made", manifest.created),
         *_model_lines(manifest.description.backbone),
         ("embedding", _embedding(store)),
+        *_transform_lines(manifest.description),
         ("computed", _computation(manifest.description.computation)),
         (
             "images",
@@ -99,6 +101,23 @@ def _embedding(store: FeatureStore) -> str:
         "unit length" if embedding.get("normalized") else "",
     ]
     return ", ".join(filter(None, parts))
+
+
+def _transform_lines(description: Description) -> list[tuple[str, str]]:
+    """Return what ``extract transform`` did, from which store, and what it was fitted on."""
+    made = description.transform
+    if made is None:
+        return []
+    unit = "unit length" if made["normalize"] else ""
+    kept = f"PCA {made['of']['dim']} to {made['pca']}" if made["pca"] is not None else ""
+    again = unit if kept else ""
+    steps = [unit, kept, "whitening" if made["whiten"] else "", again]
+    shown = ", ".join(filter(None, steps)) or f"{made['of']['dtype']} to {description.dtype}"
+    fit = made["fit"]
+    lines = [("transform", shown), ("source", ascii(made["source"]["store"])[1:-1])]
+    if fit is not None:
+        lines.append(("fitted on", f"{plural(fit['rows'], 'row')} of {ascii(fit['store'])[1:-1]}"))
+    return lines
 
 
 def _views(embedding: Mapping[str, Any]) -> list[str]:

@@ -17,9 +17,10 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from extractor.reading.reader import FeatureStore
 
-__all__ = ["JoinedRows", "StoreGroup", "join_stores"]
+__all__ = ["JoinedRows", "StoreGroup", "check_comparable", "join_stores"]
 
 DIFFERENCES_SHOWN = 5
+APART = "open them apart, or join them image by image with FeatureStore.join"
 
 # Rows of stores that differ in one of these cannot be compared.
 _SAME = ("backbone.", "embedding.", "preprocess.")
@@ -43,7 +44,7 @@ class StoreGroup(Rows):
             raise UsageError("stores: got an empty list, expected at least one folder")
         _check_distinct(stores)
         for store in stores[1:]:
-            _check_comparable(stores[0], store)
+            check_comparable(stores[0], store)
         self.stores = tuple(stores)
         first = stores[0].features
         self._features = ShardedArray(
@@ -220,8 +221,13 @@ def _check_distinct(stores: Sequence[FeatureStore]) -> None:
             raise UsageError(f"stores: got {names} twice, expected each folder once")
 
 
-def _check_comparable(first: FeatureStore, other: FeatureStore) -> None:
+def check_comparable(first: FeatureStore, other: FeatureStore, *, advice: str = APART) -> None:
     """Check that two stores hold embeddings of one space.
+
+    Args:
+        first: A store.
+        other: Another one.
+        advice: What to try if they do not.
 
     Raises:
         StoreError: They do not; names what differs.
@@ -236,5 +242,5 @@ def _check_comparable(first: FeatureStore, other: FeatureStore) -> None:
         raise StoreError(
             f"{first.path} and {other.path} were made differently "
             f"({'; '.join(differences[:DIFFERENCES_SHOWN])}), so their rows cannot be compared; "
-            "open them apart, or join them image by image with FeatureStore.join"
+            f"{advice}"
         )

@@ -47,6 +47,7 @@ class StoreInfo:
         retired: Number of rows in the files that no longer count.
         created: End of the last run that changed the store, ISO 8601 in UTC.
         software: Versions of Python, this program and its libraries.
+        transform: What ``extract transform`` did, as the manifest has it; None for rows of images.
     """
 
     model: str
@@ -76,6 +77,7 @@ class StoreInfo:
     retired: int
     created: str
     software: Mapping[str, str] = field(repr=False)
+    transform: Mapping[str, Any] | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, manifest: Manifest) -> StoreInfo:
@@ -118,4 +120,5 @@ class StoreInfo:
             retired=manifest.retired,
             created=manifest.created,
             software=made.software,
+            transform=made.transform,
         )

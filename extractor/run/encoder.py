@@ -23,6 +23,7 @@ from extractor.network.views import Views
 from extractor.options import Options
 from extractor.preprocess import Preprocess
 from extractor.reading.reader import FeatureStore
+from extractor.reading.transform import Transform, read_transform
 from extractor.run.run_json import read_run_json
 from extractor.store.format import Description
 from extractor.text import plural
@@ -49,12 +50,16 @@ class Encoder:
         options: Options of an extractor.
         pad_to: Number of images in every forward pass; None for as many as there are.
         dtype: Type that rows are rounded to.
+        transform: What the store was made with from these rows; None for nothing.
+        result_dtype: Type that transformed rows are rounded to.
     """
 
     spec: EmbeddingSpec
     options: Options
     pad_to: int | None
     dtype: str
+    transform: Transform | None
+    result_dtype: str
 
 
 def encoder_of(
@@ -76,11 +81,13 @@ def encoder_of(
 
     Raises:
         WeightsError: The weights are missing, or others.
+        StoreDamagedError: A file of its transform is missing or changed.
         StoreError: The store cannot be repeated.
         UsageError: The store was not computed on this kind of device, or ``serving`` contradicts
             ``exact``.
     """
-    description = store.manifest.description
+    transform = read_transform(store.path, store.manifest.description)
+    description = store.manifest.description.before_transform
     computation = description.computation
     made = dict(serving)
     if exact:
@@ -105,9 +112,10 @@ def encoder_of(
     if exact and computation.get("compiled"):
         spec = _compiled(spec)
     size = int(computation["batch_size"])
-    return Encoder(
-        spec, options, size if exact else None, description.dtype if exact else "float32"
+    before, result = (
+        each.dtype if exact else "float32" for each in (description, store.manifest.description)
     )
+    return Encoder(spec, options, size if exact else None, before, transform, result)
 
 
 def _exact_device(computation: Mapping[str, Any], device: str) -> str:
@@ -147,7 +155,7 @@ def _compiled(spec: EmbeddingSpec) -> EmbeddingSpec:
 
 
 def spec_of(store: FeatureStore, weights: Weights = None, device: str = "auto") -> EmbeddingSpec:
-    """Load the models of a store and return the embedding that it holds.
+    """Load the models of a store and return its embedding, without what a transform changed.
 
     Args:
         store: A store.
@@ -159,7 +167,7 @@ def spec_of(store: FeatureStore, weights: Weights = None, device: str = "auto") 
         StoreError: The embedding would be another one.
         ExtractorError: A model cannot be loaded.
     """
-    description = store.manifest.description
+    description = store.manifest.description.before_transform
     made_by, embedding = description.backbone, description.embedding
     precisions = split_names(str(description.computation["precision"]))
     fuse = _computed(store)["fuse"]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from extractor.errors import SourceError, StoreError, UsageError
 from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
-from extractor.store.format import MAX_SHARDS, STAGING
+from extractor.store.format import MANIFEST, MAX_SHARDS, STAGING, Manifest
 from extractor.store.publish import check_output_folder
+from extractor.store.writer import check_extendable
 from extractor.text import plural
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ def check_output_folders(models: Sequence[str], out: str | None, options: Option
         check_output_folder(
             Path(folder), may_exist=True, overwrite=options.overwrite, check_lock=True
         )
+        manifest = Path(folder) / MANIFEST
+        if not options.overwrite and manifest.is_file():
+            check_extendable(Path(folder), Manifest.read(manifest).description)
 
 
 def check_order(images: ImageList, options: Options) -> None:

@@ -16,6 +16,7 @@ from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
 from extractor.options import MAX_PIXELS
 from extractor.reading.reader import FeatureStore
+from extractor.reading.transform import read_transform
 from extractor.run.encoder import spec_of
 from extractor.system.cpu import compute_threads
 
@@ -42,14 +43,20 @@ def recompute(
 
     Raises:
         WeightsError: The weights are missing, or others than those of the store.
+        StoreDamagedError: A file of its transform is missing or changed.
         StoreError: The model is a different one now.
         ExtractorError: The model cannot be loaded.
     """
     spec = spec_of(store, weights, device)
-    description = store.manifest.description
+    transform = read_transform(store.path, store.manifest.description)
+    description, dtype = (
+        store.manifest.description.before_transform,
+        store.manifest.description.dtype,
+    )
     decode = str(description.computation["decode"])
     is_exact = description.computation["precision"] == "float32" and decode != "gpu"
-    tolerance = TOLERANCE[description.dtype] if is_exact else HALF_TOLERANCE
+    least = max(TOLERANCE[description.dtype], TOLERANCE[dtype])
+    tolerance = least if is_exact else HALF_TOLERANCE
     rows = np.unique(np.linspace(0, len(store) - 1, min(count, len(store))).astype(int))
     paths = [os.path.join(store.root, store.paths[row]) for row in rows]
     with (
@@ -74,9 +81,13 @@ def recompute(
                 yield f"row {row}: {path!a} cannot be decoded any more: {outcome.message}"
                 continue
             now = embedded.rows[0][0].astype(description.dtype).astype(np.float64)
+            gain = 1.0
+            if transform is not None:
+                gain = transform.gain(now)
+                now = transform.apply(now[None])[0].astype(dtype).astype(np.float64)
             stored = np.asarray(store[int(row)], np.float64)
             difference = np.linalg.norm(now - stored) / max(float(np.linalg.norm(stored)), 1e-12)
-            if not difference <= tolerance:
+            if not difference <= tolerance * gain:
                 yield f"row {row}: {path!a} gives another row now, off by {difference:.2g}"
 
 

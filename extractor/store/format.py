@@ -37,6 +37,7 @@ __all__ = [
     "RUN",
     "STAGING",
     "SUSPECTS",
+    "TRANSFORM",
     "WORKERS",
     "DamagedManifestError",
     "Description",
@@ -64,6 +65,8 @@ FAILURES = "failures.jsonl"
 HISTORY = "history.jsonl"
 LIST_ROWS = "list_rows.npy"
 RUN = "run.json"
+# Arrays of the transform that made the rows, if one did.
+TRANSFORM = ("transform_mean.npy", "transform_components.npy", "transform_scales.npy")
 # Folder of what was made from the rows, such as an index. It is no part of the store: programs may
 # delete it, and a store may be copied without it.
 DERIVED = "derived"
@@ -219,20 +222,25 @@ class Description:
             raise ValueError(f"dtype: got {self.dtype!r}")
         if not self.shape or min(self.shape) < 1 or math.prod(self.shape) != self.dim:
             raise ValueError(f"dim: got {self.dim} for embeddings of shape {self.shape}")
+        if self.transform is not None:
+            names = [entry.name for entry in self.transform_files]
+            if names != [name for name in TRANSFORM if name in names]:
+                raise ValueError(f"transform: files {names}")
+            self.before_transform  # noqa: B018  (it checks itself)
 
     def differences(self, other: Description) -> list[Difference]:
         """Return what differs in the description of later rows, so that they do not fit.
 
         A key that one side lacks has its value in :data:`DEFAULTS`, else None. Names of weights do
-        not count if their SHA-256 is the same. Nor do versions of software, the name of a GPU, and
-        the root.
+        not count if their SHA-256 is the same. Nor do versions of software, the name of a GPU, the
+        root, and which stores a transform was fitted on and applied to.
         """
         mine, theirs = self._flat(), other._flat()
         return [
             difference
             for difference in _differences(mine, theirs)
             if difference.setting not in _MAY_DIFFER
-            and not difference.key.startswith("software.")
+            and not difference.key.startswith(_MAY_DIFFER_BELOW)
             and not _is_name_of_same_weights(difference.key, mine, theirs)
         ]
 
@@ -268,6 +276,27 @@ class Description:
     def dtype(self) -> str:
         """Type of the stored values, ``float32`` or ``float16``."""
         return str(self.embedding["dtype"])
+
+    @property
+    def transform(self) -> Mapping[str, Any] | None:
+        """What ``extract transform`` did to rows of another store; None if it did not."""
+        transform: Mapping[str, Any] | None = self.embedding.get("transform")
+        return transform
+
+    @property
+    def transform_files(self) -> tuple[FileEntry, ...]:
+        """Arrays of the transform; none if it fitted nothing."""
+        files = self.transform["files"] if self.transform is not None else ()
+        return tuple(FileEntry(**entry) for entry in files)
+
+    @property
+    def before_transform(self) -> Description:
+        """Description of the rows before the transform; the same one if there is none."""
+        if self.transform is None:
+            return self
+        embedding = {**self.embedding, **self.transform["of"]}
+        del embedding["transform"]
+        return replace(self, embedding=embedding)
 
     @property
     def model(self) -> str:
@@ -326,6 +355,7 @@ _MAY_DIFFER = frozenset(
         "computation.least_cosine",
     }
 )
+_MAY_DIFFER_BELOW = ("software.", "embedding.transform.source", "embedding.transform.fit")
 # Keys that name weights. The SHA-256 beside them tells whether the weights are the same.
 _WEIGHTS_NAMES = frozenset({"weights", "tag", "source", "revision"})
 # Models named by the folder or the repository that describes them, which may move.
@@ -453,7 +483,12 @@ class Manifest:
     def files(self) -> list[FileEntry]:
         """Every file of the store except the manifest itself."""
         optional = (self.list_rows, self.history)
-        return [*self.shard_files, self.failures, *filter(None, optional)]
+        return [*self.kept_files, self.failures, *filter(None, optional)]
+
+    @property
+    def kept_files(self) -> list[FileEntry]:
+        """Files that a store keeps as it grows: those of the shards and of the transform."""
+        return [*self.shard_files, *self.description.transform_files]
 
     @property
     def next_shard(self) -> int:

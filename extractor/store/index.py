@@ -17,6 +17,7 @@ from extractor.errors import StoreDamagedError
 from extractor.paths import PackedPaths
 
 __all__ = [
+    "DIGEST_BYTES",
     "ImageRecord",
     "Images",
     "index_bytes",

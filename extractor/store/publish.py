@@ -27,6 +27,7 @@ from extractor.store.format import (
     RUN,
     STAGING,
     SUSPECTS,
+    TRANSFORM,
     WORKERS,
     DamagedManifestError,
     FileEntry,
@@ -47,7 +48,7 @@ __all__ = [
 NAMES_SHOWN = 5
 # Everything that a store holds on its top level.
 _NAMES = frozenset(
-    {MANIFEST, RUN, FAILURES, HISTORY, LIST_ROWS, FEATURES, IMAGES, STAGING, DERIVED}
+    {MANIFEST, RUN, FAILURES, HISTORY, LIST_ROWS, FEATURES, IMAGES, STAGING, DERIVED, *TRANSFORM}
 )
 
 
@@ -117,7 +118,7 @@ def _check_parent(out: Path) -> None:
 
 def _check_staging(staging: Path) -> None:
     """Check that a staging folder holds only what this program leaves there."""
-    files = (FAILURES, HISTORY, LIST_ROWS, MANIFEST, JOB, PLAN, REPLACED, SUSPECTS)
+    files = (FAILURES, HISTORY, LIST_ROWS, MANIFEST, JOB, PLAN, REPLACED, SUSPECTS, *TRANSFORM)
     known = {"lock", FEATURES, IMAGES, JOURNAL, IN_FLIGHT, PLAN_PATHS, WORKERS, *files}
     known |= {f"{name}.partial" for name in files}
     if staging.is_symlink() or (staging.is_dir() and not known.issuperset(os.listdir(staging))):
@@ -276,17 +277,18 @@ def _files_by_name(out: Path) -> list[str]:
         for name in os.listdir(out / folder)
         if re.fullmatch(rf"\d{{5}}\.{suffix}", name)
     ]
-    return [*names, *(name for name in (FAILURES, HISTORY, LIST_ROWS) if (out / name).is_file())]
+    others = (FAILURES, HISTORY, LIST_ROWS, *TRANSFORM)
+    return [*names, *(name for name in others if (out / name).is_file())]
 
 
 def _extends(new: Manifest, old: bytes) -> bool:
-    """Return whether all files of the shards in an old manifest keep their content."""
+    """Return whether all files of shards and transform in an old manifest keep their content."""
     try:
-        shard_files = Manifest.from_json(old, MANIFEST).shard_files
+        kept = Manifest.from_json(old, MANIFEST).kept_files
     except DamagedManifestError:
         return False
-    before = {entry.name: entry for entry in shard_files}
-    return all(before.get(entry.name, entry) == entry for entry in new.shard_files)
+    before = {entry.name: entry for entry in kept}
+    return all(before.get(entry.name, entry) == entry for entry in new.kept_files)
 
 
 def _files_of(manifest: Manifest) -> list[str]:

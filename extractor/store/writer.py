@@ -76,6 +76,7 @@ __all__ = [
     "ExistingStore",
     "InterruptedRun",
     "StoreRun",
+    "check_extendable",
     "existing_computation",
     "has_rows_of_list",
     "join",
@@ -236,6 +237,8 @@ def _is_other_work(description: Description, other: Description) -> bool:
 def _check_same(
     claim: ClaimedFolder | SharedFolder, old: Description, new: Description, kind: str
 ) -> None:
+    if new.transform is None:
+        check_extendable(claim.out, old)
     differences = old.differences(new)
     if not differences:
         return
@@ -251,6 +254,21 @@ def _check_same(
         f"{claim.out} holds {kind} {of} ({shown}); {repeat}, replace it with --overwrite, or "
         "choose another --out"
     )
+
+
+def check_extendable(out: Path, description: Description) -> None:
+    """Check that the rows of a store are embeddings of images, not of another store.
+
+    Raises:
+        StoreError: A transform made them.
+    """
+    if description.transform is not None:
+        source = description.transform["source"]["store"]
+        raise StoreError(
+            f"{out} holds rows that a transform made from {source}; extend that store "
+            "and run extract transform again, replace this one with --overwrite, or "
+            "choose another --out"
+        )
 
 
 def _renamed_source(old: Description, new: Description) -> str:
@@ -303,12 +321,19 @@ class ExistingStore:
         """
         return _stored_images(self.claim, self.base, self.sealed or {}, digests=digests)
 
-    def begin(self, job: Job) -> StoreRun:
-        """Begin a run; if it is interrupted, the next one can resume it."""
+    def begin(self, job: Job, files: Mapping[str, bytes] | None = None) -> StoreRun:
+        """Begin a run; if it is interrupted, the next one can resume it.
+
+        Args:
+            job: the images that the run computes.
+            files: content of files that the description names and the store has not, by name.
+        """
         job = replace(job, first_id=self.first_id)
         with store_errors(self.claim.out):
             if self.sealed is None:
                 self.claim.start_staging()
+            for name, content in (files or {}).items():
+                write_atomically(self.claim.staging / name, content)
             write_atomically(self.claim.staging / JOB, job.to_json().encode())
             sync_folder(self.claim.staging)
             self.claim.keep_work()

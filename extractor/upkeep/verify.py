@@ -77,6 +77,8 @@ def verify(folder: Path) -> Iterator[str]:
     yield from _ids(folder, intact, manifest)
     problems = list(_file(folder, manifest.failures))
     yield from problems or _failures(folder, manifest, seen)
+    for entry in manifest.description.transform_files:
+        yield from _file(folder, entry)
     if manifest.list_rows is not None:
         problems = list(_file(folder, manifest.list_rows))
         yield from problems or _list_rows(folder, manifest)

@@ -44,9 +44,11 @@ def test_every_example_of_the_search_guide_runs(here: Path) -> None:
         if language == "python":
             exec(compile(content, GUIDE.name, "exec"), names)
         for line in content.splitlines() if language == "sh" else ():
-            command, *words = shlex.split(line, comments=True)
-            if command == "extract":
-                assert cli.main(words) == 0, line
-    assert ran == {"sh": 2, "python": 1}
+            # 25 rows vary in 24 directions.
+            for part in line.replace("--pca 256", "--pca 16").split("&&"):
+                command, *words = shlex.split(part, comments=True)
+                if command == "extract":
+                    assert cli.main(words) == 0, line
+    assert ran == {"sh": 3, "python": 1}
     assert (here / "hits.png").stat().st_size > 0
     assert len(list((here / "features/resnet50/derived").glob("*.faiss"))) == 3

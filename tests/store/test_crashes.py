@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gc
 import itertools
 import os
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from support.dying import DIED, die, in_child
 
 from extractor.errors import StoreError
 from extractor.reading.reader import FeatureStore
@@ -34,51 +33,7 @@ WriteStore = Callable[..., Path]
 MakeRecords = Callable[..., list[ImageRecord]]
 
 
-DIED = 77
 STRIDE = int(os.environ.get("EXTRACTOR_TEST_STRIDE", "3"))  # from one step to die at to the next
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-
-
-def in_child(action: Callable[[], object], at_step: Callable[[int], None]) -> bool:
-    """Run ``action`` in a process of its own; True if ``at_step`` made it exit with ``DIED``.
-
-    ``at_step`` is called with 1, 2, 3, ... before each step that changes the file system. The
-    process shares no memory with ours, so nothing of ours is cleaned up by accident.
-    """
-    child = os.fork()
-    if child == 0:
-        gc.disable()  # a collection would copy the memory of all libraries
-        try:
-            steps = itertools.count(1)
-            fsync = os.fsync
-
-            def hook(event: str, arguments: tuple[Any, ...]) -> None:
-                written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-                if written or event in CHANGES:
-                    at_step(next(steps))
-
-            def synced(descriptor: int) -> None:
-                at_step(next(steps))
-                fsync(descriptor)
-
-            os.fsync = synced  # type: ignore[assignment]
-            sys.addaudithook(hook)
-            action()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, DIED)
-    return code == DIED
-
-
-def die(when: int) -> Callable[[int], None]:
-    def at_step(step: int) -> None:
-        if step == when:
-            os._exit(DIED)
-
-    return at_step
 
 
 def abandon(claim: ClaimedFolder) -> None:
