@@ -11,7 +11,7 @@ import torch
 from extractor.images.types import ImageSource
 from extractor.loading.crash_log import CrashLog
 from extractor.loading.loader import BatchLoader
-from extractor.loading.options import LoaderOptions
+from extractor.loading.options import LoaderOptions, default_workers
 from extractor.loading.watchdog import MAX_ABANDONED
 from extractor.models.embedding import EmbeddingSpec
 from extractor.options import Options, default_batch_size
@@ -79,7 +79,7 @@ class Inputs:
     @property
     def workers(self) -> int:
         """Number of decoding threads."""
-        return self.options.workers or available_cores()
+        return self.options.workers or default_workers(available_cores(), self.options.decode)
 
     @property
     def crash_log_slots(self) -> int:

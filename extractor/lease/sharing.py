@@ -5,26 +5,29 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from extractor.errors import DeviceError, UsageError
+from extractor.loading.options import default_workers
 from extractor.options import Options, parse_devices
 from extractor.text import plural
 
-__all__ = ["Machine", "Sharing", "WorkerSlot", "on_first_device", "share_out"]
+__all__ = ["Machine", "Sharing", "WorkerSlot", "on_first_device", "processes_per_gpu", "share_out"]
 
-# One process embeds about 4,000 images/s at most, whatever its cores: all decoding threads and the
-# thread that launches kernels take turns at Python's lock. Two cores, 30,000 images of 48 x 40 and
-# a network of one layer: 2,100 images/s from one process with two decoding threads, 2,800 from two
-# processes with one each. A core decodes photos slower than that, so that four cores stay well
-# below the lock's limit, and more than four processes only repeat the memory of the weights.
-CORES_PER_GPU_PROCESS = 4
-MAX_PROCESSES_PER_GPU = 4
+# The decoding threads of a process, and the thread that launches kernels, take turns at Python's
+# lock. So few threads in many processes decode most; see extractor.loading.options. The thread that
+# launches kernels needs little of a core.
+CORES_PER_GPU_PROCESS = 2
+MAX_PROCESSES_PER_GPU = 8
+
+# Context, weights and activations of one process, with batches of 256 in half precision.
+BYTES_PER_GPU_PROCESS = 6 * 2**30
+MAX_PROCESSES_UNKNOWN_GPU = 4
 
 # On a CPU the forward pass takes most of the time, and it holds no lock. Its threads gain little
 # beyond 16 (an estimate, to be measured on such a machine).
 CORES_PER_CPU_PROCESS = 16
 
 # Below that, the start of further processes (importing torch, loading the weights) costs more
-# than they save.
-MIN_IMAGES_FOR_PROCESSES = 20_000
+# than they save: 9 s, in which one process embeds 10,000 images.
+MIN_IMAGES_FOR_PROCESSES = 10_000
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Machine:
         device: Device that the run computes on unless ``--devices`` names several, such as
             ``cuda:0``.
         threads: Number of threads that torch computes with by itself, at most one per core.
+        gpu_bytes: Memory of the smallest GPU; 0 if that is not known.
     """
 
     cores: int
     gpus: int
     device: str
     threads: int
+    gpu_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,7 +105,7 @@ def share_out(
     elif only_here or options.profile is not None or images < MIN_IMAGES_FOR_PROCESSES:
         processes = 1
     else:
-        processes = _default_processes(devices, machine.cores)
+        processes = _default_processes(devices, machine)
     asked = processes * len(devices)
     if asked > 1 and (only_here or options.profile is not None):
         reason = only_here or "--profile traces one process"
@@ -145,23 +150,32 @@ def _devices(options: Options, machine: Machine) -> tuple[str, ...]:
     return tuple(f"cuda:{number}" for number in numbers)
 
 
-def _default_processes(devices: tuple[str, ...], cores: int) -> int:
+def _default_processes(devices: tuple[str, ...], machine: Machine) -> int:
     """Return the number of processes on each device of a long run."""
     if devices[0] == "cpu":
-        return max(cores // CORES_PER_CPU_PROCESS, 1)
+        return max(machine.cores // CORES_PER_CPU_PROCESS, 1)
     if devices[0].startswith("cuda"):
-        of_device = cores // len(devices)
-        return min(max(of_device // CORES_PER_GPU_PROCESS, 1), MAX_PROCESSES_PER_GPU)
+        return processes_per_gpu(machine.cores // len(devices), machine.gpu_bytes)
     return 1  # Apple's GPU shares its memory with the cores; not measured
+
+
+def processes_per_gpu(cores: int, gpu_bytes: int = 0) -> int:
+    """Return how many processes share a GPU in a long run.
+
+    Args:
+        cores: Number of cores for this GPU.
+        gpu_bytes: Memory of the GPU; 0 if that is not known.
+    """
+    fitting = gpu_bytes // BYTES_PER_GPU_PROCESS if gpu_bytes else MAX_PROCESSES_UNKNOWN_GPU
+    return max(min(cores // CORES_PER_GPU_PROCESS, MAX_PROCESSES_PER_GPU, fitting), 1)
 
 
 def _slot(worker: int, device: str, count: int, options: Options, machine: Machine) -> WorkerSlot:
     cores = machine.cores // count + (worker < machine.cores % count)
-    decoding = cores if device == "cpu" else cores - 1  # one core launches the kernels
     return WorkerSlot(
         worker,
         device,
-        workers=options.workers or max(decoding, 1),
+        workers=options.workers or default_workers(cores, options.decode),
         threads=options.threads or max(machine.threads // count, 1),
         max_pixels_share=max(options.max_pixels // count, 1),
     )

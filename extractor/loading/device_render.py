@@ -70,7 +70,7 @@ def render_block(
     resized.round_().clamp_(0, 255)
     resized = weights_y @ resized.view(count, rows, 3 * width)
     pictures = resized.round_().clamp_(0, 255).view(count, height, 3, width).transpose(2, 3)
-    fill = torch.tensor(preprocess.fill, dtype=torch.float32, device=block.device)
+    fill = _on_device(torch.tensor(preprocess.fill, dtype=torch.float32), block.device)
     is_seen = seen_y[:, :, None, None] & seen_x[:, None, :, None]
     return torch.where(is_seen, pictures, fill).to(torch.uint8)
 
@@ -96,7 +96,7 @@ def _weights(
         ``(N, picture_length, length)`` float32, and whether the pixel is no padding,
         ``(N, picture_length)`` bool.
     """
-    numbers = torch.tensor(axes, dtype=torch.float64, device=device)
+    numbers = _on_device(torch.tensor(axes, dtype=torch.float64), device)
     size, resized, crop, visible, offset = numbers.T[..., None]
     at = torch.arange(picture_length, device=device) - offset
     is_seen = (at >= 0) & (at < visible)
@@ -109,6 +109,11 @@ def _weights(
     weights *= (pixel < size)[:, None] & is_seen[..., None]
     weights /= weights.sum(2, keepdim=True).where(is_seen[..., None], torch.ones((), device=device))
     return weights, is_seen
+
+
+def _on_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a few numbers without waiting for the work that a GPU still has."""
+    return numbers.to(device, non_blocking=True)
 
 
 def _triangle(distance: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import time
@@ -21,6 +22,8 @@ from extractor.preprocess import Preprocess
 from extractor.system.timing import Timer
 
 __all__ = ["ImageDecoder"]
+
+OBSERVED_READS = 4  # between two looks at how long Python's lock takes
 
 MAX_ENCODED_BYTES = 2**30  # all images that wait for the GPU; further ones are decoded here
 
@@ -61,6 +64,14 @@ class ImageDecoder:
         self._one_child = threading.Lock()
         self._crash_log = crash_log
         self._timer = timer
+        self._reads = itertools.count()
+        self._looks = 0
+        self._waited = 0.0
+
+    @property
+    def lock_seconds(self) -> float:
+        """Mean time to get Python's lock back after giving it away."""
+        return self._waited / max(self._looks, 1)
 
     def read(self, task: Task, max_bytes: int = READ_WHOLE_BYTES) -> Failure | None:
         """Read the file of a task if its source is a path. Return the failure, if any."""
@@ -74,6 +85,11 @@ class ImageDecoder:
             return Failure.from_error(error)
         finally:
             self._timer.add("read", started, time.perf_counter() - started)
+            if next(self._reads) % OBSERVED_READS == 0:
+                started = time.perf_counter()
+                time.sleep(0)
+                self._waited += time.perf_counter() - started
+                self._looks += 1
         return None
 
     def decode(self, task: Task, slot: int) -> ImageInfo | Failure:

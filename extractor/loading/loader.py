@@ -205,7 +205,10 @@ class BatchLoader:
             self._progress.notify_all()
         if self._ahead.count_image() and not self._is_closed:
             seconds = self._timer.seconds
-            for _ in range(self._ahead.missing_readers(seconds["read"], seconds["decode"])):
+            missing = self._ahead.missing_readers(
+                seconds["read"], seconds["decode"], self._decoder.lock_seconds
+            )
+            for _ in range(missing):
                 self._start(self._new_reading_thread())
 
     def _decode_images(self, slot: int) -> None:

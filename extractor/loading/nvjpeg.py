@@ -8,6 +8,7 @@ decode all other images. What the GPU cannot decode is decoded by the CPU after 
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,9 +33,14 @@ __all__ = ["MAX_GROUP_IMAGES", "NvjpegDecoder"]
 
 log = logging.getLogger(__name__)
 
-# Limits of one call of the decoder, after padding. A pixel takes 3 bytes, and 12 during the resize.
-MAX_GROUP_PIXELS = 2**26
+# Limits of one call of the decoder. Each call waits for the device, so that few calls are better.
+MAX_GROUP_PIXELS = 2**27
 MAX_GROUP_IMAGES = 256
+
+# Limits of one block of decoded images. A pixel takes 3 bytes, and 12 during the resize. An image
+# much larger than the others would fill a block with padding.
+MAX_BLOCK_PIXELS = 2**26
+MAX_PADDING = 2.0  # pixels of a block for each pixel of its images
 
 # Both sides decode the first images. nvJPEG repeats the color of 4:2:0 images where libjpeg
 # interpolates it. With libjpeg made to repeat it, 334 photos differ by 0.48 of 255 levels in the
@@ -212,22 +218,28 @@ class NvjpegDecoder:
             if pixels.shape != (3, layout.height, layout.width):
                 to.refused.add(index)
                 del decoded[index]
-        for index in _with_flat_end(decoded):
-            del decoded[index]
-        if not decoded:
-            return
-        layouts = [images[index].layout for index in decoded]
+        for block in _blocks({index: images[index] for index in decoded}):
+            self._render_block({index: decoded[index] for index in block}, block, pictures)
+        # Waits for the device, after all of the work was queued.
+        to.done.update(decoded.keys() - _with_flat_end(decoded))
+
+    def _render_block(
+        self,
+        decoded: Mapping[int, torch.Tensor],
+        images: Mapping[int, EncodedJpeg],
+        pictures: Sequence[torch.Tensor],
+    ) -> None:
+        layouts = [image.layout for image in images.values()]
         block = block_of(
             [
                 turned_upright(pixels, layout.orientation)
                 for pixels, layout in zip(decoded.values(), layouts, strict=True)
             ]
         )
-        at = torch.tensor(list(decoded), device=block.device)
+        at = torch.tensor(list(decoded)).to(block.device, non_blocking=True)
         sizes = [layout.upright for layout in layouts]
         for preprocess, picture in zip(self._preprocesses, pictures, strict=True):
             picture[at] = render_block(block, sizes, preprocess)
-        to.done.update(decoded)
 
     def _raise_if_broken(self, error: RuntimeError) -> None:
         """Raise an error that all later calls would meet, too."""
@@ -332,32 +344,48 @@ def _with_flat_end(decoded: Mapping[int, torch.Tensor]) -> set[int]:
     """Return the images that end in one color, as those do whose data end early.
 
     The CPU decodes them again and sees whether data are missing. White paper and black frames are
-    too common for that.
+    too common for that. Tiny images are among them.
     """
-    if not decoded:
-        return set()
-    ends = [image[:, -FLAT_PIXELS:, -FLAT_PIXELS:] for image in decoded.values()]
-    low = torch.stack([end.amin((1, 2)) for end in ends]).int()
-    high = torch.stack([end.amax((1, 2)) for end in ends]).int()
+    large = {
+        index: image for index, image in decoded.items() if min(image.shape[1:]) >= FLAT_PIXELS
+    }
+    small = decoded.keys() - large.keys()
+    if not large:
+        return small
+    ends = torch.stack([image[:, -FLAT_PIXELS:, -FLAT_PIXELS:] for image in large.values()])
+    low, high = (values.int() for values in torch.aminmax(ends.flatten(2), dim=2))
     is_flat = ((high - low).amax(1) <= 1) & (low.amin(1) < 254) & (high.amax(1) > 1)
-    return {index for index, flat in zip(decoded, is_flat.tolist(), strict=True) if flat}
+    return small | {index for index, flat in zip(large, is_flat.tolist(), strict=True) if flat}
 
 
 def _groups(images: Mapping[int, EncodedJpeg]) -> Iterator[dict[int, EncodedJpeg]]:
-    """Split images into groups whose block fits into the memory of the device.
-
-    Images of about the same size come together, so that little of a block is padding.
-    """
+    """Split images into groups that are decoded at once."""
     group: dict[int, EncodedJpeg] = {}
-    width = height = 0
-    for index, image in sorted(images.items(), key=lambda item: item[1].layout.upright):
-        wider = max(width, image.layout.upright[0])
-        higher = max(height, image.layout.upright[1])
-        is_full = (len(group) + 1) * wider * higher > MAX_GROUP_PIXELS
-        if group and (is_full or len(group) == MAX_GROUP_IMAGES):
+    pixels = 0
+    for index, image in images.items():
+        more = math.prod(image.layout.upright)
+        is_full = pixels + more > MAX_GROUP_PIXELS or len(group) == MAX_GROUP_IMAGES
+        if group and is_full:
             yield group
-            group, (wider, higher) = {}, image.layout.upright
+            group, pixels = {}, 0
         group[index] = image
-        width, height = wider, higher
+        pixels += more
     if group:
         yield group
+
+
+def _blocks(images: Mapping[int, EncodedJpeg]) -> Iterator[dict[int, EncodedJpeg]]:
+    """Split images of about the same size into blocks with little padding."""
+    block: dict[int, EncodedJpeg] = {}
+    width = height = pixels = 0
+    for index, image in sorted(images.items(), key=lambda item: item[1].layout.upright):
+        size = image.layout.upright
+        width, height = max(width, size[0]), max(height, size[1])
+        pixels += math.prod(size)
+        padded = (len(block) + 1) * width * height
+        if block and (padded > MAX_BLOCK_PIXELS or padded > MAX_PADDING * pixels):
+            yield block
+            block, (width, height), pixels = {}, size, math.prod(size)
+        block[index] = image
+    if block:
+        yield block

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from extractor.options import Options
 
-__all__ = ["LoaderOptions"]
+__all__ = ["LoaderOptions", "default_workers"]
+
+# Threads take turns at Python's lock about twenty times for an image, and a turn of one of many
+# takes long. Photos of 500 x 375 on 16 cores of a virtual machine with an H200: 360 images/s with
+# one thread, 930 with 4, 1,095 with 8, 768 with 15. Eight processes of two threads: 4,679.
+MAX_WORKERS = 8
+
+# Threads that only read files for a GPU that decodes.
+MAX_READING_WORKERS = 4
 
 _DEFAULT = Options()
 
@@ -45,3 +53,13 @@ class LoaderOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: got {value}, expected at least 1")
+
+
+def default_workers(cores: int, decode: str) -> int:
+    """Return the number of decoding threads of a process.
+
+    Args:
+        cores: Number of cores that the process may use.
+        decode: Decode mode, see :class:`LoaderOptions`.
+    """
+    return max(min(cores, MAX_READING_WORKERS if decode == "gpu" else MAX_WORKERS), 1)

@@ -18,6 +18,10 @@ SLOW_READ_SECONDS = 0.003
 SLOW_READ_SHARE = 0.5  # of the time to decode an image
 OBSERVED_IMAGES = 16  # between two looks at the speed of the disk
 
+# Reading a file gives Python's lock away about five times. Where many threads want it, getting it
+# back takes longer than the disk, and more threads would make that worse.
+LOCK_TURNS = 10
+
 
 class ReadAhead:
     """Queue of files that were read, and the number of reading threads that the disk needs.
@@ -63,15 +67,18 @@ class ReadAhead:
         self._settled += 1
         return self._settled % OBSERVED_IMAGES == 0
 
-    def missing_readers(self, read_seconds: float, decode_seconds: float) -> int:
+    def missing_readers(
+        self, read_seconds: float, decode_seconds: float, lock_seconds: float
+    ) -> int:
         """Return how many reading threads to start, and count them as started.
 
         Args:
             read_seconds: Time that reading took so far, over all threads.
             decode_seconds: Time that decoding took so far, over all threads.
+            lock_seconds: Mean time to get Python's lock back after giving it away.
         """
         read, decode = read_seconds / self._settled, decode_seconds / self._settled
-        if read < max(SLOW_READ_SECONDS, SLOW_READ_SHARE * decode):
+        if read < max(SLOW_READ_SECONDS, SLOW_READ_SHARE * decode, LOCK_TURNS * lock_seconds):
             return 0
         wanted = min(math.ceil(self._workers * read / max(decode, 1e-6)), MAX_READERS)
         missing = max(wanted - self.readers, 0)

@@ -17,6 +17,7 @@ from extractor.lease.board import Board
 from extractor.lease.lease import Receipt
 from extractor.lease.paths_file import write_paths
 from extractor.lease.sharing import Machine, WorkerSlot, on_first_device, share_out
+from extractor.loading.options import default_workers
 from extractor.models.embedding import EmbeddingSpec
 from extractor.models.from_file import files_of_code
 from extractor.options import Options
@@ -134,6 +135,7 @@ def _slots(leased: LeasedRun, computing: Computing) -> list[WorkerSlot]:
         torch.cuda.device_count(),
         str(device_of(computing.specs)),
         torch.get_num_threads(),
+        _least_gpu_bytes() if device_of(computing.specs).type == "cuda" else 0,
     )
     sharing = share_out(
         options,
@@ -214,7 +216,10 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
     demand, nodes = demand_of_workers(given, device, leased.on_tick)
     threads = given.threads or demand.cores
     options = replace(
-        given, device=device, workers=given.workers or demand.decoding_threads, threads=threads
+        given,
+        device=device,
+        workers=given.workers or default_workers(demand.cores, given.decode),
+        threads=threads,
     )
     of_node = max(map(demand.fits, ([node] for node in nodes)), default=1)
     share = max(options.max_pixels // max(of_node, 1), 1)
@@ -270,6 +275,12 @@ def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
             backbone.provenance.code for spec in computing.specs for backbone in spec.backbones
         ),
     )
+
+
+def _least_gpu_bytes() -> int:
+    """Return the memory of the smallest GPU; 0 if there is none."""
+    gpus = range(torch.cuda.device_count())
+    return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=0)
 
 
 def _folder(leased: LeasedRun, computing: Computing) -> Path:

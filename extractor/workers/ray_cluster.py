@@ -16,11 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from extractor.errors import ExtractorError, InstallationError, UsageError
-from extractor.lease.sharing import (
-    CORES_PER_CPU_PROCESS,
-    CORES_PER_GPU_PROCESS,
-    MAX_PROCESSES_PER_GPU,
-)
+from extractor.lease.sharing import CORES_PER_CPU_PROCESS, processes_per_gpu
 from extractor.models.from_file import path_without_models
 from extractor.options import Options
 from extractor.text import first_line, plural
@@ -169,11 +165,6 @@ class Demand:
     cores: int
     gpus: float
 
-    @property
-    def decoding_threads(self) -> int:
-        """Number of decoding threads of one worker."""
-        return max(self.cores - 1, 1) if self.gpus else self.cores
-
     def __str__(self) -> str:
         cores = plural(self.cores, "free core")
         return f"{cores} and a GPU" if self.gpus else cores
@@ -200,8 +191,7 @@ def share_nodes(options: Options, nodes: Sequence[Node], device: str) -> Demand:
     if device == "cuda":
         able = [node for node in nodes if node.gpus and node.cores] or [Node(1, 1)]
         of_gpu = max(min(node.cores // node.gpus for node in able), 1)
-        default = min(max(of_gpu // CORES_PER_GPU_PROCESS, 1), MAX_PROCESSES_PER_GPU)
-        processes = options.processes or default
+        processes = options.processes or processes_per_gpu(of_gpu)
         return Demand(max(of_gpu // processes, 1), 1 / processes)
     least = min((node.cores for node in nodes if node.cores), default=1)
     if options.processes is not None:

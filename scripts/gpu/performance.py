@@ -27,8 +27,8 @@ from extractor.text import plural
 MODELS = ("resnet50", "vit_base_patch16_224", "convnext_base", "vit_large_patch14_224")
 STAND_INS = ("test_resnet", "test_vit")
 TINY = f"{Path(__file__).with_name('tiny_network.py')}:network"
-LEAST_IMAGES, MOST_IMAGES = 8192, 33_000  # at least one shard for each of eight processes
-EXTRACT_SECONDS = 8.0  # wanted length of a run
+EXTRACT_IMAGES = 2**15  # four shards for each of eight processes
+SAMPLE_SECONDS = 0.2  # between two looks at the GPU
 READY, GO = "ready", "go"
 
 # A process that decodes when its siblings do: it says that it is ready and waits for the start.
@@ -37,6 +37,8 @@ import json, sys, time
 from argparse import Namespace
 from pathlib import Path
 task = json.loads(sys.argv[1])
+from extractor.system.process_tuning import keep_freed_memory
+keep_freed_memory()
 import rivals
 ready, go = Path(task["folder"], "ready-" + str(task["number"])), Path(task["folder"], "go")
 ready.touch()
@@ -116,9 +118,9 @@ def decode_threads(setting: Setting) -> Iterator[Result]:
 
 def decode_processes(setting: Setting) -> Iterator[Result]:
     """D: decoding alone, by the number of processes that share the cores."""
-    for processes in setting.pick((2, 4, 8), (2,)):
+    for processes in setting.pick((8, 4), (2,)):
         threads = max(available_cores() // processes, 1)
-        with setting.links(f"share-{processes}", setting.pick(8000 // processes, 64)) as images:
+        with setting.links(f"share-{processes}", setting.pick(32_000 // processes, 64)) as images:
             yield _side_by_side(setting, images, processes, threads)
 
 
@@ -154,32 +156,31 @@ def _side_by_side(setting: Setting, images: Path, processes: int, threads: int) 
 
 
 def extract_resnet(setting: Setting) -> Iterator[Result]:
-    """``extract`` by the number of processes, the network that needs most images."""
-    processes = setting.pick((1, 4, 2, 8), (1, 2))
+    """``extract`` with the network that needs most images, and with JPEGs decoded on the GPU."""
+    processes = setting.pick((None,), (1, 2))
     yield from _extract(setting, setting.pick(MODELS[0], STAND_INS[0]), processes)
+    if not setting.is_rehearsal:
+        yield from _extract(setting, MODELS[0], (None,), decode="gpu")
 
 
 def extract_transformer(setting: Setting) -> Iterator[Result]:
-    """``extract`` with one and four processes, a usual transformer."""
-    yield from _extract(setting, setting.pick(MODELS[1], STAND_INS[1]), setting.pick((1, 4), (1,)))
+    """``extract`` with a usual transformer."""
+    processes = setting.pick((None,), (1,))
+    yield from _extract(setting, setting.pick(MODELS[1], STAND_INS[1]), processes)
 
 
 def extract_others(setting: Setting) -> Iterator[Result]:
-    """``extract`` with the other models, and with JPEGs decoded on the GPU."""
+    """``extract`` with the other models."""
     for model in setting.pick(MODELS[2:], ()):
-        yield from _extract(setting, model, (4,))
-    if not setting.is_rehearsal:
-        yield from _extract(setting, MODELS[0], (1,), decode="gpu")
-    else:
+        yield from _extract(setting, model, (None,))
+    if setting.is_rehearsal:
         yield Result("extract with other models", None, "the same code as above")
 
 
 def _extract(
-    setting: Setting, model: str, processes: Sequence[int], **options: Any
+    setting: Setting, model: str, processes: Sequence[int | None], **options: Any
 ) -> Iterator[Result]:
-    figures = {result.name: result.figures for result in setting.results_of("model_eager")}
-    rate = figures.get(f"M {model}", {}).get("images_per_second", 1000.0)
-    count = setting.pick(int(min(max(rate * EXTRACT_SECONDS, LEAST_IMAGES), MOST_IMAGES)), 64)
+    count = setting.pick(EXTRACT_IMAGES, 64)
     label = "".join(f", {key} {value}" for key, value in options.items())
     with setting.links(f"{model}-{len(options)}", count) as images:
         for number in processes:
@@ -197,6 +198,8 @@ def _extract(
                     shard_images=setting.pick(None, 32),
                     **options,
                 )
+            seconds = report.seconds - report.load_seconds
+            busy = busy[-max(int(seconds / SAMPLE_SECONDS), 1) :]
             found = {
                 "images": report.images,
                 "images_per_second": report.images_per_second,
@@ -204,7 +207,8 @@ def _extract(
                 "workers": [worker.as_dict() for worker in report.workers],
                 "spent": report.spent and report.spent.as_dict(),
             }
-            name = f"extract {model}, {plural(number, 'process', 'processes')}{label}"
+            started = max(len(report.workers), 1)
+            name = f"extract {model}, {plural(started, 'process', 'processes')}{label}"
             result = result_of(name, found)
             shares = f", GPU busy {sum(busy) / len(busy):.0f} %" if busy else ""
             yield Result(result.name, None, result.detail + shares, result.figures)
@@ -212,16 +216,14 @@ def _extract(
 
 @contextmanager
 def busy_share(setting: Setting) -> Iterator[list[int]]:
-    """Yield a list that receives how busy the GPU is, in percent, several times per second.
-
-    It includes the time to load the model, which a rate leaves out.
-    """
+    """Yield a list that receives how busy the GPU is, in percent, several times per second."""
     query = ["nvidia-smi", "--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "-lms"]
     stand_in = [sys.executable, "-uc", "import time\nwhile True: print(50); time.sleep(0.2)"]
+    milliseconds = str(int(1000 * SAMPLE_SECONDS))
     shares: list[int] = []
     try:
         sampler = subprocess.Popen(
-            setting.pick([*query, "200"], stand_in), stdout=subprocess.PIPE, text=True
+            setting.pick([*query, milliseconds], stand_in), stdout=subprocess.PIPE, text=True
         )
     except OSError:
         yield shares

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extractor.errors import DeviceError, UsageError
-from extractor.lease.sharing import Machine, Sharing, share_out
+from extractor.lease.sharing import Machine, Sharing, processes_per_gpu, share_out
+from extractor.loading.options import MAX_READING_WORKERS, MAX_WORKERS
 from extractor.options import Options
 
 MANY = 1_000_000
@@ -23,7 +24,8 @@ def shared(
     shards: int = 999,
     **options: Any,
 ) -> Sharing:
-    machine = Machine(cores, gpus, device or ("cuda:0" if gpus else "cpu"), threads=cores)
+    device = device or ("cuda:0" if gpus else "cpu")
+    machine = Machine(cores, gpus, device, threads=cores, gpu_bytes=80 * 2**30)
     return share_out(Options(**options), machine, images=images, shards=shards)
 
 
@@ -35,14 +37,14 @@ def shared(
         (31, 0, MANY, 1),
         (32, 0, MANY, 2),
         (96, 0, MANY, 6),
-        (96, 0, 19_999, 1),
-        (96, 0, 20_000, 6),
+        (96, 0, 9_999, 1),
+        (96, 0, 10_000, 6),
         (1, 1, MANY, 1),
-        (7, 1, MANY, 1),
-        (8, 1, MANY, 2),
-        (16, 1, MANY, 4),
-        (128, 1, MANY, 4),
-        (16, 1, 19_999, 1),
+        (3, 1, MANY, 1),
+        (4, 1, MANY, 2),
+        (16, 1, MANY, 8),
+        (128, 1, MANY, 8),
+        (16, 1, 9_999, 1),
     ],
 )
 def test_default_number_of_processes(cores: int, gpus: int, images: int, processes: int) -> None:
@@ -51,12 +53,12 @@ def test_default_number_of_processes(cores: int, gpus: int, images: int, process
 
 def test_apples_gpu_has_one_process_by_default() -> None:
     (slot,) = shared(32, device="mps").slots
-    assert (slot.device, slot.workers) == ("mps", 31)
+    assert (slot.device, slot.workers) == ("mps", MAX_WORKERS)
 
 
 def test_each_of_several_gpus_counts_its_own_cores() -> None:
-    slots = shared(64, 8, devices="all").slots
-    assert len(slots) == 16  # 8 cores each are worth 2 processes
+    slots = shared(32, 8, devices="all").slots
+    assert len(slots) == 16  # 4 cores each are worth 2 processes
     assert [slot.device for slot in slots[:9]] == [*(f"cuda:{n}" for n in range(8)), "cuda:0"]
 
 
@@ -74,9 +76,25 @@ def test_processes_apply_to_the_device_that_was_named() -> None:
     assert [slot.device for slot in slots] == ["cuda:1", "cuda:1"]
 
 
-def test_a_gpu_leaves_one_core_to_the_thread_that_launches() -> None:
-    assert [slot.workers for slot in shared(16, 1).slots] == [3, 3, 3, 3]
+@pytest.mark.parametrize(
+    ("gib", "processes"), [(0, 4), (4, 1), (15, 2), (24, 4), (47, 7), (48, 8), (141, 8)]
+)
+def test_processes_fit_into_the_memory_of_the_gpu(gib: int, processes: int) -> None:
+    assert processes_per_gpu(96, gib * 2**30) == processes
+    assert processes_per_gpu(3, gib * 2**30) == 1
+
+
+def test_the_cores_of_a_gpu_decode() -> None:
+    assert [slot.workers for slot in shared(16, 1).slots] == [2] * 8
     assert [slot.workers for slot in shared(2, 2, devices="all").slots] == [1, 1]
+
+
+def test_a_process_has_few_decoding_threads() -> None:
+    assert [slot.workers for slot in shared(64, 1, processes=1).slots] == [MAX_WORKERS]
+    (slot,) = shared(64, 1, processes=1, decode="gpu").slots
+    assert slot.workers == MAX_READING_WORKERS
+    (slot,) = shared(64, 1, processes=1, decode="gpu", workers=20).slots
+    assert slot.workers == 20
 
 
 def test_cores_are_shared_out_and_compute_threads_are_equal() -> None:
@@ -88,7 +106,7 @@ def test_cores_are_shared_out_and_compute_threads_are_equal() -> None:
 def test_compute_threads_follow_torchs_own_number() -> None:
     hyperthreaded = Machine(cores=32, gpus=0, device="cpu", threads=16)
     sharing = share_out(Options(processes=2), hyperthreaded, images=MANY, shards=99)
-    assert [(slot.workers, slot.threads) for slot in sharing.slots] == [(16, 8), (16, 8)]
+    assert [(slot.workers, slot.threads) for slot in sharing.slots] == [(MAX_WORKERS, 8)] * 2
 
 
 def test_explicit_threads_are_per_process() -> None:

@@ -226,6 +226,29 @@ def test_fast_disks_get_no_reading_threads(tmp_path: Path, monkeypatch: pytest.M
         assert loader.readers == 0
 
 
+def test_threads_that_wait_for_pythons_lock_are_no_slow_disk(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (5, 5)).save(path)
+    stop = threading.Event()
+
+    def compute() -> None:
+        while not stop.is_set():
+            pass
+
+    busy = [threading.Thread(target=compute, daemon=True) for _ in range(3)]
+    for thread in busy:
+        thread.start()
+    try:
+        with BatchLoader(
+            iter([[str(path)] * 64]), [PREPROCESS], LoaderOptions(batch_size=64, workers=2)
+        ) as loader:
+            (batch,) = loader
+            assert all(isinstance(outcome, ImageInfo) for outcome in batch.outcomes)
+            assert loader.readers == 0
+    finally:
+        stop.set()
+
+
 @pytest.mark.parametrize("last", ["reads", "hangs"])
 def test_hanging_reader_costs_only_its_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str

@@ -24,21 +24,23 @@ def read_task(size: int) -> Task:
 
 
 @pytest.mark.parametrize(
-    ("read", "decode", "readers"),
+    ("read", "decode", "lock", "readers"),
     [  # seconds per image; two workers
-        (0.002, 0.001, 0),  # fast, though slower than decoding
-        (0.004, 0.010, 0),  # under half of the time to decode
-        (0.006, 0.010, 2),  # ceil(2 * 0.6)
-        (0.040, 0.010, 8),
-        (9.000, 0.010, MAX_READERS),
-        (9.000, 0.000, MAX_READERS),
+        (0.002, 0.001, 0, 0),  # fast, though slower than decoding
+        (0.004, 0.010, 0, 0),  # under half of the time to decode
+        (0.006, 0.010, 0, 2),  # ceil(2 * 0.6)
+        (0.040, 0.010, 0, 8),
+        (0.040, 0.010, 0.003, 8),
+        (0.040, 0.010, 0.005, 0),  # the lock is slow, not the disk
+        (9.000, 0.010, 0.005, MAX_READERS),
+        (9.000, 0.000, 0, MAX_READERS),
     ],
 )
 def test_slow_disks_get_as_many_readers_as_they_need(
-    read: float, decode: float, readers: int
+    read: float, decode: float, lock: float, readers: int
 ) -> None:
     ahead = after_images()
-    seconds = read * OBSERVED_IMAGES, decode * OBSERVED_IMAGES
+    seconds = read * OBSERVED_IMAGES, decode * OBSERVED_IMAGES, lock
     assert ahead.missing_readers(*seconds) == readers
     assert ahead.readers == readers
     assert ahead.missing_readers(*seconds) == 0  # they count as started

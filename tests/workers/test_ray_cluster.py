@@ -49,9 +49,9 @@ def test_cores_of_a_worker_without_gpus(
 @pytest.mark.parametrize(
     ("nodes", "options", "demand", "workers"),
     [
-        ([Node(4, 0), Node(8, 1)], {}, Demand(4, 1 / 2), 2),
+        ([Node(4, 0), Node(8, 1)], {}, Demand(2, 1 / 4), 4),
         ([Node(16, 1), Node(16, 1)], {}, Demand(4, 1 / 4), 8),
-        ([Node(96, 8)], {}, Demand(4, 1 / 3), 24),
+        ([Node(96, 8)], {}, Demand(3, 1 / 4), 32),
         ([Node(96, 8)], {"processes": 1}, Demand(12, 1), 8),
         ([Node(4, 8)], {}, Demand(1, 1), 4),
         ([Node(16, 0)], {}, Demand(1, 1), 0),
@@ -62,11 +62,6 @@ def test_share_of_a_gpu(
 ) -> None:
     found = share_nodes(Options(**options), nodes, "cuda")
     assert (found, found.fits(nodes)) == (demand, workers)
-
-
-def test_a_worker_on_a_gpu_leaves_a_core_to_the_thread_that_launches() -> None:
-    assert [Demand(cores, 1).decoding_threads for cores in (1, 4)] == [1, 3]
-    assert [Demand(cores, 0).decoding_threads for cores in (1, 4)] == [1, 4]
 
 
 @pytest.fixture
@@ -124,7 +119,7 @@ def test_a_run_waits_for_the_first_node_of_its_kind(
 
     demand, nodes = demand_of_workers(Options(), "cuda", lambda: ticks.append(None))
 
-    assert (demand, len(nodes)) == (Demand(4, 1 / 2), 2)
+    assert (demand, len(nodes)) == (Demand(2, 1 / 4), 2)
     assert len(ticks) == 2
     assert "waiting for a node with a GPU" in caplog.text
 
