@@ -118,7 +118,7 @@ def decode_threads(setting: Setting) -> Iterator[Result]:
 
 def decode_processes(setting: Setting) -> Iterator[Result]:
     """D: decoding alone, by the number of processes that share the cores."""
-    for processes in setting.pick((8, 4), (2,)):
+    for processes in setting.pick((8,), (2,)):
         threads = max(available_cores() // processes, 1)
         with setting.links(f"share-{processes}", setting.pick(32_000 // processes, 64)) as images:
             yield _side_by_side(setting, images, processes, threads)
