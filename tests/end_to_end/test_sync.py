@@ -321,11 +321,11 @@ class Vectors:
 
 
 def test_documented_lines_sync_an_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usage = Path(__file__).parents[2] / "docs" / "usage.md"
-    blocks = re.findall(r"```python\n(.*?)```", usage.read_text("utf-8"), re.DOTALL)
+    guide = Path(__file__).parents[2] / "docs" / "guide-retrieval.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text("utf-8"), re.DOTALL)
     (code,) = (block for block in blocks if "changes_since" in block)
     monkeypatch.chdir(tmp_path)
-    index, out = Vectors(), Path("features/resnet50")
+    index, out = Vectors(), Path("features/tf_efficientnet_lite0")
     names = {"np": np, "FeatureStore": FeatureStore, "index": index, "paths": {}, "token": ""}
     for change in (["a.png", "b.png"], ["b.png", "c.png"], []):
         draw_images(tmp_path / "in", change, color=len(index.rows))
