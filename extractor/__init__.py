@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from extractor.search.searcher import Searcher
     from extractor.store.history import Changes
     from extractor.upkeep.transforming import TransformReport, transform_store
+    from extractor.view.app import view_app
 
 __all__ = [
     "Backbone",
@@ -109,6 +110,7 @@ __all__ = [
     "load_backbone",
     "map_store",
     "transform_store",
+    "view_app",
 ]
 
 # Imported on first use, so that a program that only reads a store does not wait for torch.
@@ -152,6 +154,7 @@ _MODULES = {
     "extractor.search.searcher": ("Searcher",),
     "extractor.store.history": ("Changes",),
     "extractor.upkeep.transforming": ("TransformReport", "transform_store"),
+    "extractor.view.app": ("view_app",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

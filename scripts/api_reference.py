@@ -32,6 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Export stores": ("export_store", "ExportReport"),
     "Transform stores": ("transform_store", "TransformReport"),
     "Search": ("Searcher", "Hits", "Hit"),
+    "Look at stores": ("view_app",),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),
     "Lists of images": ("ImageList", "list_images"),
     "Errors": (

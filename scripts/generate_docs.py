@@ -25,6 +25,7 @@ from extractor.cli.models import download_parser, list_parser, show_parser
 from extractor.cli.search import index_parser, search_parser
 from extractor.cli.stores import compact_parser, info_parser, verify_parser
 from extractor.cli.transform import transform_parser
+from extractor.cli.view import view_parser
 from extractor.flags import Option, Scope, options_in
 from extractor.images.containers.kinds import KINDS
 from extractor.images.formats import pillow_suffixes
@@ -96,6 +97,7 @@ VERB_PARSERS = (
     transform_parser,
     search_parser,
     index_parser,
+    view_parser,
     doctor_parser,
 )
 

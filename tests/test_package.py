@@ -75,6 +75,7 @@ def test_exported_members() -> None:
         "load_backbone",
         "map_store",
         "transform_store",
+        "view_app",
     ]
     for name in extractor.__all__:
         assert getattr(extractor, name) is not None

@@ -18,6 +18,7 @@ from extractor.cli import (
     search,
     stores,
     transform,
+    view,
 )
 from extractor.errors import (
     ExtractorError,
@@ -50,6 +51,7 @@ VERBS = {
     "transform": transform.transform,
     "search": search.search,
     "index": search.index,
+    "view": view.view,
     "doctor": doctor.doctor,
 }
 

@@ -64,6 +64,7 @@ other commands (write a folder of the same name as ./models):
   extract transform STORE -o OUT                    normalize, project or whiten the rows of a store
   extract search STORE QUERY...                     find the nearest images in a store
   extract index STORE                               make an index for faster search
+  extract view STORE [OTHER]                        look at a store in the browser
   extract doctor                                    check packages, devices, caches and OUT
 
 Environment variables set options, too: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.

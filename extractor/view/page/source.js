@@ -1,0 +1,111 @@
+// Where images come from: the server, or the files of an exported page.
+// An image is a list: id, path, width, height.
+
+const PAGE = 240; // images that are asked for at a time
+
+/** Images in an order, loaded page by page when they are needed. */
+export class Listing {
+  constructor(total, load) {
+    this.total = total;
+    this.load = load;
+    this.pages = new Map();
+  }
+
+  /** Return an image; undefined if it has not been loaded. */
+  at(index) {
+    const page = this.pages.get(Math.floor(index / PAGE));
+    return Array.isArray(page) ? page[index % PAGE] : undefined;
+  }
+
+  /** Load the images of a range, and resolve to true if any is new. */
+  async want(first, last) {
+    const wanted = [];
+    for (let page = Math.floor(first / PAGE); page * PAGE <= last; page++) {
+      if (page < 0 || page * PAGE >= this.total || this.pages.has(page)) continue;
+      wanted.push(this.loadPage(page));
+    }
+    await Promise.all(wanted);
+    return wanted.length > 0;
+  }
+
+  async loadPage(page) {
+    this.pages.set(page, "loading");
+    try {
+      this.pages.set(page, await this.load(page * PAGE, PAGE));
+    } catch (error) {
+      this.pages.delete(page);
+      throw error;
+    }
+    if (this.pages.size > 400) this.pages.delete(this.pages.keys().next().value);
+  }
+}
+
+/** The server that this page came from. */
+export class ServerSource {
+  canSearch = true;
+
+  async ask(path, options) {
+    let answer;
+    try {
+      answer = await fetch(path, options);
+    } catch {
+      throw new Error("The server does not answer. Is extract view still running?");
+    }
+    const content = await answer.json().catch(() => ({}));
+    if (!answer.ok) throw new Error(content.error || `The server answered ${answer.status}.`);
+    return content;
+  }
+
+  state() {
+    return this.ask("state");
+  }
+
+  reload() {
+    return this.ask("reload", { method: "POST" });
+  }
+
+  async listing(store, filter) {
+    const query = (start, count) =>
+      `rows/${store}?start=${start}&count=${count}&filter=${encodeURIComponent(filter)}`;
+    const first = await this.ask(query(0, PAGE));
+    const load = async (start, count) => (await this.ask(query(start, count))).images;
+    const listing = new Listing(first.total, load);
+    listing.pages.set(0, first.images);
+    return listing;
+  }
+
+  listingOf(store, ids) {
+    return new Listing(ids.length, (start, count) => this.images(store, ids.slice(start, start + count)));
+  }
+
+  async images(store, ids) {
+    const body = JSON.stringify(ids);
+    return (await this.ask(`images/${store}`, { method: "POST", body })).images;
+  }
+
+  thumbnail(store, id) {
+    return `thumbnail/${store}/${id}`;
+  }
+
+  picture(store, id) {
+    return `picture/${store}/${id}`;
+  }
+
+  neighbors(store, id, count) {
+    return this.ask(`neighbors/${store}/${id}?k=${count}`);
+  }
+
+  search(blob, count) {
+    return this.ask(`search?k=${count}`, { method: "POST", body: blob });
+  }
+
+  failures(store) {
+    return this.ask(`failures/${store}`);
+  }
+
+  async list(store, ids) {
+    const answer = await fetch(`list/${store}`, { method: "POST", body: JSON.stringify(ids) });
+    if (!answer.ok) throw new Error("The list cannot be made.");
+    return answer.blob();
+  }
+}

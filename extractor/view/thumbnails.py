@@ -1,0 +1,141 @@
+"""Thumbnails: made when they are asked for, and kept beside the store by id and content."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+from extractor.errors import DecodeError
+from extractor.images.budget import PixelBudget
+from extractor.images.decode import decode_into
+from extractor.options import MAX_PIXELS
+from extractor.preprocess import Preprocess
+from extractor.search.derived import derived_folders
+from extractor.view.collection import Collection, Image
+
+__all__ = ["LARGE_EDGE", "SMALL_EDGE", "Thumbnails"]
+
+SMALL_EDGE = 256  # pixels
+LARGE_EDGE = 1024
+# `extract` leaves out folders of this name, so that thumbnails never become images of a store.
+FOLDER = ".thumbnails"
+IDS_PER_FOLDER = 1000
+QUALITY = 85  # of JPEG
+MEMORY_BYTES = 64 * 2**20
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+
+
+class Thumbnails:
+    """Thumbnails of one store, as JPEGs. Many threads may ask for them.
+
+    An image is decoded with the limits of a run. What an image file holds is never passed on, only
+    pixels that were decoded from it.
+
+    Args:
+        out: Folder of the store.
+        max_pixels: Limit on the pixels of one image.
+
+    Attributes:
+        problems: By id, why images have no thumbnail: a short word and a sentence.
+    """
+
+    def __init__(self, out: Path, *, max_pixels: int = MAX_PIXELS) -> None:
+        self.problems: dict[int, tuple[str, str]] = {}
+        self._folders = [folder / FOLDER for folder in derived_folders(out)]
+        self._budget = PixelBudget(max_pixels)
+        self._recent: OrderedDict[tuple[int, str], bytes] = OrderedDict()
+        self._recent_bytes = 0
+        self._lock = threading.Lock()
+
+    def kept(self, image: Image) -> bytes | None:
+        """Return the small thumbnail of an image if it was made before."""
+        key = (image.id, image.content)
+        with self._lock:
+            if key in self._recent:
+                self._recent.move_to_end(key)
+                return self._recent[key]
+        for folder in self._folders:
+            with contextlib.suppress(OSError):
+                content = (folder / _name(image)).read_bytes()
+                # A power cut may leave a part of a file.
+                if content.startswith(JPEG_START) and content.endswith(JPEG_END):
+                    self._remember(key, content)
+                    return content
+        return None
+
+    def make(self, collection: Collection, image: Image, edge: int = SMALL_EDGE) -> bytes:
+        """Return a new thumbnail, whose longer edge is at most ``edge`` pixels.
+
+        Raises:
+            DecodeError: The file is missing, has another content, or cannot be decoded.
+        """
+        try:
+            content = self._decoded(collection, image, edge)
+        except DecodeError as error:
+            self.problems[image.id] = (error.reason, str(error))
+            raise
+        self.problems.pop(image.id, None)
+        if edge == SMALL_EDGE:
+            self._remember((image.id, image.content), content)
+            self._keep(image, content)
+        return content
+
+    def _decoded(self, collection: Collection, image: Image, edge: int) -> bytes:
+        from PIL import Image as Pillow
+
+        file = collection.file_of(image)
+        if file is None:
+            raise DecodeError("outside", "the path leads out of the folder of the images")
+        transform = _transform(image, edge)
+        pixels = np.empty((*transform.input_size, 3), np.uint8)
+        info = decode_into(file, [transform], [pixels], self._budget)
+        is_same = (info.size, info.mtime_ns) == (image.size, image.mtime_ns)
+        if info.sha256 != image.sha256 if image.sha256 else not is_same:
+            raise DecodeError("changed", "the file changed since its row was computed")
+        content = io.BytesIO()
+        Pillow.fromarray(pixels).save(content, "JPEG", quality=QUALITY)
+        return content.getvalue()
+
+    def _remember(self, key: tuple[int, str], content: bytes) -> None:
+        with self._lock:
+            self._recent_bytes += len(content) - len(self._recent.pop(key, b""))
+            self._recent[key] = content
+            while self._recent_bytes > MEMORY_BYTES:
+                self._recent_bytes -= len(self._recent.popitem(last=False)[1])
+
+    def _keep(self, image: Image, content: bytes) -> None:
+        """Write a thumbnail; a disk that is full or read-only is no error."""
+        for folder in self._folders:
+            path = folder / _name(image)
+            with contextlib.suppress(OSError):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handle, partial = tempfile.mkstemp(suffix=".partial", dir=path.parent)
+                try:
+                    with os.fdopen(handle, "wb") as file:
+                        file.write(content)
+                    os.chmod(partial, 0o644)
+                    os.replace(partial, path)
+                except BaseException:
+                    os.unlink(partial)
+                    raise
+                return
+
+
+def _name(image: Image) -> str:
+    return f"{image.id // IDS_PER_FOLDER:06d}/{image.id}-{image.content}.jpg"
+
+
+def _transform(image: Image, edge: int) -> Preprocess:
+    """Return a transform to a picture with the aspect ratio of an image."""
+    width, height = max(image.width, 1), max(image.height, 1)
+    scale = min(edge / max(width, height), 1.0)
+    size = (max(round(height * scale), 1), max(round(width * scale), 1))
+    half = (0.5, 0.5, 0.5)
+    return Preprocess(size, "squash", size, "lanczos", half, half, (255, 255, 255))

@@ -1,0 +1,153 @@
+"""What a page shows: one store or two, their thumbnails, and whether they grew."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from extractor.errors import ExtractorError, StoreError
+from extractor.reading.reader import FeatureStore
+from extractor.view.collection import Collection, Image, Match
+from extractor.view.thumbnails import Thumbnails
+
+__all__ = ["Shown", "Viewer", "hit_rows", "image_row"]
+
+LOOK_SECONDS = 3.0  # between looks whether a store grew
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A store on the page.
+
+    Attributes:
+        collection: Its snapshot.
+        thumbnails: Its thumbnails.
+    """
+
+    collection: Collection
+    thumbnails: Thumbnails
+
+    @property
+    def store(self) -> FeatureStore:
+        """The store."""
+        return self.collection.store
+
+
+class Viewer:
+    """Stores on a page. Many threads may ask it.
+
+    Args:
+        stores: One store or two.
+        make: Makes the snapshot of a store.
+    """
+
+    def __init__(
+        self, stores: Sequence[FeatureStore], make: Callable[[FeatureStore], Collection]
+    ) -> None:
+        self._make = make
+        self.shown = [Shown(make(store), Thumbnails(store.path)) for store in stores]
+        self._newer: list[int | None] = [None] * len(stores)
+        self._looked = -LOOK_SECONDS
+        self._lock = threading.Lock()
+
+    def state(self) -> dict[str, Any]:
+        """Return what the head of the page says."""
+        newer = self._look()
+        return {"stores": [self._store(number, newer[number]) for number in range(len(newer))]}
+
+    def _store(self, number: int, newer: int | None) -> dict[str, Any]:
+        shown = self.shown[number]
+        info = shown.store.info
+        return {
+            "name": shown.store.path.absolute().name,
+            "folder": str(shown.store.path),
+            "model": info.model,
+            "dim": info.dim,
+            "rows": len(shown.collection),
+            "failed": len(shown.collection.failures),
+            "token": shown.store.token,
+            "newer": newer,
+            "problems": len(shown.thumbnails.problems),
+        }
+
+    def _look(self) -> list[int | None]:
+        """Return how many rows each store has now; None for one that is as it was."""
+        with self._lock:
+            if time.monotonic() - self._looked >= LOOK_SECONDS:
+                self._newer = [_rows_now(shown.store) for shown in self.shown]
+                self._looked = time.monotonic()
+            return self._newer
+
+    def reload(self) -> None:
+        """Take the newest state of each store.
+
+        Raises:
+            StoreError: A store cannot be opened; the page keeps what it shows.
+        """
+        fresh = [
+            Shown(self._make(shown.store.reopen()), Thumbnails(shown.store.path))
+            for shown in self.shown
+        ]
+        with self._lock:
+            self.shown = fresh
+            self._newer = [None] * len(fresh)
+
+    def neighbors(self, number: int, image_id: int, k: int) -> dict[str, Any] | None:
+        """Return the nearest images in every store; None if there is no such image.
+
+        Other stores know the image by its path.
+        """
+        image = self.shown[number].collection.image(image_id)
+        if image is None:
+            return None
+        results = []
+        for other, shown in enumerate(self.shown):
+            row = image.row if other == number else shown.collection.row_of_path(image.path)
+            results.append(self._answer(other, row, functools.partial(_neighbors, row, k)))
+        return {"image": image_row(image), "store": number, "results": results}
+
+    def search(self, content: bytes, k: int) -> dict[str, Any]:
+        """Return the images nearest to an encoded one, in every store."""
+        results = [
+            self._answer(number, 0, lambda collection: collection.search(content, k))
+            for number in range(len(self.shown))
+        ]
+        return {"results": results}
+
+    def _answer(self, number: int, row: int, find: Callable[[Collection], Match]) -> dict[str, Any]:
+        collection = self.shown[number].collection
+        if row < 0:
+            return {"store": number, "error": "This store does not hold the image.", "hits": []}
+        try:
+            match = find(collection)
+        except ExtractorError as error:
+            return {"store": number, "error": str(error), "hits": []}
+        return {"store": number, "method": match.method, "hits": hit_rows(collection, match)}
+
+
+def _neighbors(row: int, k: int, collection: Collection) -> Match:
+    return collection.neighbors(row, k)
+
+
+def _rows_now(store: FeatureStore) -> int | None:
+    try:
+        return None if store.is_current() else len(store.reopen())
+    except StoreError:
+        return None
+
+
+def image_row(image: Image) -> list[Any]:
+    """Return an image as the page takes it: id, path, width, height."""
+    return [image.id, image.path, image.width, image.height]
+
+
+def hit_rows(collection: Collection, match: Match) -> list[list[Any]]:
+    """Return what a search found as the page takes it, with scores."""
+    images = collection.images(match.rows)
+    return [
+        [*image_row(image), float(score)] for image, score in zip(images, match.scores, strict=True)
+    ]

@@ -1,0 +1,111 @@
+"""Thumbnails: where they are kept, and when there is none."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+from support.pictures import noise
+
+from extractor import FeatureStore, list_images, view_app
+from extractor.view.thumbnails import FOLDER
+
+
+def kept(folder: Path) -> list[Path]:
+    return sorted((folder / "derived" / FOLDER).rglob("*.jpg"))
+
+
+def test_thumbnail_is_made_once_and_kept_by_id_and_content(
+    client: TestClient, folder: Path
+) -> None:
+    first = client.get("/thumbnail/0/2")
+    with Image.open(io.BytesIO(first.content)) as image:
+        shown = np.asarray(image).astype(int)
+    expected = np.asarray(noise(4, 40, 30)).astype(int)
+    assert shown.shape == expected.shape
+    assert np.abs(shown - expected).mean() < 6  # but for the compression
+    (path,) = kept(folder / "out")
+    digest = FeatureStore.open(folder / "out").column("sha256")[2].hex()
+    assert path.name == f"2-{digest[:24]}.jpg"
+    assert path.read_bytes() == first.content
+
+    shutil.rmtree(folder / "images" / "a")
+    again = TestClient(view_app(folder / "out", root=folder / "images"))
+    assert again.get("/thumbnail/0/2").content == first.content
+    assert again.get("/thumbnail/0/0").status_code == 404
+
+
+def test_half_a_thumbnail_is_made_again(client: TestClient, folder: Path) -> None:
+    first = client.get("/thumbnail/0/2").content
+    for content in (b"", first[:100], first[:-1]):
+        (path,) = kept(folder / "out")
+        path.write_bytes(content)
+        again = TestClient(view_app(folder / "out", root=folder / "images"))
+        assert again.get("/thumbnail/0/2").content == first
+        assert path.read_bytes() == first
+
+
+def test_images_that_moved_or_changed_are_counted(client: TestClient, folder: Path) -> None:
+    (folder / "images" / "a" / "0.png").unlink()
+    noise(77, 40, 30).save(folder / "images" / "a" / "2.png")
+    os.utime(folder / "images" / "a" / "4.png", (1, 1))  # another time, the same content
+    answers = [client.get(f"/thumbnail/0/{number}") for number in range(3)]
+    assert [answer.status_code for answer in answers] == [404, 404, 200]
+    assert answers[1].json()["error"].startswith("changed: ")
+    assert client.get("/state").json()["stores"][0]["problems"] == 2
+    problems = client.get("/failures/0").json()["problems"]
+    assert [problem[:2] for problem in problems] == [
+        ["a/0.png", "unreadable"],
+        ["a/2.png", "changed"],
+    ]
+    shutil.copy2(folder / "images" / "copy.png", folder / "images" / "a" / "0.png")
+    assert client.get("/thumbnail/0/0").status_code == 404
+
+
+def test_image_that_comes_back_is_no_problem_any_more(client: TestClient, folder: Path) -> None:
+    path = folder / "images" / "a" / "0.png"
+    path.rename(folder / "away.png")
+    assert client.get("/thumbnail/0/0").status_code == 404
+    (folder / "away.png").rename(path)
+    assert client.get("/thumbnail/0/0").status_code == 200
+    assert client.get("/state").json()["stores"][0]["problems"] == 0
+
+
+def test_read_only_store_keeps_thumbnails_in_the_cache(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (folder / "out" / "derived").write_bytes(b"")  # root may write to read-only folders
+    client = TestClient(view_app(folder / "out", root=folder / "images"))
+    assert client.get("/thumbnail/0/2").status_code == 200
+    assert len(list((tmp_path / "cache").rglob("*.jpg"))) == 1
+    (tmp_path / "cache").rename(tmp_path / "gone")
+    (tmp_path / "cache").write_bytes(b"")
+    assert client.get("/thumbnail/0/3").status_code == 200  # kept nowhere
+
+
+def test_thumbnails_never_become_images_of_a_store(client: TestClient, folder: Path) -> None:
+    before = len(list_images(folder))
+    assert client.get("/thumbnail/0/2").status_code == 200
+    assert kept(folder / "out")
+    assert len(list_images(folder)) == before
+
+
+@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (300, 200)])
+def test_thumbnail_has_the_aspect_ratio_of_the_image(tmp_path: Path, size: tuple[int, int]) -> None:
+    from extractor import extract
+
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", size, (200, 30, 60)).save(tmp_path / "images" / "0.png")
+    extract(tmp_path / "images", "test_resnet", tmp_path / "out", weights="random", device="cpu")
+    client = TestClient(view_app(tmp_path / "out"))
+    with Image.open(io.BytesIO(client.get("/thumbnail/0/0").content)) as image:
+        width, height = image.size
+    scale = min(256 / max(size), 1)
+    assert (width, height) == tuple(max(round(edge * scale), 1) for edge in size)
