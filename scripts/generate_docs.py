@@ -21,6 +21,7 @@ from extractor.cli.compare import compare_parser
 from extractor.cli.doctor import doctor_parser
 from extractor.cli.evaluate import evaluate_parser
 from extractor.cli.export import export_parser
+from extractor.cli.map import map_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
 from extractor.cli.search import index_parser, search_parser
 from extractor.cli.stores import compact_parser, info_parser, verify_parser
@@ -95,6 +96,7 @@ VERB_PARSERS = (
     compare_parser,
     export_parser,
     transform_parser,
+    map_parser,
     search_parser,
     index_parser,
     view_parser,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.analysis import layout
-from extractor.analysis.map_file import (
+from extractor.analysis.maps import layout
+from extractor.analysis.maps.kept import (
     METHODS,
     KeptMap,
     MapEntry,
@@ -20,13 +21,18 @@ from extractor.analysis.map_file import (
     keep_map,
     kept_map,
 )
-from extractor.analysis.projection import finite_rows, of_rows, principal_components
+from extractor.analysis.maps.picture import check_pictures, write_picture
+from extractor.analysis.maps.projection import finite_rows, of_rows, principal_components
+from extractor.analysis.maps.table import check_table, write_table
+from extractor.analysis.maps.thumbnails import ImageCounts
+from extractor.analysis.outliers import FOLDERS
 from extractor.errors import StoreError, UsageError
+from extractor.evaluation.labels import Labels, labels_of
 from extractor.reading.reader import FeatureStore
 from extractor.search.derived import shard_keys
 from extractor.store.format import FileEntry
 
-__all__ = ["StoreMap", "map_store"]
+__all__ = ["StoreMap", "map_labels", "map_store"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,115 @@ class StoreMap:
     def left_out(self) -> int:
         """Number of rows that are not in the map, since they hold NaN or infinity."""
         return len(self.store) - len(self.rows)
+
+    def draw(
+        self,
+        path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+        labels: Labels = None,
+        *,
+        thumbnails: bool = True,
+        root: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+    ) -> ImageCounts:
+        """Draw the map: points in the colors of their labels, and thumbnails where they fit.
+
+        Needs matplotlib, and no display. An image that is gone or changed has no thumbnail.
+
+        >>> counts = store_map.draw("map.svg")  # doctest: +SKIP
+        >>> counts.shown, counts.unreadable, counts.changed  # doctest: +SKIP
+        (25, 0, 0)
+
+        Args:
+            path: File to write, which ends with ``.png`` or ``.svg``, or several.
+            labels: As for :func:`find_outliers`, but None for the names of folders, if every image
+                lies in one and there are several.
+            thumbnails: Whether to show images.
+            root: Folder that the paths of the images are relative to now; None for the one they
+                were extracted from.
+            overwrite: Whether to replace files that are there.
+
+        Raises:
+            UsageError: A file exists or cannot be written, or labels are missing or unknown.
+            InstallationError: matplotlib is not installed.
+        """
+        paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+        check_pictures(paths, overwrite=overwrite)
+        folder = self._root(root) if thumbnails else None
+        return write_picture(self, paths, map_labels(self.store, labels), root=folder)
+
+    def write_table(
+        self,
+        path: str | os.PathLike[str],
+        labels: Labels = None,
+        *,
+        neighbors: int = 10,
+        thumbnails: bool = True,
+        root: str | os.PathLike[str] | None = None,
+        overwrite: bool = False,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ImageCounts:
+        """Write the map as a Parquet file, which embedding-atlas opens.
+
+        The columns are id, path, x, y, label, neighbors and image. Rows that are not in the map are
+        left out. Neighbors are named by their row in the table, counted from 0. An image is a JPEG
+        of at most 128 pixels, or null where it is gone or changed.
+
+        >>> store_map.write_table("map.parquet").shown  # doctest: +SKIP
+        25
+
+        Args:
+            path: File to write, which ends with ``.parquet``.
+            labels: As for :meth:`draw`.
+            neighbors: Number of nearest rows of each row; 0 leaves the column out.
+            thumbnails: Whether to write images.
+            root: As for :meth:`draw`.
+            overwrite: Whether to replace a file that is there.
+            progress: Called with the number of rows that are written, and of all.
+
+        Raises:
+            UsageError: The file exists or cannot be written, labels are missing or unknown, or the
+                neighbors of so many rows need an index.
+            StoreError: The index of the store is damaged.
+        """
+        check_table(path, neighbors, overwrite=overwrite)
+        return write_table(
+            self,
+            path,
+            map_labels(self.store, labels),
+            neighbors=neighbors,
+            root=self._root(root) if thumbnails else None,
+            progress=progress,
+        )
+
+    def _root(self, root: str | os.PathLike[str] | None) -> str | os.PathLike[str]:
+        """Return the folder of the images.
+
+        Raises:
+            UsageError: It was named and is none.
+        """
+        if root is None:
+            return self.store.root
+        if not os.path.isdir(root):
+            raise UsageError(f"root: there is no folder {os.fspath(root)}")
+        return root
+
+
+def map_labels(store: FeatureStore, labels: Labels) -> list[str] | None:
+    """Return the label of each row; None if none are asked for and folders tell nothing.
+
+    Args:
+        store: The store.
+        labels: As for :func:`evaluate_store`, or ``folders``. None for the names of folders, if
+            every image lies in one and there are several.
+
+    Raises:
+        UsageError: Labels that are asked for are missing or unknown.
+    """
+    if labels is not None:
+        is_folders = isinstance(labels, str) and labels == FOLDERS
+        return labels_of(store, None if is_folders else labels)
+    folders = [path.rpartition("/")[0].rpartition("/")[2] for path in store.paths]
+    return folders if all(folders) and len(set(folders)) > 1 else None
 
 
 def map_store(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Tile", "check_sheet", "draw_sheet", "write_sheet"]
+__all__ = ["Tile", "check_new_file", "check_sheet", "draw_sheet", "write_sheet"]
 
 THUMBNAIL = 150  # pixels
 LABEL = 34
@@ -61,13 +61,34 @@ def check_sheet(path: str | os.PathLike[str], *, overwrite: bool) -> None:
     Raises:
         UsageError: The suffix is none of an image, or the file exists.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix not in FORMATS:
-        raise UsageError(f"sheet: got {path}, expected a file that ends with {', '.join(FORMATS)}")
+    check_new_file(path, "sheet", FORMATS, overwrite=overwrite)
+
+
+def check_new_file(
+    path: str | os.PathLike[str], what: str, suffixes: Iterable[str], *, overwrite: bool
+) -> None:
+    """Check that a result may be written to a file.
+
+    Args:
+        path: The file.
+        what: What the file is, for messages.
+        suffixes: Ends of the name that are known, in lower case.
+        overwrite: Whether a file that is there may be replaced.
+
+    Raises:
+        UsageError: The suffix is unknown, the file exists, or there is no such folder.
+    """
+    if Path(path).suffix.lower() not in suffixes:
+        expected = ", ".join(suffixes)
+        raise UsageError(f"{what}: got {path}, expected a file that ends with {expected}")
     if os.path.lexists(path) and not overwrite:
-        raise UsageError(f"sheet: {path} exists; replace it with --overwrite, or name another file")
+        raise UsageError(
+            f"{what}: {path} exists; replace it with --overwrite, or name another file"
+        )
+    if os.path.isdir(path):
+        raise UsageError(f"{what}: {path} is a folder, expected a file")
     if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"sheet: there is no folder {Path(path).parent}")
+        raise UsageError(f"{what}: there is no folder {Path(path).parent}")
 
 
 def write_sheet(path: str | os.PathLike[str], rows: Sequence[Sequence[Tile]]) -> None:

@@ -62,6 +62,7 @@ other commands (write a folder of the same name as ./models):
   extract compare -m A -m B images/                 compare models, layers or stores
   extract export STORE --to PATH                    write a store for another tool
   extract transform STORE -o OUT                    normalize, project or whiten the rows of a store
+  extract map STORE -o map.png                      draw a map of a store
   extract search STORE QUERY...                     find the nearest images in a store
   extract index STORE                               make an index for faster search
   extract view STORE [OTHER]                        look at a store in the browser

@@ -15,9 +15,8 @@ from PIL import Image
 from support.networks import mean_pixel
 
 from extractor import StoreMap, extract, map_store
-from extractor.analysis import layout
-from extractor.analysis.layout import neighbors_of, place_beside
-from extractor.analysis.projection import principal_components
+from extractor.analysis.maps.layout import place_beside
+from extractor.analysis.maps.projection import principal_components
 from extractor.errors import InstallationError, StoreDamagedError, StoreError, UsageError
 from extractor.reading.reader import FeatureStore
 from extractor.upkeep.compact import compact
@@ -226,9 +225,9 @@ def test_rows_with_nan_are_left_out(tmp_path: Path, write_store: WriteStore) -> 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_rows_have_a_pca_and_no_umap(
-    tmp_path: Path, write_store: WriteStore, count: int
+    tmp_path: Path, write_store: WriteStore, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("umap")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.5")
     out = write_store(tmp_path / "out", [np.eye(4, dtype=np.float32)[:count]])
     points = map_store(out).coordinates
     expected = [[0.0, 0.0]] if count == 1 else [[0.5**0.5, 0.0], [-(0.5**0.5), 0.0]]
@@ -258,27 +257,6 @@ def test_without_umap_learn_the_error_names_the_extra(
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(InstallationError, match=r"pip install 'backbone-extractor\[map\]'"):
         map_store(store, "umap")
-
-
-def test_a_large_umap_without_an_index_is_refused(
-    store: FeatureStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(layout, "EXACT_ROWS", 29)
-    with pytest.raises(UsageError, match=r"30 rows would take hours; try extract index"):
-        neighbors_of(store, np.arange(30), 3)
-
-
-def test_neighbors_are_those_of_a_brute_force(store: FeatureStore) -> None:
-    rows = np.array(store.features, np.float64)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    far = 1 - rows @ rows.T
-    np.fill_diagonal(far, np.inf)
-    found, distances = neighbors_of(store, np.arange(30), 4)
-    np.testing.assert_array_equal(found, np.argsort(far, axis=1)[:, :4])
-    np.testing.assert_allclose(distances, np.sort(far, axis=1)[:, :4], atol=1e-6)
-    found, distances = neighbors_of(store, np.array([7]), 40)
-    assert (found[0, 29:] == -1).all()
-    assert np.isinf(distances[0, 29:]).all()
 
 
 def test_a_new_row_is_placed_among_its_neighbors() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from extractor.analysis import projection
-from extractor.analysis.projection import finite_rows, principal_components
+from extractor.analysis.maps import projection
+from extractor.analysis.maps.projection import finite_rows, principal_components
 from extractor.reading.array import KeptRows
 
 

@@ -9,23 +9,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from extractor.analysis.maps.neighbors import CHUNK, RowNeighbors
 from extractor.errors import InstallationError, UsageError
 from extractor.reading.reader import FeatureStore
-from extractor.search.index import open_index
 from extractor.search.knn import Features, nearest
-from extractor.search.searcher import Searcher
 from extractor.text import plural
 
-__all__ = ["EXACT_ROWS", "neighbors_of", "place_beside", "umap_layout", "umap_settings"]
+__all__ = ["place_beside", "umap_layout", "umap_settings"]
 
 NEIGHBORS = 15  # the default of umap-learn
 MIN_DIST = 0.1  # so is this
 SEED = 0
 MIN_ROWS = 10  # below, neighborhoods are the whole store
-EXACT_ROWS = 200_000  # all pairs of 200,000 x 512 take minutes; of a million, hours
 PLACED_BY = 5  # neighbors that a new row is placed by; more of them pull it between clusters
 SAME = 1e-6  # cosine distance of rows that are copies but for rounding
-CHUNK = 4096  # queries
 
 Rows = npt.NDArray[np.int64]
 Points = npt.NDArray[np.float32]
@@ -47,40 +44,6 @@ def umap_settings() -> dict[str, Any]:
     return {**settings, "umap-learn": version}
 
 
-def neighbors_of(store: FeatureStore, rows: Rows, k: int) -> tuple[Rows, npt.NDArray[np.float32]]:
-    """Return the nearest other rows of some rows by the cosine distance, the nearest first.
-
-    Args:
-        store: The store.
-        rows: ``(n,)``, finite rows.
-        k: Number of neighbors.
-
-    Returns:
-        Rows of the store ``(n, k)``, -1 where there are fewer, and distances ``(n, k)`` from 0 to
-        2, infinite where there is no row.
-
-    Raises:
-        UsageError: The store is too large to compare all pairs, and has no index.
-    """
-    if len(rows) * len(store) > EXACT_ROWS**2 and open_index(store, "cosine") is None:
-        raise UsageError(
-            f"{store.path}: the neighbors of {plural(len(rows), 'row')} would take hours; try "
-            f"extract index {store.path} first"
-        )
-    searcher = Searcher(store)
-    k_found = max(min(k, len(store) - 1), 1)
-    found = np.full((len(rows), k), -1, np.int64)
-    distances = np.full((len(rows), k), np.inf, np.float32)
-    for start in range(0, len(rows), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        vectors = np.asarray(store.features[rows[chunk]]).reshape(len(rows[chunk]), -1)
-        hits = searcher.nearest(vectors, k_found, own_rows=rows[chunk])
-        is_row = hits.rows >= 0
-        found[chunk, :k_found] = hits.rows
-        distances[chunk, :k_found] = np.where(is_row, np.maximum(1 - hits.scores, 0), np.inf)
-    return found, distances
-
-
 def umap_layout(store: FeatureStore, rows: Rows, start: Points) -> Points:
     """Return the UMAP of some rows, ``(n, 2)``; the same rows give the same one on one machine.
 
@@ -100,7 +63,7 @@ def umap_layout(store: FeatureStore, rows: Rows, start: Points) -> Points:
             "method pca"
         )
     k = min(NEIGHBORS, len(rows)) - 1
-    found, distances = neighbors_of(store, rows, k)
+    found, distances = RowNeighbors(store, len(rows), "the method pca").of(rows, k)
     number = np.full(len(store), -1, np.int64)
     number[rows] = np.arange(len(rows))
     # umap-learn counts a row as its own first neighbor.

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from extractor.analysis.projection import Components
+from extractor.analysis.maps.projection import Components
 from extractor.errors import StoreDamagedError, StoreError, UnknownTokenError
 from extractor.reading.reader import FeatureStore
 from extractor.search.derived import (

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from extractor.reading.array import KeptRows
 from extractor.search.knn import Features, prepared, row_blocks
+from extractor.upkeep import pca
 
 __all__ = ["Components", "finite_rows", "of_rows", "principal_components", "unit_blocks"]
 
 BLOCK_BYTES = 16 * 2**20  # of rows as float32
-# Values of a row up to which the whole covariance is computed: 2,048 take 32 MB, and 4 s for the
-# eigenvectors on one core. Wider rows are read several times instead.
+# Values of a row up to which the whole covariance is computed: 2,048 take 32 MB a matrix, and
+# seconds for the eigenvectors. Wider rows are read several times instead.
 MAX_COVARIANCE = 2048
 WIDTH = 10  # vectors that are iterated to find two; more of them converge in fewer passes
 MAX_PASSES = 24
@@ -76,13 +76,13 @@ def principal_components(features: Features) -> Components:
         features: ``(n, dim)``, at least one row, finite.
     """
     dim = int(np.prod(features.shape[1:]))
-    mean, covariance = (
-        _covariance(features, dim) if dim <= MAX_COVARIANCE else (_mean(features, dim), None)
-    )
-    if covariance is not None:
-        values, vectors = np.linalg.eigh(covariance)
-        values, axes, total = values[::-1], vectors.T[::-1], float(np.trace(covariance))
+    if dim <= MAX_COVARIANCE:
+        blocks = (block.astype(np.float64) for block in unit_blocks(features))
+        found = pca.principal_components(blocks, dim)
+        mean, axes = found.mean, found.directions
+        values, total = found.variances, float(found.variances.sum())
     else:
+        mean = _mean(features, dim)
         values, axes, total = _iterated(features, mean)
     if len(axes) < 2:
         values, axes = np.append(values, 0.0), np.concatenate([axes, np.zeros((1, dim))])
@@ -121,21 +121,6 @@ def _mean(features: Features, dim: int) -> Floats:
         total += block.sum(axis=0, dtype=np.float64)
     mean: Floats = total / len(features)
     return mean
-
-
-def _covariance(features: Features, dim: int) -> tuple[Floats, Floats]:
-    """Return the mean ``(dim,)`` and the covariance ``(dim, dim)`` of rows."""
-    total, products = np.zeros(dim), np.zeros((dim, dim))
-    shift: npt.NDArray[Any] | None = None
-    for block in unit_blocks(features):
-        if shift is None:
-            shift = block.mean(axis=0)  # near the mean, so that little is lost to rounding
-        centered = block - shift
-        total += centered.sum(axis=0, dtype=np.float64)
-        products += centered.T @ centered
-    mean = total / len(features)
-    covariance = products / len(features) - np.outer(mean, mean)
-    return mean + (0 if shift is None else shift), covariance
 
 
 def _iterated(features: Features, mean: Floats) -> tuple[Floats, Floats, float]:

@@ -1,0 +1,1 @@
+"""Maps: coordinates, where they are kept, pictures and tables of them."""
