@@ -19,10 +19,12 @@ from api_reference import api_reference
 
 from extractor.cli.compare import compare_parser
 from extractor.cli.doctor import doctor_parser
+from extractor.cli.duplicates import duplicates_parser
 from extractor.cli.evaluate import evaluate_parser
 from extractor.cli.export import export_parser
 from extractor.cli.map import map_parser
 from extractor.cli.models import download_parser, list_parser, show_parser
+from extractor.cli.outliers import outliers_parser
 from extractor.cli.search import index_parser, search_parser
 from extractor.cli.stores import compact_parser, info_parser, verify_parser
 from extractor.cli.transform import transform_parser
@@ -100,6 +102,8 @@ VERB_PARSERS = (
     search_parser,
     index_parser,
     view_parser,
+    duplicates_parser,
+    outliers_parser,
     doctor_parser,
 )
 

@@ -80,9 +80,13 @@ def exact_pairs(
         for begin in range(first, len(others), RIGHT_ROWS):
             theirs = slice(begin, begin + RIGHT_ROWS)
             hits = sketch.hits(ours, theirs, threshold) if sketch is not None else None
+            if hits is not None and not len(hits[0]):
+                continue
+            unit = rows.take(left[ours]) if unit is None else unit
             if hits is None:
-                unit = rows.take(left[ours]) if unit is None else unit
                 hits = _hits(unit, rows, others[theirs], threshold)
+            else:
+                hits = _sieved(unit, rows, others[theirs], hits, threshold)
             a, b = hits
             if right is None:
                 kept = start + a < begin + b
@@ -100,6 +104,19 @@ def _hits(unit: Floats32, rows: UnitRows, others: Numbers, threshold: float) -> 
         a, b = _above(unit @ block.T, limit)
         parts.append((a, b + start))
     return np.concatenate([a for a, _ in parts]), np.concatenate([b for _, b in parts])
+
+
+def _sieved(
+    unit: Floats32, rows: UnitRows, others: Numbers, hits: Pairs, threshold: float
+) -> Pairs:
+    """Return those pairs of rows and others that reach a threshold, by their positions."""
+    limit = np.float32(threshold - _slack(rows.dim))
+    near = np.empty(len(hits[0]), bool)
+    for start in range(0, len(near), rows.block_rows):
+        chunk = slice(start, start + rows.block_rows)
+        a, b = hits[0][chunk], hits[1][chunk]
+        near[chunk] = np.einsum("ij,ij->i", unit[a], rows.take(others[b])) >= limit
+    return hits[0][near], hits[1][near]
 
 
 def _above(products: Floats32, limit: np.float32) -> Pairs:

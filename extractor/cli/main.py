@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from extractor.cli import (
     compare,
     doctor,
+    duplicates,
     evaluate,
     export,
     extract,
     map,
     models,
+    outliers,
     search,
     stores,
     transform,
@@ -54,6 +56,8 @@ VERBS = {
     "search": search.search,
     "index": search.index,
     "view": view.view,
+    "duplicates": duplicates.duplicates,
+    "outliers": outliers.outliers,
     "doctor": doctor.doctor,
 }
 

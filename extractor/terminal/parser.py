@@ -66,6 +66,8 @@ other commands (write a folder of the same name as ./models):
   extract search STORE QUERY...                     find the nearest images in a store
   extract index STORE                               make an index for faster search
   extract view STORE [OTHER]                        look at a store in the browser
+  extract duplicates STORE                          find images that are there twice
+  extract outliers STORE                            find odd images and wrong labels
   extract doctor                                    check packages, devices, caches and OUT
 
 Environment variables set options, too: EXTRACTOR_BATCH_SIZE=64 is --batch-size 64.

@@ -74,6 +74,23 @@ def test_an_image_whose_neighbors_agree_on_another_label_is_found(make_store: Op
     assert scores == sorted(scores)
 
 
+def test_a_near_neighbor_has_more_votes_than_a_far_one(make_store: OpenStore) -> None:
+    store = make_store(turned(0, 1, 3, 7, 12))
+    outliers = find_outliers(store, ["a", "b", "a", "a", "a"], k=4)
+    errors = {each.row: each for each in outliers.label_errors}
+    # The neighbors of row 1 by rank: 0, 2, 3, 4. The votes are 1 + 1/2 + 1/3 + 1/4.
+    assert errors[1].agreement == pytest.approx(1)
+    # Those of row 0: 1 (b), then three of its own label.
+    assert 0 not in errors
+    labels = ["b", "b", "c", "b", "d"]
+    (error,) = find_outliers(store, labels, k=4).of_rows([2])
+    assert error.neighbors == (1, 0, 3, 4)
+    found = {each.row: each for each in find_outliers(store, labels, k=4).label_errors}
+    votes = 1 + 1 / 2 + 1 / 3
+    assert found[2].agreement == pytest.approx(votes / (votes + 1 / 4))
+    assert found[2].support == 0
+
+
 def test_the_only_image_of_a_class_has_no_rank_in_it(make_store: OpenStore) -> None:
     outliers = find_outliers(make_store(turned(0, 1, 2)), ["a", "b", "a"], k=1)
     (only,) = outliers.of_rows([1])

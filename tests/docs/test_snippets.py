@@ -31,6 +31,7 @@ SHOWN = {name: page for name, page in PAGES.items() if name not in GENERATED and
 
 # Pages that a test of their own runs, since it knows what they assume and what comes out.
 TESTED_BY = {
+    "docs/duplicates.md": "docs/test_duplicates.py",
     "docs/evaluate.md": "docs/test_evaluate.py",
     "docs/identity.md": "docs/test_guides.py",
     "docs/integrations.md": "docs/test_integrations.py",
