@@ -215,8 +215,9 @@ class Extractor:
         _check_window(batch_window_ms)
         if backbone is not None and weights is not None:
             raise UsageError("weights: the backbone already has weights; leave this option out")
+        opened = _store_of(store)
         encoder = encoder_of(
-            _store_of(store),
+            opened,
             options,
             weights=weights if backbone is None else backbone,
             device=device,
@@ -232,7 +233,7 @@ class Extractor:
         )
         if encoder.transform is not None:
             extractor._finish = _Finish(encoder.transform, np.dtype(encoder.result_dtype))
-            extractor._shape = _store_of(store).info.shape
+            extractor._shape = opened.info.shape
         return extractor
 
     def _serve(

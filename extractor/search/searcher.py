@@ -24,6 +24,7 @@ from extractor.search.knn import (
     nearest,
 )
 from extractor.search.queries import Query, as_vectors, queries_of
+from extractor.text import plural
 
 if TYPE_CHECKING:
     from extractor.api import Extractor
@@ -240,6 +241,7 @@ class Searcher:
         Rows of the store are read. Images are embedded as the store's were.
 
         Raises:
+            UsageError: The extractor makes embeddings of another size than the rows.
             ExtractorError: The model of the store cannot be loaded.
         """
         vectors = np.zeros((len(queries), self._rows.dim))
@@ -254,6 +256,11 @@ class Searcher:
             for number, row in zip(unseen, self._embedder(images, on_error="return"), strict=True):
                 if isinstance(row, DecodeError):
                     errors[number] = row
+                elif row.size != self._rows.dim:
+                    raise UsageError(
+                        f"extractor: got an embedding of {plural(row.size, 'value')}, and the rows "
+                        f"have {self._rows.dim}; try Extractor.for_store"
+                    )
                 else:
                     vectors[number] = row.ravel()
         return vectors, errors

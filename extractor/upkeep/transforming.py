@@ -202,8 +202,14 @@ def _source(store: FeatureStore | str | os.PathLike[str]) -> FeatureStore:
     """Open a store to read.
 
     Raises:
+        UsageError: Something else than a store.
         StoreError: It has no rows, or a transform made them.
     """
+    if isinstance(store, (list, tuple)):
+        raise UsageError(
+            f"store: got a {type(store).__name__}, expected one store or its folder; transform "
+            "each, with the same fit"
+        )
     source = store if isinstance(store, FeatureStore) else FeatureStore.open(store)
     if source.manifest.description.transform is not None:
         origin = source.manifest.description.transform["source"]["store"]
@@ -474,11 +480,13 @@ def _begin(
         The run, None if the result is up to date; what becomes of its rows; and the rows of the
         source to transform.
     """
+    files = array_files(transform) if existing.base is None else {}
     if isinstance(existing, InterruptedRun):
         plan = wanted.plan(existing.stored(planned=False, digests=True))
         todo = wanted.todo(plan)
         run = existing.resume(_job(existing, wanted, todo, description))
         if run is not None:
+            _restore(existing.claim, files)
             return run, plan, todo
         existing = existing.seal()
     stored = existing.stored(digests=True)
@@ -492,8 +500,15 @@ def _begin(
         and (wanted.listed is None or has_rows_of_list(existing.claim.out, base, wanted.listed))
     ):
         return None, plan, todo
-    files = array_files(transform) if base is None else {}
     return existing.begin(_job(existing, wanted, todo, description), files), plan, todo
+
+
+def _restore(claim: ClaimedFolder, files: Mapping[str, bytes]) -> None:
+    """Write files of an interrupted run again that have other content by now."""
+    for name, content in files.items():
+        path = claim.staging / name
+        if not path.is_file() or path.read_bytes() != content:
+            write_atomically(path, content)
 
 
 def _job(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torchvision
 from support.pictures import noise
 
-from extractor import Extractor, FeatureStore, Searcher, extract
+from extractor import Extractor, FeatureStore, Searcher, UsageError, extract, transform_store
 from extractor.cli import main as cli
 
 MODEL = "torchvision:squeezenet1_1"
@@ -127,6 +130,30 @@ def test_queries_are_transformed_as_the_rows_were(
     assert found["hits"][0]["score"] > 0.999
     assert cli.main(["verify", "out", "--recompute", "8", "--device", "cpu"]) == 0
     assert "out: OK (8 rows, 0 failures)" in capsys.readouterr().out
+
+
+def test_result_knows_the_weights_of_a_source_that_is_gone(embedded: Path) -> None:
+    """A file of the user's is found where it was, as ``run.json`` keeps it."""
+    file, source, out = (embedded / name for name in ("mine.pth", "mine", "mine-small"))
+    torch.manual_seed(1)
+    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
+    rows = extract(
+        embedded / "images", MODEL, source, weights=str(file), device="cpu", image_size=64
+    ).store
+    transform_store(source, out, normalize=True, pca=3)
+    paths = [rows.full_path(row) for row in range(8)]
+    shutil.rmtree(source)
+    with Extractor.for_store(out, device="cpu") as embed:
+        found = embed(paths)
+    np.testing.assert_allclose(found, FeatureStore.open(out).features[:], atol=1e-3)
+
+
+def test_extractor_without_the_transform_is_refused(embedded: Path) -> None:
+    transform_store(embedded / "source", embedded / "pca", pca=4)
+    with Extractor(MODEL, weights="random", device="cpu") as embed:
+        searcher = Searcher(FeatureStore.open(embedded / "pca"), extractor=embed)
+        with pytest.raises(UsageError, match="an embedding of 512 values, and the rows have 4"):
+            searcher.search(noise(2, 66, 50))
 
 
 def test_extract_refuses_to_extend_the_result_before_it_loads_a_model(

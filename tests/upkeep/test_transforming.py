@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.dying import die, in_child
+from support.dying import DIED, die, in_child
 from support.networks import mean_pixel
 from support.pictures import noise
 from support.stores import content
@@ -25,7 +25,7 @@ from extractor.errors import (
     UsageError,
 )
 from extractor.reading.transform import Transform, read_transform
-from extractor.store.format import STAGING
+from extractor.store.format import STAGING, FileEntry, Manifest
 from extractor.store.shard import ShardWriter
 from extractor.upkeep import transforming
 from extractor.upkeep.compact import compact
@@ -142,6 +142,23 @@ def test_row_does_not_depend_on_the_rows_beside_it() -> None:
         assert transform.apply(rows[some]).tobytes() == whole[some].tobytes()
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gain_bounds_how_an_error_of_a_row_grows(normalize: bool) -> None:
+    rng = np.random.default_rng(4)
+    scales = np.array([0.1, 5.0, 100.0])
+    directions = np.linalg.qr(rng.normal(size=(20, 20)))[0][:3]
+    transform = Transform(normalize, rng.normal(size=20), directions, scales)
+    row = rng.normal(size=20)
+    before = transform.apply(row[None])[0]
+    largest = 0.0
+    for error in rng.normal(size=(200, 20)):
+        error *= 1e-7 * np.linalg.norm(row) / np.linalg.norm(error)
+        change = np.linalg.norm(transform.apply((row + error)[None])[0] - before)
+        largest = max(largest, float(change / np.linalg.norm(before)) / 1e-7)
+    assert 0.02 * transform.gain(row) < largest <= 1.001 * transform.gain(row)
+    assert Transform(True).gain(row) == 1
+
+
 def test_rows_of_zeros_stay_finite(tmp_path: Path, write_store: WriteStore) -> None:
     """A row of zeros has no direction: normalization leaves it, the PCA subtracts the mean."""
     rows = ROWS.copy()
@@ -168,6 +185,16 @@ def test_rows_that_are_not_finite_are_refused(
     with pytest.raises(StoreDamagedError, match="row 28 holds NaN or infinity"):
         transform_store(source, tmp_path / "out", **steps)
     assert not (tmp_path / "out" / "store.json").exists()
+
+
+def test_paths_that_are_not_utf8_carry_over(tmp_path: Path, write_store: WriteStore) -> None:
+    names = [[b"b.jpg", b"c/\xff.jpg"], [b"a.jpg", b"d.jpg"]]  # in no order
+    source = write_store(tmp_path / "source", [ROWS[:2], ROWS[2:4]], names=names, root="/\udcff")
+    transform_store(source, tmp_path / "out", normalize=True)
+    store = FeatureStore.open(tmp_path / "out")
+    assert [os.fsencode(path) for path in store.paths] == [*names[0], *names[1]]
+    np.testing.assert_allclose(store.features[:], unit(ROWS[:4]), atol=1e-7)
+    assert not transform_store(source, tmp_path / "out").is_changed
 
 
 def test_fit_on_another_store(tmp_path: Path, source: Path, write_store: WriteStore) -> None:
@@ -275,6 +302,8 @@ def test_stores_that_do_not_fit_are_refused(
     with pytest.raises(StoreError, match=r"made differently .*backbone\.model.*fit on a store"):
         transform_store(source, out, pca=2, fit=other)
     transform_store(source, out, pca=2)
+    with pytest.raises(UsageError, match="got a list, expected one store"):
+        transform_store([source, other], out, pca=2)  # type: ignore[arg-type]
     for arguments in ({"store": out, "out": "x"}, {"store": source, "out": "x", "fit": out}):
         with pytest.raises(StoreError, match="was made by extract transform; transform its source"):
             transform_store(**arguments, pca=1)  # type: ignore[arg-type]
@@ -462,6 +491,20 @@ def _paths_and_rows(out: Path) -> tuple[list[str], np.ndarray]:
 # Files of the transform
 
 
+def test_overwrite_replaces_a_result_whose_manifest_is_damaged(
+    tmp_path: Path, source: Path
+) -> None:
+    out = tmp_path / "out"
+    transform_store(source, out, **ALL)
+    (out / "store.json").write_text("{")
+    with pytest.raises(StoreDamagedError, match="start over with --overwrite"):
+        transform_store(source, out)
+    transform_store(source, out, pca=2, overwrite=True)
+    assert FeatureStore.open(out).features.shape == (60, 2)
+    assert not (out / "transform_scales.npy").exists()
+    assert list(verify(out)) == []
+
+
 @pytest.mark.parametrize("name", ["mean", "components", "scales"])
 @pytest.mark.parametrize("harm", ["missing", "changed", "shorter"])
 def test_file_that_is_missing_or_changed_is_refused(
@@ -543,7 +586,7 @@ def test_death_at_any_step_loses_no_store_and_the_next_call_completes_it(
     expected = tmp_path / "expected"
     shutil.copytree(template, expected)
     transform_store(source, expected)
-    for when in itertools.count(1, 3):
+    for when in itertools.count(1, 5):
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
         if is_grown:
@@ -563,6 +606,42 @@ def test_death_at_any_step_loses_no_store_and_the_next_call_completes_it(
         if not died:
             break
     assert when > 20
+
+
+@pytest.mark.slow
+def test_death_while_a_result_is_replaced_leaves_no_transform_of_another_store(
+    tmp_path: Path, source: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old and the new rows are the same bytes in float16; the directions are not."""
+    almost = write_store(tmp_path / "almost", [ROWS + np.eye(60, 8, dtype="f4") * 1e-6])
+    template, out = tmp_path / "template", tmp_path / "out"
+    steps: dict[str, Any] = {"pca": 2, "dtype": "float16"}
+    transform_store(source, template, **steps)
+    for when in itertools.count(1):
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(template, out)
+
+        left = list(range(when))
+
+        def die_publishing(step: int, left: list[int] = left) -> None:
+            if (out / STAGING / "store.json").is_file() and not left.pop():
+                os._exit(DIED)
+
+        def replaced() -> None:
+            transform_store(source, out, **steps, fit=almost, overwrite=True)
+
+        died = in_child(replaced, die_publishing)
+        store = FeatureStore.open(out)
+        assert read_transform(out, store.manifest.description) is not None, when
+        if (out / "store.json").is_file():  # for whoever does not look for a run
+            for entry in Manifest.read(out / "store.json").description.transform_files:
+                assert FileEntry.of(out / entry.name, entry.name) == entry, when
+        if not died:
+            break
+    names = ["features/00000.npy", "transform_components.npy"]
+    same = [(out / name).read_bytes() == (template / name).read_bytes() for name in names]
+    assert same == [True, False]
+    assert when > 10
 
 
 def _shown(files: dict[str, object]) -> object:
@@ -589,7 +668,16 @@ def test_source_that_changed_meanwhile_is_planned_anew(
         patch.setattr(ShardWriter, "append", stop_halfway)
         with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
             transform_store(source, out, normalize=True, pca=2)
-    mean = (out / STAGING / "transform_mean.npy").read_bytes()
+    file = out / STAGING / "transform_mean.npy"
+    mean = file.read_bytes()
+    file.write_bytes(mean[:-1])
+    with pytest.raises(StoreDamagedError, match=r"transform_mean\.npy, .* was changed"):
+        transform_store(source, out, normalize=True, pca=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardWriter, "append", stop_halfway)
+        with pytest.raises(KeyboardInterrupt, match="Ctrl-C"):
+            transform_store(source, out, normalize=True, pca=2, overwrite=True)
+    assert file.read_bytes() == mean
     grow(images)
     now = embed(images, source)
     report = transform_store(source, out, normalize=True, pca=2)
