@@ -14,9 +14,10 @@ from extractor.errors import DecodeError, ExtractorError, InstallationError, Usa
 from extractor.reading.reader import FeatureStore
 from extractor.search.knn import Metric, check_metric
 from extractor.system.cpu import available_cores
-from extractor.view.collection import Collection, Image, path_list
+from extractor.view.analyses import Analyses
+from extractor.view.collection import Collection, Image, image_row, path_list
 from extractor.view.thumbnails import LARGE_EDGE, SMALL_EDGE, Thumbnails
-from extractor.view.viewer import Viewer, image_row
+from extractor.view.viewer import Viewer
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -38,7 +39,7 @@ KINDS = {
 }
 MAX_UPLOAD_BYTES = 64 * 2**20  # as for images that a run reads whole
 MAX_JSON_BYTES = 32 * 2**20  # a selection of a million ids
-TOO_LARGE = 413  # status of an answer
+WORKING, TOO_LARGE = 202, 413  # statuses of an answer
 MAX_ROWS = 1000  # in one answer
 MAX_NEIGHBORS = 100
 IMAGE_SECONDS = 20.0  # for one thumbnail
@@ -61,8 +62,8 @@ def view_app(
 ) -> Starlette:
     """Return the page of ``extract view`` as an ASGI application.
 
-    It reads the stores and the images, and writes nothing but thumbnails. Run it with any ASGI
-    server, or mount it into another application, behind your own login:
+    It reads the stores and the images. Thumbnails, maps and near pairs are kept in ``derived``. Run
+    it with any ASGI server, or mount it into another application, behind your own login:
 
     >>> app = view_app("features/resnet50")  # doctest: +SKIP
     >>> [route.path for route in app.routes][:3]  # doctest: +SKIP
@@ -130,6 +131,9 @@ def view_app(
         Route("/picture/{store:int}/{id:int}", page.picture),
         Route("/neighbors/{store:int}/{id:int}", page.neighbors),
         Route("/search", page.search, methods=["POST"]),
+        Route("/map/{store:int}", page.map),
+        Route("/duplicates/{store:int}", page.duplicates),
+        Route("/outliers/{store:int}", page.outliers),
         Route("/failures/{store:int}", page.failures),
         Route("/list/{store:int}", page.list, methods=["POST"]),
         Route("/{name}", page.file),
@@ -317,6 +321,33 @@ class _Page:
         return _json(await self._in_thread(self.viewer.search, content, k))
 
     @_endpoint
+    async def map(self, request: Request) -> Response:
+        """Answer with the map of a store, or that it is being computed."""
+        from starlette.responses import Response
+
+        method = request.query_params.get("method", "")
+        found = await self._in_thread(self._analyses(request).map, method)
+        if found is None:
+            return _json({"status": "working"}, WORKING)
+        return Response(found, media_type="application/octet-stream")
+
+    @_endpoint
+    async def duplicates(self, request: Request) -> Response:
+        """Answer with groups of duplicates, or that they are being computed."""
+        start = _number(request, "start", 0, 0, 2**53)
+        percent = _number(request, "percent", 95, 1, 100)
+        analyses = self._analyses(request)
+        found = await self._in_thread(analyses.duplicates, percent / 100, start)
+        return _json({"status": "working"}, WORKING) if found is None else _json(found)
+
+    @_endpoint
+    async def outliers(self, request: Request) -> Response:
+        """Answer with images by their distance to the others, or that it is being computed."""
+        start = _number(request, "start", 0, 0, 2**53)
+        found = await self._in_thread(self._analyses(request).outliers, start)
+        return _json({"status": "working"}, WORKING) if found is None else _json(found)
+
+    @_endpoint
     async def failures(self, request: Request) -> Response:
         """Answer with images without a row, and with those that moved or changed since."""
         shown = self.viewer.shown[self._store(request)]
@@ -359,6 +390,9 @@ class _Page:
         if number >= len(self.viewer.shown):
             raise _RefusedError(404, "there is no such store")
         return number
+
+    def _analyses(self, request: Request) -> Analyses:
+        return self.viewer.shown[self._store(request)].analyses
 
     def _collection(self, request: Request) -> Collection:
         return self.viewer.shown[self._store(request)].collection

@@ -22,7 +22,7 @@ from extractor.search.searcher import Searcher
 if TYPE_CHECKING:
     from extractor.api import Extractor
 
-__all__ = ["Collection", "Image", "Match", "path_list"]
+__all__ = ["Collection", "Image", "Match", "image_row", "path_list"]
 
 COLUMNS = ["path", "size", "mtime_ns", "width", "height", "sha256"]
 FILTERS_KEPT = 8
@@ -124,6 +124,10 @@ class Collection:
                 wanted.tolist(), self.ids[wanted].tolist(), columns, strict=True
             )
         ]
+
+    def column(self, name: str) -> list[Any]:
+        """Return one column of the index, one value per row."""
+        return list(self._table.column(name).to_pylist())
 
     def image(self, image_id: int) -> Image | None:
         """Return the image of an id; None if the snapshot has none."""
@@ -233,6 +237,11 @@ class Collection:
             hits = self._searcher.nearest(vectors, count, metric=self.metric, own_rows=own)
         found = hits.rows[0] >= 0
         return Match(hits.rows[0][found], hits.scores[0][found], hits.method)
+
+
+def image_row(image: Image) -> list[Any]:
+    """Return an image as the page takes it: id, path, width, height."""
+    return [image.id, image.path, image.width, image.height]
 
 
 def path_list(collection: Collection, ids: Sequence[int]) -> bytes:

@@ -11,10 +11,11 @@ from typing import Any
 
 from extractor.errors import ExtractorError, StoreError
 from extractor.reading.reader import FeatureStore
-from extractor.view.collection import Collection, Image, Match
+from extractor.view.analyses import Analyses
+from extractor.view.collection import Collection, Match, image_row
 from extractor.view.thumbnails import Thumbnails
 
-__all__ = ["Shown", "Viewer", "hit_rows", "image_row"]
+__all__ = ["Shown", "Viewer", "hit_rows"]
 
 LOOK_SECONDS = 3.0  # between looks whether a store grew
 
@@ -26,10 +27,18 @@ class Shown:
     Attributes:
         collection: Its snapshot.
         thumbnails: Its thumbnails.
+        analyses: What is computed about the snapshot.
     """
 
     collection: Collection
     thumbnails: Thumbnails
+    analyses: Analyses
+
+    @classmethod
+    def of(cls, collection: Collection) -> Shown:
+        """Return what shows a snapshot."""
+        thumbnails = Thumbnails(collection.store.path)
+        return cls(collection, thumbnails, Analyses(collection))
 
     @property
     def store(self) -> FeatureStore:
@@ -49,7 +58,7 @@ class Viewer:
         self, stores: Sequence[FeatureStore], make: Callable[[FeatureStore], Collection]
     ) -> None:
         self._make = make
-        self.shown = [Shown(make(store), Thumbnails(store.path)) for store in stores]
+        self.shown = [Shown.of(make(store)) for store in stores]
         self._newer: list[int | None] = [None] * len(stores)
         self._looked = -LOOK_SECONDS
         self._lock = threading.Lock()
@@ -88,10 +97,7 @@ class Viewer:
         Raises:
             StoreError: A store cannot be opened; the page keeps what it shows.
         """
-        fresh = [
-            Shown(self._make(shown.store.reopen()), Thumbnails(shown.store.path))
-            for shown in self.shown
-        ]
+        fresh = [Shown.of(self._make(shown.store.reopen())) for shown in self.shown]
         with self._lock:
             self.shown = fresh
             self._newer = [None] * len(fresh)
@@ -138,11 +144,6 @@ def _rows_now(store: FeatureStore) -> int | None:
         return None if store.is_current() else len(store.reopen())
     except StoreError:
         return None
-
-
-def image_row(image: Image) -> list[Any]:
-    """Return an image as the page takes it: id, path, width, height."""
-    return [image.id, image.path, image.width, image.height]
 
 
 def hit_rows(collection: Collection, match: Match) -> list[list[Any]]:

@@ -3,7 +3,8 @@
 import { announce, debounced, element, plural, saveFile } from "./dom.js";
 import { Detail } from "./detail.js";
 import { Grid } from "./grid.js";
-import { showFailures } from "./lists.js";
+import { showDuplicates, showFailures, showOutliers } from "./lists.js";
+import { MapView } from "./map.js";
 import { Selection } from "./selection.js";
 import { ServerSource } from "./source.js";
 
@@ -95,7 +96,10 @@ class App {
     find("detail").classList.toggle("two", this.stores.length > 1);
     this.showStores();
     this.showNotices();
-    if (isNew) this.list();
+    if (isNew) {
+      find("map").replaceChildren();
+      this.refresh();
+    }
   }
 
   showStores() {
@@ -157,6 +161,7 @@ class App {
     this.subset = null;
     this.take({ stores: this.stores });
     this.onSelection();
+    find("map").replaceChildren();
     await this.refresh();
   }
 
@@ -203,14 +208,42 @@ class App {
       find(tab.getAttribute("aria-controls")).hidden = !isChosen;
     }
     if (name === "images") this.grid.layout();
-    else await this.refresh();
+    else if (name !== "map" || !find("map").querySelector("canvas")) await this.refresh();
   }
 
   async refresh() {
     if (this.tab === "images") return this.list();
     const panel = find(this.tab);
-    panel.replaceChildren(element("p", { class: "empty", text: "Loading…" }));
-    await this.guarded(() => showFailures(panel, this.source, this.store));
+    panel.replaceChildren(element("p", { class: "empty", role: "status", text: "Loading…" }));
+    const late = setTimeout(() => {
+      const text = "Computing. This takes a while for a large store, once.";
+      panel.querySelector(".empty")?.replaceChildren(text);
+    }, 1500);
+    const show = { map: () => this.showMap(panel), duplicates: showDuplicates, outliers: showOutliers, failures: showFailures };
+    try {
+      await show[this.tab](panel, this);
+    } catch (error) {
+      panel.replaceChildren(element("p", { class: "empty problem", role: "alert", text: error.message }));
+    }
+    clearTimeout(late);
+  }
+
+  async showMap(panel) {
+    const { store } = this;
+    const map = await this.source.map(store, panel.dataset.method || "");
+    this.map?.close();
+    this.map = new MapView(panel, map, {
+      thumbnail: (id) => this.source.thumbnail(store, id),
+      open: (id) => this.open(store, id),
+      isSelected: (id) => this.selection.has(store, id),
+      select: (ids) => this.selection.set(store, ids, true),
+      list: (ids) => this.showIds(ids),
+      choose: (method) => {
+        panel.dataset.method = method;
+        this.refresh();
+      },
+    });
+    this.map.mark();
   }
 
   onTabKey(event) {
@@ -239,6 +272,7 @@ class App {
     find("selected").hidden = size === 0;
     find("selected-count").textContent = `${size.toLocaleString("en-US")} selected`;
     this.grid.fill();
+    if (this.tab === "map") this.map?.mark();
   }
 
   async save() {

@@ -1,10 +1,120 @@
-// Views that are lists: images without a row.
+// Views that are lists: duplicates, outliers, and images without a row.
 
+import { thumbnail } from "./detail.js";
 import { element, plural } from "./dom.js";
 
+/** Show groups of images that are equal or nearly so. The first of a group is the one to keep. */
+export async function showDuplicates(panel, app) {
+  const { source, store, selection } = app;
+  const percent = panel.dataset.percent || "95";
+  const content = await source.duplicates(store, percent, 0);
+  const box = element("div", { class: "list" });
+  const choice = element("select", { "aria-label": "Least similarity" });
+  for (const value of ["90", "95", "98", "99", "100"]) {
+    choice.append(element("option", { value, text: `similarity ${value} %`, selected: value === percent }));
+  }
+  choice.addEventListener("change", () => {
+    panel.dataset.percent = choice.value;
+    app.refresh();
+  });
+  const selectAll = element("button", {
+    type: "button",
+    text: "Select all but the first of each shown group",
+    onclick: () => {
+      const shown = [...box.querySelectorAll(".group")].flatMap((group) => group.others);
+      selection.set(store, shown, true);
+    },
+  });
+  const recall = content.recall === null || content.method === "exact" ? "" : `, recall ${content.recall.toFixed(3)}`;
+  const facts = `${plural(content.total, "group")}, ${plural(content.redundant, "redundant image")} · ${content.method}${recall}`;
+  box.append(
+    element("div", { class: "list-tools" }, choice, content.total ? selectAll : null, element("span", { class: "facts", text: facts })),
+  );
+  if (!content.total) box.append(element("p", { class: "empty", text: "No duplicates." }));
+  const show = (groups) => groups.map((group) => duplicateGroup(group, app));
+  box.append(...show(content.groups));
+  more(box, content.groups.length, content.total, async (start) => {
+    const next = await source.duplicates(store, percent, start);
+    return show(next.groups);
+  });
+  panel.replaceChildren(box);
+}
+
+function duplicateGroup({ kind, images, omitted }, app) {
+  const title = `${plural(images.length + omitted, "image")}, ${kind === "identical" ? "the same file" : "nearly the same"}`;
+  const [first, ...others] = images;
+  const tiles = [
+    tile(first, "keep", app),
+    ...others.map((image) => tile(image, image[4] === null ? "" : image[4].toFixed(3), app)),
+  ];
+  const group = element("section", { class: "group" }, element("h3", { text: title }), element("ol", { class: "strip" }, ...tiles));
+  group.others = others.map(([id]) => id);
+  return group;
+}
+
+/** Show images that are unlike all others, and labels that the neighbors do not share. */
+export async function showOutliers(panel, app) {
+  const { source, store } = app;
+  const content = await source.outliers(store, 0);
+  const box = element("div", { class: "list" });
+  if (content.label_errors.length) {
+    const tiles = content.label_errors.map((image) => {
+      const [, , , , agreement, label, suggested] = image;
+      return tile(image, `${label} → ${suggested}?  ${Math.round(100 * agreement)} %`, app);
+    });
+    box.append(
+      element("h2", { text: `${plural(content.errors_total, "probable label error")}` }),
+      element("p", { class: "facts", text: "The neighbors agree on another folder. The share of them that do is shown." }),
+      element("ol", { class: "strip" }, ...tiles),
+    );
+  }
+  box.append(
+    element("h2", { text: "Unlike all others" }),
+    element("p", { class: "facts", text: `Mean cosine distance to the nearest images, the largest first · ${content.method}` }),
+  );
+  const show = (images) => images.map((image) => tile(image, image[4].toFixed(3), app));
+  const list = element("ol", { class: "strip" }, ...show(content.outliers));
+  box.append(list);
+  more(box, content.outliers.length, content.total, async (start) => {
+    list.append(...show((await source.outliers(store, start)).outliers));
+    return [];
+  });
+  panel.replaceChildren(box);
+}
+
+function tile(image, caption, app) {
+  const [id, path] = image;
+  const { store } = app;
+  const label = caption ? `${path}, ${caption}` : path;
+  const button = element(
+    "button",
+    { type: "button", class: "hit", title: path, "aria-label": label, onclick: () => app.open(store, id) },
+    thumbnail(app.source.thumbnail(store, id)),
+    element("span", { class: "score", text: caption }),
+  );
+  return element("li", {}, button);
+}
+
+/** Add a button that shows the next part of a list. */
+function more(box, shown, total, next) {
+  if (shown >= total) return;
+  let count = shown;
+  const button = element("button", { type: "button", class: "more", text: "Show more" });
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    const before = box.querySelectorAll("li").length;
+    const added = await next(count);
+    button.before(...added);
+    count += added.length || box.querySelectorAll("li").length - before;
+    button.disabled = false;
+    if (count >= total) button.remove();
+  });
+  box.append(button);
+}
+
 /** Show failures with their reasons, and images that moved or changed since. */
-export async function showFailures(panel, source, store) {
-  const content = await source.failures(store);
+export async function showFailures(panel, app) {
+  const content = await app.source.failures(app.store);
   const box = element("div", { class: "list" });
   if (content.problems.length) {
     box.append(

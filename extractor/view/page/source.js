@@ -1,6 +1,8 @@
 // Where images come from: the server, or the files of an exported page.
 // An image is a list: id, path, width, height.
 
+import { readMap } from "./map.js";
+
 const PAGE = 240; // images that are asked for at a time
 
 /** Images in an order, loaded page by page when they are needed. */
@@ -97,6 +99,30 @@ export class ServerSource {
 
   search(blob, count) {
     return this.ask(`search?k=${count}`, { method: "POST", body: blob });
+  }
+
+  /** Ask for what the server may have to compute first. */
+  async wait(path) {
+    for (let pause = 200; ; pause = Math.min(pause * 1.5, 2000)) {
+      const answer = await fetch(path).catch(() => {
+        throw new Error("The server does not answer. Is extract view still running?");
+      });
+      if (answer.ok && answer.status !== 202) return answer;
+      if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error || `The server answered ${answer.status}.`);
+      await new Promise((resolve) => setTimeout(resolve, pause));
+    }
+  }
+
+  async map(store, method) {
+    return readMap(await (await this.wait(`map/${store}?method=${method}`)).arrayBuffer());
+  }
+
+  async duplicates(store, percent, start) {
+    return (await this.wait(`duplicates/${store}?percent=${percent}&start=${start}`)).json();
+  }
+
+  async outliers(store, start) {
+    return (await this.wait(`outliers/${store}?start=${start}`)).json();
   }
 
   failures(store) {

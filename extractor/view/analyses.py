@@ -1,0 +1,194 @@
+"""Maps, duplicates and outliers of a store, computed beside the page and kept while it is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from extractor.analysis.duplicates import find_duplicates
+from extractor.analysis.mapping import StoreMap, map_store
+from extractor.analysis.maps.kept import kept_map
+from extractor.analysis.outliers import find_outliers
+from extractor.view.collection import Collection, image_row
+
+__all__ = ["Analyses", "folder_names", "map_bytes"]
+
+GROUPS = 60  # of duplicates in one answer
+OUTLIERS = 120
+COLORS = 10  # folders with a color of their own
+MAX_FOLDERS = 1000  # more of them are no classes
+KEPT = 8
+
+
+class Analyses:
+    """What is computed once about a snapshot. Many threads may ask.
+
+    Args:
+        collection: The snapshot.
+    """
+
+    def __init__(self, collection: Collection) -> None:
+        self._collection = collection
+        self._results: dict[tuple[Any, ...], Any] = {}
+        self._working: set[tuple[Any, ...]] = set()
+        self._lock = threading.Lock()
+        self._one = threading.Lock()  # one computation at a time
+
+    def map(self, method: str) -> bytes | None:
+        """Return a map as :func:`map_bytes` packs it; None while it is computed.
+
+        Args:
+            method: ``pca`` or ``umap``; empty for a UMAP that was made before, or else PCA.
+        """
+
+        def compute() -> bytes:
+            store = self._collection.store
+            chosen: Any = method or ("umap" if kept_map(store, "umap") else "pca")
+            return map_bytes(self._collection, map_store(store, chosen))
+
+        found: bytes | None = self._get(("map", method), compute)
+        return found
+
+    def duplicates(self, threshold: float, start: int) -> dict[str, Any] | None:
+        """Return groups of duplicates from a number on; None while they are computed."""
+        store = self._collection.store
+        found = self._get(
+            ("duplicates", threshold), lambda: find_duplicates(store, threshold=threshold)
+        )
+        if found is None:
+            return None
+        return {
+            "total": len(found),
+            "redundant": found.redundant,
+            "method": found.method,
+            "recall": found.recall,
+            "start": start,
+            "groups": [
+                {
+                    "kind": group.kind,
+                    "omitted": group.omitted,
+                    "images": [
+                        [each.id, each.path, each.width, each.height, each.similarity]
+                        for each in group.images
+                    ],
+                }
+                for group in found[start : start + GROUPS]
+            ],
+        }
+
+    def outliers(self, start: int) -> dict[str, Any] | None:
+        """Return images by their distance to the others, from a rank on; None while computed."""
+
+        def compute() -> Any:
+            names = [name or "." for name in folder_names(self._collection)]
+            count = len(set(names))
+            has_classes = 2 <= count <= min(MAX_FOLDERS, len(names) // 2)
+            return find_outliers(self._collection.store, names if has_classes else None)
+
+        found = self._get(("outliers",), compute)
+        if found is None:
+            return None
+        listed = found[start : start + OUTLIERS]
+        errors = found.label_errors[:OUTLIERS]
+        return {
+            "total": len(found),
+            "start": start,
+            "method": found.method,
+            "outliers": [
+                [*row, each.distance] for row, each in zip(self._rows(listed), listed, strict=True)
+            ],
+            "label_errors": [
+                [*row, each.agreement, each.label, each.suggested]
+                for row, each in zip(self._rows(errors), errors, strict=True)
+            ],
+            "errors_total": len(found.label_errors),
+        }
+
+    def _rows(self, found: Sequence[Any]) -> list[list[Any]]:
+        images = self._collection.images([each.row for each in found])
+        return [image_row(image) for image in images]
+
+    def _get(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
+        """Return a result, or None and begin to compute it.
+
+        Raises:
+            Exception: What the computation raised; the next call tries again.
+        """
+        with self._lock:
+            if key in self._results:
+                result = self._results[key]
+                if isinstance(result, Exception):
+                    del self._results[key]
+                    raise result
+                return result
+            if key not in self._working:
+                self._working.add(key)
+                work = threading.Thread(target=self._work, args=(key, compute), daemon=True)
+                work.start()
+            return None
+
+    def _work(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> None:
+        result: Any
+        try:
+            with self._one:
+                result = compute()
+        except Exception as error:
+            result = error
+        with self._lock:
+            self._results[key] = result
+            self._working.discard(key)
+            while len(self._results) > KEPT:
+                del self._results[next(iter(self._results))]
+
+
+def folder_names(collection: Collection) -> list[str]:
+    """Return the name of the folder that holds each image."""
+    paths = collection.column("path")
+    return [os.fsdecode(path).rpartition("/")[0].rpartition("/")[2] for path in paths]
+
+
+def map_bytes(collection: Collection, found: StoreMap) -> bytes:
+    """Return a map in a form that a page reads without parsing numbers.
+
+    The length of the head as uint32, the head as JSON, spaces up to a multiple of 8 bytes; then for
+    all n points the ids as float64, x and y as float32 from 0 to 1, and colors as uint8. All little
+    endian.
+    """
+    rows = found.rows
+    points = found.coordinates[rows].astype(np.float64)
+    low = points.min(axis=0, initial=np.inf) if len(rows) else np.zeros(2)
+    # One scale for both axes, so that distances mean the same.
+    span = float((points - low).max(initial=0.0)) or 1.0
+    center = (points.max(axis=0) - low) / span / 2 if len(rows) else np.zeros(2)
+    scaled = (points - low) / span + (0.5 - center)
+    names = folder_names(collection)
+    common = [name for name, _ in Counter(names).most_common(COLORS + 1)]
+    shown = common[:COLORS] if len(common) > 1 else []
+    code = {name: number for number, name in enumerate(shown)}
+    colors = np.array([code.get(names[row], len(shown)) for row in rows.tolist()], np.uint8)
+    head = {
+        "count": len(rows),
+        "method": found.method,
+        "explained": found.explained,
+        "left_out": found.left_out,
+        "names": shown,
+        "others": len(common) > COLORS and bool(shown),
+    }
+    text = json.dumps(head).encode()
+    text += b" " * (-(4 + len(text)) % 8)
+    return b"".join(
+        [
+            struct.pack("<I", len(text)),
+            text,
+            collection.ids[rows].astype("<f8").tobytes(),
+            scaled.astype("<f4").tobytes(),
+            colors.tobytes(),
+        ]
+    )
