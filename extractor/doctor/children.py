@@ -27,7 +27,10 @@ GROUPS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("numpy", "pillow", "pyarrow", "safetensors", "huggingface-hub", "tqdm", "formats"),
     ),
     "extras": ("extractor.doctor.packages:check_extras", ("HEIC", "JPEG XL", "camera raw")),
-    "tools": ("extractor.doctor.packages:check_tools", ("search", "evaluate", "export", "ray")),
+    "tools": (
+        "extractor.doctor.packages:check_tools",
+        ("search", "evaluate", "export", "map", "ray"),
+    ),
     "torch": (
         "extractor.doctor.packages:check_torch",
         ("torch", "devices", "torchvision", "timm", "extractor"),

@@ -40,6 +40,7 @@ TOOLS = {  # by the name of their extra
     "search": Package("faiss-cpu", "faiss", "1.8"),
     "evaluate": Package("scikit-learn", "sklearn", "1.4"),
     "export": Package("h5py", "h5py", "3.10"),
+    "map": Package("matplotlib", "matplotlib", "3.8"),
     "ray": Package("ray", "ray", "2.55"),
 }
 
@@ -64,7 +65,7 @@ def check_extras(_: str) -> Checks:
 
 
 def check_tools(_: str) -> Checks:
-    """Import the packages of search, evaluation, exports and Ray; none of them is needed."""
+    """Import the packages of search, evaluation, exports, maps and Ray; none is needed."""
     for extra, package in TOOLS.items():
         yield extra
         yield _optional(extra, package, extra, f"no {package.name}", str(package))

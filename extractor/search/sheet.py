@@ -15,6 +15,7 @@ from extractor.errors import DecodeError, UsageError
 from extractor.images.decode import decode_into
 from extractor.preprocess import Preprocess
 from extractor.store.atomic import write_atomically
+from extractor.store.format import MANIFEST
 from extractor.text import plural
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ def check_new_file(
         overwrite: Whether a file that is there may be replaced.
 
     Raises:
-        UsageError: The suffix is unknown, the file exists, or there is no such folder.
+        UsageError: The suffix is unknown, the file exists, or its folder is missing or that of a
+            store.
     """
     if Path(path).suffix.lower() not in suffixes:
         expected = ", ".join(suffixes)
@@ -89,6 +91,9 @@ def check_new_file(
         raise UsageError(f"{what}: {path} is a folder, expected a file")
     if not Path(path).absolute().parent.is_dir():
         raise UsageError(f"{what}: there is no folder {Path(path).parent}")
+    for folder in Path(os.path.realpath(path)).parents:
+        if (folder / MANIFEST).is_file():
+            raise UsageError(f"{what}: {path} is in the store {folder}; name a file beside it")
 
 
 def write_sheet(path: str | os.PathLike[str], rows: Sequence[Sequence[Tile]]) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from support.networks import mean_pixel
 
 from extractor import StoreMap, extract, map_store
+from extractor.analysis.maps import kept
 from extractor.analysis.maps.layout import place_beside
 from extractor.analysis.maps.projection import principal_components
 from extractor.errors import InstallationError, StoreDamagedError, StoreError, UsageError
@@ -99,8 +100,8 @@ def test_rows_keep_their_coordinates_while_images_come_and_go(growing: Growing) 
     after = by_path(grown)
     assert (grown.was_made, grown.fitted, grown.placed) == (False, 5, 1)
     assert set(before) - set(after) == {"10-250-10.png"}
-    kept = set(before) & set(after)
-    assert {path: after[path] for path in kept} == {path: before[path] for path in kept}
+    both = set(before) & set(after)
+    assert {path: after[path] for path in both} == {path: before[path] for path in both}
 
     compact(growing.out)
     compacted = map_store(growing.out)
@@ -207,15 +208,46 @@ def test_of_a_map_in_the_store_and_one_in_the_cache_the_newer_counts(
     assert map_store(store).path == inside.path
 
 
+def test_a_map_that_cannot_be_read_is_an_error_in_the_store_and_none_in_the_cache(
+    store: FeatureStore, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_store(store)
+    refused = store.path
+
+    def read(entry: Path) -> Any:
+        if refused in entry.parents:
+            raise PermissionError(13, "Permission denied")
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(kept.MapEntry, "read", read)
+    with pytest.raises(StoreError, match=r"cannot read .*map-pca.map.json: Permission denied"):
+        map_store(store)
+    refused = cache
+    assert map_store(store).was_made
+
+
+def test_a_damaged_map_in_the_cache_does_not_block_that_of_the_store(
+    store: FeatureStore, cache: Path
+) -> None:
+    (store.path / "derived").write_text("in the way")
+    cached = map_store(store)
+    (store.path / "derived").unlink()
+    (cached.path.parent / "map-pca.map.json").write_text("{")
+    with pytest.raises(StoreDamagedError, match="describes no map"):
+        map_store(store)
+    made = map_store(store, refit=True)
+    assert map_store(store).path == made.path
+
+
 def test_rows_with_nan_are_left_out(tmp_path: Path, write_store: WriteStore) -> None:
     rows = two_clusters(12)
     clean = map_store(write_store(tmp_path / "clean", [rows]))
     holes = np.insert(rows, [0, 5], np.nan, axis=0)
     found = map_store(write_store(tmp_path / "holes", [holes]))
     assert (found.fitted, found.left_out) == (12, 2)
-    kept = [row for row in range(14) if row not in (0, 6)]
-    assert found.rows.tolist() == kept
-    np.testing.assert_allclose(found.coordinates[kept], clean.coordinates, atol=1e-6)
+    finite = [row for row in range(14) if row not in (0, 6)]
+    assert found.rows.tolist() == finite
+    np.testing.assert_allclose(found.coordinates[finite], clean.coordinates, atol=1e-6)
     assert np.isnan(found.coordinates[[0, 6]]).all()
     assert map_store(tmp_path / "holes").placed == 0
     nothing = write_store(tmp_path / "nothing", [np.full((3, 4), np.inf, np.float32)])

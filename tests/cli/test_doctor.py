@@ -144,7 +144,7 @@ def test_tools_are_the_extras_with_the_versions_of_the_project() -> None:
     assert children.GROUPS["tools"][1] == tuple(TOOLS)
     project = (Path(ROOT) / "pyproject.toml").read_text("utf-8")
     for extra, package in TOOLS.items():
-        wanted = re.search(rf'^{extra} = \["(.+)>=(.+)"\]$', project, re.MULTILINE)
+        wanted = re.search(rf'^{extra} = \["(.+?)>=(.+?)"[],]', project, re.MULTILINE)
         assert wanted
         assert wanted.groups() == (package.name, package.minimum)
 

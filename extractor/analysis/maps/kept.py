@@ -151,24 +151,37 @@ def kept_map(store: FeatureStore, method: Method) -> KeptMap | None:
         StoreError: The map holds rows of another store that was in this folder.
     """
     for attempt in range(MAX_ATTEMPTS):
-        entries = []
-        for folder in derived_folders(store.path):
-            path = folder / f"map-{method}{SUFFIX}"
-            try:
-                entries.append(MapEntry.read(path))
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                continue
-            except OSError as error:
-                raise StoreError(f"cannot read {path}: {error.strerror}") from error
+        entries, problems = _entries(store, method)
+        fitting = [entry for entry in entries if _fits(entry, store)]
+        if not fitting and problems:
+            raise problems[0]
         if not entries:
             return None
-        fitting = [entry for entry in entries if _fits(entry, store)]
         entry = max(fitting or entries, key=lambda each: each.written_ns)
         if not fitting:
             raise foreign_map(entry, store)
         if entry.path.exists() or attempt == MAX_ATTEMPTS - 1:
             return _loaded(entry)
     raise AssertionError("unreachable")
+
+
+def _entries(store: FeatureStore, method: Method) -> tuple[list[MapEntry], list[StoreError]]:
+    """Return what the JSON files of a map say, and why some of them cannot be read."""
+    entries: list[MapEntry] = []
+    problems: list[StoreError] = []
+    own, cache = derived_folders(store.path)
+    for folder in (own, cache):
+        path = folder / f"map-{method}{SUFFIX}"
+        try:
+            entries.append(MapEntry.read(path))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except StoreError as error:
+            problems.append(error)
+        except OSError as error:
+            if folder == own or not isinstance(error, PermissionError):
+                problems.append(StoreError(f"cannot read {path}: {error.strerror}"))
+    return entries, problems
 
 
 def foreign_map(entry: MapEntry, store: FeatureStore) -> StoreError:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.analysis.maps.neighbors import CHUNK, RowNeighbors
+from extractor.analysis.maps.neighbors import RowNeighbors, chunk_rows
 from extractor.errors import InstallationError, UsageError
 from extractor.reading.reader import FeatureStore
 from extractor.search.knn import Features, nearest
+from extractor.system.installation import installation_errors
 from extractor.text import plural
 
 __all__ = ["place_beside", "umap_layout", "umap_settings"]
@@ -63,7 +64,7 @@ def umap_layout(store: FeatureStore, rows: Rows, start: Points) -> Points:
             "method pca"
         )
     k = min(NEIGHBORS, len(rows)) - 1
-    found, distances = RowNeighbors(store, len(rows), "the method pca").of(rows, k)
+    found, distances = RowNeighbors(store, len(rows), k, "the method pca").of(rows)
     number = np.full(len(store), -1, np.int64)
     number[rows] = np.arange(len(rows))
     # umap-learn counts a row as its own first neighbor.
@@ -72,7 +73,8 @@ def umap_layout(store: FeatureStore, rows: Rows, start: Points) -> Points:
     distances = np.concatenate([np.zeros((len(rows), 1), np.float32), distances], axis=1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about seeds, threads and new data, all chosen here
-        import umap
+        with installation_errors():
+            import umap
 
         model: Any = umap.UMAP(
             n_neighbors=k + 1,
@@ -109,8 +111,9 @@ def place_beside(features: Features, new: Features, known: Points) -> Points:
         known: ``(m, 2)``, their points.
     """
     placed = np.empty((len(new), 2), np.float32)
-    for start in range(0, len(new), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    size = chunk_rows(features)
+    for start in range(0, len(new), size):
+        chunk = slice(start, start + size)
         vectors = np.asarray(new[chunk])
         found = nearest(features, vectors.reshape(len(vectors), -1), PLACED_BY)
         far = np.where(found.rows < 0, np.inf, 1 - found.scores)

@@ -226,13 +226,18 @@ def _add_points(axes: Any, points: _Points, hidden: list[int]) -> None:
     size = float(np.clip(30 * (1000 / max(count, 1)) ** 0.5, 1, 40))
     shown = np.ones(count, bool)
     shown[hidden] = False
-    for number in range(-1, len(points.names)):
-        mine = shown & (points.labels == number)
+    colors = np.array([points.color(number) for number in range(len(points.names))] + [GRAY])
+    if not points.names:
+        colors[-1] = points.color(-1)
+    group = np.where(points.labels < 0, -1, points.labels // len(COLORS))
+    for number in range(-1, len(MARKERS)):
+        mine = np.flatnonzero(shown & (group == number))
+        mine = np.random.default_rng(0).permutation(mine)  # so that no label covers all others
         axes.scatter(
             *points.at[mine].T,
             s=size,
-            c=points.color(number),
-            marker=points.marker(number),
+            c=colors[points.labels[mine]],
+            marker=MARKERS[max(number, 0)],
             linewidths=0.4 if count <= RASTER_POINTS else 0,
             edgecolors="white",
             alpha=0.9 if count <= RASTER_POINTS else 0.6,

@@ -118,10 +118,11 @@ class _Table:
         self._map = store_map
         self._labels = labels
         self.rows = store_map.rows
-        self._k = neighbors
         self._neighbors: RowNeighbors | None = None
         if neighbors:
-            self._neighbors = RowNeighbors(store_map.store, len(self.rows), "--neighbors 0")
+            self._neighbors = RowNeighbors(
+                store_map.store, len(self.rows), neighbors, "--neighbors 0"
+            )
         self.thumbnails = None if root is None else Thumbnails(root, THUMBNAIL)
         self.schema = self._schema()
         # Neighbors are named by their row in the table.
@@ -194,7 +195,7 @@ class _Table:
         """Return the neighbors of rows as numbers in the table, -1 for none, and distances."""
         if self._neighbors is None:
             return np.empty((len(rows), 0), np.int64), np.empty((len(rows), 0), np.float32)
-        found, distances = self._neighbors.of(rows, self._k)
+        found, distances = self._neighbors.of(rows)
         return np.where(found < 0, -1, self._number[found]), distances
 
 

@@ -27,8 +27,10 @@ def test_many_neighbors_without_an_index_are_refused(
     with pytest.raises(
         UsageError, match=r"30 rows would take hours; run extract index .* or try pca"
     ):
-        RowNeighbors(store, 30, "pca")
-    RowNeighbors(store, 28, "pca")
+        RowNeighbors(store, 30, 4, "pca")
+    RowNeighbors(store, 28, 4, "pca")
+    with pytest.raises(UsageError, match="neighbors: got 100, expected fewer than 100 for 30 rows"):
+        RowNeighbors(store, 30, 100, "pca")
 
 
 def test_neighbors_are_those_of_a_brute_force(
@@ -39,16 +41,16 @@ def test_neighbors_are_those_of_a_brute_force(
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     far = 1 - rows @ rows.T
     np.fill_diagonal(far, np.inf)
-    found, distances = RowNeighbors(store, 30, "pca").of(np.arange(30), 4)
+    found, distances = RowNeighbors(store, 30, 4, "pca").of(np.arange(30))
     np.testing.assert_array_equal(found, np.argsort(far, axis=1)[:, :4])
     np.testing.assert_allclose(distances, np.sort(far, axis=1)[:, :4], atol=1e-6)
-    found, distances = RowNeighbors(store, 1, "pca").of(np.array([7]), 40)
+    found, distances = RowNeighbors(store, 1, 40, "pca").of(np.array([7]))
     assert (found[0, 29:] == -1).all()
     assert np.isinf(distances[0, 29:]).all()
 
 
 def test_a_single_row_has_no_neighbor(tmp_path: Path, write_store: Callable[..., Path]) -> None:
     store = FeatureStore.open(write_store(tmp_path / "one", [np.ones((1, 3), np.float32)]))
-    found, distances = RowNeighbors(store, 1, "pca").of(np.array([0]), 2)
+    found, distances = RowNeighbors(store, 1, 2, "pca").of(np.array([0]))
     assert found.tolist() == [[-1, -1]]
     assert np.isinf(distances).all()

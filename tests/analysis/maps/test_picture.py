@@ -76,9 +76,11 @@ def test_labels_beyond_the_limit_are_gray(
     monkeypatch.setattr(module, "MAX_LABELS", 2)
     figure = figure_of(store_map, list("aaabbccd"))
     assert texts_of(figure) == ["a (3)", "b (2)", "2 other labels"]
-    points = {tuple(each.get_facecolor()[0][:3]): each for each in figure.axes[0].collections}
+    grays, colored, *others = figure.axes[0].collections
     gray = tuple(value / 255 for value in rgb(GRAY))
-    assert len(points[gray].get_offsets()) == 3
+    assert [tuple(color[:3]) for color in grays.get_facecolor()] == [gray] * 3
+    assert len(colored.get_offsets()) == 5
+    assert not any(len(other.get_offsets()) for other in others)
 
 
 def test_labels_differ_in_color_or_mark(store_map: StoreMap) -> None:
@@ -146,6 +148,8 @@ def test_wrong_arguments_are_named(
         store_map.draw(tmp_path / "map.png", root=tmp_path / "no")
     with pytest.raises(UsageError, match="labels: got 2 labels for 8 rows"):
         store_map.draw(tmp_path / "map.png", ["a", "b"])
+    with pytest.raises(UsageError, match=r"map.png is in the store .*store; name a file beside"):
+        store_map.draw(store_map.store.path / "derived" / "map.png")
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UsageError, match=r"folder.png is a folder"):
         store_map.draw(tmp_path / "folder.png", overwrite=True)
