@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from extractor.analysis.components import Components
 from extractor.analysis.duplicate_groups import Duplicates, GroupTable
@@ -12,6 +14,7 @@ from extractor.analysis.kept_pairs import KeptPairs
 from extractor.analysis.leaks import leaks_between
 from extractor.analysis.near_pairs import (
     EXACT_COMPARISONS,
+    MAX_PAIRS,
     NearPairs,
     clustered_pairs,
     exact_pairs,
@@ -21,7 +24,7 @@ from extractor.analysis.unit_rows import Numbers, UnitRows
 from extractor.errors import UsageError
 from extractor.reading.array import KeptRows, ShardedArray
 from extractor.reading.reader import FeatureStore
-from extractor.search.derived import shard_keys
+from extractor.search.derived import ShardKey, shard_keys
 
 __all__ = ["DEFAULT_THRESHOLD", "find_duplicates"]
 
@@ -87,24 +90,25 @@ def _opened(store: object, name: str) -> FeatureStore:
 def _duplicates_of_one(store: FeatureStore, threshold: float, *, keep: bool) -> Duplicates:
     files = Files.of(store)
     kept = KeptPairs.load(store.path, store.manifest, threshold) if keep else None
-    features, row_of = _file_rows(store, kept)
-    same = SameRows.of(features)
-    pairs = _pairs_of_one(store, features, same, threshold, kept)
-    if keep and pairs is not kept and len(store) >= MIN_KEPT_ROWS and pairs.is_complete:
-        pairs.save(store.path)
-    live = row_of >= 0
-    at = np.empty(len(store), np.int64)  # where each row is in the files
-    at[row_of[live]] = np.flatnonzero(live)
-    is_present = np.zeros(len(row_of), bool)
+    rows = _FileRows.of(store, kept)
+    same = SameRows.of(rows.features)
+    live = np.flatnonzero(rows.row_of >= 0)
+    is_present = np.zeros(len(rows.row_of), bool)
     is_present[same.first[live]] = True
+    pairs = _pairs_of_one(rows, same, is_present, threshold, kept)
+    is_new = pairs is not kept and pairs.is_complete and len(pairs.left) <= MAX_PAIRS
+    if keep and is_new and len(store) >= MIN_KEPT_ROWS:
+        pairs.save(store.path)
     near = pairs.similarities >= threshold
     near &= is_present[pairs.left] & is_present[pairs.right]
-    components = Components(len(row_of))
+    components = Components(len(rows.row_of))
     components.join(pairs.left[near], pairs.right[near])
+    at = np.empty(len(store), np.int64)  # where each row is in the files
+    at[rows.row_of[live]] = live
     first_file = np.where(files.hashed, first_of_equal(files.digests), np.arange(len(store)))
     components.join(same.first[at], same.first[at[first_file]])
     labels = components.find(same.first[at])
-    table = _table(labels, UnitRows(features, at), files, first_file)
+    table = _table(labels, UnitRows(rows.features, at), files, first_file)
     return Duplicates(
         store,
         None,
@@ -117,69 +121,103 @@ def _duplicates_of_one(store: FeatureStore, threshold: float, *, keep: bool) -> 
     )
 
 
-def _file_rows(store: FeatureStore, kept: KeptPairs | None) -> tuple[ShardedArray, Numbers]:
-    """Return all rows in the files of a store, and the row in the store of each; -1 if retired.
+@dataclass(frozen=True)
+class _FileRows:
+    """All rows in the files of a store, retired ones included.
 
-    The files of kept pairs come first, so that their numbers hold.
+    Attributes:
+        shards: The shards in the order of the rows.
+        features: ``(n, dim)``.
+        row_of: ``(n,)``, the row in the store of each; -1 if it is retired.
     """
-    manifest, features = store.manifest, store.features
-    keys = shard_keys(manifest)
-    known = {key: number for number, key in enumerate(kept.shards if kept else ())}
-    order = sorted(range(len(keys)), key=lambda at: (known.get(keys[at], len(known)), at))
-    starts = np.cumsum([0, *(shard.live_rows for shard in manifest.shards)])
-    parts, rows = [], []
-    for at in order:
-        part = features.parts[at]
-        parts.append(part.whole if isinstance(part, KeptRows) else part)
-        live = manifest.shards[at].live_mask()
-        rows.append(np.where(live, starts[at] + np.cumsum(live) - 1, -1))
-    array = ShardedArray(parts, row_shape=features.shape[1:], dtype=features.dtype)
-    return array, np.concatenate(rows).astype(np.int64) if rows else np.empty(0, np.int64)
+
+    shards: tuple[ShardKey, ...]
+    features: ShardedArray
+    row_of: Numbers
+
+    @classmethod
+    def of(cls, store: FeatureStore, kept: KeptPairs | None) -> _FileRows:
+        """Return the rows of a store; those of kept pairs first, so that their numbers hold."""
+        manifest, features = store.manifest, store.features
+        keys = shard_keys(manifest)
+        known = {key: number for number, key in enumerate(kept.shards if kept else ())}
+        order = sorted(range(len(keys)), key=lambda at: (known.get(keys[at], len(known)), at))
+        starts = np.cumsum([0, *(shard.live_rows for shard in manifest.shards)])
+        parts, rows = [], [np.empty(0, np.int64)]
+        for at in order:
+            part = features.parts[at]
+            parts.append(part.whole if isinstance(part, KeptRows) else part)
+            live = manifest.shards[at].live_mask()
+            rows.append(np.where(live, starts[at] + np.cumsum(live) - 1, -1))
+        array = ShardedArray(parts, row_shape=features.shape[1:], dtype=features.dtype)
+        return cls(tuple(keys[at] for at in order), array, np.concatenate(rows))
 
 
 def _pairs_of_one(
-    store: FeatureStore,
-    features: ShardedArray,
+    rows: _FileRows,
     same: SameRows,
+    is_present: npt.NDArray[np.bool_],
     threshold: float,
     kept: KeptPairs | None,
 ) -> KeptPairs:
-    """Return the near pairs among all rows in the files; those that are kept are not compared."""
+    """Return the near pairs among all rows in the files; those that are kept are not compared.
+
+    If there are too many pairs, they are only some that join the same groups. These hold for the
+    rows that were compared, so retired ones are left out.
+    """
     chosen = np.flatnonzero(same.usable & (same.first == np.arange(len(same.first))))
-    rows = UnitRows(features, chosen)
-    numbers = np.arange(len(rows))
+    pairs = _compared(rows, chosen, threshold, kept)
+    if not pairs.is_complete and (kept is not None or not is_present[chosen].all()):
+        pairs = _compared(rows, chosen[is_present[chosen]], threshold, None)
+    return pairs
+
+
+def _compared(
+    rows: _FileRows, chosen: Numbers, threshold: float, kept: KeptPairs | None
+) -> KeptPairs:
+    """Return the near pairs among some rows.
+
+    Args:
+        rows: All rows.
+        chosen: Those to compare, in ascending order, each with other bytes.
+        threshold: Least similarity.
+        kept: Near pairs of the first rows that are known.
+    """
+    unit = UnitRows(rows.features, chosen)
+    numbers = np.arange(len(chosen))
     if kept is not None:
         old = int(np.searchsorted(chosen, kept.rows))
-        new = len(rows) - old
-        if not new and kept.rows == len(features):
+        new = len(chosen) - old
+        if not new and kept.rows == len(rows.features):
             return kept
         if new * old + new**2 // 2 > EXACT_COMPARISONS:
             kept = None
-    found = NearPairs(rows, threshold if kept is None else kept.threshold)
+    found = NearPairs(unit, threshold if kept is None else kept.threshold)
     is_exact, recalled = True, (0, 0)
     if kept is not None:
         is_exact, recalled = kept.is_exact, (kept.compared, kept.sampled)
-        found.add(exact_pairs(rows, numbers[old:], numbers[:old], kept.threshold))
-        found.add(exact_pairs(rows, numbers[old:], None, kept.threshold))
-    elif len(rows) ** 2 // 2 <= EXACT_COMPARISONS:
-        found.add(exact_pairs(rows, numbers, None, threshold))
+        found.add(exact_pairs(unit, numbers[old:], numbers[:old], kept.threshold))
+        found.add(exact_pairs(unit, numbers[old:], None, kept.threshold))
+    elif len(chosen) ** 2 // 2 <= EXACT_COMPARISONS:
+        found.add(exact_pairs(unit, numbers, None, threshold))
     else:
-        pairs, recalled = clustered_pairs(rows, threshold)
+        pairs, recalled = clustered_pairs(unit, threshold)
         found.add(pairs)
         is_exact = False
     left, right, similarities = found.found()
-    return KeptPairs.joined(
-        kept,
-        KeptPairs(
-            shard_keys(store.manifest),
-            found.threshold,
-            *recalled,
-            is_exact=is_exact,
-            is_complete=found.is_complete,
-            left=chosen[left],
-            right=chosen[right],
-            similarities=similarities,
-        ),
+    left, right = chosen[left], chosen[right]
+    if kept is not None:
+        left, right = np.append(kept.left, left), np.append(kept.right, right)
+        similarities = np.append(kept.similarities, similarities)
+    return KeptPairs(
+        rows.shards,
+        found.threshold,
+        *recalled,
+        is_exact=is_exact,
+        is_complete=found.is_complete,
+        left=left,
+        right=right,
+        similarities=similarities,
     )
 
 

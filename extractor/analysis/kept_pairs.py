@@ -6,7 +6,7 @@ import io
 import json
 import logging
 import zipfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -72,19 +72,6 @@ class KeptPairs:
     def rows(self) -> int:
         """Number of rows, retired ones included."""
         return sum(rows for _, _, rows in self.shards)
-
-    @classmethod
-    def joined(cls, kept: KeptPairs | None, new: KeptPairs) -> KeptPairs:
-        """Return kept pairs and those of new rows; the shards of kept pairs come first."""
-        if kept is None:
-            return new
-        return replace(
-            new,
-            shards=(*kept.shards, *(key for key in new.shards if key not in kept.shards)),
-            left=np.append(kept.left, new.left),
-            right=np.append(kept.right, new.right),
-            similarities=np.append(kept.similarities, new.similarities),
-        )
 
     @classmethod
     def load(cls, out: Path, manifest: Manifest, threshold: float) -> KeptPairs | None:

@@ -292,6 +292,34 @@ def test_a_small_store_keeps_no_pairs(make_store: OpenStore) -> None:
     assert not (store.path / "derived").exists()
 
 
+def test_retired_rows_join_no_groups_if_there_are_too_many_pairs(
+    tmp_path: Path, counted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    gray(images, 0, 5, 10, 100, 110, 120)
+    extract(images, mean_pixel(), out, device="cpu")
+    for level in (0, 110):  # the first of its group, and the one between two others
+        (images / f"{level:03d}.png").unlink()
+    extract(images, mean_pixel(), out, device="cpu")
+    monkeypatch.setattr(near_pairs, "MAX_PAIRS", 1)
+    assert groups(find_duplicates(out, threshold=0.995)) == [["005.png", "010.png"]]
+    assert counted == [(6, 6), (4, 4)]
+
+
+def test_kept_pairs_of_a_lower_threshold_do_not_join_groups_of_a_higher_one(
+    tmp_path: Path, counted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    gray(images, 100, 110)
+    extract(images, mean_pixel(), out, device="cpu")
+    find_duplicates(out, threshold=0.5)
+    gray(images, 101, 0, 5, 120)
+    extract(images, mean_pixel(), out, device="cpu")
+    monkeypatch.setattr(near_pairs, "MAX_PAIRS", 1)
+    found = groups(find_duplicates(out, threshold=0.9999))
+    assert found == [["000.png", "005.png"], ["100.png", "101.png"]]
+
+
 def test_too_many_pairs_are_not_kept(
     make_store: OpenStore, counted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
