@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from extractor import FeatureStore, Report, extract
+from extractor import FeatureStore, Report, extract, transform_store
 from extractor.store.failures import failure_lines, read_failures
 from extractor.store.format import STAGING, Manifest, with_checksum
 from extractor.store.job import Job
@@ -25,6 +25,7 @@ STORE = GOLDEN / "store"
 INTERRUPTED = GOLDEN / "interrupted"
 STORE_2 = GOLDEN / "store-2"  # of format version 2
 INTERRUPTED_2 = GOLDEN / "interrupted-2"
+TRANSFORMED = GOLDEN / "transformed"
 
 # Color and modification time, in seconds, of every image of the finished store; 4.ppm is no image.
 COLORS = {
@@ -263,3 +264,30 @@ def test_old_interrupted_run_resumes(interrupted: Path, photos: Path) -> None:
     assert FeatureStore.open(interrupted).ids.tolist() == [0, 2, 3, 4, 5, *range(6, 11)]
     assert list(verify(interrupted)) == []
     assert not (interrupted / STAGING).exists()
+
+
+def test_transformed_store_holds_what_the_documentation_says(tmp_path: Path) -> None:
+    rows = np.array([embedding(name) for name in ROWS])
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    mean, components, scales = (
+        np.load(TRANSFORMED / f"transform_{name}.npy") for name in ("mean", "components", "scales")
+    )
+    np.testing.assert_allclose(mean, rows.mean(0), atol=1e-6)
+    rows = (rows - mean) @ components.T * scales
+    np.testing.assert_allclose(rows.var(0, ddof=1), [1, 1], rtol=1e-3)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    store = FeatureStore.open(TRANSFORMED)
+    assert store.paths == ROWS
+    np.testing.assert_allclose(store.features, rows, atol=1e-3)
+    assert list(verify(TRANSFORMED)) == []
+    text = (TRANSFORMED / "store.json").read_text("ascii")
+    assert Manifest.from_json(text, "store.json").to_json() == text
+
+
+def test_transformed_store_is_still_that_of_its_source(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(TRANSFORMED, out)
+    assert not transform_store(STORE, out).is_changed
+    compact(out)
+    assert FeatureStore.open(out).paths == sorted(ROWS)
+    assert list(verify(out)) == []
