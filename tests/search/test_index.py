@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -352,3 +353,18 @@ def test_progress_counts_the_rows_that_are_added(store: FeatureStore) -> None:
     seen.clear()
     Searcher(store).build_index("flat", progress=lambda *values: seen.append(values))
     assert seen == []
+
+
+def test_hnsw_has_levels_enough_to_find_every_cluster(
+    tmp_path: Path, write_store: WriteStore
+) -> None:
+    rows = clustered(2900)
+    store = FeatureStore.open(write_store(tmp_path / "out", [rows[:2000], rows[2000:]]))
+    entry = Searcher(store).build_index("hnsw").entry
+    index = faiss.read_index(os.fspath(entry.path))
+    graph = index.hnsw  # lives as long as the index
+    above = faiss.vector_to_array(graph.levels) - 1
+    # The level of a row is exponential with the scale 1: the mean of its floor is 1 / (e - 1).
+    assert above.mean() == pytest.approx(1 / (math.e - 1), abs=0.08)
+    assert graph.efConstruction == index_module.BUILD_EFFORT
+    assert graph.nb_neighbors(1) == index_module.LINKS
