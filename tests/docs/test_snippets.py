@@ -35,6 +35,7 @@ TESTED_BY = {
     "docs/evaluate.md": "docs/test_evaluate.py",
     "docs/identity.md": "docs/test_guides.py",
     "docs/integrations.md": "docs/test_integrations.py",
+    "docs/map.md": "docs/test_map.py",
     "docs/search.md": "docs/test_search.py",
     "docs/serving.md": "docs/test_serving.py",
 }
@@ -54,6 +55,8 @@ ELSEWHERE = {
     "extract --processes": "takes long; workers/test_local.py",
     "extract --engine ray": "needs a cluster; workers/test_ray_actor.py",
     "extract --part 3/16": "guide-batch.md runs all parts of a run",
+    "extract view": "serves until someone ends it; view/test_server.py",
+    "ssh ": "needs another machine",
     "extract download": "needs a network; cli/test_models.py",
     "HF_HOME=": "needs a network; cli/test_models.py",
     "extract info --json features/nightly | jq": "jq; guide-batch.md runs it without",
@@ -151,6 +154,8 @@ def names_of(page: str) -> dict[str, Any]:
             "extract": extractor.extract,
             "network": network,
         }
+    if page == "docs/view.md":
+        extractor.extract("images", "resnet50", "features/resnet50")
     if page == "docs/batch-jobs.md":
         return {"show": lambda progress: None, "should_stop": lambda: False}
     return {}
@@ -209,6 +214,6 @@ def test_a_snippet_that_nothing_runs_or_that_fails_is_found(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(SHOWN) - set(TESTED_BY)))
 def test_every_snippet_runs(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("faiss")
-    pytest.importorskip("sklearn")
+    for package in ("faiss", "sklearn", "matplotlib", "starlette"):
+        pytest.importorskip(package)
     Reader(monkeypatch, ELSEWHERE, names_of(name), SCRIPTS).read(SHOWN[name])
