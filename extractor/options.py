@@ -545,7 +545,7 @@ class Options:
             metavar="N",
             minimum=1,
             maximum=MAX_WORKERS,
-            unset="one per core",
+            unset="one per core, at most 8",
             scope="images",
         ),
     )

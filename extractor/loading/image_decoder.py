@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Collection, Sequence
 
 from extractor.errors import DecodeError
@@ -23,7 +25,8 @@ from extractor.system.timing import Timer
 
 __all__ = ["ImageDecoder"]
 
-OBSERVED_READS = 4  # between two looks at how long Python's lock takes
+OBSERVED_READS = 2  # between two looks at how long Python's lock takes
+KEPT_LOOKS = 15
 
 MAX_ENCODED_BYTES = 2**30  # all images that wait for the GPU; further ones are decoded here
 
@@ -65,13 +68,12 @@ class ImageDecoder:
         self._crash_log = crash_log
         self._timer = timer
         self._reads = itertools.count()
-        self._looks = 0
-        self._waited = 0.0
+        self._waits: deque[float] = deque([0.0], KEPT_LOOKS)
 
     @property
     def lock_seconds(self) -> float:
-        """Mean time to get Python's lock back after giving it away."""
-        return self._waited / max(self._looks, 1)
+        """Usual time to get Python's lock back after giving it away: the median of some looks."""
+        return statistics.median(tuple(self._waits))
 
     def read(self, task: Task, max_bytes: int = READ_WHOLE_BYTES) -> Failure | None:
         """Read the file of a task if its source is a path. Return the failure, if any."""
@@ -88,8 +90,7 @@ class ImageDecoder:
             if next(self._reads) % OBSERVED_READS == 0:
                 started = time.perf_counter()
                 time.sleep(0)
-                self._waited += time.perf_counter() - started
-                self._looks += 1
+                self._waits.append(time.perf_counter() - started)
         return None
 
     def decode(self, task: Task, slot: int) -> ImageInfo | Failure:

@@ -12,10 +12,10 @@ __all__ = ["LoaderOptions", "default_workers"]
 # Threads take turns at Python's lock about twenty times for an image, and a turn of one of many
 # takes long. Photos of 500 x 375 on 16 cores of a virtual machine with an H200: 360 images/s with
 # one thread, 930 with 4, 1,095 with 8, 768 with 15. Eight processes of two threads: 4,679.
-MAX_WORKERS = 8
+MAX_DEFAULT_WORKERS = 8
 
 # Threads that only read files for a GPU that decodes.
-MAX_READING_WORKERS = 4
+MAX_DEFAULT_READERS = 4
 
 _DEFAULT = Options()
 
@@ -62,4 +62,4 @@ def default_workers(cores: int, decode: str) -> int:
         cores: Number of cores that the process may use.
         decode: Decode mode, see :class:`LoaderOptions`.
     """
-    return max(min(cores, MAX_READING_WORKERS if decode == "gpu" else MAX_WORKERS), 1)
+    return max(min(cores, MAX_DEFAULT_READERS if decode == "gpu" else MAX_DEFAULT_WORKERS), 1)

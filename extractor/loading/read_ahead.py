@@ -75,7 +75,7 @@ class ReadAhead:
         Args:
             read_seconds: Time that reading took so far, over all threads.
             decode_seconds: Time that decoding took so far, over all threads.
-            lock_seconds: Mean time to get Python's lock back after giving it away.
+            lock_seconds: Usual time to get Python's lock back after giving it away.
         """
         read, decode = read_seconds / self._settled, decode_seconds / self._settled
         if read < max(SLOW_READ_SECONDS, SLOW_READ_SHARE * decode, LOCK_TURNS * lock_seconds):

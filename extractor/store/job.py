@@ -16,9 +16,9 @@ __all__ = ["MAX_SHARD_IMAGES", "SHARD_STEP", "Job", "shard_images_for"]
 SHARD_STEP = 1024
 # The most images of such a shard: 512 MiB of 2,048 float32 values, and 15,259 files a billion.
 MAX_SHARD_IMAGES = 65_536
-# Shards of a store, if that makes them neither too small nor too large. Eight workers then end at
-# almost the same time.
-SHARDS = 64
+# Shards of a store, if that makes them neither too small nor too large. Eight workers have 32 each,
+# so that the last ones wait for one thirtieth of the run at most.
+SHARDS = 256
 # Batches of a shard that its last, shorter one must not be many of.
 MIN_BATCHES = 16
 
@@ -26,8 +26,8 @@ MIN_BATCHES = 16
 def shard_images_for(images: int, batch_size: int) -> int:
     """Return the number of images in one shard of a new store, a multiple of 1,024.
 
-    >>> shard_images_for(100_000, batch_size=32)
-    2048
+    >>> shard_images_for(1_000_000, batch_size=32)
+    4096
 
     Args:
         images: number of images of the store.

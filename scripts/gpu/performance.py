@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,15 @@ def extract_others(setting: Setting) -> Iterator[Result]:
         yield from _extract(setting, model, (None,))
     if setting.is_rehearsal:
         yield Result("extract with other models", None, "the same code as above")
+
+
+def few_cores(setting: Setting) -> Iterator[Result]:
+    """``extract`` on four cores, which decode the JPEGs or leave that to the GPU."""
+    model, cores = setting.pick((MODELS[0], 4), (STAND_INS[0], 1))
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    for options in setting.pick(({}, {"decode": "gpu"}), ({},)):
+        for result in _extract(setting, model, (None,), **options):
+            yield replace(result, name=f"{result.name}, {plural(cores, 'core')}")
 
 
 def _extract(

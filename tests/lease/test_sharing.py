@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from extractor.errors import DeviceError, UsageError
 from extractor.lease.sharing import Machine, Sharing, processes_per_gpu, share_out
-from extractor.loading.options import MAX_READING_WORKERS, MAX_WORKERS
+from extractor.loading.options import MAX_DEFAULT_READERS, MAX_DEFAULT_WORKERS
 from extractor.options import Options
 
 MANY = 1_000_000
@@ -53,7 +53,7 @@ def test_default_number_of_processes(cores: int, gpus: int, images: int, process
 
 def test_apples_gpu_has_one_process_by_default() -> None:
     (slot,) = shared(32, device="mps").slots
-    assert (slot.device, slot.workers) == ("mps", MAX_WORKERS)
+    assert (slot.device, slot.workers) == ("mps", MAX_DEFAULT_WORKERS)
 
 
 def test_each_of_several_gpus_counts_its_own_cores() -> None:
@@ -90,9 +90,9 @@ def test_the_cores_of_a_gpu_decode() -> None:
 
 
 def test_a_process_has_few_decoding_threads() -> None:
-    assert [slot.workers for slot in shared(64, 1, processes=1).slots] == [MAX_WORKERS]
+    assert [slot.workers for slot in shared(64, 1, processes=1).slots] == [MAX_DEFAULT_WORKERS]
     (slot,) = shared(64, 1, processes=1, decode="gpu").slots
-    assert slot.workers == MAX_READING_WORKERS
+    assert slot.workers == MAX_DEFAULT_READERS
     (slot,) = shared(64, 1, processes=1, decode="gpu", workers=20).slots
     assert slot.workers == 20
 
@@ -106,7 +106,9 @@ def test_cores_are_shared_out_and_compute_threads_are_equal() -> None:
 def test_compute_threads_follow_torchs_own_number() -> None:
     hyperthreaded = Machine(cores=32, gpus=0, device="cpu", threads=16)
     sharing = share_out(Options(processes=2), hyperthreaded, images=MANY, shards=99)
-    assert [(slot.workers, slot.threads) for slot in sharing.slots] == [(MAX_WORKERS, 8)] * 2
+    assert [(slot.workers, slot.threads) for slot in sharing.slots] == [
+        (MAX_DEFAULT_WORKERS, 8)
+    ] * 2
 
 
 def test_explicit_threads_are_per_process() -> None:

@@ -264,7 +264,7 @@ def test_hanging_reader_costs_only_its_image(
     def slow(path: str, *rest: int) -> object:
         if path == paths[bad]:
             go_on.wait(30)
-        time.sleep(0.005)
+        time.sleep(0.02)
         return read(path, *rest)
 
     monkeypatch.setattr(image_decoder, "read_file", slow)
@@ -370,7 +370,7 @@ def test_bytes_read_ahead_are_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
 
     def slow(*args: object) -> object:
         nonlocal ahead, most
-        time.sleep(0.01)
+        time.sleep(0.02)
         ahead += 1
         most = max(most, ahead)
         return read(*args)  # type: ignore[arg-type]

@@ -14,11 +14,12 @@ from extractor.store.job import MAX_SHARD_IMAGES, SHARD_STEP, shard_images_for
     [
         (0, 1024, 0),
         (1, 1024, 1),
-        (65_536, 1024, 64),
-        (65_537, 2048, 33),
-        (100_000, 2048, 49),
-        (1_000_000, 16_384, 62),
-        (10_000_000, 65_536, 153),
+        (100_000, 1024, 98),
+        (262_144, 1024, 256),
+        (262_145, 2048, 129),
+        (1_000_000, 4096, 245),
+        (10_000_000, 39_936, 251),
+        (100_000_000, 65_536, 1526),
         (1_000_000_000, 65_536, 15_259),
     ],
 )
@@ -41,5 +42,5 @@ def test_size_of_shards_is_a_multiple_within_bounds(images: int, batch_size: int
     assert size % SHARD_STEP == 0
     assert max(SHARD_STEP, batch_size) <= size <= MAX_SHARD_IMAGES
     assert size <= shard_images_for(images + 1, batch_size)
-    if images > 64 * SHARD_STEP and size < MAX_SHARD_IMAGES and SHARD_STEP % batch_size == 0:
-        assert 32 < -(-images // size) <= 64
+    if images > 256 * SHARD_STEP and size < MAX_SHARD_IMAGES and SHARD_STEP % batch_size == 0:
+        assert 128 < -(-images // size) <= 256
