@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from extractor.terminal.console import print_lines
+from extractor.terminal.console import Bar, logging_to, print_lines
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from extractor.upkeep.transforming import TransformReport
 
 __all__ = ["transform", "transform_parser"]
+
+PHASES = {"fitting": "fitting the PCA ...", "writing": "writing rows ..."}
 
 
 def transform_parser() -> argparse.ArgumentParser:
@@ -69,19 +71,30 @@ def transform_parser() -> argparse.ArgumentParser:
 def transform(arguments: Sequence[str]) -> int:
     """Transform a store; return the exit code."""
     parsed = transform_parser().parse_args(arguments)
+    from extractor.report import Progress
     from extractor.upkeep.transforming import transform_store
 
-    report = transform_store(
-        parsed.store,
-        parsed.out,
-        normalize=parsed.normalize,
-        pca=parsed.pca,
-        whiten=parsed.whiten,
-        dtype=parsed.dtype,
-        fit=parsed.fit,
-        overwrite=parsed.overwrite,
-        lock=parsed.lock,
-    )
+    bar = Bar(quiet=False, status="opening the store ...", unit="row")
+
+    def show(phase: str, done: int, total: int) -> None:
+        if done:
+            bar.update(Progress(done, total, 0))
+        else:
+            bar.show(PHASES[phase])
+
+    with bar, logging_to(bar.warn):
+        report = transform_store(
+            parsed.store,
+            parsed.out,
+            normalize=parsed.normalize,
+            pca=parsed.pca,
+            whiten=parsed.whiten,
+            dtype=parsed.dtype,
+            fit=parsed.fit,
+            overwrite=parsed.overwrite,
+            lock=parsed.lock,
+            progress=show,
+        )
     if parsed.json:
         print_lines([json.dumps({**asdict(report), "out": str(report.out)})])
     else:

@@ -7,10 +7,10 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,8 @@ from extractor.upkeep.pca import Components, principal_components
 from extractor.upkeep.source_rows import SourceRows
 
 __all__ = ["TransformReport", "transform_store"]
+
+OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 log = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ def transform_store(
     fit: FeatureStore | str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     lock: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> TransformReport:
     """Write a store whose rows are those of another one, normalized, projected and whitened.
 
@@ -158,6 +161,8 @@ def transform_store(
             as the source was.
         overwrite: Replace a store that is there, and fit anew.
         lock: Fail if the file system does not support locks.
+        progress: Called with the phase (``fitting`` or ``writing``), the number of rows that are
+            done, and how many there are.
 
     Raises:
         UsageError: An argument that makes no sense, or more dimensions than the rows have.
@@ -168,6 +173,7 @@ def transform_store(
             a result of a transform itself.
     """
     request = _Request(normalize, pca, whiten, dtype)
+    progress = progress or (lambda *_: None)
     source = _source(store)
     fit_on = source if fit is None else _source(fit)
     out = Path(out)
@@ -181,12 +187,13 @@ def transform_store(
         is_fitted = existing is None and _projects(request)
         if existing is None:
             _check_new(request, has_fit=fit is not None)
-            transform, described = _new_transform(request, source, fit_on)
+            transform, described = _new_transform(request, source, fit_on, progress)
         else:
             _check_request(out, request, existing.description, None if fit is None else fit_on)
             transform, described = existing.transform, existing.description
         try:
-            report = _write(claim, source, transform, _described(source, described), is_fitted)
+            made = _described(source, described)
+            report = _write(claim, source, transform, made, is_fitted, progress)
         except UsageError:  # the same call would fail again
             claim.discard_work()
             raise
@@ -333,7 +340,7 @@ def _check_request(
 
 
 def _new_transform(
-    request: _Request, source: FeatureStore, fit_on: FeatureStore
+    request: _Request, source: FeatureStore, fit_on: FeatureStore, progress: OnProgress
 ) -> tuple[Transform, Description]:
     """Return a transform, fitted if it needs to be, and the description of its result."""
     dim, normalized = source.dim, request.normalize or source.info.normalized
@@ -341,7 +348,7 @@ def _new_transform(
     transform, fit = Transform(request.normalize), None
     if _projects(request):
         dim = int(source.dim if request.pca is None else request.pca)
-        found = principal_components(_fit_blocks(fit_on, normalize=request.normalize), source.dim)
+        found = principal_components(_fit_blocks(fit_on, request.normalize, progress), source.dim)
         _check_rank(found, dim, fit_on)
         scales = 1 / np.sqrt(found.variances[:dim]) if request.whiten else None
         transform = Transform(request.normalize, found.mean, found.directions[:dim], scales)
@@ -408,10 +415,14 @@ def _check_rank(found: Components, dim: int, fit_on: FeatureStore) -> None:
         )
 
 
-def _fit_blocks(store: FeatureStore, *, normalize: bool) -> Iterator[npt.NDArray[np.float64]]:
+def _fit_blocks(
+    store: FeatureStore, normalize: bool, progress: OnProgress
+) -> Iterator[npt.NDArray[np.float64]]:
+    progress("fitting", 0, len(store))
     for start, stop in _blocks(len(store), store.dim):
         rows = _finite(store, np.asarray(store.features[start:stop]), start)
         yield unit_length(rows) if normalize else rows.astype(np.float64)
+        progress("fitting", stop, len(store))
 
 
 def _blocks(rows: int, dim: int) -> Iterator[tuple[int, int]]:
@@ -445,6 +456,7 @@ def _write(
     transform: Transform,
     description: Description,
     is_fitted: bool,
+    progress: OnProgress,
 ) -> TransformReport:
     """Bring the result up to date, and report what changed."""
     wanted = SourceRows(source)
@@ -454,7 +466,7 @@ def _write(
         manifest = existing.base
         assert manifest is not None  # only a finished store is up to date
     else:
-        _write_rows(run, wanted, todo, transform)
+        _write_rows(run, wanted, todo, transform, progress)
         manifest = run.publish(plan, listing=source.manifest.listing, listed=wanted.listed)
     return TransformReport(
         out=claim.out,
@@ -522,7 +534,11 @@ def _job(
 
 
 def _write_rows(
-    run: StoreRun, wanted: SourceRows, todo: npt.NDArray[np.int64], transform: Transform
+    run: StoreRun,
+    wanted: SourceRows,
+    todo: npt.NDArray[np.int64],
+    transform: Transform,
+    progress: OnProgress,
 ) -> None:
     """Transform rows of the source, shard by shard.
 
@@ -531,6 +547,8 @@ def _write_rows(
     """
     source, description = wanted.source, run.job.description
     dtype = np.dtype(description.dtype)
+    done = run.resumed
+    progress("writing", done, len(todo))
     for number in run.missing():
         start = (number - run.job.first) * description.shard_images
         rows = todo[start : start + description.shard_images]
@@ -547,6 +565,8 @@ def _write_rows(
                         "float32, or normalize"
                     )
                 shard.append(written, wanted.records(block))
+                done += len(block)
+                progress("writing", done, len(todo))
             shard.finish()
 
 

@@ -17,7 +17,7 @@ import torchvision
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from extractor import FeatureStore, evaluate_store, extract, load_backbone
+from extractor import FeatureStore, evaluate_store, extract, load_backbone, transform_store
 from extractor.cli import main as cli
 from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
@@ -182,3 +182,6 @@ def test_nearest_photos_have_the_class_that_scikit_learn_finds(tmp_path: Path) -
     recalled = (labels[neighbors] == labels[:, None]).any(axis=1).mean()
     assert evaluation.scores["recall@5"].value == pytest.approx(recalled, abs=1e-9)
     assert right > 0.9
+    small = transform_store(store, tmp_path / "small", normalize=True, pca=64, whiten=True)
+    assert small.shape == (64,)
+    assert evaluate_store(small.out).scores["accuracy@1"].value > 0.9

@@ -90,6 +90,23 @@ def test_rows_equal_those_of_an_independent_reference(
     assert list(verify(out)) == []
 
 
+def test_progress_counts_the_rows_of_both_phases(
+    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transforming, "BLOCK_BYTES", 25 * 8 * 8)
+    seen: list[tuple[str, int, int]] = []
+
+    def noted(phase: str, done: int, total: int) -> None:
+        seen.append((phase, done, total))
+
+    transform_store(source, tmp_path / "out", pca=2, progress=noted)
+    fitting = [("fitting", done, 60) for done in (0, 25, 50, 60)]
+    assert seen == [*fitting, *(("writing", done, 60) for done in (0, 25, 50, 60))]
+    seen.clear()
+    transform_store(source, tmp_path / "out", progress=noted)
+    assert seen == []
+
+
 def test_whitened_rows_have_covariance_one(tmp_path: Path, source: Path) -> None:
     transform_store(source, tmp_path / "out", whiten=True)
     rows = FeatureStore.open(tmp_path / "out").features[:]
