@@ -212,17 +212,14 @@ def write_csv(path: str, head: Sequence[str], records: Iterable[Sequence[Any]]) 
     Raises:
         UsageError: It cannot be written.
     """
-    from extractor.store.atomic import write_atomically
+    from extractor.search.sheet import write_new_file
 
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(head)
     writer.writerows(records)
     content = table.getvalue().encode("utf-8", "surrogateescape")
-    try:
-        write_atomically(Path(path), content)
-    except OSError as error:
-        raise UsageError(f"csv: cannot write {path}: {error.strerror}") from error
+    write_new_file(path, "csv", content)
 
 
 def image_finder(store: FeatureStore, root: str | None) -> Callable[[int, str], str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterable, Sequence
@@ -21,7 +22,7 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Tile", "check_new_file", "check_sheet", "draw_sheet", "write_sheet"]
+__all__ = ["Tile", "check_new_file", "check_sheet", "draw_sheet", "write_new_file", "write_sheet"]
 
 THUMBNAIL = 150  # pixels
 LABEL = 34
@@ -105,10 +106,26 @@ def write_sheet(path: str | os.PathLike[str], rows: Sequence[Sequence[Tile]]) ->
     picture = draw_sheet(rows)
     content = io.BytesIO()
     picture.save(content, FORMATS[Path(path).suffix.lower()])
+    write_new_file(path, "sheet", content.getvalue())
+
+
+def write_new_file(path: str | os.PathLike[str], what: str, content: bytes) -> None:
+    """Write a result to a file, which appears whole or not at all.
+
+    Args:
+        path: The file.
+        what: What the file is, for messages.
+        content: Its bytes.
+
+    Raises:
+        UsageError: It cannot be written.
+    """
     try:
-        write_atomically(Path(path), content.getvalue())
+        write_atomically(Path(path), content)
     except OSError as error:
-        raise UsageError(f"sheet: cannot write {path}: {error.strerror}") from error
+        with contextlib.suppress(OSError):
+            Path(f"{os.fspath(path)}.partial").unlink()
+        raise UsageError(f"{what}: cannot write {path}: {error.strerror}") from error
 
 
 def draw_sheet(rows: Sequence[Sequence[Tile]]) -> Image.Image:

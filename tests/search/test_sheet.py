@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from extractor.errors import UsageError
-from extractor.search.sheet import EMPTY, FRAME, Tile, check_sheet, draw_sheet, write_sheet
+from extractor.search.sheet import (
+    EMPTY,
+    FRAME,
+    Tile,
+    check_new_file,
+    check_sheet,
+    draw_sheet,
+    write_new_file,
+    write_sheet,
+)
+from extractor.store import atomic
 
 RED, BLUE = (200, 0, 0), (0, 0, 200)
 COLUMN, ROW = 160, 194  # pixels from one tile to the next
@@ -62,3 +72,25 @@ def test_the_suffix_chooses_the_format(red: Path, tmp_path: Path, suffix: str) -
 def test_too_many_tiles_are_refused(red: Path) -> None:
     with pytest.raises(UsageError, match="1,000 queries with 1 tile each are too many"):
         draw_sheet([[Tile(red, "a")]] * 1000)
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(atomic, "sync", full)
+    with pytest.raises(UsageError, match=r"picture: cannot write .*a.png: No space left on device"):
+        write_new_file(tmp_path / "a.png", "picture", b"content")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_inside_a_store_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "store" / "derived").mkdir(parents=True)
+    (tmp_path / "store" / "store.json").write_text("{}")
+    (tmp_path / "link").symlink_to(tmp_path / "store" / "derived")
+    for folder in ("store", "store/derived", "link"):
+        with pytest.raises(UsageError, match=r"a.png is in the store .*store; name a file beside"):
+            check_new_file(tmp_path / folder / "a.png", "picture", [".png"], overwrite=True)
+    check_new_file(tmp_path / "a.png", "picture", [".png"], overwrite=False)

@@ -17,9 +17,8 @@ import numpy.typing as npt
 
 from extractor.analysis.maps.spreading import Spot, spread
 from extractor.analysis.maps.thumbnails import ImageCounts, Pixels, Thumbnails
-from extractor.errors import InstallationError, UsageError
-from extractor.search.sheet import check_new_file
-from extractor.store.atomic import write_atomically
+from extractor.errors import InstallationError
+from extractor.search.sheet import check_new_file, write_new_file
 from extractor.text import plural
 
 if TYPE_CHECKING:
@@ -138,10 +137,7 @@ def write_picture(
                 image.set_interpolation("none" if kind == "svg" else "antialiased")
             content = io.BytesIO()
             figure.savefig(content, format=kind, dpi=DPI, metadata=about)
-            try:
-                write_atomically(Path(path), content.getvalue())
-            except OSError as error:
-                raise UsageError(f"picture: cannot write {path}: {error.strerror}") from error
+            write_new_file(path, "picture", content.getvalue())
     return counts
 
 
