@@ -215,6 +215,8 @@ def _verb(parser: argparse.ArgumentParser) -> str:
             continue
         value = "" if action.nargs == 0 else str(action.metavar or action.dest.upper())
         name = f"{action.option_strings[-1]} {value}" if action.option_strings else value
+        if isinstance(action, argparse.BooleanOptionalAction):
+            name = "`, `".join(action.option_strings)
         meaning = (action.help or "").replace("%(default)s", str(action.default))
         rows += f"| `{name.strip()}` | {meaning} |\n"
     sentences = str(parser.description).split("\n\n")[0].replace("\n", " ").strip()

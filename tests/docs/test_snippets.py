@@ -55,6 +55,8 @@ ELSEWHERE = {
     "extract --processes": "takes long; workers/test_local.py",
     "extract --engine ray": "needs a cluster; workers/test_ray_actor.py",
     "extract --part 3/16": "guide-batch.md runs all parts of a run",
+    "extract doctor": "starts many processes; cli/test_doctor.py",
+    "extract transform features/resnet50": "needs 257 images; docs/test_search.py",
     "extract view": "serves until someone ends it; view/test_server.py",
     "ssh ": "needs another machine",
     "extract download": "needs a network; cli/test_models.py",

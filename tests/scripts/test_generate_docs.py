@@ -37,6 +37,7 @@ def test_table_of_formats_lists_every_suffix_that_counts() -> None:
 def test_cli_docs_describe_every_verb() -> None:
     text = generate_docs.command_line()
     assert all(f"### `extract {verb}`\n" in text for verb in VERBS)
+    assert "| `--speed`, `--no-speed` |" in text  # a switch that can be turned off by name
 
 
 def test_check_fails_on_an_outdated_file(
