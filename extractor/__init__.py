@@ -55,6 +55,7 @@ if TYPE_CHECKING:
     from extractor.store.history import Changes
     from extractor.upkeep.transforming import TransformReport, transform_store
     from extractor.view.app import view_app
+    from extractor.view.site import PageReport, export_page
 
 __all__ = [
     "Backbone",
@@ -80,6 +81,7 @@ __all__ = [
     "Options",
     "Outlier",
     "Outliers",
+    "PageReport",
     "Preprocess",
     "Progress",
     "Report",
@@ -102,6 +104,7 @@ __all__ = [
     "__version__",
     "compare_stores",
     "evaluate_store",
+    "export_page",
     "export_store",
     "extract",
     "find_duplicates",
@@ -155,6 +158,7 @@ _MODULES = {
     "extractor.store.history": ("Changes",),
     "extractor.upkeep.transforming": ("TransformReport", "transform_store"),
     "extractor.view.app": ("view_app",),
+    "extractor.view.site": ("PageReport", "export_page"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

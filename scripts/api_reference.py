@@ -32,7 +32,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Export stores": ("export_store", "ExportReport"),
     "Transform stores": ("transform_store", "TransformReport"),
     "Search": ("Searcher", "Hits", "Hit"),
-    "Look at stores": ("view_app",),
+    "Look at stores": ("view_app", "export_page", "PageReport"),
     "Backbones": ("load_backbone", "Backbone", "Preprocess"),
     "Lists of images": ("ImageList", "list_images"),
     "Errors": (

@@ -6,10 +6,12 @@ import argparse
 import contextlib
 from collections.abc import Sequence
 
+from extractor.errors import UsageError
 from extractor.options import Options
 from extractor.terminal.console import logging_to, print_lines, say, warn
 from extractor.terminal.parser import Parser
 from extractor.terminal.signals import EndedError
+from extractor.text import plural
 
 __all__ = ["view", "view_parser"]
 
@@ -20,6 +22,7 @@ Starlette and uvicorn: pip install 'backbone-extractor[view]'.
 
   extract view features/resnet50
   extract view features/resnet50 features/vit_base_patch16_224    two models side by side
+  extract view features/resnet50 --export site/                   files to send to a colleague
 """
 
 
@@ -61,12 +64,28 @@ def view_parser() -> argparse.ArgumentParser:
         default=Options().device,
         help="device for images that are searched for (default: %(default)s)",
     )
+    parser.add_argument(
+        "--export",
+        metavar="FOLDER",
+        help="write the page as files, which any browser opens, instead of serving it",
+    )
+    parser.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="largest number of images of --export; larger stores are sampled (default: 2000)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the page of --export")
     return parser
 
 
 def view(arguments: Sequence[str]) -> int:
-    """Serve the page until a signal ends it; return the exit code."""
+    """Serve the page until a signal ends it, or export it; return the exit code."""
     parsed = view_parser().parse_args(arguments)
+    if parsed.export is not None:
+        return _export(parsed)
+    if parsed.limit is not None or parsed.overwrite:
+        raise UsageError("--limit and --overwrite go with --export; leave them out")
     from extractor.view.app import view_app
     from extractor.view.server import (
         address_of,
@@ -100,4 +119,25 @@ def view(arguments: Sequence[str]) -> int:
 
         with contextlib.suppress(EndedError, KeyboardInterrupt):
             serve(app, listener, started)
+    return 0
+
+
+def _export(parsed: argparse.Namespace) -> int:
+    from extractor.view.site import DEFAULT_LIMIT, export_page
+
+    with logging_to(warn):
+        report = export_page(
+            parsed.store,
+            parsed.export,
+            parsed.other,
+            limit=DEFAULT_LIMIT if parsed.limit is None else parsed.limit,
+            root=parsed.root,
+            metric=parsed.metric,
+            overwrite=parsed.overwrite,
+        )
+    shown = plural(report.images, "image")
+    of = f" of {report.of:,}" if report.of > report.images else ""
+    print_lines([f"{report.path / 'index.html'}: {shown}{of}"])
+    if report.missing:
+        say(f"{plural(report.missing, 'image')} moved or changed, and have a placeholder")
     return 0

@@ -8,17 +8,28 @@ import struct
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from extractor.analysis.duplicate_groups import Duplicates
 from extractor.analysis.duplicates import find_duplicates
 from extractor.analysis.mapping import StoreMap, map_store
 from extractor.analysis.maps.kept import kept_map
-from extractor.analysis.outliers import find_outliers
-from extractor.view.collection import Collection, image_row
+from extractor.analysis.outliers import LabelError, Outlier, Outliers, find_outliers
+from extractor.view.collection import Collection, Numbers, image_row
 
-__all__ = ["Analyses", "folder_names", "map_bytes"]
+__all__ = [
+    "Analyses",
+    "duplicates_content",
+    "folder_names",
+    "map_bytes",
+    "map_parts",
+    "outliers_content",
+    "outliers_of",
+]
 
 GROUPS = 60  # of duplicates in one answer
 OUTLIERS = 120
@@ -51,7 +62,7 @@ class Analyses:
         def compute() -> bytes:
             store = self._collection.store
             chosen: Any = method or ("umap" if kept_map(store, "umap") else "pca")
-            return map_bytes(self._collection, map_store(store, chosen))
+            return map_bytes(map_parts(self._collection, map_store(store, chosen)))
 
         found: bytes | None = self._get(("map", method), compute)
         return found
@@ -64,56 +75,14 @@ class Analyses:
         )
         if found is None:
             return None
-        return {
-            "total": len(found),
-            "redundant": found.redundant,
-            "method": found.method,
-            "recall": found.recall,
-            "start": start,
-            "groups": [
-                {
-                    "kind": group.kind,
-                    "omitted": group.omitted,
-                    "images": [
-                        [each.id, each.path, each.width, each.height, each.similarity]
-                        for each in group.images
-                    ],
-                }
-                for group in found[start : start + GROUPS]
-            ],
-        }
+        return duplicates_content(found, start, GROUPS)
 
     def outliers(self, start: int) -> dict[str, Any] | None:
         """Return images by their distance to the others, from a rank on; None while computed."""
-
-        def compute() -> Any:
-            names = [name or "." for name in folder_names(self._collection)]
-            count = len(set(names))
-            has_classes = 2 <= count <= min(MAX_FOLDERS, len(names) // 2)
-            return find_outliers(self._collection.store, names if has_classes else None)
-
-        found = self._get(("outliers",), compute)
+        found = self._get(("outliers",), lambda: outliers_of(self._collection))
         if found is None:
             return None
-        listed = found[start : start + OUTLIERS]
-        errors = found.label_errors[:OUTLIERS]
-        return {
-            "total": len(found),
-            "start": start,
-            "method": found.method,
-            "outliers": [
-                [*row, each.distance] for row, each in zip(self._rows(listed), listed, strict=True)
-            ],
-            "label_errors": [
-                [*row, each.agreement, each.label, each.suggested]
-                for row, each in zip(self._rows(errors), errors, strict=True)
-            ],
-            "errors_total": len(found.label_errors),
-        }
-
-    def _rows(self, found: Sequence[Any]) -> list[list[Any]]:
-        images = self._collection.images([each.row for each in found])
-        return [image_row(image) for image in images]
+        return outliers_content(self._collection, found, start, OUTLIERS)
 
     def _get(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> Any:
         """Return a result, or None and begin to compute it.
@@ -148,26 +117,88 @@ class Analyses:
                 del self._results[next(iter(self._results))]
 
 
+def duplicates_content(found: Duplicates, start: int, count: int) -> dict[str, Any]:
+    """Return groups of duplicates as the page takes them."""
+    return {
+        "total": len(found),
+        "redundant": found.redundant,
+        "method": found.method,
+        "recall": found.recall,
+        "start": start,
+        "groups": [
+            {
+                "kind": group.kind,
+                "omitted": group.omitted,
+                "images": [
+                    [each.id, each.path, each.width, each.height, each.similarity]
+                    for each in group.images
+                ],
+            }
+            for group in found[start : start + count]
+        ],
+    }
+
+
+def outliers_of(collection: Collection) -> Outliers:
+    """Return the outliers of a store; with folders as labels if they are classes."""
+    names = [name or "." for name in folder_names(collection)]
+    has_classes = 2 <= len(set(names)) <= min(MAX_FOLDERS, len(names) // 2)
+    return find_outliers(collection.store, names if has_classes else None)
+
+
+def outliers_content(
+    collection: Collection, found: Outliers, start: int, count: int
+) -> dict[str, Any]:
+    """Return outliers as the page takes them."""
+
+    def rows(each: Sequence[Outlier | LabelError]) -> list[list[Any]]:
+        return [image_row(image) for image in collection.images([one.row for one in each])]
+
+    listed, errors = found[start : start + count], found.label_errors[:count]
+    return {
+        "total": len(found),
+        "start": start,
+        "method": found.method,
+        "outliers": [[*row, each.distance] for row, each in zip(rows(listed), listed, strict=True)],
+        "label_errors": [
+            [*row, each.agreement, each.label, each.suggested]
+            for row, each in zip(rows(errors), errors, strict=True)
+        ],
+        "errors_total": len(found.label_errors),
+    }
+
+
 def folder_names(collection: Collection) -> list[str]:
     """Return the name of the folder that holds each image."""
     paths = collection.column("path")
     return [os.fsdecode(path).rpartition("/")[0].rpartition("/")[2] for path in paths]
 
 
-def map_bytes(collection: Collection, found: StoreMap) -> bytes:
-    """Return a map in a form that a page reads without parsing numbers.
+@dataclass(frozen=True)
+class MapParts:
+    """A map as the page takes it, for n points.
 
-    The length of the head as uint32, the head as JSON, spaces up to a multiple of 8 bytes; then for
-    all n points the ids as float64, x and y as float32 from 0 to 1, and colors as uint8. All little
-    endian.
+    Attributes:
+        head: Counts, names of the colors and how the map was made.
+        ids: ``(n,)`` int64.
+        points: ``(n, 2)`` float64, from 0 to 1.
+        colors: ``(n,)`` uint8, index of a name; the number of names for all other folders.
     """
+
+    head: dict[str, Any]
+    ids: Numbers
+    points: npt.NDArray[np.float64]
+    colors: npt.NDArray[np.uint8]
+
+
+def map_parts(collection: Collection, found: StoreMap) -> MapParts:
+    """Return a map as the page takes it."""
     rows = found.rows
     points = found.coordinates[rows].astype(np.float64)
     low = points.min(axis=0, initial=np.inf) if len(rows) else np.zeros(2)
     # One scale for both axes, so that distances mean the same.
     span = float((points - low).max(initial=0.0)) or 1.0
     center = (points.max(axis=0) - low) / span / 2 if len(rows) else np.zeros(2)
-    scaled = (points - low) / span + (0.5 - center)
     names = folder_names(collection)
     common = [name for name, _ in Counter(names).most_common(COLORS + 1)]
     shown = common[:COLORS] if len(common) > 1 else []
@@ -181,14 +212,24 @@ def map_bytes(collection: Collection, found: StoreMap) -> bytes:
         "names": shown,
         "others": len(common) > COLORS and bool(shown),
     }
-    text = json.dumps(head).encode()
+    return MapParts(head, collection.ids[rows], (points - low) / span + (0.5 - center), colors)
+
+
+def map_bytes(parts: MapParts) -> bytes:
+    """Return a map in a form that a page reads without parsing numbers.
+
+    The length of the head as uint32, the head as JSON, spaces up to a multiple of 8 bytes; then for
+    all n points the ids as float64, x and y as float32 from 0 to 1, and colors as uint8. All little
+    endian.
+    """
+    text = json.dumps(parts.head).encode()
     text += b" " * (-(4 + len(text)) % 8)
     return b"".join(
         [
             struct.pack("<I", len(text)),
             text,
-            collection.ids[rows].astype("<f8").tobytes(),
-            scaled.astype("<f4").tobytes(),
-            colors.tobytes(),
+            parts.ids.astype("<f8").tobytes(),
+            parts.points.astype("<f4").tobytes(),
+            parts.colors.tobytes(),
         ]
     )

@@ -16,6 +16,7 @@ from extractor.search.knn import Metric, check_metric
 from extractor.system.cpu import available_cores
 from extractor.view.analyses import Analyses
 from extractor.view.collection import Collection, Image, image_row, path_list
+from extractor.view.page_files import KINDS, page_files
 from extractor.view.thumbnails import LARGE_EDGE, SMALL_EDGE, Thumbnails
 from extractor.view.viewer import Viewer
 
@@ -26,17 +27,10 @@ if TYPE_CHECKING:
 
     from extractor.api import Extractor
 
-__all__ = ["PAGE", "view_app"]
+__all__ = ["view_app"]
 
 log = logging.getLogger(__name__)
 
-PAGE = Path(__file__).parent / "page"
-KINDS = {
-    ".html": "text/html",
-    ".css": "text/css",
-    ".js": "text/javascript",
-    ".svg": "image/svg+xml",
-}
 MAX_UPLOAD_BYTES = 64 * 2**20  # as for images that a run reads whole
 MAX_JSON_BYTES = 32 * 2**20  # a selection of a million ids
 WORKING, TOO_LARGE = 202, 413  # statuses of an answer
@@ -360,7 +354,7 @@ class _Page:
                 reasons[failure["error"]] = reasons.get(failure["error"], 0) + 1
             keys = ("path", "error", "message")
             listed = failures[start : start + MAX_ROWS]
-            problems = list(shown.thumbnails.problems.items())[:MAX_ROWS]
+            problems = sorted(shown.thumbnails.problems.items())[:MAX_ROWS]
             paths = {i: shown.collection.image(i) for i, _ in problems}
             return {
                 "total": len(failures),
@@ -406,12 +400,6 @@ class _Page:
             abandon_on_cancel=True,
             limiter=self._threads,
         )
-
-
-@functools.cache
-def page_files() -> dict[str, bytes]:
-    """Return the files of the page by name. There are no others to be had."""
-    return {path.name: path.read_bytes() for path in PAGE.iterdir() if path.suffix in KINDS}
 
 
 async def _body(request: Request, limit: int) -> bytes:

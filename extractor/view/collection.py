@@ -22,7 +22,7 @@ from extractor.search.searcher import Searcher
 if TYPE_CHECKING:
     from extractor.api import Extractor
 
-__all__ = ["Collection", "Image", "Match", "image_row", "path_list"]
+__all__ = ["Collection", "Image", "Match", "Numbers", "image_row", "path_list"]
 
 COLUMNS = ["path", "size", "mtime_ns", "width", "height", "sha256"]
 FILTERS_KEPT = 8

@@ -20,9 +20,10 @@ from extractor.preprocess import Preprocess
 from extractor.search.derived import derived_folders
 from extractor.view.collection import Collection, Image
 
-__all__ = ["LARGE_EDGE", "SMALL_EDGE", "Thumbnails"]
+__all__ = ["LARGE_EDGE", "MIDDLE_EDGE", "SMALL_EDGE", "Thumbnails"]
 
 SMALL_EDGE = 256  # pixels
+MIDDLE_EDGE = 400
 LARGE_EDGE = 1024
 # `extract` leaves out folders of this name, so that thumbnails never become images of a store.
 FOLDER = ".thumbnails"

@@ -21,7 +21,7 @@ from support.pictures import noise
 
 from extractor import FeatureStore, StoreNotFoundError, UsageError, extract, view_app
 from extractor.images.listing import read_list
-from extractor.view import app as app_module
+from extractor.view.page_files import page_files
 
 PATHS = ["a/0.png", "a/2.png", "a/4.png", "b/1.png", "b/3.png", "copy.png"]
 
@@ -44,21 +44,21 @@ def add_images(folder: Path, count: int) -> None:
 def test_page_names_files_that_are_there(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
-    names = set(app_module.page_files())
+    names = set(page_files())
     for name in ("style.css", "app.js", "icon.svg"):
         assert name in page.text
         assert client.get(f"/{name}").status_code == 200
     for name in names:
         imported = [
             line.split('"./')[1].split('"')[0]
-            for line in app_module.page_files()[name].decode().splitlines()
+            for line in page_files()[name].decode().splitlines()
             if line.startswith("import ")
         ]
         assert set(imported) <= names
 
 
 def test_nothing_of_the_page_comes_from_elsewhere() -> None:
-    for name, content in app_module.page_files().items():
+    for name, content in page_files().items():
         text = content.decode().replace("http://www.w3.org/2000/svg", "")
         assert "http:" not in text, name
         assert "https:" not in text, name

@@ -7,6 +7,7 @@ import { showDuplicates, showFailures, showOutliers } from "./lists.js";
 import { MapView } from "./map.js";
 import { Selection } from "./selection.js";
 import { ServerSource } from "./source.js";
+import { StaticSource } from "./static.js";
 
 const LOOK_MS = 5000; // between questions whether a store grew
 const FILTER_MS = 150;
@@ -14,7 +15,7 @@ const FILTER_MS = 150;
 const find = (id) => document.getElementById(id);
 
 class App {
-  source = new ServerSource();
+  source = globalThis.EXTRACT_VIEW ? new StaticSource(globalThis.EXTRACT_VIEW) : new ServerSource();
   selection = new Selection();
   stores = [];
   store = 0; // whose images are shown
@@ -33,6 +34,7 @@ class App {
       failed: (error) => announce(error.message, true),
     });
     this.listen();
+    for (const name of this.source.absent || []) find(`tab-${name}`).remove();
     this.take(await this.source.state());
     await this.list();
     this.follow();
@@ -88,11 +90,13 @@ class App {
   take(state) {
     const isNew = this.stores.some((store, at) => store.token !== state.stores[at].token);
     this.stores = state.stores;
-    const { name, model, rows, folder } = this.stores[this.store];
-    document.title = `${name} – extract view`;
+    const { name, model, rows, of, folder } = this.stores[this.store];
+    document.title = `${name} · extract view`;
     find("title").textContent = name;
-    find("title").title = folder;
-    find("facts").textContent = `${model} · ${plural(rows, "image")}`;
+    find("title").title = folder || "";
+    const all = of && of !== rows ? ` of ${of.toLocaleString("en-US")}` : "";
+    const count = all ? `${rows.toLocaleString("en-US")}${all} images` : plural(rows, "image");
+    find("facts").textContent = `${model} · ${count}`;
     find("detail").classList.toggle("two", this.stores.length > 1);
     this.showStores();
     this.showNotices();

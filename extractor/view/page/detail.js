@@ -82,11 +82,8 @@ export class Detail {
 
   fill(title, path, address, facts, results, store, id) {
     const picture = element("img", { src: address, alt: path });
-    picture.addEventListener("error", () =>
-      picture.replaceWith(
-        element("p", { class: "problem", text: "This image moved or changed, or cannot be decoded." }),
-      ),
-    );
+    const why = id === undefined ? "This browser cannot show the image." : "This image moved or changed, or cannot be decoded.";
+    picture.addEventListener("error", () => picture.replaceWith(element("p", { class: "problem", text: why })));
     const about = element("div", { class: "about" });
     about.append(element("p", { class: "path", text: path }));
     if (facts) about.append(element("p", { class: "facts", text: facts }));

@@ -13,6 +13,7 @@ export async function showDuplicates(panel, app) {
   for (const value of ["90", "95", "98", "99", "100"]) {
     choice.append(element("option", { value, text: `similarity ${value} %`, selected: value === percent }));
   }
+  choice.disabled = !source.canSearch; // an exported page holds one
   choice.addEventListener("change", () => {
     panel.dataset.percent = choice.value;
     app.refresh();

@@ -62,6 +62,7 @@ export class MapView {
   tools() {
     const { method, explained, left_out: leftOut } = this.map;
     const methods = element("select", { "aria-label": "Method of the map" });
+    methods.disabled = Boolean(this.map.isFixed);
     for (const [value, text] of [["pca", "PCA"], ["umap", "UMAP"]]) {
       methods.append(element("option", { value, text, selected: value === method }));
     }
