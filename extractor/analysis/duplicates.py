@@ -16,8 +16,10 @@ from extractor.analysis.near_pairs import (
     EXACT_COMPARISONS,
     MAX_PAIRS,
     NearPairs,
+    Progress,
     clustered_pairs,
     exact_pairs,
+    no_progress,
 )
 from extractor.analysis.same_rows import Files, SameRows, first_of_equal
 from extractor.analysis.unit_rows import Numbers, UnitRows
@@ -39,6 +41,7 @@ def find_duplicates(
     threshold: float = DEFAULT_THRESHOLD,
     against: FeatureStore | str | os.PathLike[str] | None = None,
     keep: bool = True,
+    progress: Progress | None = None,
 ) -> Duplicates:
     """Find images whose files are equal, or whose embeddings are nearly so.
 
@@ -58,6 +61,8 @@ def find_duplicates(
         threshold: Least cosine similarity of near duplicates, above 0 and at most 1.
         against: Another store of the same backbone.
         keep: Whether near pairs are kept for the next call.
+        progress: Called with the phase (``clustering``, ``measuring`` the recall or ``comparing``),
+            the number of rows that are done, and how many there are.
 
     Raises:
         UsageError: The threshold is out of range, or ``against`` is the store itself.
@@ -67,10 +72,10 @@ def find_duplicates(
         raise UsageError(f"threshold: got {threshold!r}, expected a number above 0, at most 1")
     if not 0 < threshold <= 1:
         raise UsageError(f"threshold: got {threshold}, expected a number above 0, at most 1")
-    opened = _opened(store, "store")
+    opened, show = _opened(store, "store"), progress or no_progress
     if against is not None:
-        return leaks_between(opened, _opened(against, "against"), float(threshold))
-    return _duplicates_of_one(opened, float(threshold), keep=keep)
+        return leaks_between(opened, _opened(against, "against"), float(threshold), show)
+    return _duplicates_of_one(opened, float(threshold), show, keep=keep)
 
 
 def _opened(store: object, name: str) -> FeatureStore:
@@ -87,7 +92,9 @@ def _opened(store: object, name: str) -> FeatureStore:
 # One store
 
 
-def _duplicates_of_one(store: FeatureStore, threshold: float, *, keep: bool) -> Duplicates:
+def _duplicates_of_one(
+    store: FeatureStore, threshold: float, progress: Progress, *, keep: bool
+) -> Duplicates:
     files = Files.of(store)
     kept = KeptPairs.load(store.path, store.manifest, threshold) if keep else None
     rows = _FileRows.of(store, kept)
@@ -95,7 +102,7 @@ def _duplicates_of_one(store: FeatureStore, threshold: float, *, keep: bool) -> 
     live = np.flatnonzero(rows.row_of >= 0)
     is_present = np.zeros(len(rows.row_of), bool)
     is_present[same.first[live]] = True
-    pairs = _pairs_of_one(rows, same, is_present, threshold, kept)
+    pairs = _pairs_of_one(rows, same, is_present, threshold, kept, progress)
     is_new = pairs is not kept and pairs.is_complete and len(pairs.left) <= MAX_PAIRS
     if keep and is_new and len(store) >= MIN_KEPT_ROWS:
         pairs.save(store.path)
@@ -159,6 +166,7 @@ def _pairs_of_one(
     is_present: npt.NDArray[np.bool_],
     threshold: float,
     kept: KeptPairs | None,
+    progress: Progress,
 ) -> KeptPairs:
     """Return the near pairs among all rows in the files; those that are kept are not compared.
 
@@ -166,14 +174,18 @@ def _pairs_of_one(
     rows that were compared, so retired ones are left out.
     """
     chosen = np.flatnonzero(same.usable & (same.first == np.arange(len(same.first))))
-    pairs = _compared(rows, chosen, threshold, kept)
+    pairs = _compared(rows, chosen, threshold, kept, progress)
     if not pairs.is_complete and (kept is not None or not is_present[chosen].all()):
-        pairs = _compared(rows, chosen[is_present[chosen]], threshold, None)
+        pairs = _compared(rows, chosen[is_present[chosen]], threshold, None, progress)
     return pairs
 
 
 def _compared(
-    rows: _FileRows, chosen: Numbers, threshold: float, kept: KeptPairs | None
+    rows: _FileRows,
+    chosen: Numbers,
+    threshold: float,
+    kept: KeptPairs | None,
+    progress: Progress,
 ) -> KeptPairs:
     """Return the near pairs among some rows.
 
@@ -182,6 +194,7 @@ def _compared(
         chosen: Those to compare, in ascending order, each with other bytes.
         threshold: Least similarity.
         kept: Near pairs of the first rows that are known.
+        progress: As for :func:`find_duplicates`.
     """
     unit = UnitRows(rows.features, chosen)
     numbers = np.arange(len(chosen))
@@ -196,12 +209,12 @@ def _compared(
     is_exact, recalled = True, (0, 0)
     if kept is not None:
         is_exact, recalled = kept.is_exact, (kept.compared, kept.sampled)
-        found.add(exact_pairs(unit, numbers[old:], numbers[:old], kept.threshold))
-        found.add(exact_pairs(unit, numbers[old:], None, kept.threshold))
+        found.add(exact_pairs(unit, numbers[old:], numbers[:old], kept.threshold, progress))
+        found.add(exact_pairs(unit, numbers[old:], None, kept.threshold, progress))
     elif len(chosen) ** 2 // 2 <= EXACT_COMPARISONS:
-        found.add(exact_pairs(unit, numbers, None, threshold))
+        found.add(exact_pairs(unit, numbers, None, threshold, progress))
     else:
-        pairs, recalled = clustered_pairs(unit, threshold)
+        pairs, recalled = clustered_pairs(unit, threshold, progress)
         found.add(pairs)
         is_exact = False
     left, right, similarities = found.found()

@@ -83,7 +83,7 @@ class KeptPairs:
         for folder in derived_folders(out):
             try:
                 kept = cls._read(folder / NAME)
-            except FileNotFoundError:
+            except (FileNotFoundError, NotADirectoryError):
                 continue
             except (
                 OSError,

@@ -12,6 +12,7 @@ from extractor.analysis.near_pairs import (
     EXACT_COMPARISONS,
     MAX_PAIRS,
     Pairs,
+    Progress,
     clustered_pairs,
     exact_pairs,
 )
@@ -28,13 +29,16 @@ Floats = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
 
-def leaks_between(store: FeatureStore, other: FeatureStore, threshold: float) -> Duplicates:
+def leaks_between(
+    store: FeatureStore, other: FeatureStore, threshold: float, progress: Progress
+) -> Duplicates:
     """Return a group for each image of a store that has matches in another store.
 
     Args:
         store: The store.
         other: The other store.
         threshold: Least cosine similarity.
+        progress: As for :func:`find_duplicates`.
 
     Raises:
         StoreError: The stores are of different backbones.
@@ -53,9 +57,9 @@ def leaks_between(store: FeatureStore, other: FeatureStore, threshold: float) ->
     left, right = np.flatnonzero(in_store), np.flatnonzero(in_other)
     is_exact, recalled = len(left) * len(right) <= EXACT_COMPARISONS, (0, 0)
     if is_exact:
-        pairs = exact_pairs(rows, left, right, threshold)
+        pairs = exact_pairs(rows, left, right, threshold, progress)
     else:
-        pairs, recalled = clustered_pairs(rows, threshold)
+        pairs, recalled = clustered_pairs(rows, threshold, progress)
     matches.add(_across(pairs, in_store, in_other, is_ordered=is_exact))
     matches.trim()
     files = [Files.of(store), Files.of(other)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -18,13 +18,16 @@ __all__ = [
     "Clusters",
     "NearPairs",
     "Pairs",
+    "Progress",
     "clustered_pairs",
     "exact_pairs",
     "measured_recall",
+    "no_progress",
 ]
 
 Pairs: TypeAlias = tuple[Numbers, Numbers]
 Floats: TypeAlias = npt.NDArray[np.float64]
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 # Comparisons up to which all rows are compared with each other: those of 200,000 rows.
 EXACT_COMPARISONS = 200_000**2 // 2
@@ -55,8 +58,17 @@ def _slack(dim: int) -> float:
     return 2 * (dim + 8) * ROUNDING
 
 
+def no_progress(phase: str, done: int, total: int) -> None:
+    """Show nothing."""
+
+
 def exact_pairs(
-    rows: UnitRows, left: Numbers, right: Numbers | None, threshold: float
+    rows: UnitRows,
+    left: Numbers,
+    right: Numbers | None,
+    threshold: float,
+    progress: Progress = no_progress,
+    phase: str = "comparing",
 ) -> Iterator[Pairs]:
     """Yield all pairs whose similarity reaches a threshold, among others slightly below.
 
@@ -65,6 +77,8 @@ def exact_pairs(
         left: ``(n,)``, numbers of rows in ascending order.
         right: ``(m,)``, numbers of other rows; None for the pairs within ``left``.
         threshold: Cosine similarity, above 0.
+        progress: Called with the phase, the rows of ``left`` that are done, and their number.
+        phase: Name of the phase.
 
     Yields:
         Numbers of rows ``(p,)`` and ``(p,)``; each pair once.
@@ -74,6 +88,7 @@ def exact_pairs(
     if len(left) * len(others) > MIN_SKETCHED and rows.dim > SKETCH_DIM:
         sketch = _Sketch.of(rows, left, others)
     for start in range(0, len(left), LEFT_ROWS):
+        progress(phase, start, len(left))
         ours = slice(start, start + LEFT_ROWS)
         unit: Floats32 | None = None  # read only if the sketch does not decide
         first = start if right is None else 0
@@ -201,14 +216,20 @@ class Clusters:
                 probes[chunk] = _largest(products, probes.shape[1])
         return cls(rows, probes, count)
 
-    def pairs(self, threshold: float) -> Iterator[Pairs]:
-        """Yield pairs that may reach a threshold; each pair once."""
+    def pairs(self, threshold: float, progress: Progress = no_progress) -> Iterator[Pairs]:
+        """Yield pairs that may reach a threshold; each pair once.
+
+        Args:
+            threshold: Cosine similarity, above 0.
+            progress: Called as for :func:`exact_pairs`.
+        """
         home = self._probes[:, 0]
         visits = np.argsort(self._probes.ravel(), kind="stable")
         ends = np.cumsum(np.bincount(self._probes.ravel(), minlength=self._count))
         members = np.argsort(home, kind="stable")
         member_ends = np.cumsum(np.bincount(home, minlength=self._count))
         for cluster in range(self._count):
+            progress("comparing", int(member_ends[cluster - 1]) if cluster else 0, len(home))
             own = members[member_ends[cluster - 1] if cluster else 0 : member_ends[cluster]]
             near = visits[ends[cluster - 1] if cluster else 0 : ends[cluster]]
             for pair in self._between(near // self._probes.shape[1], own, threshold):
@@ -276,13 +297,16 @@ def _centers(rows: UnitRows, count: int) -> Floats32:
     return centers
 
 
-def measured_recall(rows: UnitRows, clusters: Clusters, threshold: float) -> tuple[int, int]:
+def measured_recall(
+    rows: UnitRows, clusters: Clusters, threshold: float, progress: Progress = no_progress
+) -> tuple[int, int]:
     """Return how many pairs of sampled rows are compared by clusters, and how many there are."""
     random = np.random.default_rng(1)
     size = min(RECALL_ROWS, len(rows))
     sample = np.sort(random.choice(len(rows), size, replace=False))
     compared = total = 0
-    for left, right in exact_pairs(rows, sample, np.arange(len(rows)), threshold):
+    everyone = np.arange(len(rows))
+    for left, right in exact_pairs(rows, sample, everyone, threshold, progress, "measuring"):
         near = rows.similarities(left, right) >= threshold
         near &= left != right
         compared += int(clusters.cover(left[near], right[near]).sum())
@@ -290,10 +314,14 @@ def measured_recall(rows: UnitRows, clusters: Clusters, threshold: float) -> tup
     return compared, total
 
 
-def clustered_pairs(rows: UnitRows, threshold: float) -> tuple[Iterator[Pairs], tuple[int, int]]:
+def clustered_pairs(
+    rows: UnitRows, threshold: float, progress: Progress = no_progress
+) -> tuple[Iterator[Pairs], tuple[int, int]]:
     """Return the pairs that clusters find, and :func:`measured_recall`."""
+    progress("clustering", 0, len(rows))
     clusters = Clusters.of(rows)
-    return clusters.pairs(threshold), measured_recall(rows, clusters, threshold)
+    recalled = measured_recall(rows, clusters, threshold, progress)
+    return clusters.pairs(threshold, progress), recalled
 
 
 class NearPairs:

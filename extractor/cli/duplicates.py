@@ -30,6 +30,7 @@ __all__ = [
     "write_csv",
 ]
 
+PHASES = {"clustering": "clustering rows ...", "measuring": "measuring the recall ..."}
 SHEET_ROWS = 80  # which fit into one picture
 SHEET_IMAGES = 10  # of one group
 
@@ -115,10 +116,20 @@ def duplicates(arguments: Sequence[str]) -> int:
     parsed = duplicates_parser().parse_args(arguments)
     check_output(parsed)
     from extractor.analysis.duplicates import find_duplicates
+    from extractor.report import Progress
 
-    bar = Bar(quiet=False, status="comparing rows ...")
+    bar = Bar(quiet=False, status="reading rows ...", unit="row")
+
+    def show(phase: str, done: int, total: int) -> None:
+        if phase == "comparing":
+            bar.update(Progress(done, total, 0))
+        else:
+            bar.show(PHASES[phase])
+
     with bar, logging_to(bar.warn):
-        found = find_duplicates(parsed.store, threshold=parsed.threshold, against=parsed.against)
+        found = find_duplicates(
+            parsed.store, threshold=parsed.threshold, against=parsed.against, progress=show
+        )
     if parsed.csv:
         write_csv(parsed.csv, _HEAD, _records(found))
         say(f"table of all images: {parsed.csv}")

@@ -154,6 +154,28 @@ def test_every_way_finds_the_groups_of_all_pairs(
     assert duplicates.recall == (1.0 if way == "clusters" else None)
 
 
+@pytest.mark.parametrize("way", ["exact", "clusters"])
+def test_progress_names_the_phase_and_grows(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    monkeypatch.setattr(near_pairs, "LEFT_ROWS", 100)
+    if way == "clusters":
+        monkeypatch.setattr(duplicates_module, "EXACT_COMPARISONS", 0)
+    seen: list[tuple[str, int, int]] = []
+    find_duplicates(make_store(noisy(350, 50, 8)), progress=lambda *each: seen.append(each))
+    compared = [(done, total) for phase, done, total in seen if phase == "comparing"]
+    assert compared == sorted(compared)
+    assert len({total for _, total in compared}) == 1
+    if way == "exact":
+        assert compared == [(0, 350), (100, 350), (200, 350), (300, 350)]
+    else:
+        assert list(dict.fromkeys(phase for phase, *_ in seen)) == [
+            "clustering",
+            "measuring",
+            "comparing",
+        ]
+
+
 def test_a_mapping_holds_what_the_groups_hold(make_store: OpenStore) -> None:
     store = make_store(turned(0, 90, 8))
     found = json.loads(json.dumps(find_duplicates(store).to_mapping(), allow_nan=False))
@@ -202,9 +224,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """Numbers of rows on both sides of each comparison."""
     calls = []
 
-    def compare(rows: Any, left: Any, right: Any, threshold: float) -> Any:
+    def compare(rows: Any, left: Any, right: Any, *rest: Any) -> Any:
         calls.append((len(left), len(left) if right is None else len(right)))
-        return near_pairs.exact_pairs(rows, left, right, threshold)
+        return near_pairs.exact_pairs(rows, left, right, *rest)
 
     monkeypatch.setattr(duplicates_module, "exact_pairs", compare)
     monkeypatch.setattr(duplicates_module, "MIN_KEPT_ROWS", 1)

@@ -17,7 +17,14 @@ import torchvision
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from extractor import FeatureStore, evaluate_store, extract, load_backbone, transform_store
+from extractor import (
+    FeatureStore,
+    evaluate_store,
+    extract,
+    find_duplicates,
+    load_backbone,
+    transform_store,
+)
 from extractor.cli import main as cli
 from extractor.loading.loader import BatchLoader
 from extractor.loading.options import LoaderOptions
@@ -185,3 +192,23 @@ def test_nearest_photos_have_the_class_that_scikit_learn_finds(tmp_path: Path) -
     small = transform_store(store, tmp_path / "small", normalize=True, pca=64, whiten=True)
     assert small.shape == (64,)
     assert evaluate_store(small.out).scores["accuracy@1"].value > 0.9
+
+
+def test_resized_and_recompressed_photos_are_found_and_no_others(tmp_path: Path) -> None:
+    name, path, _, _ = squeezenet()
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, photo in enumerate(sorted((DATA / "photos").iterdir())[::9][:36]):
+        image = Image.open(photo).convert("RGB")
+        image.save(images / f"{photo.stem}.png")
+        if number % 4 == 0:
+            image.save(images / f"copy_{photo.stem}.jpg", quality=75)
+        elif number % 4 == 2:
+            smaller = image.resize((image.width * 3 // 4, image.height * 3 // 4))
+            smaller.save(images / f"copy_{photo.stem}.jpg", quality=95)
+    store = extract(images, name, tmp_path / "out", weights=path, device="cpu").store
+    groups = [
+        [image.path for image in group.images] for group in find_duplicates(store, threshold=0.95)
+    ]
+    assert len(groups) == 18
+    assert all(f"{Path(keep).stem}.jpg" == copy[5:] for keep, copy in groups)
