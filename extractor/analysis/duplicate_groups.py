@@ -18,6 +18,8 @@ __all__ = ["DuplicateGroup", "DuplicateImage", "Duplicates", "GroupTable"]
 
 Floats = npt.NDArray[np.float64]
 
+GROUPS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class DuplicateImage:
@@ -146,8 +148,9 @@ class Duplicates(Sequence[DuplicateGroup]):
         return self._groups(numbers)
 
     def __iter__(self) -> Iterator[DuplicateGroup]:
-        """Return an iterator over the groups."""
-        return iter(self[:])
+        """Return an iterator over the groups, of which it reads some at a time."""
+        for start in range(0, len(self), GROUPS_AT_ONCE):
+            yield from self[start : start + GROUPS_AT_ONCE]
 
     @property
     def redundant(self) -> int:

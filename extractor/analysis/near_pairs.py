@@ -108,6 +108,7 @@ def exact_pairs(
                 a, b = a[kept], b[kept]
             if len(a):
                 yield left[ours][a], others[theirs][b]
+    progress(phase, len(left), len(left))
 
 
 def _hits(unit: Floats32, rows: UnitRows, others: Numbers, threshold: float) -> Pairs:
@@ -234,6 +235,7 @@ class Clusters:
             near = visits[ends[cluster - 1] if cluster else 0 : ends[cluster]]
             for pair in self._between(near // self._probes.shape[1], own, threshold):
                 yield self._kept(*pair, cluster)
+        progress("comparing", len(home), len(home))
 
     def _between(self, near: Numbers, own: Numbers, threshold: float) -> Iterator[Pairs]:
         """Yield the pairs of rows near a cluster and rows in it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, overload
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from extractor.analysis.near_pairs import no_progress
 from extractor.analysis.unit_rows import Numbers
 from extractor.errors import StoreError, UsageError
 from extractor.evaluation.labels import Labels, labels_of
@@ -34,9 +35,11 @@ TINY = 1e-12
 MAX_EXACT = 50_000
 SAMPLE_ROWS = 20_000
 BLOCK_ROWS = 1024
+IMAGES_AT_ONCE = 16_384
 
-Floats = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
+Floats: TypeAlias = npt.NDArray[np.float64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+Progress: TypeAlias = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -184,8 +187,9 @@ class Outliers(Sequence[Outlier]):
         return self.of_rows(self._all.rows[[range(len(self))[index]]])[0]
 
     def __iter__(self) -> Iterator[Outlier]:
-        """Return an iterator over all images, furthest first."""
-        return iter(self[:])
+        """Return an iterator over all images, furthest first; it reads some at a time."""
+        for start in range(0, len(self), IMAGES_AT_ONCE):
+            yield from self[start : start + IMAGES_AT_ONCE]
 
     def of_rows(self, rows: npt.ArrayLike) -> list[Outlier]:
         """Return what is known about some rows of the store."""
@@ -268,6 +272,7 @@ def find_outliers(
     labels: Labels = None,
     *,
     k: int | None = None,
+    progress: Progress | None = None,
 ) -> Outliers:
     """Rank images by their mean cosine distance to the k nearest others.
 
@@ -284,6 +289,8 @@ def find_outliers(
             CSV file with the columns ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function,
             which gets a path; a mapping of paths; or one label per row.
         k: Number of neighbors; None for 10, or all others if there are fewer.
+        progress: Called with the phase (``comparing``, or ``classes`` for the rows of each class),
+            the number of rows that are done, and how many there are.
 
     Raises:
         UsageError: k is too large, or labels are missing or unknown.
@@ -304,8 +311,12 @@ def find_outliers(
         is_folders = isinstance(labels, str) and labels == FOLDERS
         names = labels_of(opened, None if is_folders else labels)
     usable = _usable(opened)
-    neighbors, distances, method = _neighbors(opened, usable, count)
-    in_class = None if names is None else _class_distances(opened, names, usable, count)
+    show = progress or no_progress
+    in_class = None
+    with np.errstate(invalid="ignore", over="ignore"):  # rows with infinity
+        neighbors, distances, method = _neighbors(opened, usable, count, show)
+        if names is not None:
+            in_class = _class_distances(opened, names, usable, count, show)
     return Outliers(
         opened, neighbors, distances, method=method, labels=names, class_distances=in_class
     )
@@ -329,7 +340,9 @@ def _usable(store: FeatureStore) -> Mask:
     return usable
 
 
-def _neighbors(store: FeatureStore, usable: Mask, k: int) -> tuple[Numbers, Floats, str]:
+def _neighbors(
+    store: FeatureStore, usable: Mask, k: int, progress: Progress
+) -> tuple[Numbers, Floats, str]:
     """Return the k nearest rows of each, the mean distance to them, and how they were found."""
     neighbors = np.full((len(store), k), -1, np.int64)
     distances = np.full(len(store), np.nan)
@@ -345,6 +358,7 @@ def _neighbors(store: FeatureStore, usable: Mask, k: int) -> tuple[Numbers, Floa
     array = _vectors(store.features, sample) if by_sample else None
     lengths = RowLengths(len(sample))
     for start in range(0, len(rows), BLOCK_ROWS):
+        progress("comparing", start, len(rows))
         chunk = rows[start : start + BLOCK_ROWS]
         vectors = _vectors(store.features, chunk)
         if array is None:
@@ -356,14 +370,20 @@ def _neighbors(store: FeatureStore, usable: Mask, k: int) -> tuple[Numbers, Floa
             found, scores = np.where(near.rows < 0, -1, sample[near.rows]), near.scores
         neighbors[chunk] = found
         distances[chunk] = _mean_distance(scores)
+    progress("comparing", len(rows), len(rows))
     return neighbors, distances, method
 
 
-def _class_distances(store: FeatureStore, labels: Sequence[str], usable: Mask, k: int) -> Floats:
+def _class_distances(
+    store: FeatureStore, labels: Sequence[str], usable: Mask, k: int, progress: Progress
+) -> Floats:
     """Return the mean distance of each row to the k nearest of its class; NaN without any."""
     distances = np.full(len(store), np.nan)
-    for rows in _rows_by_label(labels).values():
-        rows = rows[usable[rows]]
+    done = 0
+    for members in _rows_by_label(labels).values():
+        progress("classes", done, len(store))
+        done += len(members)
+        rows = members[usable[members]]
         sample = rows if len(rows) <= MAX_EXACT else _sample(rows)
         if len(rows) < 2:
             continue

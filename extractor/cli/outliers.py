@@ -61,10 +61,18 @@ def outliers(arguments: Sequence[str]) -> int:
     parsed = outliers_parser().parse_args(arguments)
     check_output(parsed)
     from extractor.analysis.outliers import find_outliers
+    from extractor.report import Progress
 
-    bar = Bar(quiet=False, status="searching for neighbors ...")
+    bar = Bar(quiet=False, status="reading rows ...", unit="row")
+
+    def show(phase: str, done: int, total: int) -> None:
+        if phase == "comparing":
+            bar.update(Progress(done, total, 0))
+        else:
+            bar.show("comparing within classes ...")
+
     with bar, logging_to(bar.warn):
-        found = find_outliers(parsed.store, parsed.labels, k=parsed.k)
+        found = find_outliers(parsed.store, parsed.labels, k=parsed.k, progress=show)
     if parsed.csv:
         write_csv(parsed.csv, _HEAD, _records(found))
         say(f"table of all images: {parsed.csv}")

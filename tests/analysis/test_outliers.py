@@ -164,6 +164,26 @@ def test_a_store_of_few_rows_has_no_outliers(make_store: OpenStore, count: int) 
         find_outliers(make_store(turned(0, 1)[:count]))
 
 
+def test_progress_names_the_phase_and_grows(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outliers_module, "BLOCK_ROWS", 5)
+    seen: list[tuple[str, int, int]] = []
+    labels = ["a"] * 8 + ["b"] * 4
+    find_outliers(make_store(clouds((8, 4))), labels, progress=lambda *each: seen.append(each))
+    assert seen[:4] == [("comparing", done, 12) for done in (0, 5, 10, 12)]
+    assert seen[4:] == [("classes", 0, 12), ("classes", 8, 12)]
+
+
+def test_iteration_reads_some_images_at_a_time(
+    make_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outliers = find_outliers(make_store(clouds((8, 4))))
+    whole = outliers[:]
+    monkeypatch.setattr(outliers_module, "IMAGES_AT_ONCE", 5)
+    assert list(outliers) == whole
+
+
 def test_a_mapping_may_hold_the_first_only(make_store: OpenStore) -> None:
     outliers = find_outliers(make_store(clouds((6, 6))), ["a"] * 6 + ["b"] * 6)
     found = outliers.to_mapping(2)
