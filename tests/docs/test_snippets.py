@@ -112,7 +112,6 @@ def here(
     tmp_path: Path,
     weights: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> Path:
     """The current folder, with what pages assume: images in folders, a query, weights."""
     monkeypatch.chdir(tmp_path)
@@ -199,23 +198,33 @@ def test_extras_of_pip_exist() -> None:
     [
         ("sh\nfrobnicate photos", "nothing runs 'frobnicate photos'"),
         ("console\n$ extract nowhere", "exit code 1"),
+        ("console\n$ extract models vgg11\ntorchvision:vgg99", "a line that is not there"),
         ("python\nassert False, 'wrong'", "wrong"),
         ("sh\n#!/bin/sh\nexit 3", "exit code 3"),
     ],
 )
 def test_a_snippet_that_nothing_runs_or_that_fails_is_found(
-    block: str, error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    block: str,
+    error: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "page.md"
     page.write_text(f"# Page\n\n```{block}\n```\n")
     with pytest.raises((AssertionError, pytest.fail.Exception), match=error):
-        Reader(monkeypatch, ELSEWHERE).read(page)
+        Reader(monkeypatch, capsys, ELSEWHERE).read(page)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(SHOWN) - set(TESTED_BY)))
-def test_every_snippet_runs(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_snippet_runs(
+    name: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for package in ("faiss", "sklearn", "matplotlib", "starlette"):
         pytest.importorskip(package)
-    Reader(monkeypatch, ELSEWHERE, names_of(name), SCRIPTS).read(SHOWN[name])
+    Reader(monkeypatch, capsys, ELSEWHERE, names_of(name), SCRIPTS).read(SHOWN[name])

@@ -54,6 +54,7 @@ class Reader:
 
     Args:
         monkeypatch: Sets what the page exports.
+        capture: What commands print.
         elsewhere: Beginnings of commands, or of snippets of Python, that cannot run here; with the
             reason.
         names: Variables that the page assumes.
@@ -63,6 +64,7 @@ class Reader:
     def __init__(
         self,
         monkeypatch: pytest.MonkeyPatch,
+        capture: pytest.CaptureFixture[str],
         elsewhere: Mapping[str, str],
         names: Mapping[str, Any] | None = None,
         script_environment: Mapping[str, str] | None = None,
@@ -70,6 +72,7 @@ class Reader:
         self.names = dict(names or {})
         self.passed_over: list[str] = []
         self._monkeypatch = monkeypatch
+        self._capture = capture
         self._elsewhere = elsewhere
         self._script_environment = dict(script_environment or {})
 
@@ -84,6 +87,20 @@ class Reader:
             else:
                 for line in snippet.commands:
                     self._run(line)
+                if snippet.language == "console":
+                    self._check_output(snippet.content)
+
+    def _check_output(self, content: str) -> None:
+        """Check that each line that a page shows begins like one that was printed."""
+        printed = {line.split()[0] for line in self._printed() if line[:1].strip()}
+        for line in content.splitlines():
+            if line[:1].strip() and not line.startswith(("$", "...")):
+                assert line.split()[0] in printed, (
+                    f"the page shows a line that is not there: {line}"
+                )
+
+    def _printed(self) -> list[str]:
+        return self._capture.readouterr().out.splitlines()
 
     def _is_elsewhere(self, text: str) -> bool:
         found = [start for start in self._elsewhere if text.startswith(start)]
