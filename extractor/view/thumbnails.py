@@ -16,7 +16,7 @@ from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget
 from extractor.images.decode import decode_into
 from extractor.options import MAX_PIXELS
-from extractor.preprocess import Preprocess
+from extractor.preprocess import Interpolation, Preprocess
 from extractor.search.derived import derived_folders
 from extractor.view.collection import Collection, Image
 
@@ -29,6 +29,7 @@ LARGE_EDGE = 1024
 FOLDER = ".thumbnails"
 IDS_PER_FOLDER = 1000
 QUALITY = 85  # of JPEG
+FILTER: Interpolation = "hamming"  # 1.3 ms less than lanczos for a photo; needs no torch
 MEMORY_BYTES = 64 * 2**20
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
 
@@ -139,4 +140,4 @@ def _transform(image: Image, edge: int) -> Preprocess:
     scale = min(edge / max(width, height), 1.0)
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
     half = (0.5, 0.5, 0.5)
-    return Preprocess(size, "squash", size, "lanczos", half, half, (255, 255, 255))
+    return Preprocess(size, "squash", size, FILTER, half, half, (255, 255, 255))

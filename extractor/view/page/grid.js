@@ -4,7 +4,8 @@ import { element, fileName } from "./dom.js";
 
 const MAX_HEIGHT = 15_000_000; // pixels; Firefox ends at 17.8 million, Chromium at 33 million
 const GAP = 6;
-const OVERSCAN = 1.0; // windows above and below that are made ready
+const AHEAD = 1.5; // windows that are made ready in the direction of scrolling
+const BEHIND = 0.5; // and in the other one
 const JUMP = 2; // windows; a longer move is a drag of the scroll bar
 const HURRY_MS = 60; // during a long drag, thumbnails wait until it rests
 
@@ -24,7 +25,8 @@ export class Grid {
     this.top = 0; // position in the whole list, in pixels
     this.base = 0; // position of the first row in the spacer
     this.scrolled = 0;
-    this.lastJump = 0;
+    this.lastJump = -1000;
+    this.isUpward = false;
     this.spacer = element("div", { class: "spacer", role: "presentation" });
     scroller.append(this.spacer);
     scroller.addEventListener("scroll", () => this.onScroll(), { passive: true });
@@ -102,6 +104,7 @@ export class Grid {
     const moved = now - this.scrolled;
     if (moved === 0 || !this.listing) return;
     this.scrolled = now;
+    this.isUpward = moved < 0;
     if (Math.abs(moved) > JUMP * this.window) this.lastJump = performance.now();
     if (!this.isScaled) {
       this.top = now;
@@ -131,9 +134,10 @@ export class Grid {
 
   render() {
     if (!this.listing || !this.columns) return;
-    const margin = this.window * OVERSCAN;
-    const first = Math.max(Math.floor((this.top - margin) / this.pitch), 0);
-    const last = Math.min(Math.ceil((this.top + this.window + margin) / this.pitch), this.count) - 1;
+    const above = this.window * (this.isUpward ? AHEAD : BEHIND);
+    const below = this.window * (this.isUpward ? BEHIND : AHEAD);
+    const first = Math.max(Math.floor((this.top - above) / this.pitch), 0);
+    const last = Math.min(Math.ceil((this.top + this.window + below) / this.pitch), this.count) - 1;
     for (const [number, row] of this.rows) {
       if (number >= first && number <= last) continue;
       discard(row);
