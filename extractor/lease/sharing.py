@@ -17,8 +17,10 @@ __all__ = ["Machine", "Sharing", "WorkerSlot", "on_first_device", "processes_per
 CORES_PER_GPU_PROCESS = 2
 MAX_PROCESSES_PER_GPU = 8
 
-# Context, weights and activations of one process, with batches of 256 in half precision.
+# What one process needs of a GPU: context and activations with batches of 256 in half precision,
+# and the weights twice, since they are copied as they are loaded.
 BYTES_PER_GPU_PROCESS = 6 * 2**30
+COPIES_OF_WEIGHTS = 2
 MAX_PROCESSES_UNKNOWN_GPU = 4
 
 # On a CPU the forward pass takes most of the time, and it holds no lock. Its threads gain little
@@ -41,6 +43,7 @@ class Machine:
             ``cuda:0``.
         threads: Number of threads that torch computes with by itself, at most one per core.
         gpu_bytes: Memory of the smallest GPU; 0 if that is not known.
+        weight_bytes: Size of the weights that each process loads.
     """
 
     cores: int
@@ -48,6 +51,7 @@ class Machine:
     device: str
     threads: int
     gpu_bytes: int = 0
+    weight_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -155,18 +159,22 @@ def _default_processes(devices: tuple[str, ...], machine: Machine) -> int:
     if devices[0] == "cpu":
         return max(machine.cores // CORES_PER_CPU_PROCESS, 1)
     if devices[0].startswith("cuda"):
-        return processes_per_gpu(machine.cores // len(devices), machine.gpu_bytes)
+        return processes_per_gpu(
+            machine.cores // len(devices), machine.gpu_bytes, machine.weight_bytes
+        )
     return 1  # Apple's GPU shares its memory with the cores; not measured
 
 
-def processes_per_gpu(cores: int, gpu_bytes: int = 0) -> int:
+def processes_per_gpu(cores: int, gpu_bytes: int = 0, weight_bytes: int = 0) -> int:
     """Return how many processes share a GPU in a long run.
 
     Args:
         cores: Number of cores for this GPU.
         gpu_bytes: Memory of the GPU; 0 if that is not known.
+        weight_bytes: Size of the weights that each process loads.
     """
-    fitting = gpu_bytes // BYTES_PER_GPU_PROCESS if gpu_bytes else MAX_PROCESSES_UNKNOWN_GPU
+    needed = BYTES_PER_GPU_PROCESS + COPIES_OF_WEIGHTS * weight_bytes
+    fitting = gpu_bytes // needed if gpu_bytes else MAX_PROCESSES_UNKNOWN_GPU
     return max(min(cores // CORES_PER_GPU_PROCESS, MAX_PROCESSES_PER_GPU, fitting), 1)
 
 

@@ -136,6 +136,7 @@ def _slots(leased: LeasedRun, computing: Computing) -> list[WorkerSlot]:
         str(device_of(computing.specs)),
         torch.get_num_threads(),
         _least_gpu_bytes() if device_of(computing.specs).type == "cuda" else 0,
+        _weight_bytes(computing.specs),
     )
     sharing = share_out(
         options,
@@ -281,6 +282,12 @@ def _least_gpu_bytes() -> int:
     """Return the memory of the smallest GPU; 0 if there is none."""
     gpus = range(torch.cuda.device_count())
     return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=0)
+
+
+def _weight_bytes(specs: Sequence[EmbeddingSpec]) -> int:
+    """Return the size of the weights of all backbones."""
+    modules = {id(each.module): each.module for spec in specs for each in spec.backbones}
+    return sum(weight.nbytes for module in modules.values() for weight in module.parameters())
 
 
 def _folder(leased: LeasedRun, computing: Computing) -> Path:

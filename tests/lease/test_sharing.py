@@ -84,6 +84,12 @@ def test_processes_fit_into_the_memory_of_the_gpu(gib: int, processes: int) -> N
     assert processes_per_gpu(3, gib * 2**30) == 1
 
 
+def test_large_weights_leave_room_for_fewer_processes() -> None:
+    machine = Machine(96, 1, "cuda:0", threads=96, gpu_bytes=80 * 2**30, weight_bytes=7 * 2**30)
+    slots = share_out(Options(), machine, images=MANY, shards=999).slots
+    assert len(slots) == 4  # 6 GiB and twice 7 GiB each
+
+
 def test_the_cores_of_a_gpu_decode() -> None:
     assert [slot.workers for slot in shared(16, 1).slots] == [2] * 8
     assert [slot.workers for slot in shared(2, 2, devices="all").slots] == [1, 1]
