@@ -40,6 +40,7 @@ __all__ = ["main", "process"]
 # Exit codes of errors, as in the table EXIT_CODES of extractor.terminal.parser.
 FAILED = 1
 USAGE_ERROR = 2
+RESUME = "Run the same command to resume."
 
 # A first word with a meaning of its own; a folder of the same name is written ./models.
 VERBS = {
@@ -72,14 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return extract.extract(words, stopping, events) if verb is None else verb(words[1:])
         except InterruptedRunError as error:
-            saved = f"{error.done:,} of {plural(error.total, 'image')} saved"
+            saved = f"{error.done:,} of {plural(error.total, 'image')} saved. {RESUME}"
             return _interrupted(stopping, events, saved, done=error.done, total=error.total)
         except UsageError as error:
             return _complain(error, USAGE_ERROR, events)
         except ExtractorError as error:
             return _complain(error, FAILED, events)
         except (EndedError, KeyboardInterrupt):
-            return _interrupted(stopping, events, "finished batches are saved")
+            is_run = verb in (None, compare.compare)
+            again = f"finished batches are saved. {RESUME}" if is_run else "run it again"
+            return _interrupted(stopping, events, again)
         except Exception as error:
             if (problem := explain_import(error)) != "":
                 return _complain(InstallationError(problem), FAILED, events)
@@ -111,8 +114,8 @@ def _complain(error: ExtractorError, code: int, events: Events) -> int:
     return code
 
 
-def _interrupted(stopping: Stopping, events: Events, saved: str, **counts: int) -> int:
-    message = f"{stopping.reason}: {saved}. Run the same command to resume."
+def _interrupted(stopping: Stopping, events: Events, what_now: str, **counts: int) -> int:
+    message = f"{stopping.reason}: {what_now}"
     if events.wanted:
         events.write("interrupted", message=message, **counts, exit_code=stopping.exit_code)
     else:

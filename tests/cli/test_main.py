@@ -336,3 +336,29 @@ def test_unwritable_home_is_no_error(
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     assert (tmp_path / "home/.cache/extractor/compiled").is_dir() is (caches == "here")
+
+
+@pytest.mark.parametrize(
+    ("words", "what_now"),
+    [
+        (["index", "store"], "run it again"),
+        (["compare", "a", "b"], "finished batches are saved. Run the same command to resume."),
+        (["images"], "finished batches are saved. Run the same command to resume."),
+    ],
+)
+def test_only_an_interrupted_run_claims_to_have_saved_something(
+    words: list[str],
+    what_now: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(*_: object) -> int:
+        signal.raise_signal(signal.SIGINT)
+        raise AssertionError("the signal raises")
+
+    monkeypatch.setattr("extractor.cli.extract.extract", interrupted)
+    monkeypatch.setattr("extractor.cli.compare.compare", interrupted)
+    monkeypatch.setitem(cli.VERBS, "compare", interrupted)
+    monkeypatch.setitem(cli.VERBS, "index", lambda words: interrupted())
+    assert cli.main(words) == 130
+    assert capsys.readouterr().err == f"extract: interrupted: {what_now}\n"
