@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 NAME = "duplicates.npz"
 FORMAT = "extractor-near-pairs"
 VERSION = 1
-_UNREADABLE = (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -60,6 +58,8 @@ class KeptPairs:
             ValueError: They do not fit together, or name rows that do not exist.
         """
         count, shape = self.rows, self.left.shape
+        if self.similarities.dtype != np.float64 or not 0 < self.threshold <= 1:
+            raise ValueError(f"threshold {self.threshold}, {self.similarities.dtype}")
         if self.left.ndim != 1 or not self.right.shape == self.similarities.shape == shape:
             raise ValueError("arrays of different lengths")
         for numbers in (self.left, self.right):
@@ -85,14 +85,7 @@ class KeptPairs:
                 kept = cls._read(folder / NAME)
             except (FileNotFoundError, NotADirectoryError):
                 continue
-            except (
-                OSError,
-                EOFError,
-                ValueError,
-                KeyError,
-                TypeError,
-                zipfile.BadZipFile,
-            ) as error:
+            except Exception as error:  # numpy parses headers as Python and raises anything
                 log.warning("%s is left out: %s", folder / NAME, error)
                 continue
             if kept.threshold <= threshold and known.issuperset(kept.shards):
@@ -103,11 +96,19 @@ class KeptPairs:
     def _read(cls, path: Path) -> KeptPairs:
         with np.load(path, allow_pickle=False) as arrays:
             about = json.loads(str(arrays["about"]))
-            if (about.pop("format"), about.pop("version")) != (FORMAT, VERSION):
+            if (about["format"], about["version"]) != (FORMAT, VERSION):
                 raise ValueError("it has another format")
-            shards = tuple((int(n), str(d), int(r)) for n, d, r in about.pop("shards"))
-            names = ("left", "right", "similarities")
-            return cls(shards, **about, **{name: arrays[name] for name in names})
+            return cls(
+                tuple((int(n), str(d), int(r)) for n, d, r in about["shards"]),
+                float(about["threshold"]),
+                int(about["compared"]),
+                int(about["sampled"]),
+                is_exact=bool(about["is_exact"]),
+                is_complete=True,
+                left=arrays["left"],
+                right=arrays["right"],
+                similarities=arrays["similarities"],
+            )
 
     def save(self, out: Path) -> None:
         """Keep the pairs in the store, or in the user's cache if the store is read-only."""
@@ -119,7 +120,6 @@ class KeptPairs:
             "compared": self.compared,
             "sampled": self.sampled,
             "is_exact": self.is_exact,
-            "is_complete": self.is_complete,
         }
         content = io.BytesIO()
         np.savez(

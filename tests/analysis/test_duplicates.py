@@ -269,6 +269,28 @@ def test_new_rows_are_compared_with_old_ones_and_retired_rows_no_longer_count(
     assert counted[-1] == (8, 8)  # and not for a lower one
 
 
+def test_pairs_that_clusters_found_are_extended_exactly(
+    tmp_path: Path, counted: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    gray(images, 0, 5, 100, 110, 120, 200, 245, 250)
+    extract(images, mean_pixel(), out, device="cpu")
+    monkeypatch.setattr(duplicates_module, "EXACT_COMPARISONS", 10)  # of 8 rows: 32
+    first = find_duplicates(out, threshold=0.999)
+    assert (first.method, first.recall, counted) == ("clusters", 1.0, [])
+    gray(images, 2)
+    extract(images, mean_pixel(), out, device="cpu")
+    grown = find_duplicates(out, threshold=0.999)
+    assert counted == [(1, 8), (1, 1)]
+    assert (grown.method, grown.recall_pairs) == ("clusters", first.recall_pairs)
+    assert groups(grown)[0] == ["000.png", "002.png", "005.png"]
+    gray(images, 3, 4)  # too many to compare them exactly
+    extract(images, mean_pixel(), out, device="cpu")
+    again = find_duplicates(out, threshold=0.999)
+    assert len(counted) == 2
+    assert groups(again)[0] == [f"00{level}.png" for level in (0, 2, 3, 4, 5)]
+
+
 def test_a_pair_with_equal_rows_outlives_the_row_that_was_compared(
     tmp_path: Path, counted: list[tuple[int, int]]
 ) -> None:
