@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreDamagedError, StoreError, UsageError
+from extractor.errors import StoreDamagedError, StoreError, UnknownTokenError, UsageError
 from extractor.reading.groups import check_comparable
 from extractor.reading.reader import FeatureStore
 from extractor.reading.transform import Transform, array_files, read_transform, unit_length
@@ -177,8 +177,7 @@ def transform_store(
     source = _source(store)
     fit_on = source if fit is None else _source(fit)
     out = Path(out)
-    if os.path.realpath(out) in {os.path.realpath(each.path) for each in (source, fit_on)}:
-        raise UsageError(f"out: got {out}, which is the store to read; choose another folder")
+    _check_out(out, source, fit_on)
     _check_shapes(request, source)
     check_comparable(source, fit_on, advice="fit on a store that was made as the source was")
     finish_publishing(out, lock=lock)
@@ -227,6 +226,19 @@ def _source(store: FeatureStore | str | os.PathLike[str]) -> FeatureStore:
     if not len(source):
         raise StoreError(f"{source.path} holds no rows, so there is nothing to transform")
     return source
+
+
+def _check_out(out: Path, *read: FeatureStore) -> None:
+    """Check where the result is to lie.
+
+    Raises:
+        UsageError: It is a store to read, or lies in a store, whose folder holds nothing else.
+    """
+    if os.path.realpath(out) in {os.path.realpath(each.path) for each in read}:
+        raise UsageError(f"out: got {out}, which is the store to read; choose another folder")
+    for folder in Path(os.path.realpath(out)).parents:
+        if (folder / MANIFEST).is_file():
+            raise UsageError(f"out: {out} is in the store {folder}; choose a folder beside it")
 
 
 def _projects(request: _Request) -> bool:
@@ -288,13 +300,27 @@ def _existing(claim: ClaimedFolder, source: FeatureStore) -> _Existing | None:
             "another --out, or replace it with --overwrite"
         )
     origin = description.transform["source"]["store"]
-    is_same = os.path.realpath(origin) == os.path.realpath(source.path)
-    if not is_same and (Path(origin) / MANIFEST).is_file():
+    if not _is_source(source, description.transform["source"]):
         raise StoreError(
             f"{claim.out} was made from {origin}, got {source.path}; choose another --out, or "
             "replace it with --overwrite"
         )
     return _Existing(transform, description)
+
+
+def _is_source(store: FeatureStore, origin: Mapping[str, str]) -> bool:
+    """Return whether a result was made from a store, which may have been moved since."""
+    if os.path.realpath(origin["store"]) == os.path.realpath(store.path):
+        return True
+    if (Path(origin["store"]) / MANIFEST).is_file():
+        return False
+    if origin["token"] == store.token:
+        return True
+    try:
+        store.changes_since(origin["token"])
+    except UnknownTokenError:
+        return False
+    return True
 
 
 def _check_request(

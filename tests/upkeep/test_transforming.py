@@ -483,6 +483,28 @@ def test_moved_source_is_accepted_and_another_one_is_not(
     transform_store(source, out, pca=2)
     moved = source.rename(tmp_path / "moved")
     assert not transform_store(moved, out).is_changed
+    before = content(out)
+    other = write_store(tmp_path / "other", [ROWS[:4]])
+    with pytest.raises(StoreError, match=f"was made from {source}, got {other}"):
+        transform_store(other, out)
+    assert content(out) == before
+
+
+def test_source_that_moved_and_grew_is_accepted(tmp_path: Path, images: Path) -> None:
+    embed(images, tmp_path / "source")
+    transform_store(tmp_path / "source", tmp_path / "out", pca=2)
+    grow(images)
+    embed(images, tmp_path / "source")
+    moved = (tmp_path / "source").rename(tmp_path / "moved")
+    assert transform_store(moved, tmp_path / "out").added == 3
+
+
+def test_result_inside_a_store_is_refused(tmp_path: Path, source: Path) -> None:
+    before = content(source)
+    for inside in (source / "small", source / "features" / "small"):
+        with pytest.raises(UsageError, match=f"is in the store {source}; choose a folder beside"):
+            transform_store(source, inside, pca=2)
+    assert content(source) == before
 
 
 def test_compact_keeps_the_transform(tmp_path: Path, images: Path) -> None:
