@@ -266,6 +266,8 @@ def test_lists_show_duplicates_outliers_and_failures(page: Any, address: str) ->
     until(page, "document.querySelectorAll('#duplicates .group').length === 1")
     page.click("text=Select all but the first")
     assert page.inner_text("#selected-count") == "1 selected"
+    marked = [hit.get_attribute("aria-pressed") for hit in page.query_selector_all(".group .hit")]
+    assert marked == ["false", "true"]
     page.click("#tab-outliers")
     page.wait_for_selector("#outliers .hit")
     page.click("#tab-failures")

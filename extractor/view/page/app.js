@@ -3,7 +3,7 @@
 import { announce, debounced, element, plural, saveFile } from "./dom.js";
 import { Detail } from "./detail.js";
 import { Grid } from "./grid.js";
-import { showDuplicates, showFailures, showOutliers } from "./lists.js";
+import { markTiles, showDuplicates, showFailures, showOutliers } from "./lists.js";
 import { MapView } from "./map.js";
 import { Selection } from "./selection.js";
 import { ServerSource } from "./source.js";
@@ -276,6 +276,7 @@ class App {
     find("selected").hidden = size === 0;
     find("selected-count").textContent = `${size.toLocaleString("en-US")} selected`;
     this.grid.fill();
+    markTiles(this);
     if (this.tab === "map") this.map?.mark();
   }
 

@@ -122,7 +122,8 @@ export class Detail {
       section.append(element("p", { class: "problem", text: result.error }));
       return section;
     }
-    section.append(element("p", { class: "facts", text: `${store.model} · ${result.method}` }));
+    const facts = [store.model, result.method, ...(isOneOfTwo && shared.size ? ["outlined: in both"] : [])];
+    section.append(element("p", { class: "facts", text: facts.join(" · ") }));
     const list = element("ol", { class: "hits" });
     for (const [id, path, , , score] of result.hits) {
       const isShared = isOneOfTwo && shared.has(path);

@@ -85,15 +85,37 @@ export async function showOutliers(panel, app) {
 
 function tile(image, caption, app) {
   const [id, path] = image;
-  const { store } = app;
-  const label = caption ? `${path}, ${caption}` : path;
+  const { store, selection } = app;
   const button = element(
     "button",
-    { type: "button", class: "hit", title: path, "aria-label": label, onclick: () => app.open(store, id) },
+    {
+      type: "button",
+      class: "hit",
+      title: path,
+      "data-id": id,
+      "aria-label": caption ? `${path}, ${caption}` : path,
+      onclick: (event) => {
+        if (event.ctrlKey || event.metaKey) selection.toggle(store, id);
+        else app.open(store, id);
+      },
+    },
     thumbnail(app.source.thumbnail(store, id)),
     element("span", { class: "score", text: caption }),
   );
+  markTile(button, selection.has(store, id));
   return element("li", {}, button);
+}
+
+/** Show which tiles of the lists are selected. */
+export function markTiles(app) {
+  for (const button of document.querySelectorAll(".list .hit[data-id]")) {
+    markTile(button, app.selection.has(app.store, Number(button.dataset.id)));
+  }
+}
+
+function markTile(button, isSelected) {
+  button.classList.toggle("selected", isSelected);
+  button.setAttribute("aria-pressed", isSelected);
 }
 
 /** Add a button that shows the next part of a list. */
