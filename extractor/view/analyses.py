@@ -34,6 +34,7 @@ __all__ = [
 GROUPS = 60  # of duplicates in one answer
 OUTLIERS = 120
 COLORS = 10  # folders with a color of their own
+LEAST_COVERED = 0.25  # of the images; if fewer are in those folders, no color says anything
 MAX_FOLDERS = 1000  # more of them are no classes
 KEPT = 8
 
@@ -200,8 +201,10 @@ def map_parts(collection: Collection, found: StoreMap) -> MapParts:
     span = float((points - low).max(initial=0.0)) or 1.0
     center = (points.max(axis=0) - low) / span / 2 if len(rows) else np.zeros(2)
     names = folder_names(collection)
-    common = [name for name, _ in Counter(names).most_common(COLORS + 1)]
-    shown = common[:COLORS] if len(common) > 1 else []
+    common = Counter(names).most_common(COLORS + 1)
+    covered = sum(count for _, count in common[:COLORS])
+    has_colors = len(common) > 1 and covered >= LEAST_COVERED * len(names)
+    shown = [name for name, _ in common[:COLORS]] if has_colors else []
     code = {name: number for number, name in enumerate(shown)}
     colors = np.array([code.get(names[row], len(shown)) for row in rows.tolist()], np.uint8)
     head = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ NEIGHBORS = 24
 THRESHOLD = 0.95  # of duplicates
 MAX_ANALYZED = 200_000  # rows; in larger stores, duplicates and outliers are left out
 LISTED = 1000  # groups, outliers and failures on the page
+PRELOAD = re.compile(r'^ *<link rel="modulepreload".*\n', re.MULTILINE)
 SCRIPT = '<script type="module" src="app.js"></script>'
 
 
@@ -132,7 +134,7 @@ def _same_images(part: _Part, collection: Collection) -> Numbers:
 def _write_page(folder: Path, data: str) -> None:
     """Write the files of the page, with one classic script; a browser loads no module of a file."""
     files = page_files()
-    page = files["index.html"].decode()
+    page = PRELOAD.sub("", files["index.html"].decode())
     scripts = '<script defer src="data.js"></script>\n    <script defer src="page.js"></script>'
     if SCRIPT not in page:
         raise AssertionError(SCRIPT)

@@ -78,6 +78,16 @@ def test_map_colors_the_largest_folders(tmp_path: Path, write_store: Callable[..
     assert 4 not in ids
 
 
+def test_map_of_many_small_folders_has_no_colors(
+    tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    names = [f"{n:03d}/{n}.jpg".encode() for n in range(41)]
+    rows = np.random.default_rng(0).normal(size=(41, 3)).astype(np.float32)
+    client = TestClient(view_app(write_store(tmp_path / "out", [rows], names=[names])))
+    head = unpacked(wait(client, "/map/0").content)[0]
+    assert (head["names"], head["others"]) == ([], False)
+
+
 def test_duplicates_are_those_of_the_library(client: TestClient, folder: Path) -> None:
     content = wait(client, "/duplicates/0?percent=99").json()
     expected = find_duplicates(folder / "out", threshold=0.99)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from support.pictures import noise
 
 from extractor import FeatureStore, StoreNotFoundError, UsageError, extract, view_app
 from extractor.images.listing import read_list
+from extractor.view import app as app_module
 from extractor.view.page_files import page_files
 
 PATHS = ["a/0.png", "a/2.png", "a/4.png", "b/1.png", "b/3.png", "copy.png"]
@@ -45,6 +47,8 @@ def test_page_names_files_that_are_there(client: TestClient) -> None:
     page = client.get("/")
     assert page.headers["content-type"].startswith("text/html")
     names = set(page_files())
+    preloaded = set(re.findall(r'modulepreload" href="(.+?)"', page.text))
+    assert preloaded == {name for name in names if name.endswith(".js")} - {"app.js"}
     for name in ("style.css", "app.js", "icon.svg"):
         assert name in page.text
         assert client.get(f"/{name}").status_code == 200
@@ -55,6 +59,11 @@ def test_page_names_files_that_are_there(client: TestClient) -> None:
             if line.startswith("import ")
         ]
         assert set(imported) <= names
+
+
+def test_files_of_the_page_are_part_of_the_package() -> None:
+    project = (Path(app_module.__file__).parents[2] / "pyproject.toml").read_text("utf-8")
+    assert '"view/page/*"' in project.partition("package-data]")[2].partition("\n\n")[0]
 
 
 def test_nothing_of_the_page_comes_from_elsewhere() -> None:

@@ -40,6 +40,9 @@ def test_page_holds_images_neighbors_and_thumbnails(folder: Path, tmp_path: Path
         assert flat[1::2] == pytest.approx(expected.scores[0], abs=1e-4)
     with Image.open(tmp_path / "site" / "thumbnails" / "0" / "2.jpg") as image:
         assert image.size == (30, 40)
+    page = (tmp_path / "site" / "index.html").read_text("utf-8")
+    named = set(re.findall(r'(?:href|src)="([^"]+)"', page))
+    assert named == {"icon.svg", "style.css", "data.js", "page.js"}
     assert data["failures"][0][:2] == ["broken.png", "not-an-image"]
     assert data["duplicates"]["groups"]
     assert len(data["outliers"]["outliers"]) == 6

@@ -35,8 +35,9 @@ class App {
     });
     this.listen();
     for (const name of this.source.absent || []) find(`tab-${name}`).remove();
-    this.take(await this.source.state());
-    await this.list();
+    const [state, listing] = await Promise.all([this.source.state(), this.source.listing(0, find("filter").value)]);
+    this.take(state);
+    this.showListing(listing);
     this.follow();
     if (this.source.canSearch) setInterval(() => this.look(), LOOK_MS);
     document.documentElement.dataset.ready = "true";
@@ -177,22 +178,25 @@ class App {
       const listing = this.subset
         ? this.source.listingOf(this.store, this.subset)
         : await this.source.listing(this.store, text);
-      if (number !== this.listed) return;
-      const all = this.stores[this.store].rows;
-      const some = `${listing.total.toLocaleString("en-US")} of ${plural(all, "image")}`;
-      const count = find("count");
-      count.replaceChildren(...(listing.total === all ? [] : [some]));
-      if (this.subset) {
-        const button = element("button", {
-          type: "button",
-          class: "quiet",
-          onclick: () => this.showIds(null),
-          text: "Show all",
-        });
-        count.append(" ", button);
-      }
-      this.grid.show(listing);
+      if (number === this.listed) this.showListing(listing);
     });
+  }
+
+  showListing(listing) {
+    const all = this.stores[this.store].rows;
+    const some = `${listing.total.toLocaleString("en-US")} of ${plural(all, "image")}`;
+    const count = find("count");
+    count.replaceChildren(...(listing.total === all ? [] : [some]));
+    if (this.subset) {
+      const button = element("button", {
+        type: "button",
+        class: "quiet",
+        onclick: () => this.showIds(null),
+        text: "Show all",
+      });
+      count.append(" ", button);
+    }
+    this.grid.show(listing);
   }
 
   /** Show some images in the grid; null for all. */
