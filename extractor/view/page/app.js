@@ -3,7 +3,7 @@
 import { announce, debounced, element, plural, saveFile } from "./dom.js";
 import { Detail } from "./detail.js";
 import { Grid } from "./grid.js";
-import { markTiles, showDuplicates, showFailures, showOutliers } from "./lists.js";
+import { duplicatesBox, failuresBox, markTiles, outliersBox } from "./lists.js";
 import { MapView } from "./map.js";
 import { Selection } from "./selection.js";
 import { ServerSource } from "./source.js";
@@ -220,25 +220,30 @@ class App {
   }
 
   async refresh() {
+    const number = (this.refreshed = (this.refreshed || 0) + 1);
     if (this.tab === "images") return this.list();
-    const panel = find(this.tab);
+    const { tab } = this;
+    const panel = find(tab);
     panel.replaceChildren(element("p", { class: "empty", role: "status", text: "Loading…" }));
     const late = setTimeout(() => {
       const text = "Computing. This takes a while for a large store, once.";
       panel.querySelector(".empty")?.replaceChildren(text);
     }, 1500);
-    const show = { map: () => this.showMap(panel), duplicates: showDuplicates, outliers: showOutliers, failures: showFailures };
+    const boxes = { map: mapShower, duplicates: duplicatesBox, outliers: outliersBox, failures: failuresBox };
+    let box;
     try {
-      await show[this.tab](panel, this);
+      box = await boxes[tab](panel, this);
     } catch (error) {
-      panel.replaceChildren(element("p", { class: "empty problem", role: "alert", text: error.message }));
+      box = element("p", { class: "empty problem", role: "alert", text: error.message });
     }
     clearTimeout(late);
+    // By now, another store may be shown, whose images have the same ids.
+    if (number !== this.refreshed) return;
+    if (typeof box === "function") box();
+    else panel.replaceChildren(box);
   }
 
-  async showMap(panel) {
-    const { store } = this;
-    const map = await this.source.map(store, panel.dataset.method || "");
+  showMap(panel, store, map) {
     this.map?.close();
     this.map = new MapView(panel, map, {
       thumbnail: (id) => this.source.thumbnail(store, id),
@@ -326,6 +331,13 @@ class App {
       announce(error.message, true);
     }
   }
+}
+
+/** Return what shows the map in its panel, which has to be in the document. */
+async function mapShower(panel, app) {
+  const { store } = app;
+  const map = await app.source.map(store, panel.dataset.method || "");
+  return () => app.showMap(panel, store, map);
 }
 
 function tabs() {

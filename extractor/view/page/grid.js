@@ -238,13 +238,15 @@ export class Grid {
     this.fill();
   }
 
-  selectRange(from, to) {
-    const images = [];
-    for (let index = Math.min(from, to); index <= Math.max(from, to); index++) {
-      const image = this.listing.at(index);
-      if (image) images.push(image);
+  /** Select a range, and load those of its images that were never in the window. */
+  async selectRange(from, to) {
+    const { listing } = this;
+    try {
+      const images = await listing.range(Math.min(from, to), Math.max(from, to));
+      if (listing === this.listing) this.options.select(images);
+    } catch (error) {
+      this.options.failed(error);
     }
-    this.options.select(images);
   }
 
   onKey(event) {

@@ -3,8 +3,8 @@
 import { thumbnail } from "./detail.js";
 import { element, plural } from "./dom.js";
 
-/** Show groups of images that are equal or nearly so. The first of a group is the one to keep. */
-export async function showDuplicates(panel, app) {
+/** Return groups of images that are equal or nearly so. The first of a group is the one to keep. */
+export async function duplicatesBox(panel, app) {
   const { source, store, selection } = app;
   const percent = panel.dataset.percent || "95";
   const content = await source.duplicates(store, percent, 0);
@@ -32,36 +32,36 @@ export async function showDuplicates(panel, app) {
     element("div", { class: "list-tools" }, choice, content.total ? selectAll : null, element("span", { class: "facts", text: facts })),
   );
   if (!content.total) box.append(element("p", { class: "empty", text: "No duplicates." }));
-  const show = (groups) => groups.map((group) => duplicateGroup(group, app));
+  const show = (groups) => groups.map((group) => duplicateGroup(group, app, store));
   box.append(...show(content.groups));
-  more(box, content.groups.length, content.total, async (start) => {
+  more(app, box, content.groups.length, content.total, async (start) => {
     const next = await source.duplicates(store, percent, start);
     return show(next.groups);
   });
-  panel.replaceChildren(box);
+  return box;
 }
 
-function duplicateGroup({ kind, images, omitted }, app) {
+function duplicateGroup({ kind, images, omitted }, app, store) {
   const title = `${plural(images.length + omitted, "image")}, ${kind === "identical" ? "the same file" : "nearly the same"}`;
   const [first, ...others] = images;
   const tiles = [
-    tile(first, "keep", app),
-    ...others.map((image) => tile(image, image[4] === null ? "" : image[4].toFixed(3), app)),
+    tile(first, "keep", app, store),
+    ...others.map((image) => tile(image, image[4] === null ? "" : image[4].toFixed(3), app, store)),
   ];
   const group = element("section", { class: "group" }, element("h3", { text: title }), element("ol", { class: "strip" }, ...tiles));
   group.others = others.map(([id]) => id);
   return group;
 }
 
-/** Show images that are unlike all others, and labels that the neighbors do not share. */
-export async function showOutliers(panel, app) {
+/** Return images that are unlike all others, and labels that the neighbors do not share. */
+export async function outliersBox(panel, app) {
   const { source, store } = app;
   const content = await source.outliers(store, 0);
   const box = element("div", { class: "list" });
   if (content.label_errors.length) {
     const tiles = content.label_errors.map((image) => {
       const [, , , , agreement, label, suggested] = image;
-      return tile(image, `${label} → ${suggested}?  ${Math.round(100 * agreement)} %`, app);
+      return tile(image, `${label} → ${suggested}?  ${Math.round(100 * agreement)} %`, app, store);
     });
     box.append(
       element("h2", { text: `${plural(content.errors_total, "probable label error")}` }),
@@ -73,19 +73,19 @@ export async function showOutliers(panel, app) {
     element("h2", { text: "Unlike all others" }),
     element("p", { class: "facts", text: `Mean cosine distance to the nearest images, the largest first · ${content.method}` }),
   );
-  const show = (images) => images.map((image) => tile(image, image[4].toFixed(3), app));
+  const show = (images) => images.map((image) => tile(image, image[4].toFixed(3), app, store));
   const list = element("ol", { class: "strip" }, ...show(content.outliers));
   box.append(list);
-  more(box, content.outliers.length, content.total, async (start) => {
+  more(app, box, content.outliers.length, content.total, async (start) => {
     list.append(...show((await source.outliers(store, start)).outliers));
     return [];
   });
-  panel.replaceChildren(box);
+  return box;
 }
 
-function tile(image, caption, app) {
+function tile(image, caption, app, store) {
   const [id, path] = image;
-  const { store, selection } = app;
+  const { selection } = app;
   const button = element(
     "button",
     {
@@ -119,24 +119,26 @@ function markTile(button, isSelected) {
 }
 
 /** Add a button that shows the next part of a list. */
-function more(box, shown, total, next) {
+function more(app, box, shown, total, next) {
   if (shown >= total) return;
   let count = shown;
   const button = element("button", { type: "button", class: "more", text: "Show more" });
   button.addEventListener("click", async () => {
     button.disabled = true;
-    const before = box.querySelectorAll("li").length;
-    const added = await next(count);
-    button.before(...added);
-    count += added.length || box.querySelectorAll("li").length - before;
+    await app.guarded(async () => {
+      const before = box.querySelectorAll("li").length;
+      const added = await next(count);
+      button.before(...added);
+      count += added.length || box.querySelectorAll("li").length - before;
+    });
     button.disabled = false;
     if (count >= total) button.remove();
   });
   box.append(button);
 }
 
-/** Show failures with their reasons, and images that moved or changed since. */
-export async function showFailures(panel, app) {
+/** Return failures with their reasons, and images that moved or changed since. */
+export async function failuresBox(panel, app) {
   const content = await app.source.failures(app.store);
   const box = element("div", { class: "list" });
   if (content.problems.length) {
@@ -159,7 +161,7 @@ export async function showFailures(panel, app) {
     }
   }
   if (!box.firstChild) box.append(element("p", { class: "empty", text: "No failures." }));
-  panel.replaceChildren(box);
+  return box;
 }
 
 function table(heads, rows) {

@@ -16,29 +16,46 @@ export class Listing {
   /** Return an image; undefined if it has not been loaded. */
   at(index) {
     const page = this.pages.get(Math.floor(index / PAGE));
-    return Array.isArray(page) ? page[index % PAGE] : undefined;
+    return Array.isArray(page) ? page[index % PAGE] : undefined; // or else it is a promise
   }
 
   /** Load the images of a range, and resolve to true if any is new. */
   async want(first, last) {
     const wanted = [];
-    for (let page = Math.floor(first / PAGE); page * PAGE <= last; page++) {
-      if (page < 0 || page * PAGE >= this.total || this.pages.has(page)) continue;
-      wanted.push(this.loadPage(page));
+    for (let page = Math.max(Math.floor(first / PAGE), 0); page * PAGE <= last; page++) {
+      if (page * PAGE >= this.total) break;
+      if (!Array.isArray(this.pages.get(page))) wanted.push(this.page(page));
     }
     await Promise.all(wanted);
     return wanted.length > 0;
   }
 
-  async loadPage(page) {
-    this.pages.set(page, "loading");
+  /** Return all images of a range. */
+  async range(first, last) {
+    const images = [];
+    for (let page = Math.floor(first / PAGE); page * PAGE <= last; page++) {
+      const start = page * PAGE;
+      images.push(...(await this.page(page)).slice(Math.max(first - start, 0), last - start + 1));
+    }
+    return images;
+  }
+
+  /** Return the images of a page, which are asked for once. */
+  page(number) {
+    if (!this.pages.has(number)) this.pages.set(number, this.loadPage(number));
+    return Promise.resolve(this.pages.get(number));
+  }
+
+  async loadPage(number) {
     try {
-      this.pages.set(page, await this.load(page * PAGE, PAGE));
+      const images = await this.load(number * PAGE, PAGE);
+      this.pages.set(number, images);
+      if (this.pages.size > 400) this.pages.delete(this.pages.keys().next().value);
+      return images;
     } catch (error) {
-      this.pages.delete(page);
+      this.pages.delete(number);
       throw error;
     }
-    if (this.pages.size > 400) this.pages.delete(this.pages.keys().next().value);
   }
 }
 
