@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -151,6 +151,7 @@ def evaluate_store(
     rows = store if isinstance(store, Rows) else FeatureStore.open(store)
     source = store_of(rows)
     check_metric(metric)
+    _check_seed(seed)
     names = _labels(rows, labels)
     asked = _Queries.of(rows, names, queries, query_labels)
     chosen = _checked_k(k, len(rows) - asked.is_own)
@@ -234,9 +235,16 @@ class _Queries:
         return picked.reshape(len(picked), -1)
 
 
+def _check_seed(seed: object) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
+        raise UsageError(f"seed: got {seed!r}, expected an integer of at least 0")
+
+
 def _checked_k(k: Sequence[int] | None, available: int) -> list[int]:
     if k is None:
         return [each for each in DEFAULT_K if each <= available]
+    if not isinstance(k, Iterable):
+        raise UsageError(f"k: got {k!r}, expected a list of integers")
     for each in k:
         if isinstance(each, bool) or not isinstance(each, (int, np.integer)) or each < 1:
             raise UsageError(f"k: got {each!r}, expected integers of at least 1")

@@ -82,7 +82,7 @@ def _checked(paths: Sequence[str], values: Iterable[Any]) -> list[str]:
     Raises:
         UsageError: A row has none.
     """
-    labels = [None if value is None else str(value) for value in values]
+    labels = [None if _is_missing(value) else str(value) for value in values]
     missing = [path for path, label in zip(paths, labels, strict=True) if not label]
     if missing:
         raise UsageError(
@@ -90,6 +90,16 @@ def _checked(paths: Sequence[str], values: Iterable[Any]) -> list[str]:
             "in one folder per class, or name labels in a CSV file or a function"
         )
     return [label or "" for label in labels]
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a value stands for no label: None, or NaN and NA of pandas."""
+    if value is None or type(value).__name__ == "NAType":
+        return True
+    try:
+        return bool(value != value)
+    except (TypeError, ValueError):  # an array
+        return False
 
 
 def _shown(paths: Sequence[str]) -> str:

@@ -66,7 +66,7 @@ def probe(
             return np.where(found == truth, 1.0, 0.0)
         folds = min(FOLDS, int(np.bincount(classes).max()))
         right = np.zeros(len(rows))
-        parts = StratifiedKFold(folds, shuffle=True, random_state=seed)
+        parts = StratifiedKFold(folds, shuffle=True, random_state=seed % 2**32)
         for train, tested in parts.split(rows, classes):
             right[tested] = predicted(train, rows[tested]) == truth[tested]
         return right

@@ -174,6 +174,11 @@ def test_result_for_json_has_no_nan(tmp_path: Path, write_store: WriteStore) -> 
         ({"k": [3]}, "k: got 3, but a query has 2 other rows"),
         ({"k": [0]}, "k: got 0, expected integers of at least 1"),
         ({"k": []}, "k: got an empty list"),
+        ({"k": 1}, "k: got 1, expected a list of integers"),
+        ({"seed": -1}, "seed: got -1, expected an integer of at least 0"),
+        ({"seed": 0.5}, "seed: got 0.5, expected an integer of at least 0"),
+        ({"labels": ["a", "a", float("nan")]}, r"labels: 1 row without a label: 0/2.jpg;"),
+        ({"labels": [np.float32("nan"), "a", "a"]}, r"labels: 1 row without a label: 0/0.jpg;"),
         ({"metric": "dot"}, "metric: got 'dot', expected one of cosine, ip, l2"),
         ({"query_labels": ["a"]}, "query labels: there are no queries"),
     ],
@@ -209,6 +214,7 @@ def test_probe_separates_what_a_line_separates(tmp_path: Path, write_store: Writ
     store = write_store(tmp_path / "store", [rows])
     evaluation = evaluate_store(store, names, probe=True)
     assert evaluation.scores["linear probe"].value == 1
+    assert evaluate_store(store, names, probe=True, seed=2**40).scores["linear probe"].value == 1
     noise = [f"{number}" for number in random.integers(0, 2, 60)]
     assert evaluate_store(store, noise, probe=True).scores["linear probe"].value < 0.75
     queries = write_store(tmp_path / "queries", [rows[:4]])
