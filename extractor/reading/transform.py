@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +143,8 @@ def _checked(path: Path, entry: FileEntry) -> bytes:
     """
     advice = "restore it, or make the store again with extract transform --overwrite"
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for its writer
+            raise OSError(errno.EINVAL, "not a regular file")
         content = path.read_bytes()
     except OSError as error:
         raise StoreDamagedError(

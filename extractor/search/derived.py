@@ -111,15 +111,21 @@ class IndexEntry:
             OSError: It cannot be read.
         """
         try:
+            if not path.is_file():  # opening a FIFO would wait for its writer
+                raise ValueError("no regular file")
             values = json.loads(path.read_bytes())
+            if not isinstance(values, dict):
+                raise ValueError(f"got {type(values).__name__}, expected an object")
             if (values.pop("format"), values.pop("version")) != (FORMAT, VERSION):
                 raise ValueError("another format")
             values["shards"] = tuple((int(n), str(d), int(r)) for n, d, r in values["shards"])
             values["file"] = FileEntry(**values["file"])
             values["effort"], values["recall"] = int(values["effort"]), float(values["recall"])
             return cls(folder=path.parent, **values)
-        except (KeyError, TypeError, AttributeError) as error:
+        except KeyError as error:
             raise ValueError(f"it lacks {error}") from error
+        except (TypeError, AttributeError) as error:
+            raise ValueError(f"a value of another type: {error}") from error
 
 
 def shard_keys(manifest: Manifest) -> tuple[ShardKey, ...]:

@@ -201,7 +201,7 @@ def test_an_index_of_other_shards_is_left_out_with_a_warning(
     assert FeatureStore.open(out).search(store[0], 2).method == "exact"
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "json", "foreign"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "json", "list", "fifo", "foreign"])
 def test_a_changed_file_never_reaches_faiss(
     damage: str,
     store: FeatureStore,
@@ -219,6 +219,11 @@ def test_a_changed_file_never_reaches_faiss(
         entry.path.unlink()
     elif damage == "json":
         described.write_text("{")
+    elif damage == "list":
+        described.write_text("[]")
+    elif damage == "fifo":
+        described.unlink()
+        os.mkfifo(described)
     else:
         values = json.loads(described.read_text())
         values["file"]["name"] = "../../../other.faiss"

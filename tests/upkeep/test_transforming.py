@@ -545,7 +545,7 @@ def test_overwrite_replaces_a_result_whose_manifest_is_damaged(
 
 
 @pytest.mark.parametrize("name", ["mean", "components", "scales"])
-@pytest.mark.parametrize("harm", ["missing", "changed", "shorter"])
+@pytest.mark.parametrize("harm", ["missing", "changed", "shorter", "fifo"])
 def test_file_that_is_missing_or_changed_is_refused(
     tmp_path: Path, source: Path, name: str, harm: str
 ) -> None:
@@ -554,12 +554,13 @@ def test_file_that_is_missing_or_changed_is_refused(
     file = out / f"transform_{name}.npy"
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
-    if harm == "missing":
-        file.unlink()
-    else:
+    file.unlink()
+    if harm == "fifo":
+        os.mkfifo(file)
+    elif harm != "missing":
         file.write_bytes(data if harm == "changed" else data[:-8])
     store = FeatureStore.open(out)
-    message = "cannot be read" if harm == "missing" else "was changed: got SHA-256"
+    message = "was changed: got SHA-256" if harm in ("changed", "shorter") else "cannot be read"
     with pytest.raises(StoreDamagedError, match=f"{file.name}, the transform .* {message}"):
         read_transform(out, store.manifest.description)
     with pytest.raises(StoreDamagedError, match=message):
