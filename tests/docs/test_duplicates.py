@@ -27,7 +27,7 @@ def test_every_snippet_runs(
     for name in ("resnet50", "test", "train"):
         write_store(tmp_path / "features" / name, [rows], names=[names])
     assert {snippet.language for snippet in snippets(GUIDE)} == {"python", "sh"}
-    Reader(monkeypatch, {}).read(GUIDE)
+    Reader(monkeypatch, capsys, {}).read(GUIDE)
     printed = capsys.readouterr().out
     assert "dogs/2.jpg ['cats/3.jpg']" in printed
     assert "cats/3.jpg cats -> dogs" in printed
