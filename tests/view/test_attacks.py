@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import struct
 import threading
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from support.pictures import noise
 
-from extractor import view_app
+from extractor import extract, view_app
 from extractor.images.decode import decode_into
 from extractor.view import app as app_module
 from extractor.view.server import LOOPBACK_HOSTS, hosts_for
@@ -172,8 +174,6 @@ def test_image_that_holds_a_page_is_sent_without_it(folder: Path) -> None:
     jpeg = io.BytesIO()
     PICTURE.save(jpeg, "JPEG", comment=script, exif=b"Exif\0\0" + script)
     (folder / "images" / "poly.jpg").write_bytes(jpeg.getvalue() + script)
-    from extractor import extract
-
     extract(folder / "images", "test_resnet", folder / "new", weights="random", device="cpu")
     client = TestClient(view_app(folder / "new"))
     for image_id, path_shown, *_ in client.get("/rows/0").json()["images"]:
@@ -208,11 +208,20 @@ def test_paths_that_lead_out_of_the_root_show_nothing(
     assert answers["fine.png"].startswith("changed: ")  # the record of the store is made up
 
 
+def declared_as(width: int, height: int) -> bytes:
+    """Content of a PNG of one pixel that claims another size."""
+    content = io.BytesIO()
+    Image.new("1", (1, 1)).save(content, "PNG")
+    png = content.getvalue()
+    head = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + head + struct.pack(">I", zlib.crc32(head)) + png[33:]
+
+
 def test_huge_and_broken_images_have_the_limits_of_a_run(
     folder: Path, write_store: Callable[..., Path]
 ) -> None:
     images = folder / "images"
-    Image.new("1", (20_000, 20_000)).save(images / "huge.png")  # 400 million pixels in 50 kB
+    (images / "huge.png").write_bytes(declared_as(20_000, 20_000))
     (images / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     os.mkfifo(images / "pipe.png")
     (images / "folder.png").mkdir()
