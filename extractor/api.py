@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from extractor.errors import DecodeError, UsageError
+from extractor.errors import DecodeError, StoreError, UsageError
 from extractor.images.listing import ImageList, Input
 from extractor.images.types import Failure, ImageSource
+from extractor.lease.describe import describe
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec, Model, load_specs
 from extractor.options import DEFAULT_MODEL, SERVING, Options, signature_with_options
 from extractor.parts.session import PartSession
-from extractor.reading.groups import StoreGroup
+from extractor.reading.groups import DIFFERENCES_SHOWN, SAME, JoinedRows, StoreGroup
 from extractor.reading.reader import FeatureStore
 from extractor.reading.rows import Rows, Selection
 from extractor.reading.transform import Transform
@@ -31,6 +32,7 @@ from extractor.run.preflight import check_output_name
 from extractor.run.session import Session
 from extractor.serving.service import EmbeddingService
 from extractor.serving.sources import AnyImage, check_images
+from extractor.store.format import Description
 from extractor.system.installation import installation_errors
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Extractor", "Progress", "Report", "extract"]
 
 MAX_WINDOW_MS = 60_000
+SCALE = (".dtype", ".normalized")  # ends of keys of the manifest that change no direction
 
 
 def extract(
@@ -231,6 +234,7 @@ class Extractor:
             pad_to=encoder.pad_to,
             dtype=encoder.dtype,
         )
+        extractor._made_for = opened.manifest.description
         if encoder.transform is not None:
             extractor._finish = _Finish(encoder.transform, np.dtype(encoder.result_dtype))
             extractor._shape = opened.info.shape
@@ -251,6 +255,8 @@ class Extractor:
         self._spec = spec
         self._dtype = np.dtype(dtype)
         self._finish: _Finish | None = None
+        self._options = options
+        self._made_for: Description | None = None
         self._shape = spec.shape
         service = EmbeddingService(
             spec, options, pad_to=pad_to, window_seconds=_seconds(batch_window_ms)
@@ -273,6 +279,29 @@ class Extractor:
     def shape(self) -> tuple[int, ...]:
         """Shape of one embedding: ``(dim,)``, or the axes of a layer without pooling."""
         return self._shape
+
+    def _check_fits(self, rows: Rows) -> None:
+        """Check that rows of a store can be compared with embeddings of this extractor.
+
+        Raises:
+            StoreError: The store has other weights, another layer or other pixels.
+        """
+        while isinstance(rows, Selection):
+            rows = rows.base
+        if isinstance(rows, JoinedRows):  # their stores were made in several ways
+            return
+        store = _store_of(rows)
+        made = self._made_for or describe(self._spec, self._options, b"", 0)
+        differences = [
+            str(difference)
+            for difference in store.manifest.description.differences(made)
+            if difference.key.startswith(SAME) and not difference.key.endswith(SCALE)
+        ]
+        if differences:
+            raise StoreError(
+                f"extractor: {store.path} was not made as this extractor embeds "
+                f"({'; '.join(differences[:DIFFERENCES_SHOWN])}); try Extractor.for_store"
+            )
 
     def close(self) -> None:
         """End the threads. Calls in progress still get their rows; later ones are refused."""

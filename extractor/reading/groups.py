@@ -23,7 +23,7 @@ DIFFERENCES_SHOWN = 5
 APART = "open them apart, or join them image by image with FeatureStore.join"
 
 # Rows of stores that differ in one of these cannot be compared.
-_SAME = ("backbone.", "embedding.", "preprocess.")
+SAME = ("backbone.", "embedding.", "preprocess.")
 
 
 class StoreGroup(Rows):
@@ -236,7 +236,7 @@ def check_comparable(first: FeatureStore, other: FeatureStore, *, advice: str = 
     differences = [
         str(difference)
         for difference in described.differences(compared)
-        if difference.key.startswith(_SAME)
+        if difference.key.startswith(SAME)
     ]
     if differences:
         raise StoreError(

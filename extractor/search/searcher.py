@@ -242,6 +242,7 @@ class Searcher:
 
         Raises:
             UsageError: The extractor makes embeddings of another size than the rows.
+            StoreError: The extractor has other weights than the store, or other pixels.
             ExtractorError: The model of the store cannot be loaded.
         """
         vectors = np.zeros((len(queries), self._rows.dim))
@@ -276,6 +277,8 @@ class Searcher:
     @functools.cached_property
     def _embedder(self) -> Extractor:
         if self._extractor is not None:
+            if getattr(self._extractor, "dim", None) == self._rows.dim:
+                self._extractor._check_fits(self._rows)
             return self._extractor
         from extractor.api import Extractor  # here, because it loads torch
 

@@ -266,3 +266,13 @@ def test_a_searcher_takes_the_extractor_of_its_caller(tmp_path: Path) -> None:
     with Extractor.for_store(store, device="cpu") as embed:
         found = Searcher(store, extractor=embed).search([noise(1, 40, 30)], 1)
     assert found.rows.tolist() == [[1]]
+    made = {"weights": "random", "device": "cpu", "precision": "float32"}
+    with Extractor("test_resnet", **made, normalize=True) as embed:
+        found = Searcher(store.select("*"), extractor=embed).search([noise(1, 40, 30)], 1)
+    assert found.rows.tolist() == [[1]]
+    for other in ({"seed": 1}, {"augment": "flip"}, {"image_size": 64}):
+        with (
+            Extractor("test_resnet", **made, **other) as embed,
+            pytest.raises(StoreError, match="was not made as this extractor embeds"),
+        ):
+            Searcher(store, extractor=embed).search([noise(1, 40, 30)], 1)
