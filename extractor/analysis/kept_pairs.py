@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from extractor.analysis.unit_rows import Numbers
-from extractor.search.derived import ShardKey, derived_folders, shard_keys
+from extractor.search.derived import ShardKey, derived_folders, publishing, shard_keys
 from extractor.store.atomic import write_atomically
 from extractor.store.format import Manifest
 
@@ -133,7 +133,8 @@ class KeptPairs:
         for folder in derived_folders(out):
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / NAME, content.getvalue())
+                with publishing(folder):
+                    write_atomically(folder / NAME, content.getvalue())
             except OSError as error:
                 problem = problem or f"{folder}: {error.strerror or error}"
             else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -28,6 +29,7 @@ __all__ = [
     "entries_of",
     "publish_derived",
     "publish_index",
+    "publishing",
     "shard_keys",
 ]
 
@@ -245,17 +247,33 @@ def publish_derived(
                 found = FileEntry.of(partial, "")
                 found = replace(found, name=f"{names.stem}-{found.sha256[:16]}{names.suffix}")
                 content = describe(folder, found).encode()
-                os.replace(partial, folder / found.name)
-                write_atomically(folder / f"{names.stem}{names.json_suffix}", content)
+                with publishing(folder):
+                    os.replace(partial, folder / found.name)
+                    write_atomically(folder / f"{names.stem}{names.json_suffix}", content)
+                    for path in folder.glob(f"{names.stem}-*{names.suffix}"):
+                        if path.name != found.name:
+                            with contextlib.suppress(OSError):
+                                path.unlink()
         except OSError as error:
             problem = problem or f"{folder}: {error.strerror or error}"
             continue
-        for path in folder.glob(f"{names.stem}-*{names.suffix}"):
-            if path.name != found.name:
-                with contextlib.suppress(OSError):
-                    path.unlink()
         return
     raise StoreError(f"the {what} cannot be written ({problem}); free some room, or try again")
+
+
+@contextlib.contextmanager
+def publishing(folder: Path) -> Iterator[None]:
+    """Wait until no other process publishes to a folder; where that cannot be locked, go on.
+
+    Without this, two at once remove each other's files.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
