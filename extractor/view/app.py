@@ -266,10 +266,13 @@ class _Page:
         image, content = await self._in_thread(known)
         if image is None:
             raise _RefusedError(404, "there is no such image")
+        # In a store that was deleted and made anew, an id stands for another image.
+        tag = f'"{image.content}"'
+        caching = {"cache-control": "private, no-cache", "etag": tag}
+        if request.headers.get("if-none-match") == tag:
+            return Response(status_code=304, headers=caching)
         if content is None:
             content = await self._made(request, collection, thumbnails, image, edge)
-        # The content of an id never changes, but an image may move back.
-        caching = {"cache-control": "private, max-age=86400"}
         return Response(content, media_type="image/jpeg", headers=caching)
 
     async def _made(

@@ -41,6 +41,20 @@ def test_thumbnail_is_made_once_and_kept_by_id_and_content(
     assert again.get("/thumbnail/0/0").status_code == 404
 
 
+def test_browser_asks_again_whether_a_thumbnail_is_the_same(
+    client: TestClient, folder: Path
+) -> None:
+    for kind in ("thumbnail", "picture"):
+        first, other = client.get(f"/{kind}/0/2"), client.get(f"/{kind}/0/1")
+        assert first.headers["cache-control"] == "private, no-cache"
+        assert first.headers["etag"] != other.headers["etag"]
+        known = {"if-none-match": first.headers["etag"]}
+        assert client.get(f"/{kind}/0/2", headers=known).status_code == 304
+        # As after a store was made anew, where the id stands for another image.
+        again = client.get(f"/{kind}/0/1", headers=known)
+        assert (again.status_code, again.content) == (200, other.content)
+
+
 def test_half_a_thumbnail_is_made_again(client: TestClient, folder: Path) -> None:
     first = client.get("/thumbnail/0/2").content
     for content in (b"", first[:100], first[:-1]):
