@@ -22,7 +22,7 @@ from extractor.search.searcher import Searcher
 if TYPE_CHECKING:
     from extractor.api import Extractor
 
-__all__ = ["Collection", "Image", "Match", "Numbers", "image_row", "path_list"]
+__all__ = ["Collection", "Image", "Match", "Numbers", "image_row", "matcher", "path_list"]
 
 COLUMNS = ["path", "size", "mtime_ns", "width", "height", "sha256"]
 FILTERS_KEPT = 8
@@ -190,9 +190,8 @@ class Collection:
 
         column = self._table.column("path")
         if not _is_text(column):  # a name is not UTF-8
-            pattern = re.compile(_regular_expression(text), re.IGNORECASE | re.DOTALL)
-            paths = (os.fsdecode(path) for path in column.to_pylist())
-            mask = np.fromiter((pattern.search(path) is not None for path in paths), bool)
+            holds = matcher(text)
+            mask = np.fromiter((holds(os.fsdecode(path)) for path in column.to_pylist()), bool)
         elif "*" in text or "?" in text:
             found = pc.match_substring_regex(column, f"(?is){_regular_expression(text)}")
             mask = np.asarray(found)
@@ -278,6 +277,27 @@ def _is_text(column: Any) -> bool:
     import pyarrow as pa
 
     return bool(pa.types.is_string(column.type) or pa.types.is_large_string(column.type))
+
+
+def matcher(text: str) -> Callable[[str], bool]:
+    """Return whether a path holds a text with wildcards.
+
+    Parts between ``*`` are searched one after the other. One regular expression for all of them
+    may take years, and no other thread could run.
+    """
+    flags = re.IGNORECASE | re.DOTALL
+    parts = [re.compile(_regular_expression(part), flags) for part in text.split("*") if part]
+
+    def holds(path: str) -> bool:
+        end = 0
+        for part in parts:
+            found = part.search(path, end)
+            if found is None:
+                return False
+            end = found.end()
+        return True
+
+    return holds
 
 
 def _regular_expression(text: str) -> str:

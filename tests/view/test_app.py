@@ -23,6 +23,7 @@ from support.pictures import noise
 from extractor import FeatureStore, StoreNotFoundError, UsageError, extract, view_app
 from extractor.images.listing import read_list
 from extractor.view import app as app_module
+from extractor.view.collection import matcher
 from extractor.view.page_files import page_files
 
 PATHS = ["a/0.png", "a/2.png", "a/4.png", "b/1.png", "b/3.png", "copy.png"]
@@ -108,6 +109,13 @@ def test_filter_finds_parts_of_paths(client: TestClient, text: str, expected: li
     answer = client.get("/rows/0", params={"filter": text}).json()
     assert [image[1] for image in answer["images"]] == expected
     assert answer["total"] == len(expected)
+
+
+def test_filter_with_many_wildcards_takes_no_time() -> None:
+    assert not matcher("*a" * 12 + "*z")("a" * 200)
+    assert matcher("*a" * 12 + "*z")("a" * 200 + "Z")
+    assert matcher("b/*?1**.p")("a/b/011.png")
+    assert not matcher("b/*?1*.p")("a/b/1.png")
 
 
 def test_filter_that_is_too_long_is_refused(client: TestClient) -> None:
