@@ -18,7 +18,7 @@ from extractor.view.analyses import Analyses
 from extractor.view.collection import Collection, Image, image_row, path_list
 from extractor.view.page_files import KINDS, page_files
 from extractor.view.thumbnails import LARGE_EDGE, SMALL_EDGE, Thumbnails
-from extractor.view.viewer import Viewer
+from extractor.view.viewer import Viewer, opened_stores
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -61,7 +61,7 @@ def view_app(
 
     >>> app = view_app("features/resnet50")  # doctest: +SKIP
     >>> [route.path for route in app.routes][:3]  # doctest: +SKIP
-    ['/', '/state', '/reload']
+    ['/', '/state', '/rows/{store:int}']
 
     Args:
         store: A store or its folder.
@@ -92,50 +92,59 @@ def view_app(
         raise InstallationError(
             "the page needs Starlette; try pip install 'backbone-extractor[view]'"
         ) from error
-    stores = [
-        s if isinstance(s, FeatureStore) else FeatureStore.open(s) for s in (store, other) if s
-    ]
+    stores = opened_stores(store, other)
     folder = None if root is None else os.fspath(root)
-
-    extractors: dict[tuple[str, str], Extractor] = {}
-
-    def embedder_of(opened: FeatureStore) -> Extractor:
-        if extractor is not None and len(stores) == 1:
-            return extractor
-        key = (str(opened.path), repr(opened.manifest.description))
-        if key not in extractors:
-            from extractor.api import Extractor  # here, because it loads torch
-
-            moved = weights if opened.path == stores[0].path else None
-            extractors[key] = Extractor.for_store(opened, device=device, weights=moved)
-        return extractors[key]
+    embedders = _Embedders(stores, extractor, device, weights)
 
     def make(opened: FeatureStore) -> Collection:
-        embedder = functools.partial(embedder_of, opened)
+        embedder = functools.partial(embedders.of, opened)
         return Collection(opened, root=folder, metric=metric, extractor=embedder)
 
     page = _Page(Viewer(stores, make))
-    routes = [
-        Route("/", page.file),
-        Route("/state", page.state),
-        Route("/reload", page.reload, methods=["POST"]),
-        Route("/rows/{store:int}", page.rows),
-        Route("/images/{store:int}", page.images, methods=["POST"]),
-        Route("/thumbnail/{store:int}/{id:int}", page.thumbnail),
-        Route("/picture/{store:int}/{id:int}", page.picture),
-        Route("/neighbors/{store:int}/{id:int}", page.neighbors),
-        Route("/search", page.search, methods=["POST"]),
-        Route("/map/{store:int}", page.map),
-        Route("/duplicates/{store:int}", page.duplicates),
-        Route("/outliers/{store:int}", page.outliers),
-        Route("/failures/{store:int}", page.failures),
-        Route("/list/{store:int}", page.list, methods=["POST"]),
-        Route("/{name}", page.file),
-    ]
-    app = Starlette(routes=routes)
+    app = Starlette(routes=[Route(path, each, methods=verbs) for path, each, verbs in page.routes])
     app.state.viewer = page.viewer
     app.add_middleware(Guard, token=token, hosts=tuple(hosts))
     return app
+
+
+class _Embedders:
+    """Makes what embeds images for a store, once.
+
+    Args:
+        stores: The stores on the page.
+        extractor: Embeds images for the only store.
+        device: Device of those that are made.
+        weights: Weights of the first store, if they moved.
+    """
+
+    def __init__(
+        self,
+        stores: Sequence[FeatureStore],
+        extractor: Extractor | None,
+        device: str,
+        weights: str | os.PathLike[str] | None,
+    ) -> None:
+        self._first = stores[0].path
+        self._given = extractor if len(stores) == 1 else None
+        self._device = device
+        self._weights = weights
+        self._made: dict[tuple[str, str], Extractor] = {}
+
+    def of(self, store: FeatureStore) -> Extractor:
+        """Return what embeds images for a store; a store that was replaced has another one.
+
+        Raises:
+            ExtractorError: The model of the store cannot be loaded.
+        """
+        if self._given is not None:
+            return self._given
+        key = (str(store.path), repr(store.manifest.description))
+        if key not in self._made:
+            from extractor.api import Extractor  # here, because it loads torch
+
+            weights = self._weights if store.path == self._first else None
+            self._made[key] = Extractor.for_store(store, device=self._device, weights=weights)
+        return self._made[key]
 
 
 class _RefusedError(Exception):
@@ -186,6 +195,33 @@ class _Page:
         self.viewer = viewer
         self._decoding = anyio.Semaphore(available_cores())
         self._threads = anyio.CapacityLimiter(HANGING)
+
+    @property
+    def routes(self) -> list[tuple[str, Endpoint, list[str]]]:
+        """Path, endpoint and methods of each route."""
+        asked: list[tuple[str, Endpoint]] = [
+            ("/", self.file),
+            ("/state", self.state),
+            ("/rows/{store:int}", self.rows),
+            ("/thumbnail/{store:int}/{id:int}", self.thumbnail),
+            ("/picture/{store:int}/{id:int}", self.picture),
+            ("/neighbors/{store:int}/{id:int}", self.neighbors),
+            ("/map/{store:int}", self.map),
+            ("/duplicates/{store:int}", self.duplicates),
+            ("/outliers/{store:int}", self.outliers),
+            ("/failures/{store:int}", self.failures),
+        ]
+        sent: list[tuple[str, Endpoint]] = [
+            ("/reload", self.reload),
+            ("/images/{store:int}", self.images),
+            ("/search", self.search),
+            ("/list/{store:int}", self.list),
+        ]
+        return [
+            *((path, endpoint, ["GET"]) for path, endpoint in asked),
+            *((path, endpoint, ["POST"]) for path, endpoint in sent),
+            ("/{name}", self.file, ["GET"]),
+        ]
 
     @_endpoint
     async def file(self, request: Request) -> Response:

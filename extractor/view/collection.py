@@ -217,6 +217,7 @@ class Collection:
         """
         from extractor.search.queries import Query
 
+        self._check_rows()
         with self._embedding:  # one image at a time, and one thread loads the model
             if self._embedder is None:
                 extractor = self._extractor() if self._extractor else None
@@ -226,12 +227,15 @@ class Collection:
             raise errors[0]
         return self._nearest(vectors, k, None)
 
+    def _check_rows(self) -> None:
+        if not len(self):
+            raise StoreError(f"{self.store.path} holds no rows, so there is nothing to search")
+
     def _nearest(self, vectors: npt.NDArray[Any], k: int, own: list[int] | None) -> Match:
         if not np.isfinite(vectors).all():
             raise UsageError("the embedding of this image holds NaN or infinity")
+        self._check_rows()
         count = min(k, len(self))
-        if not count:
-            raise StoreError(f"{self.store.path} holds no rows, so there is nothing to search")
         with self._searching:
             hits = self._searcher.nearest(vectors, count, metric=self.metric, own_rows=own)
         found = hits.rows[0] >= 0

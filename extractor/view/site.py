@@ -30,6 +30,7 @@ from extractor.view.analyses import (
 from extractor.view.collection import Collection, Numbers, image_row
 from extractor.view.page_files import bundle, page_files
 from extractor.view.thumbnails import MIDDLE_EDGE, Thumbnails
+from extractor.view.viewer import opened_stores
 
 __all__ = ["DEFAULT_LIMIT", "PageReport", "export_page"]
 
@@ -99,9 +100,7 @@ def export_page(
     if root is not None and not os.path.isdir(root):
         raise UsageError(f"root: there is no folder {os.fspath(root)}")
     target = Target(Path(to), is_folder=True, overwrite=overwrite)
-    stores = [
-        s if isinstance(s, FeatureStore) else FeatureStore.open(s) for s in (store, other) if s
-    ]
+    stores = opened_stores(store, other)
     folder = None if root is None else os.fspath(root)
     collections = [Collection(opened, root=folder, metric=metric) for opened in stores]
     if not len(collections[0]):

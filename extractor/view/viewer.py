@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from extractor.view.analyses import Analyses
 from extractor.view.collection import Collection, Match, image_row
 from extractor.view.thumbnails import Thumbnails
 
-__all__ = ["Shown", "Viewer", "hit_rows"]
+__all__ = ["Shown", "Viewer", "hit_rows", "opened_stores"]
 
 LOOK_SECONDS = 3.0  # between looks whether a store grew
 
@@ -133,6 +134,19 @@ class Viewer:
         except ExtractorError as error:
             return {"store": number, "error": str(error), "hits": []}
         return {"store": number, "method": match.method, "hits": hit_rows(collection, match)}
+
+
+def opened_stores(
+    store: FeatureStore | str | os.PathLike[str],
+    other: FeatureStore | str | os.PathLike[str] | None,
+) -> list[FeatureStore]:
+    """Return one store or two, opened.
+
+    Raises:
+        StoreError: There is no store.
+    """
+    both = (store,) if other is None else (store, other)
+    return [each if isinstance(each, FeatureStore) else FeatureStore.open(each) for each in both]
 
 
 def _neighbors(row: int, k: int, collection: Collection) -> Match:

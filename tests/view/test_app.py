@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,18 @@ def test_store_of_one_row_has_no_neighbors(tmp_path: Path) -> None:
     (image,) = client.get("/rows/0").json()["images"]
     assert client.get(f"/neighbors/0/{image[0]}").json()["results"][0]["hits"] == []
     assert client.get(f"/thumbnail/0/{image[0] - 1}").status_code == 404
+
+
+def test_empty_store_has_an_empty_page(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    out = write_store(tmp_path / "out", [])
+    for store in (out, FeatureStore.open(out)):
+        client = TestClient(view_app(store))
+        assert client.get("/state").json()["stores"][0]["rows"] == 0
+        assert client.get("/rows/0").json() == {"total": 0, "start": 0, "images": []}
+        assert client.get("/neighbors/0/0").status_code == 404
+        assert client.post("/list/0", json=[1]).content == b""
+        (result,) = client.post("/search", content=b"no image").json()["results"]
+        assert result["error"]
 
 
 def test_mounted_page_lies_below_its_path(folder: Path) -> None:
