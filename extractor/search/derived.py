@@ -278,12 +278,29 @@ def publishing(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[Path]:
-    """Yield the path of a new file in a folder; remove it if it is still there."""
+    """Yield the path of a new file in a folder; remove it if it is still there.
+
+    A lock says that its writer lives, so that the next one removes what a killed process left.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(suffix=".partial", dir=folder)
-    os.close(handle)
-    os.chmod(name, 0o644)
+    for path in folder.glob("tmp*.partial"):
+        _remove_abandoned(path)
+    handle, name = tempfile.mkstemp(prefix="tmp", suffix=".partial", dir=folder)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.chmod(name, 0o644)
         yield Path(name)
     finally:
+        os.close(handle)
         Path(name).unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
@@ -268,6 +269,17 @@ def test_a_store_that_cannot_be_written_has_its_index_in_the_cache(
     (cache / "extractor" / "derived").write_text("in the way")
     with pytest.raises(StoreError, match="the index cannot be written"):
         Searcher(store.reopen()).build_index("flat")
+
+
+def test_next_build_removes_what_a_killed_one_left(store: FeatureStore) -> None:
+    folder = Path(store.path) / "derived"
+    folder.mkdir()
+    killed, living = folder / "tmp1.partial", folder / "tmp2.partial"
+    killed.write_bytes(b"x")
+    with living.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        Searcher(store).build_index("flat")
+        assert sorted(folder.glob("*.partial")) == [living]
 
 
 def test_a_damaged_store_with_an_index_can_be_replaced(store: FeatureStore) -> None:
