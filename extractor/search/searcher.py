@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Searcher"]
 
 DEFAULT_K = 10
+LARGEST_QUERY = 1e100  # squares of more values than any vector has fit into float64
 CANCELED = 1e-9  # length of a sum of unit vectors that cancel out
 
 
@@ -144,6 +145,11 @@ class Searcher:
         self.check(k, metric)
         k = min(DEFAULT_K, len(self._rows)) if k is None else int(k)
         wanted = checked_vectors(vectors, self._rows.dim)
+        if metric != "cosine" and np.abs(wanted).max(initial=0.0) > LARGEST_QUERY:
+            raise UsageError(
+                f"queries: got a value above {LARGEST_QUERY:g}, whose {metric} overflows; scale "
+                "the vectors, or try the metric cosine"
+            )
         searches = functools.partial(
             nearest,
             self._rows.features,

@@ -253,6 +253,13 @@ def test_a_store_without_rows_says_so(tmp_path: Path, write_store: WriteStore) -
         store.search([[1.0, 2.0, 3.0]])
 
 
+@pytest.mark.parametrize("metric", ["ip", "l2"])
+def test_queries_whose_scores_overflow_are_refused(store: FeatureStore, metric: Any) -> None:
+    with pytest.raises(UsageError, match=f"a value above 1e\\+100, whose {metric} overflows"):
+        store.search(direction(0).astype(float) * 1e300, metric=metric)
+    assert store.search(direction(0).astype(float) * 1e300, k=1).rows.tolist() == [[0]]
+
+
 def test_a_store_that_was_searched_can_be_pickled(store: FeatureStore) -> None:
     store.search(direction(0))
     again = pickle.loads(pickle.dumps(store))
