@@ -81,6 +81,10 @@ def export_page(
     page. The folder holds thumbnails and relative paths, but neither embeddings nor the folder of
     the images.
 
+    >>> report = export_page("features/resnet50", "sample", limit=10)  # doctest: +SKIP
+    >>> report.images, (report.path / "index.html").is_file()  # doctest: +SKIP
+    (10, True)
+
     Args:
         store: A store or its folder.
         to: Folder to write; it appears complete or not at all.
