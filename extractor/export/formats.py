@@ -61,10 +61,15 @@ def format_for(path: Path, name: str | None) -> Format:
             ``.parquet`` stands for one file.
 
     Raises:
-        UsageError: There is no such format.
+        UsageError: There is no such format, or the ending promises a file that none writes.
     """
     suffix = path.suffix.lower()
     if name is None:
+        if suffix == ".npy":
+            raise UsageError(
+                f"format: {path} would be a folder of Parquet files; name a folder, and the format "
+                "npy for arrays"
+            )
         endings = {ending: each.name for each in FORMATS.values() for ending in each.suffixes}
         name = endings.get(suffix, "parquet")
     if name not in FORMATS:

@@ -17,6 +17,7 @@ import pytest
 
 from extractor import FeatureStore, InstallationError, UsageError, export_store
 from extractor.export import tables
+from extractor.export.formats import format_for
 
 WriteStore = Callable[..., Path]
 NAMES = [[b"a/1.jpg", b"a/2, 3.jpg", "ü.jpg".encode(), b"c"], [b"d", b"e", b"f"]]
@@ -235,3 +236,9 @@ def test_export_of_nothing_can_be_read(store: FeatureStore, tmp_path: Path, form
     elif format == "faiss":
         faiss: Any = pytest.importorskip("faiss")
         assert faiss.read_index(str(tmp_path / "to")).ntotal == 0
+
+
+def test_npy_ending_alone_is_no_folder_of_parquet(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"rows\.npy would be a folder of Parquet files"):
+        format_for(tmp_path / "rows.npy", None)
+    assert format_for(tmp_path / "rows.npy", "npy").name == "npy"
