@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
 import math
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -535,6 +537,8 @@ class Manifest:
             StoreError: a manifest of an unknown format version.
             OSError: the file cannot be read.
         """
+        if stat.S_ISFIFO(path.stat().st_mode):  # reading it would wait for a writer
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
         return cls.from_json(path.read_bytes(), str(path))
 
     @classmethod

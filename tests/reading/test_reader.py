@@ -439,3 +439,13 @@ def test_store_replaced_during_reading_is_never_mixed(
     except StoreError as error:
         assert "replaced or removed since it was opened" in str(error)  # noqa: PT017
     assert len(calls) == 2
+
+
+def test_manifest_that_is_a_fifo_is_refused(
+    tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    out = write_store(tmp_path / "out", [np.eye(3, dtype=np.float32)])
+    (out / "store.json").unlink()
+    os.mkfifo(out / "store.json")
+    with pytest.raises(StoreError, match="not a regular file"):
+        FeatureStore.open(out)
