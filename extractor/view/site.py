@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -30,9 +31,11 @@ from extractor.view.analyses import (
 from extractor.view.collection import Collection, Numbers, image_row
 from extractor.view.page_files import bundle, page_files
 from extractor.view.thumbnails import MIDDLE_EDGE, Thumbnails
-from extractor.view.viewer import opened_stores
+from extractor.view.viewer import opened_stores, store_names
 
 __all__ = ["DEFAULT_LIMIT", "PageReport", "export_page"]
+
+log = logging.getLogger(__name__)
 
 DEFAULT_LIMIT = 2000  # images: some 40 MB
 MAX_LIMIT = 50_000
@@ -111,14 +114,28 @@ def export_page(
         raise StoreError(f"{stores[0].path} holds no rows, so there is nothing to show")
     parts = [_Part(collections[0], _sampled(len(collections[0]), limit))]
     parts += [_Part(each, _same_images(parts[0], each)) for each in collections[1:]]
+    if any(_lies_in(target.path, each.root) for each in collections):
+        log.warning(
+            "%s lies in the folder of the images, so the next run takes its thumbnails for images; "
+            "better export to a folder beside it",
+            target.path,
+        )
     with target.writing() as partial:
         missing = [
             part.write_thumbnails(partial / "thumbnails" / str(n)) for n, part in enumerate(parts)
         ]
-        data = json.dumps({"stores": [part.data() for part in parts]}, separators=(",", ":"))
+        named = zip(store_names(stores), parts, strict=True)
+        shown = [{"name": name, **part.data()} for name, part in named]
+        data = json.dumps({"stores": shown}, separators=(",", ":"))
         _write_page(partial, data)
         target.publish({"format": "page", "token": stores[0].token, "extractor": __version__})
     return PageReport(target.path, len(parts[0].rows), len(collections[0]), missing[0])
+
+
+def _lies_in(path: Path, root: str) -> bool:
+    """Return whether a path is in a folder or below it."""
+    folder = os.path.realpath(root)
+    return os.path.commonpath([os.path.realpath(path), folder]) == folder
 
 
 def _sampled(total: int, limit: int) -> Numbers:
@@ -184,7 +201,6 @@ class _Part:
         is_small = len(store) <= MAX_ANALYZED
         failures = self.collection.failures
         return {
-            "name": store.path.absolute().name,
             "model": info.model,
             "dim": info.dim,
             "rows": len(self.rows),

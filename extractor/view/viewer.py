@@ -16,7 +16,7 @@ from extractor.view.analyses import Analyses
 from extractor.view.collection import Collection, Match, image_row
 from extractor.view.thumbnails import Thumbnails
 
-__all__ = ["Shown", "Viewer", "hit_rows", "opened_stores"]
+__all__ = ["Shown", "Viewer", "hit_rows", "opened_stores", "store_names"]
 
 LOOK_SECONDS = 3.0  # between looks whether a store grew
 
@@ -67,13 +67,16 @@ class Viewer:
     def state(self) -> dict[str, Any]:
         """Return what the head of the page says."""
         newer = self._look()
-        return {"stores": [self._store(number, newer[number]) for number in range(len(newer))]}
+        names = store_names([shown.store for shown in self.shown])
+        stores = [self._store(number, newer[number]) for number in range(len(newer))]
+        return {
+            "stores": [{"name": name, **each} for name, each in zip(names, stores, strict=True)]
+        }
 
     def _store(self, number: int, newer: int | None) -> dict[str, Any]:
         shown = self.shown[number]
         info = shown.store.info
         return {
-            "name": shown.store.path.absolute().name,
             "folder": str(shown.store.path),
             "model": info.model,
             "dim": info.dim,
@@ -147,6 +150,16 @@ def opened_stores(
     """
     both = (store,) if other is None else (store, other)
     return [each if isinstance(each, FeatureStore) else FeatureStore.open(each) for each in both]
+
+
+def store_names(stores: Sequence[FeatureStore]) -> list[str]:
+    """Return names of the folders of stores, with as many parents as tell them apart."""
+    parts = [store.path.absolute().parts for store in stores]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(each[-count:]) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [each[-1] for each in parts]  # one store, shown twice
 
 
 def _neighbors(row: int, k: int, collection: Collection) -> Match:

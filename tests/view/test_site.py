@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,21 @@ def test_page_does_not_tell_where_the_images_lie(folder: Path, tmp_path: Path) -
             content = path.read_bytes()
             assert str(folder).encode() not in content
             assert str(FeatureStore.open(folder / "out").root).encode() not in content
+
+
+def test_page_among_the_images_is_warned_of(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export_page(folder / "out", tmp_path / "images-site", root=folder / "images")
+    assert not caplog.records
+    export_page(folder / "out", folder / "images" / "a" / "site", root=folder / "images")
+    assert "lies in the folder of the images" in caplog.text
+
+
+def test_stores_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "out", tmp_path / "other" / "out")
+    export_page(folder / "out", tmp_path / "site", tmp_path / "other" / "out")
+    assert [data["name"] for data in data_of(tmp_path / "site")] == ["view/out", "other/out"]
 
 
 def test_large_store_is_sampled_alike_each_time(

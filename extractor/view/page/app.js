@@ -293,7 +293,7 @@ class App {
     await this.guarded(async () => {
       for (const [store, ids] of this.selection.ids) {
         if (!ids.size) continue;
-        const name = this.stores.length > 1 ? `selection-${this.stores[store].name}.txt` : "selection.txt";
+        const name = this.stores.length > 1 ? `selection-${this.stores[store].name.replaceAll("/", "-")}.txt` : "selection.txt";
         saveFile(name, await this.source.list(store, [...ids]));
       }
       announce("List saved. extract --list takes it.");
