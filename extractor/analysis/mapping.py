@@ -97,8 +97,8 @@ class StoreMap:
         Needs matplotlib, and no display. An image that is gone or changed has no thumbnail.
 
         >>> counts = store_map.draw("map.svg")  # doctest: +SKIP
-        >>> counts.shown, counts.unreadable, counts.changed  # doctest: +SKIP
-        (25, 0, 0)
+        >>> counts.unreadable, counts.changed  # doctest: +SKIP
+        (0, 0)
 
         Args:
             path: File to write, which ends with ``.png`` or ``.svg``, or several.
