@@ -114,6 +114,11 @@ class FeatureStore(Rows):
         if isinstance(path, (str, os.PathLike)):
             folder = Path(path)
             return _retry_moved(folder, lambda: cls._open(folder))
+        other: object = path
+        if isinstance(other, Rows) and not isinstance(other, FeatureStore):
+            raise UsageError(
+                f"path: got {type(other).__name__}, expected one whole store or its folder"
+            )
         if not isinstance(path, (list, tuple)):
             raise UsageError(
                 f"path: got {type(path).__name__}, expected the folder of a store, or a list of "

@@ -398,9 +398,11 @@ def test_stores_made_differently_are_not_opened_as_one(
         FeatureStore.open([store.path, path])
 
 
-def test_no_store_and_no_path_are_refused() -> None:
+def test_no_store_and_no_path_are_refused(store: FeatureStore) -> None:
     with pytest.raises(UsageError, match="expected at least one folder"):
         FeatureStore.open([])
+    with pytest.raises(UsageError, match="path: got Selection, expected one whole store or its"):
+        FeatureStore.open(store.select("*"))  # type: ignore[call-overload]
     with pytest.raises(UsageError, match="path: got int, expected the folder of a store"):
         FeatureStore.open(3)  # type: ignore[call-overload]
 
