@@ -61,6 +61,7 @@ class Viewer:
         self._make = make
         self.shown = [Shown.of(make(store)) for store in stores]
         self._newer: list[int | None] = [None] * len(stores)
+        self._anew = [0] * len(stores)  # how often ids began to stand for other images
         self._looked = -LOOK_SECONDS
         self._lock = threading.Lock()
 
@@ -84,6 +85,7 @@ class Viewer:
             "failed": len(shown.collection.failures),
             "token": shown.store.token,
             "newer": newer,
+            "anew": self._anew[number],
             "problems": len(shown.thumbnails.problems),
         }
 
@@ -103,6 +105,8 @@ class Viewer:
         """
         fresh = [Shown.of(self._make(shown.store.reopen())) for shown in self.shown]
         with self._lock:
+            pairs = zip(self.shown, fresh, strict=True)
+            self._anew = [n + _is_anew(*pair) for n, pair in zip(self._anew, pairs, strict=True)]
             self.shown = fresh
             self._newer = [None] * len(fresh)
 
@@ -164,6 +168,18 @@ def store_names(stores: Sequence[FeatureStore]) -> list[str]:
 
 def _neighbors(row: int, k: int, collection: Collection) -> Match:
     return collection.neighbors(row, k)
+
+
+def _is_anew(before: Shown, after: Shown) -> bool:
+    """Return whether ids may stand for other images, as in a store that was deleted and made again.
+
+    A store that does not remember the earlier state counts, too.
+    """
+    try:
+        after.store.changes_since(before.store.token)
+    except StoreError:
+        return True
+    return False
 
 
 def _rows_now(store: FeatureStore) -> int | None:

@@ -215,6 +215,20 @@ def test_growing_store_is_shown_as_it_was_until_reload(
     assert client.get("/state").json()["stores"][0]["newer"] is None
 
 
+def test_store_that_was_made_anew_is_named(client: TestClient, folder: Path) -> None:
+    def anew() -> int:
+        return int(client.post("/reload").json()["stores"][0]["anew"])
+
+    noise(50, 40, 30).save(folder / "images" / "new.png")
+    extract(folder / "images", "test_resnet", folder / "out", weights="random", device="cpu")
+    assert anew() == 0  # it grew
+    shutil.rmtree(folder / "out")
+    (folder / "images" / "a" / "0.png").unlink()
+    extract(folder / "images", "test_resnet", folder / "out", weights="random", device="cpu")
+    assert anew() == 1
+    assert anew() == 1
+
+
 def test_store_that_is_gone_keeps_its_page(
     app: Starlette, client: TestClient, folder: Path
 ) -> None:

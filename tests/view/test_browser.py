@@ -305,6 +305,21 @@ def test_an_answer_about_a_store_that_is_no_longer_shown_is_dropped(
     assert page.query_selector("#duplicates .hit[title='late.jpg']") is None
 
 
+def test_selection_ends_with_the_store(page: Any, address: str) -> None:
+    def anew(route: Any) -> None:
+        state = route.fetch().json()
+        state["stores"][0]["anew"] += 1
+        route.fulfill(json=state)
+
+    opened(page, address)
+    page.focus("#grid")
+    page.keyboard.press("Space")
+    page.wait_for_selector("#selected-count:has-text('1 selected')")
+    page.route("**/state", anew)
+    until(page, "document.getElementById('selected').hidden")
+    page.unroute_all(behavior="wait")
+
+
 def test_a_range_holds_images_that_were_never_in_the_window(page: Any, address: str) -> None:
     def rows(route: Any) -> None:
         start = int(parse_qs(urlsplit(route.request.url).query)["start"][0])

@@ -90,7 +90,12 @@ class App {
   /** Take what the server says about the stores. */
   take(state) {
     const isNew = this.stores.some((store, at) => store.token !== state.stores[at].token);
+    const isAnew = this.stores.some((store, at) => store.anew !== state.stores[at].anew);
     this.stores = state.stores;
+    if (isAnew) {
+      this.forget();
+      announce("A store was made anew or changed a lot. The selection is gone.");
+    }
     const { name, model, rows, of, folder } = this.stores[this.store];
     document.title = `${name} · extract view`;
     find("title").textContent = name;
@@ -105,6 +110,14 @@ class App {
       find("map").replaceChildren();
       this.refresh();
     }
+  }
+
+  /** Forget all ids, which stand for other images now. */
+  forget() {
+    this.subset = null;
+    find("filter").disabled = false;
+    this.selection.clear();
+    if (!find("detail").hidden) this.close();
   }
 
   showStores() {
