@@ -59,8 +59,10 @@ def verify(folder: Path) -> Iterator[str]:
         text = name.read_bytes()
     manifest = Manifest.from_json(text, str(name))
     yield from _own_checksum(MANIFEST, text)
-    if (folder / RUN).exists():
+    if (folder / RUN).is_file():
         yield from _own_checksum(RUN, (folder / RUN).read_bytes())
+    elif (folder / RUN).exists():
+        yield f"{RUN}: no regular file"
     yield from _extra(folder, manifest)
     seen: dict[bytes, int] = {}
     intact = []

@@ -88,6 +88,12 @@ def test_foreign_files_are_named(store: Path, name: str) -> None:
     assert problems(store) == [f"{name!a}: is not part of the store"]
 
 
+def test_pipe_in_place_of_the_report_is_found(store: Path) -> None:
+    (store / "run.json").unlink()
+    os.mkfifo(store / "run.json")
+    assert problems(store) == ["run.json: no regular file"]
+
+
 def test_link_in_place_of_a_file_is_found(store: Path, tmp_path: Path) -> None:
     os.rename(store / "features/00000.npy", tmp_path / "elsewhere.npy")
     (store / "features/00000.npy").symlink_to(tmp_path / "elsewhere.npy")
