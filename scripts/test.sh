@@ -11,9 +11,9 @@ if [ "${1:-}" = --all ]; then
     shift
     selection=()
     export EXTRACTOR_TEST_KILLS="${EXTRACTOR_TEST_KILLS:-12}"
-    export EXTRACTOR_TEST_EXAMPLES="${EXTRACTOR_TEST_EXAMPLES:-60}"
+    export EXTRACTOR_TEST_EXAMPLES="${EXTRACTOR_TEST_EXAMPLES:-40}"
     export EXTRACTOR_TEST_STRIDE="${EXTRACTOR_TEST_STRIDE:-1}"
-    export EXTRACTOR_TEST_MUTATIONS="${EXTRACTOR_TEST_MUTATIONS:-300}"
+    export EXTRACTOR_TEST_MUTATIONS="${EXTRACTOR_TEST_MUTATIONS:-200}"
 fi
 venv=$(scripts/setup.sh dev)
 "$venv/bin/ruff" check .

@@ -283,12 +283,13 @@ def _temporary(folder: Path) -> Iterator[Path]:
     A lock says that its writer lives, so that the next one removes what a killed process left.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob("tmp*.partial"):
-        _remove_abandoned(path)
-    handle, name = tempfile.mkstemp(prefix="tmp", suffix=".partial", dir=folder)
-    try:
+    with publishing(folder):  # nobody finds the new file before it is locked
+        for path in folder.glob("tmp*.partial"):
+            _remove_abandoned(path)
+        handle, name = tempfile.mkstemp(prefix="tmp", suffix=".partial", dir=folder)
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
         os.chmod(name, 0o644)
         yield Path(name)
     finally:

@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,18 +182,24 @@ def few_cores(setting: Setting) -> Iterator[Result]:
     model, cores = setting.pick((MODELS[0], 4), (STAND_INS[0], 1))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     for options in setting.pick(({}, {"decode": "gpu"}), ({},)):
-        for result in _extract(setting, model, (None,), **options):
-            yield replace(result, name=f"{result.name}, {plural(cores, 'core')}")
+        yield from _extract(setting, model, (None,), cores=cores, **options)
 
 
 def _extract(
-    setting: Setting, model: str, processes: Sequence[int | None], **options: Any
+    setting: Setting,
+    model: str,
+    processes: Sequence[int | None],
+    *,
+    cores: int | None = None,
+    **options: Any,
 ) -> Iterator[Result]:
     count = setting.pick(EXTRACT_IMAGES, 64)
     label = "".join(f", {key} {value}" for key, value in options.items())
-    with setting.links(f"{model}-{len(options)}", count) as images:
+    label += f", {plural(cores, 'core')}" if cores else ""
+    case = f"{model}-{label.replace(', ', '-').replace(' ', '-')}"
+    with setting.links(case, count) as images:
         for number in processes:
-            out = setting.scratch / f"extract-{model}-{number}-{len(options)}"
+            out = setting.scratch / f"extract-{case}-{number}"
             with busy_share(setting) as busy:
                 report = extract(
                     images,
