@@ -133,11 +133,11 @@ def transform_store(
 ) -> TransformReport:
     """Write a store whose rows are those of another one, normalized, projected and whitened.
 
-    The steps that were asked for are taken in this order: scale each row to unit length; subtract
-    the mean, and project onto the principal components; divide each value by the standard deviation
-    in its direction; scale to unit length again. The result keeps the mean, the components and the
-    scales, and applies them to the images of queries. Row i of the result is row i of the source,
-    with the same path. Failures are carried over.
+    The steps that were asked for are taken in this order. Each row is scaled to unit length. The
+    mean is subtracted, and the row projected onto the principal components. Each value is divided
+    by the standard deviation in its direction. The row is scaled to unit length again. The result
+    keeps the mean, the components and the scales, and applies them to the images of queries. Row i
+    of the result is row i of the source, with the same path. Failures are carried over.
 
     On a result that exists, the call brings it up to date with its source. New rows are transformed
     as the old ones were, without a new fit, and old rows stay as they are.
