@@ -198,12 +198,14 @@ def _devices() -> Iterator[Finding]:
     if torch.backends.mps.is_available():
         yield Finding("mps", "ok", "Apple GPU")
     if not count and (seen := _drivers()):
+        from extractor.system.devices import why_no_gpu
+
         built = torch.version.cuda or torch.version.hip
         cause = "it is too old for this torch, or CUDA_VISIBLE_DEVICES hides the GPU"
         yield Finding(
             "gpu",
             "warning",
-            f"the driver shows {seen[0]}, but torch sees no GPU",
+            f"the driver shows {seen[0]}, but torch sees no GPU ({why_no_gpu()})",
             f"check the driver: {cause}" if built else "install a CUDA build of torch",
         )
 
@@ -211,18 +213,22 @@ def _devices() -> Iterator[Finding]:
 def _cuda(index: int) -> Finding:
     import torch
 
+    from extractor.system.devices import advice_for, is_exclusive
+
     name = f"cuda:{index}"
     try:
         (torch.ones(8, device=name) + 1).sum().item()
         free, total = torch.cuda.mem_get_info(index)
         model = torch.cuda.get_device_name(index)
     except Exception as error:
-        advice = "check nvidia-smi: it may be busy or full; or use --device cpu"
-        return Finding(name, "warning", f"does not work: {first_line(error)}", advice)
+        return Finding(name, "warning", f"does not work: {first_line(error)}", advice_for(error))
     drivers = _drivers()
     driver = drivers[index].split(", ")[1] if index < len(drivers) else ""
     text = f"{model}, {as_size(free)} of {as_size(total)} free"
     details = {"model": model, "driver": driver, "free_bytes": free, "total_bytes": total}
+    if is_exclusive(torch.device(name)):
+        text += ", for one process at a time"
+        details["exclusive"] = True
     return Finding(name, "ok", f"{text}, driver {driver}" if driver else text, details=details)
 
 

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -12,17 +18,30 @@ from extractor.errors import DeviceError
 from extractor.text import first_line
 
 __all__ = [
+    "advice_for",
+    "computes",
     "device_errors",
     "device_name",
+    "empty_cache",
     "is_broken_device",
+    "is_exclusive",
     "is_out_of_memory",
     "resolve_device",
+    "why_no_gpu",
 ]
 
-# What torch's allocators, CUDA and the libraries above it say when no memory is left. A library
-# that cannot even make its handle (NOT_INITIALIZED) most often lacks the memory for it.
+log = logging.getLogger(__name__)
+
+# What torch's allocators, CUDA and the libraries above it say when no memory is left.
+# - A library that cannot even make its handle (NOT_INITIALIZED) most often lacks the memory for it.
+# - torch asks NVML how full the device is before it says so. In a container with a part of a GPU
+#   (MIG), NVML may refuse, and only this assertion is raised.
+# - torch tries all engines of cuDNN, passes over those without memory, and says that none is left.
+#   So does a device that lacks an engine, which then fails with a single image, too.
+NO_ENGINE = "unable to find an engine to execute|Unable to find a valid cuDNN algorithm"
 FULL = re.compile(
-    r"out of memory|(CU|HIP|MIO)\w*ALLOC\w*FAILED|CU(DNN|BLAS)_STATUS_NOT_INITIALIZED",
+    r"out of memory|(CU|HIP|MIO)\w*ALLOC\w*FAILED|CU(DNN|BLAS)_STATUS_NOT_INITIALIZED"
+    rf"|NVML_SUCCESS == |{NO_ENGINE}",
     re.IGNORECASE,
 )
 FULL_HOST = "allocate memory"  # torch's allocator for the CPU
@@ -30,17 +49,41 @@ FULL_HOST = "allocate memory"  # torch's allocator for the CPU
 # What they say when they fail in any other way.
 BROKEN = re.compile(
     r"(CUDA|HIP)( driver)? error|CUDA-capable device|Triton Error \[CUDA\]|MIOpen error"
-    r"|cu(DNN|BLAS|BLASLt|FFT|SOLVER|SPARSE) error|CU(DNN|BLAS|FFT|SOLVER|SPARSE)_\w+"
-    r"|unable to find an engine to execute",
+    r"|cu(DNN|BLAS|BLASLt|FFT|SOLVER|SPARSE) error|CU(DNN|BLAS|FFT|SOLVER|SPARSE)_\w+",
     re.IGNORECASE,
 )
+
+# What to do about some of these errors, by what they say.
+ADVICE = (
+    (
+        r"no kernel image|invalid device function|ARCH_MISMATCH",
+        "this torch ({torch}) was not built for this GPU; install a build that was, or use "
+        "--device cpu",
+    ),
+    (
+        r"busy or unavailable|devices are busy",
+        "another process uses it, and its compute mode may allow only one (see nvidia-smi); stop "
+        "the other, or leave out --processes",
+    ),
+    (r"NOT_SUPPORTED", "it lacks this precision or layer; try --precision float32"),
+)
+USUAL_ADVICE = "it may be busy, full or need a restart: check nvidia-smi, or use --device cpu"
+
+# Folder of the GPUs that NVIDIA's driver manages, and values of CUDA_VISIBLE_DEVICES that hide all.
+DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
+NONE_VISIBLE = ("", "-1", "NoDevFiles")
+
+# Attributes of a device, and a value of the first one: cuda.h.
+COMPUTE_MODE, MPS_ENABLED = 20, 133
+EXCLUSIVE_PROCESS = 3
+DRIVER = "libcuda.so.1"
 
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
 
-    ``auto`` takes the first CUDA device, else Apple's GPU, else the CPU. The caller reports which
-    one it was.
+    ``auto`` takes the first CUDA device, else Apple's GPU, else the CPU, with a warning if there
+    is a GPU that torch cannot use. The caller reports which one it was.
 
     Raises:
         DeviceError: The name is unknown, or this machine has no such device.
@@ -48,6 +91,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
+        _warn_of_unused_gpu()
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -73,13 +117,78 @@ def _cuda(name: str, device: torch.device) -> torch.device:
     count = torch.cuda.device_count()
     if not count or not torch.cuda.is_available():
         raise DeviceError(
-            f"device {name}: no GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES, or use "
-            "--device cpu"
+            f"device {name}: no GPU is visible ({why_no_gpu()}); check nvidia-smi and "
+            f"CUDA_VISIBLE_DEVICES{_visible_devices()}, or use --device cpu"
         )
     index = device.index or 0
     if index >= count:
         raise DeviceError(f"device {name}: only cuda:0 to cuda:{count - 1} are visible")
     return torch.device("cuda", index)
+
+
+def why_no_gpu() -> str:
+    """Return why torch can use no GPU, in the first sentence of what torch says."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (AssertionError, RuntimeError) as error:
+        return first_line(error).partition(". ")[0]
+    return "torch counts none"
+
+
+def _visible_devices() -> str:
+    """Return the value of ``CUDA_VISIBLE_DEVICES`` for a message; nothing if it is not set."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if value is None else f" (now {value!r})"
+
+
+@functools.cache
+def _warn_of_unused_gpu() -> None:
+    """Warn once if there is a GPU of NVIDIA that nobody hides, and torch cannot use it."""
+    with contextlib.suppress(OSError):
+        is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in NONE_VISIBLE
+        if not is_hidden and any(DRIVER_GPUS.iterdir()):
+            log.warning(
+                "computing on the CPU: there is a GPU, but torch %s cannot use it (%s); extract "
+                "doctor says more, and --device cpu hides this",
+                *(torch.__version__, why_no_gpu()),
+            )
+
+
+def is_exclusive(device: torch.device) -> bool:
+    """Return whether a GPU lets only one process use it: its compute mode, without NVIDIA's MPS.
+
+    torch does not tell. Call it once torch has used the device.
+    """
+    if device.type != "cuda":
+        return False
+    mode, shared = ctypes.c_int(), ctypes.c_int()
+    try:
+        attribute = ctypes.CDLL(DRIVER).cuDeviceGetAttribute
+        failed = attribute(ctypes.byref(mode), COMPUTE_MODE, device.index or 0)
+        attribute(ctypes.byref(shared), MPS_ENABLED, device.index or 0)  # unknown to old drivers
+    except (OSError, AttributeError):  # ROCm
+        return False
+    return not failed and mode.value == EXCLUSIVE_PROCESS and not shared.value
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give the memory that torch keeps of a GPU back to others.
+
+    ``torch.cuda.empty_cache()`` alone would take memory of the first GPU, whatever GPU is in use.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
+def computes(device: torch.device) -> bool:
+    """Return whether a GPU still computes after an error; after some it refuses everything."""
+    if device.type != "cuda":
+        return False
+    try:
+        return float((torch.ones(1, device=device) + 1).cpu()) == 2
+    except RuntimeError:
+        return False
 
 
 def device_name(device: torch.device) -> str:
@@ -96,17 +205,25 @@ def device_errors(device: torch.device) -> Iterator[None]:
         line = first_line(error)
         if _is_full_host(error):
             raise DeviceError(f"not enough memory: {line}; try a smaller --batch-size") from error
+        if re.search(NO_ENGINE, str(error)):
+            raise DeviceError(
+                f"{device} has too little memory for a layer, or lacks its precision ({line}); try "
+                "a smaller --batch-size or --precision float32"
+            ) from error
         if is_out_of_memory(error):
             raise DeviceError(
                 f"{device} is out of memory; try a smaller --batch-size or --precision float16, or "
                 f"stop other programs on it ({line})"
             ) from error
         if is_broken_device(error):
-            raise DeviceError(
-                f"{device} does not work: {line}; it may be busy or need a restart: "
-                "check nvidia-smi, or use --device cpu"
-            ) from error
+            raise DeviceError(f"{device} does not work: {line}; {advice_for(error)}") from error
         raise
+
+
+def advice_for(error: BaseException) -> str:
+    """Return what to do about an error of a GPU."""
+    advice = next((text for cause, text in ADVICE if re.search(cause, str(error))), USUAL_ADVICE)
+    return advice.format(torch=torch.__version__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
