@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -24,6 +26,7 @@ from extractor.cli import (
     view,
 )
 from extractor.errors import (
+    DeviceError,
     ExtractorError,
     InstallationError,
     InterruptedRunError,
@@ -41,6 +44,10 @@ __all__ = ["main", "process"]
 FAILED = 1
 USAGE_ERROR = 2
 RESUME = "Run the same command to resume."
+
+# Keeps an error of a device, and with it the tensors of its frames. A broken GPU refuses to free
+# them, and torch then aborts the process. So it ends without doing that.
+_broken: list[DeviceError] = []
 
 # A first word with a meaning of its own; a folder of the same name is written ./models.
 VERBS = {
@@ -93,7 +100,13 @@ def process() -> int:
     """Run the command as a process; a signal after its work is done changes no exit code."""
     for number in NAMES:  # ignored before main() listens and after it returns
         signal.signal(number, signal.SIG_IGN)
-    return main()
+    code = main()
+    if _broken:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    return code
 
 
 def _report_bug(error: Exception, events: Events) -> int:
@@ -107,6 +120,8 @@ def _report_bug(error: Exception, events: Events) -> int:
 
 
 def _complain(error: ExtractorError, code: int, events: Events) -> int:
+    if isinstance(error, DeviceError):
+        _broken.append(error)
     if events.wanted:
         events.write("error", kind=type(error).__name__, message=str(error), exit_code=code)
     else:

@@ -149,6 +149,11 @@ def main(descriptor: int) -> None:
         is_ours = isinstance(error, ExtractorError)
         kind = type(error).__name__
         child.send(Failed(kind, str(error) if is_ours else f"{kind}: {first_line(error)}"))
+        _exit()  # while the error keeps the tensors of a broken GPU, which would abort the process
+    _exit()
+
+
+def _exit() -> None:
     sys.stdout.flush()
     os._exit(0)  # threads of a decoder that hangs would keep the process alive
 

@@ -18,7 +18,7 @@ from support.commands import WarmProcess, run_extract, run_python
 from support.networks import mean_pixel
 from support.stand_ins import stand_in
 
-from extractor import FeatureStore, __version__
+from extractor import FeatureStore, __version__, errors
 from extractor.cli import main as cli
 from extractor.models import embedding
 
@@ -362,3 +362,83 @@ def test_only_an_interrupted_run_claims_to_have_saved_something(
     monkeypatch.setitem(cli.VERBS, "index", lambda words: interrupted())
     assert cli.main(words) == 130
     assert capsys.readouterr().err == f"extract: interrupted: {what_now}\n"
+
+
+# ---------------------------------------------------------------------------------------------
+# A device that breaks in the middle of a run
+
+BREAKING = """
+import pathlib
+import torch
+from torch import nn
+
+class Tensor:
+    def __del__(self):
+        pathlib.Path(__file__).with_name("freed").touch()
+
+class Network(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, pixels):
+        if len(pixels) == 4:
+            tensor = Tensor()
+            if pixels.is_cuda:
+                torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].cpu()
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return self.fc(pixels.mean((2, 3)))
+
+def network():
+    return Network()
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_before_a_broken_device_is_asked_to_free_memory(
+    photos: Path, tmp_path: Path
+) -> None:
+    assert_ends_by_itself(photos, tmp_path, "cpu")
+
+
+@pytest.mark.cuda
+def test_a_process_ends_by_itself_after_a_gpu_broke(photos: Path, tmp_path: Path) -> None:
+    assert_ends_by_itself(photos, tmp_path, "cuda:0")
+
+
+def assert_ends_by_itself(photos: Path, folder: Path, device: str) -> None:
+    """Assert that a run ends with 1 although its device breaks in the first batch."""
+    (folder / "code").mkdir()
+    (folder / "code/breaking.py").write_text(BREAKING, "utf-8")
+    model = f"{folder}/code/breaking.py:network"
+    words = ["-m", model, "--device", device, "--batch-size", "4", "-o", str(folder / "out")]
+    words = [sys.executable, "-m", "extractor", *words, "--precision", "float32", str(photos)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    *_, line = [line for line in done.stderr.splitlines() if line.startswith("extract: ")]
+    assert line.startswith(f"extract: {device} does not work: CUDA error: device-side assert")
+    assert "terminate called" not in done.stderr
+    assert not (folder / "code/freed").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "is_at_once"), [(errors.DeviceError("broken"), True), (errors.StoreError("x"), False)]
+)
+def test_only_an_error_of_a_device_ends_the_process_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: errors.ExtractorError,
+    is_at_once: bool,
+) -> None:
+    def fail(*_: object) -> int:
+        raise error
+
+    ended: list[int] = []
+    monkeypatch.setattr("extractor.cli.extract.extract", fail)
+    monkeypatch.setattr(cli, "_broken", [])
+    monkeypatch.setattr("sys.argv", ["extract", "photos"])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("os._exit", ended.append)
+    assert cli.process() == 1
+    assert ended == [1] * is_at_once
+    assert capsys.readouterr().err.startswith(f"extract: {error}")
