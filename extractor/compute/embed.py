@@ -23,7 +23,7 @@ from extractor.loading.buffers import MIN_BUFFERS
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
 from extractor.models.embedding import EmbeddingSpec
-from extractor.system.devices import device_errors, is_out_of_memory
+from extractor.system.devices import device_errors, empty_cache, is_out_of_memory
 from extractor.system.float32 import full_float32
 from extractor.system.timing import Timer
 
@@ -228,7 +228,7 @@ class _Step:
 
     def _halve(self, size: int) -> None:
         """Compute at most half as many images at a time from now on."""
-        torch.cuda.empty_cache()
+        empty_cache(self.device)
         self._compute_parts((size + 1) // 2)
         log.warning(
             "%s is out of memory with %d images at a time; continuing with %d",
@@ -385,6 +385,8 @@ def _embed_cuda(
     :data:`GPU_BATCHES` batches old.
     """
     copies: torch.cuda.Stream = torch.cuda.Stream(step.device)  # type: ignore[no-untyped-call]
+    # A decoder computes on this stream, with weights that another one may not have written yet.
+    copies.wait_stream(torch.cuda.current_stream(step.device))
     flights: deque[_Flight] = deque()
     try:
         for batch in batches:
@@ -420,8 +422,9 @@ def _launch(
             picture.record_stream(compute)
         computing.record()
         host_rows = []
+        pin = batch.pictures[0].is_pinned()  # unless no memory can be page-locked
         for rows in step.in_parts(pictures):
-            host_rows.append(torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True))
+            host_rows.append(torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pin))
             host_rows[-1].copy_(rows, non_blocking=True)
         copied_out.record()
     return _Flight(batch, pictures, host_rows, begun, copied_in, computing, copied_out)

@@ -42,8 +42,9 @@ class Machine:
         device: Device that the run computes on unless ``--devices`` names several, such as
             ``cuda:0``.
         threads: Number of threads that torch computes with by itself, at most one per core.
-        gpu_bytes: Memory of the smallest GPU; 0 if that is not known.
+        gpu_bytes: Least memory that a GPU has for the run; 0 if that is not known.
         weight_bytes: Size of the weights that each process loads.
+        is_exclusive: Whether a GPU lets only one process use it.
     """
 
     cores: int
@@ -52,6 +53,7 @@ class Machine:
     threads: int
     gpu_bytes: int = 0
     weight_bytes: int = 0
+    is_exclusive: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,11 +160,11 @@ def _default_processes(devices: tuple[str, ...], machine: Machine) -> int:
     """Return the number of processes on each device of a long run."""
     if devices[0] == "cpu":
         return max(machine.cores // CORES_PER_CPU_PROCESS, 1)
-    if devices[0].startswith("cuda"):
+    if devices[0].startswith("cuda") and not machine.is_exclusive:
         return processes_per_gpu(
             machine.cores // len(devices), machine.gpu_bytes, machine.weight_bytes
         )
-    return 1  # Apple's GPU shares its memory with the cores; not measured
+    return 1  # Apple's GPU shares its memory with the cores, and was not measured
 
 
 def processes_per_gpu(cores: int, gpu_bytes: int = 0, weight_bytes: int = 0) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from extractor.loading.options import LoaderOptions
+from extractor.text import first_line
 
 if TYPE_CHECKING:
     import torch
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from extractor.preprocess import Preprocess
 
 __all__ = ["BufferPool"]
+
+log = logging.getLogger(__name__)
 
 # One buffer is being filled, one is ready, one is on its way to the device, and one is spare for a
 # slow image. More would only cost memory, because a rate bounds a run and not a queue. A CPU may
@@ -43,12 +47,29 @@ class BufferPool:
         return min(max(affordable, MIN_BUFFERS), MAX_BUFFERS)
 
     def allocate(self) -> tuple[torch.Tensor, ...]:
-        """Return new buffers, one per preprocessing."""
+        """Return new buffers, one per preprocessing. Where none can be page-locked, they are not.
+
+        Raises:
+            RuntimeError: The memory does not suffice.
+        """
         import torch
 
-        return tuple(
-            torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin) for shape in self._shapes
-        )
+        from extractor.system.devices import is_out_of_memory
+
+        try:
+            return tuple(
+                torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin)
+                for shape in self._shapes
+            )
+        except RuntimeError as error:
+            if not self._pin or not is_out_of_memory(error):
+                raise
+            log.warning(
+                "no more memory can be page-locked (%s); copies to the GPU take longer",
+                first_line(error),
+            )
+        self._pin = False
+        return self.allocate()
 
     def __len__(self) -> int:
         """Return the number of free buffers."""

@@ -20,12 +20,13 @@ from extractor.lease.sharing import Machine, WorkerSlot, on_first_device, share_
 from extractor.loading.options import default_workers
 from extractor.models.embedding import EmbeddingSpec
 from extractor.models.from_file import files_of_code
-from extractor.options import Options
+from extractor.options import Options, parse_devices
 from extractor.report import WorkerReport
 from extractor.run.leased import LeasedRun
 from extractor.run.recorded_weights import weights_of
 from extractor.store.format import IN_FLIGHT, WORKERS
 from extractor.system.cpu import available_cores
+from extractor.system.devices import device_errors, empty_cache, is_exclusive
 from extractor.system.timing import KINDS, Spent, Timer
 from extractor.workers.local import LocalWorkers
 from extractor.workers.opening import ShardOpener
@@ -130,13 +131,15 @@ def _slots(leased: LeasedRun, computing: Computing) -> list[WorkerSlot]:
     """Return the share of each worker process; none if this process computes."""
     options = computing.options
     is_named = computing.model_names is not None
+    device = device_of(computing.specs)
     machine = Machine(
         available_cores(),
         torch.cuda.device_count(),
-        str(device_of(computing.specs)),
+        str(device),
         torch.get_num_threads(),
-        _least_gpu_bytes() if device_of(computing.specs).type == "cuda" else 0,
+        _least_gpu_bytes(options, device),
         _weight_bytes(computing.specs),
+        is_exclusive(device),
     )
     sharing = share_out(
         options,
@@ -249,11 +252,13 @@ def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
 
 def _clear_device(specs: Sequence[EmbeddingSpec]) -> None:
     """Leave the memory of a GPU to the workers. This process computes nothing from now on."""
-    if device_of(specs).type == "cuda":
-        for spec in specs:
-            for backbone in spec.backbones:
-                backbone.module.to("cpu")
-        torch.cuda.empty_cache()
+    device = device_of(specs)
+    if device.type == "cuda":
+        with device_errors(device):
+            for spec in specs:
+                for backbone in spec.backbones:
+                    backbone.module.to("cpu")
+            empty_cache(device)
 
 
 def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
@@ -278,10 +283,24 @@ def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
     )
 
 
-def _least_gpu_bytes() -> int:
-    """Return the memory of the smallest GPU; 0 if there is none."""
-    gpus = range(torch.cuda.device_count())
-    return min((torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus), default=0)
+def _least_gpu_bytes(options: Options, device: torch.device) -> int:
+    """Return the least memory that a GPU has for this run; 0 if a CPU computes.
+
+    Other programs may hold a part of it. This counts for the device that this process has loaded
+    the models to. To ask others would take memory there.
+
+    Raises:
+        DeviceError: A GPU of the run does not answer.
+    """
+    if device.type != "cuda":
+        return 0
+    chosen, count = parse_devices(options.devices or "cpu"), torch.cuda.device_count()
+    numbers = range(count) if chosen == "all" else () if chosen == "cpu" else chosen
+    with device_errors(device):
+        free, _ = torch.cuda.mem_get_info(device)
+        own = free + torch.cuda.memory_reserved(device)
+        gpus = [torch.cuda.get_device_properties(n) for n in numbers if n < count]
+    return min([own, *(gpu.total_memory for gpu in gpus)])
 
 
 def _weight_bytes(specs: Sequence[EmbeddingSpec]) -> int:

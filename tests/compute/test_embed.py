@@ -388,10 +388,14 @@ class Stream:
     """A stream on which everything is done at once."""
 
     broken = False
+    waited_for: object = None
 
     def synchronize(self) -> None:
         if self.broken:
             raise RuntimeError("CUDA error: unspecified launch failure")
+
+    def wait_stream(self, stream: object) -> None:
+        self.waited_for = stream
 
     def wait_event(self, event: object) -> None:
         pass
@@ -411,9 +415,9 @@ class Event:
 @pytest.fixture
 def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """Let the path of a GPU compute on the CPU; return its stream of copies."""
-    copies, empty = Stream(), torch.empty
+    copies, compute, empty = Stream(), Stream(), torch.empty
     monkeypatch.setattr(torch.cuda, "Stream", lambda _: copies)
-    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: compute)
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
@@ -435,6 +439,32 @@ def test_gpu_path_keeps_the_order_and_counts_device_time() -> None:
         rows = [e.rows[0][0] for e in embed([mean_spec()], loader, normalize=False, timer=timer)]
     np.testing.assert_allclose(rows, [normalized(c) for c in colors(9)], atol=1e-5)
     assert timer.seconds["model"] == pytest.approx(9 * 0.002)
+
+
+def test_copies_begin_once_the_network_is_on_the_gpu(pretended_gpu: Stream) -> None:
+    list(embed([mean_spec()], [], normalize=False))
+    assert pretended_gpu.waited_for is torch.cuda.current_stream()
+
+
+@pytest.mark.usefixtures("pretended_gpu")
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_rows_are_page_locked_if_pictures_are(
+    monkeypatch: pytest.MonkeyPatch, is_pinned: bool
+) -> None:
+    pinned, empty = [], torch.empty
+
+    def watched(*shape: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        pinned.append(pin_memory)
+        return empty(*shape, **options)
+
+    plan: list[list[ImageSource]] = [[flat((1, 2, 3))]]
+    with BatchLoader(
+        plan, [mean_pixel().preprocess], LoaderOptions(batch_size=1, workers=1)
+    ) as loader:
+        monkeypatch.setattr(torch, "empty", watched)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda _: is_pinned)
+        list(embed([mean_spec()], loader, normalize=False))
+    assert pinned == [is_pinned]
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

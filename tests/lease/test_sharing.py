@@ -90,6 +90,13 @@ def test_large_weights_leave_room_for_fewer_processes() -> None:
     assert len(slots) == 4  # 6 GiB and twice 7 GiB each
 
 
+@pytest.mark.parametrize(("processes", "expected"), [(None, 1), (3, 3)])
+def test_a_gpu_for_one_process_has_one_by_default(processes: int | None, expected: int) -> None:
+    machine = Machine(96, 1, "cuda:0", threads=96, gpu_bytes=80 * 2**30, is_exclusive=True)
+    sharing = share_out(Options(processes=processes), machine, images=MANY, shards=999)
+    assert len(sharing.slots) == expected
+
+
 def test_the_cores_of_a_gpu_decode() -> None:
     assert [slot.workers for slot in shared(16, 1).slots] == [2] * 8
     assert [slot.workers for slot in shared(2, 2, devices="all").slots] == [1, 1]

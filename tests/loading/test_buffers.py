@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from support.loading import PREPROCESS
 
 from extractor.loading import buffers
@@ -35,3 +38,33 @@ def test_taken_buffers_come_back() -> None:
     assert len(pool) == 0
     pool.give_back(taken[0])
     assert pool.take() is taken[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "is_enough"), [("CUDA error: out of memory", True), ("CUDA error: unknown", False)]
+)
+def test_memory_that_cannot_be_locked_is_taken_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    message: str,
+    is_enough: bool,
+) -> None:
+    empty, locked = torch.empty, 0
+
+    def limited(shape: Any, *, pin_memory: bool, **options: Any) -> torch.Tensor:
+        nonlocal locked
+        if pin_memory and locked == 2:
+            raise RuntimeError(message)
+        locked += pin_memory
+        return empty(shape, **options)
+
+    monkeypatch.setattr(torch, "empty", limited)
+    options = LoaderOptions(2, 1, pin=True)
+    if not is_enough:
+        with pytest.raises(RuntimeError, match=message):
+            BufferPool([PREPROCESS], options)
+        return
+    pool = BufferPool([PREPROCESS], options)
+    assert (len(pool), locked) == (MIN_BUFFERS, 2)
+    (warning,) = caplog.messages
+    assert warning.startswith("no more memory can be page-locked (CUDA error: out of memory)")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,3 +119,66 @@ def test_auto_is_the_device_of_the_cluster(
     nodes = [Node(4, 0), Node(16, gpus)]
     monkeypatch.setattr("extractor.workers.ray_cluster.nodes_of_cluster", lambda: nodes)
     assert device_of_cluster(Options(device=device)) == expected
+
+
+# ---------------------------------------------------------------------------------------------
+# GPUs of this machine, with stand-ins
+
+GIB = 2**30
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the machine have GPUs of 80, 24 and 4 GiB; others use half of the second one."""
+    totals = [80 * GIB, 24 * GIB, 4 * GIB]
+    free = [70 * GIB, 11 * GIB, 3 * GIB]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(totals))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda n: SimpleNamespace(total_memory=totals[n])
+    )
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[device.index], 0))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("device", "devices", "expected"),
+    [
+        ("cuda:0", None, 71),  # free, and what this process keeps
+        ("cuda:1", None, 12),
+        ("cuda:0", "0", 71),
+        ("cuda:0", "0,1", 24),
+        ("cuda:1", "1,0", 12),
+        ("cuda:0", "all", 4),
+        ("cuda:0", "0,9", 71),  # refused later
+        ("cpu", None, 0),
+        ("cpu", "cpu", 0),
+    ],
+)
+def test_memory_is_that_of_the_gpus_of_the_run(
+    device: str, devices: str | None, expected: int
+) -> None:
+    found = engines._least_gpu_bytes(Options(devices=devices), torch.device(device))
+    assert found == expected * GIB
+
+
+def test_a_gpu_that_does_not_answer_is_an_error_of_the_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def lost(device: object) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: unknown error")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    with pytest.raises(DeviceError, match="cuda:0 does not work: CUDA error: unknown error"):
+        engines._least_gpu_bytes(Options(), torch.device("cuda", 0))
+
+
+@pytest.mark.cuda
+def test_memory_of_a_gpu_is_what_is_free_and_what_is_kept() -> None:
+    device = torch.device("cuda", 0)
+    before = engines._least_gpu_bytes(Options(), device)
+    kept = torch.zeros(2**28, dtype=torch.uint8, device=device)
+    after = engines._least_gpu_bytes(Options(devices="all"), device)
+    assert abs(after - before) < kept.nbytes // 2
+    assert 0 < after <= torch.cuda.get_device_properties(device).total_memory
