@@ -26,7 +26,13 @@ from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.models.naming import split_names
 from extractor.network.fusion.fuse import without_packing
 from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
-from extractor.system.devices import device_errors, is_broken_device, is_out_of_memory
+from extractor.system.devices import (
+    computes,
+    device_errors,
+    empty_cache,
+    is_broken_device,
+    is_out_of_memory,
+)
 from extractor.system.float32 import full_float32
 from extractor.text import first_line
 
@@ -227,7 +233,7 @@ class _Trial:
                 half = half.to(exact.device, precision)
                 rows, half_seconds = self._embed(half)
             except Exception as error:  # whatever a network raises that cannot compute in it
-                if is_broken_device(error):
+                if is_broken_device(error) and not computes(exact.device):
                     raise
                 log.info("%s: no %s: %s", self._model, precision, first_line(error))
                 continue
@@ -277,7 +283,8 @@ class _Trial:
             except RuntimeError as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
-            torch.cuda.empty_cache()  # outside of the handler, which keeps the tensors alive
+            # Outside of the handler, which keeps the tensors alive.
+            empty_cache(self.best.device)
             size = (size + 1) // 2
 
     def seconds_per_image(self) -> float:
@@ -318,7 +325,7 @@ class _Trial:
             if not cosine >= self._required_cosine():
                 raise ExtractorError(f"its embeddings would change (cosine {cosine:.4f})")
         except Exception as error:  # whatever a compiler raises
-            if is_broken_device(error):
+            if is_broken_device(error) and not computes(self.best.device):
                 raise
             log.warning("%s is not compiled: %s", self._model, first_line(error))
             return

@@ -11,7 +11,7 @@ import torch
 
 from extractor.compute.inputs import Inputs
 from extractor.compute.tune import Recorded, TuneSettings, tune
-from extractor.errors import UsageError
+from extractor.errors import DeviceError, UsageError
 from extractor.images.types import ImageInfo
 from extractor.lease.describe import describe
 from extractor.lease.lease import Lease
@@ -74,6 +74,7 @@ class ShardWorker:
 
     Raises:
         UsageError: This worker would make other rows than the driver described.
+        DeviceError: It cannot compile the network, which the driver could.
         ExtractorError: A model cannot be loaded.
     """
 
@@ -161,7 +162,7 @@ class ShardWorker:
         own = describe(self._specs[target.spec], options, root, batch_size)
         differences = [*expected.differences(own), *expected.software_changes(own)]
         if own.computation.get("compiled") != expected.computation.get("compiled"):
-            raise UsageError("a worker could not compile the model; try --compile off")
+            raise DeviceError("a worker could not compile the model; try --compile off")
         if differences:
             shown = "; ".join(
                 f"{each.key}: {each.before} in the driver, {each.now} in the worker"

@@ -298,6 +298,45 @@ def test_network_that_does_not_compile_runs_with_a_warning(
     assert re.fullmatch(why, line)
 
 
+@pytest.mark.parametrize("computes", [True, False])
+def test_kernel_that_a_gpu_refuses_is_left_out_if_the_gpu_still_computes(
+    run: Callable[..., Report],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    computes: bool,
+) -> None:
+    def fails(_: nn.Module) -> nn.Module:
+        raise RuntimeError("Triton Error [CUDA]: device kernel image is invalid")
+
+    pretend(monkeypatch, fails)
+    monkeypatch.setattr(tuning, "computes", lambda _: computes)
+    if not computes:
+        with pytest.raises(DeviceError, match="does not work: Triton Error"):
+            run(compile="on", precision="float32")
+        return
+    assert not run(compile="on", precision="float32").is_compiled
+    assert "is not compiled: Triton Error [CUDA]: device kernel image" in caplog.text
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_precision_that_a_gpu_lacks_is_left_out_if_the_gpu_still_computes(
+    run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch, computes: bool
+) -> None:
+    class Picky(Colors):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            if self.weight.dtype != torch.float32:
+                raise RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+            return super().forward(pixels)
+
+    monkeypatch.setattr(f"{__name__}.Colors", Picky)
+    monkeypatch.setattr(tuning, "computes", lambda _: computes)
+    if not computes:
+        with pytest.raises(DeviceError, match="lacks this precision or layer; try --precision fl"):
+            run()
+        return
+    assert run().precision == "float32"
+
+
 def test_compile_off_never_compiles(
     run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
 ) -> None:
