@@ -22,6 +22,7 @@ LIBJPEG_FORMATS = frozenset({"JPEG", "MPO"})  # formats that libjpeg decodes
 # Markers of a JPEG file (ITU-T T.81).
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 HUFFMAN_TABLE, QUANTIZATION_TABLE, START_OF_SCAN = 0xC4, 0xDB, 0xDA
+SCAN_START = b"\xff\xda"
 FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
 SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 
@@ -63,8 +64,8 @@ def plain_jpeg(
 ) -> tuple[ImageInfo, EncodedJpeg] | None:
     """Return a JPEG that every decoder turns into the same pictures, or None for other files.
 
-    Such a file is sequential, complete to its last marker, and grayscale or YCbCr in a usual
-    sampling. Its pictures need no filter that torch lacks.
+    Such a file is sequential with one scan, complete to its last marker, and grayscale or YCbCr in
+    a usual sampling. Its pictures need no filter that torch lacks.
     """
     content = file.content
     if not _is_sequential(content) or not content.rstrip(b"\0").endswith(JPEG_END):
@@ -88,7 +89,7 @@ def plain_jpeg(
 
 
 def _is_sequential(content: bytes) -> bool:
-    """Return whether a file is one sequential frame with Huffman codes and its own tables."""
+    """Return whether a file is one sequential scan with Huffman codes and its own tables."""
     offset, markers = 2, []
     if not content.startswith(JPEG_START):
         return False
@@ -100,8 +101,8 @@ def _is_sequential(content: bytes) -> bool:
             frames = [seen for seen in markers if seen in FRAMES]
             complete = {HUFFMAN_TABLE, QUANTIZATION_TABLE} <= set(markers) and len(frames) == 1
             # Inside the scan, 0xff comes before a zero or a restart marker only.
-            has_one_image = JPEG_START[:2] not in content[offset:]
-            return complete and frames[0] in SEQUENTIAL_FRAMES and has_one_image
+            others = [content.find(start, offset) for start in (JPEG_START[:2], SCAN_START)]
+            return complete and frames[0] in SEQUENTIAL_FRAMES and max(others) < 0
     return False
 
 

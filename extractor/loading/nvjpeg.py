@@ -1,4 +1,4 @@
-"""JPEGs decoded on the GPU with nvJPEG, and rendered there. Experimental: never measured.
+"""JPEGs decoded on the GPU with nvJPEG, and rendered there. Experimental: measured on one GPU.
 
 Everything about GPU decoding is behind :class:`NvjpegDecoder`. The decoding threads leave plain
 JPEGs encoded. Their bytes go to the GPU, which decodes, turns and resizes them, while the threads
@@ -49,6 +49,10 @@ TRIAL_IMAGES = 64
 MAX_MEAN_DIFFERENCE = 1.0  # over all pictures
 MAX_DIFFERENCE = 8.0  # over one picture
 LEAST_COSINE = 0.99
+
+# After the trial, a GPU that refuses more images of one batch than it decodes, and more than these,
+# is not trusted any longer: this process would decode them with a single thread.
+MAX_REFUSED = 8
 
 FLAT_PIXELS = 8  # edge of a block
 
@@ -106,7 +110,7 @@ class NvjpegDecoder:
 
     The first :data:`TRIAL_IMAGES` images are decoded by both sides, and their pictures and
     embeddings are compared. Until that is decided, the pictures of the CPU are used. If the GPU is
-    wrong, the CPU decodes everything from then on.
+    wrong, or refuses most images later, the CPU decodes everything from then on.
 
     Args:
         device: GPU that decodes.
@@ -163,6 +167,10 @@ class NvjpegDecoder:
         if self.is_trusted is None:
             self._compare(images, rendered, pictures, embed)
         done = rendered.done if self.is_trusted else set()
+        refused, count = len(rendered.refused), len(images)
+        if self.is_trusted and refused > max(count - refused, MAX_REFUSED):
+            error = self._trial.last_error or "other sizes"
+            self._distrust(f"refuses {refused} of {count} JPEGs now ({error})")
         for index, image in images.items():
             if index in done:
                 continue
@@ -310,10 +318,14 @@ class NvjpegDecoder:
             trial.least_cosine = min(trial.least_cosine, cosine)
         if not trial.is_over:
             return
-        self.objection = trial.objection()
-        self.is_trusted = not self.objection
-        if self.objection:
-            log.warning("%s %s; decoding all images on the CPU", self._device, self.objection)
+        self.is_trusted = True
+        if objection := trial.objection():
+            self._distrust(objection)
+
+    def _distrust(self, objection: str) -> None:
+        """Leave all images to the CPU from the next batch on."""
+        self.is_trusted, self.objection = False, objection
+        log.warning("%s %s; decoding all images on the CPU", self._device, objection)
 
     def _render_on_cpu(self, image: EncodedJpeg) -> list[npt.NDArray[np.uint8]] | Failure:
         rows = [

@@ -37,6 +37,8 @@ from extractor.store.format import IN_FLIGHT
 
 STANDARD = Preprocess.standard(32)
 PADDED = Preprocess((40, 24), "contain", (40, 24), "bilinear", (0,) * 3, (1,) * 3, (9, 8, 7))
+FRAME = b"\xff\xc0\0\x11\x08"  # the start of a frame of three components with eight bits
+SECOND_SCAN = b"\xff\xda\0\x08\x01\x02\x11\0\x3f\0"
 SQUASHED = Preprocess((24, 40), "squash", (24, 40), "bicubic", (0,) * 3, (1,) * 3)
 
 
@@ -78,6 +80,9 @@ def nearest_color(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
     """Decode as nvJPEG does: each value of a color channel covers two by two pixels."""
     images = []
     for image in map(opened, encoded):
+        if image.mode == "L":
+            images.append(planes(image))
+            continue
         image.draft("YCbCr", image.size)
         brightness, *colors = image.split()
         halves = ((image.width + 1) // 2, (image.height + 1) // 2)
@@ -98,6 +103,7 @@ def nearest_color(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
         jpeg(smooth(60, 40).convert("L")),
         *(jpeg(smooth(60, 40), subsampling=sampling) for sampling in (0, 1, 2)),
         jpeg(smooth(60, 40), orientation=6),
+        jpeg(smooth(60, 40), restart_marker_rows=1),
         jpeg(smooth(60, 40)) + bytes(3),
     ],
 )
@@ -127,6 +133,9 @@ def with_adobe_transform(content: bytes, transform: int) -> bytes:
         jpeg(smooth(60, 40).convert("CMYK")),
         jpeg(smooth(60, 40), keep_rgb=True),
         with_adobe_transform(jpeg(smooth(60, 40)), 0),
+        jpeg(smooth(60, 40))[:-2] + SECOND_SCAN + b"\xff\xd9",
+        jpeg(smooth(60, 40)).replace(FRAME, FRAME[:4] + b"\x0c"),  # twelve bits
+        jpeg(smooth(60, 40)).replace(FRAME + b"\0\x28", FRAME + bytes(2)),  # no height
         jpeg(smooth(61, 40)),  # one pixel too many
         jpeg(smooth(1000, 2)),  # resized whole it would be very long
     ],
@@ -331,6 +340,36 @@ def test_images_that_the_gpu_cannot_render_are_rendered_by_the_cpu(
     monkeypatch.setattr(nvjpeg, "render_block", render)
     assert run.is_as_exact(run())
     assert sorted(run.calls) == [1] * 8 + [2] * 4 + [4] * 2
+
+
+@pytest.mark.parametrize(("most", "is_trusted"), [(1, False), (2, True)])
+def test_a_decoder_that_fails_later_is_abandoned(
+    run: Run,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    most: int,
+    is_trusted: bool,
+) -> None:
+    """The first two batches of two are the trial; images that were left encoded stay so."""
+    seen = 0
+
+    def decode(encoded: list[torch.Tensor]) -> list[torch.Tensor]:
+        nonlocal seen
+        seen += len(encoded)
+        if seen > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return pillow(encoded)
+
+    monkeypatch.setattr(nvjpeg, "MAX_REFUSED", most)
+    run.decode = decode
+    assert run.is_as_exact(run(batch_size=2, workers=1))
+    assert run.calls == [2, 2, 2, 1, 1] if not is_trusted else [2, 2, 2, 1, 1, 2, 1, 1]
+    warned = [message for message in caplog.messages if "decoding all images on the" in message]
+    assert warned == (
+        []
+        if is_trusted
+        else ["cpu refuses 2 of 2 JPEGs now (CUDA out of memory.); decoding all images on the CPU"]
+    )
 
 
 def test_an_error_that_stays_ends_the_run(run: Run) -> None:
@@ -549,9 +588,21 @@ def assert_gpu_decodes(
 
 @pytest.fixture
 def photo_folder(folder: Path) -> Path:
-    """The folder with 70 JPEGs more, all with 4:2:0 sampling."""
+    """The folder with 70 JPEGs more, all with 4:2:0 sampling, and other kinds after them."""
     for number, content in enumerate(colorful(70)):
-        (folder / f"more-{number}.jpg").write_bytes(content)
+        (folder / f"more-{number:02}.jpg").write_bytes(content)
+    image = smooth(90, 70, 3)
+    kinds = {
+        "gray": jpeg(image.convert("L")),
+        "restarts": jpeg(image, restart_marker_rows=1),
+        **{f"sampling-{sampling}": jpeg(image, subsampling=sampling) for sampling in (0, 1)},
+        "turned": jpeg(image, orientation=5),
+        "cmyk": jpeg(image.convert("CMYK")),
+        "tiny": jpeg(image.resize((1, 1))),
+        "long": jpeg(image.resize((3000, 16))),
+    }
+    for name, content in kinds.items():
+        (folder / f"other-{name}.jpg").write_bytes(content)
     return folder
 
 
