@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from extractor.errors import DecodeError, UsageError
-from extractor.images.decode import decode_into
+from extractor.images.time_limit import decode_within
 from extractor.preprocess import Preprocess
 from extractor.store.atomic import write_atomically
 from extractor.store.format import MANIFEST
@@ -22,7 +22,15 @@ from extractor.text import plural
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Tile", "check_new_file", "check_sheet", "draw_sheet", "write_new_file", "write_sheet"]
+__all__ = [
+    "SQUARE",
+    "Tile",
+    "check_new_file",
+    "check_sheet",
+    "draw_sheet",
+    "write_new_file",
+    "write_sheet",
+]
 
 THUMBNAIL = 150  # pixels
 LABEL = 34
@@ -169,7 +177,7 @@ def _thumbnail(image: Any) -> tuple[Image.Image, str]:
 
     pixels = np.empty((THUMBNAIL, THUMBNAIL, 3), np.uint8)
     try:
-        decode_into(image, [SQUARE], [pixels])
+        decode_within(image, [SQUARE], [pixels])
     except DecodeError as error:
         return Image.new("RGB", (THUMBNAIL, THUMBNAIL), EMPTY), error.reason
     return Image.fromarray(pixels), ""

@@ -36,7 +36,6 @@ MAX_JSON_BYTES = 32 * 2**20  # a selection of a million ids
 WORKING, TOO_LARGE = 202, 413  # statuses of an answer
 MAX_ROWS = 1000  # in one answer
 MAX_NEIGHBORS = 100
-IMAGE_SECONDS = 20.0  # for one thumbnail
 HANGING = 64  # threads that may wait for files and decoders
 
 Endpoint = Callable[["Request"], Awaitable["Response"]]
@@ -295,17 +294,20 @@ class _Page:
         shown = self.viewer.shown[number]
         collection, thumbnails = shown.collection, shown.thumbnails
 
-        def known() -> tuple[Image | None, bytes | None]:
+        def known() -> tuple[Image | None, bytes | None, bool]:
             image = collection.image(request.path_params["id"])
-            return image, thumbnails.kept(image) if image and edge == SMALL_EDGE else None
+            if image is None:
+                return None, None, False
+            kept = thumbnails.kept(collection, image) if edge == SMALL_EDGE else None
+            return image, kept, kept is not None or thumbnails.is_unchanged(collection, image)
 
-        image, content = await self._in_thread(known)
+        image, content, is_unchanged = await self._in_thread(known)
         if image is None:
             raise _RefusedError(404, "there is no such image")
         # In a store that was deleted and made anew, an id stands for another image.
         tag = f'"{image.content}"'
         caching = {"cache-control": "private, no-cache", "etag": tag}
-        if request.headers.get("if-none-match") == tag:
+        if is_unchanged and request.headers.get("if-none-match") == tag:
             return Response(status_code=304, headers=caching)
         if content is None:
             content = await self._made(request, collection, thumbnails, image, edge)
@@ -319,19 +321,14 @@ class _Page:
         image: Image,
         edge: int,
     ) -> bytes:
-        import anyio
-
         async with self._decoding:
             if await request.is_disconnected():  # scrolled past
                 raise _RefusedError(404, "nobody waits for it")
-            with anyio.move_on_after(IMAGE_SECONDS):
-                try:
-                    made: bytes = await self._in_thread(thumbnails.make, collection, image, edge)
-                    return made
-                except DecodeError as error:
-                    raise _RefusedError(404, f"{error.reason}: {error}") from error
-        thumbnails.problems[image.id] = ("timeout", f"not decoded within {IMAGE_SECONDS:g} s")
-        raise _RefusedError(404, "timeout: the image takes too long to decode")
+            try:
+                made: bytes = await self._in_thread(thumbnails.make, collection, image, edge)
+            except DecodeError as error:
+                raise _RefusedError(404, f"{error.reason}: {error}") from error
+        return made
 
     @_endpoint
     async def neighbors(self, request: Request) -> Response:

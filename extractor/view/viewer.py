@@ -10,8 +10,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from extractor.errors import ExtractorError, StoreError
+import numpy as np
+
+from extractor.errors import DecodeError, ExtractorError, StoreError
+from extractor.images.time_limit import decode_within
+from extractor.images.types import EncodedImage
+from extractor.reading.groups import check_comparable
 from extractor.reading.reader import FeatureStore
+from extractor.search.sheet import SQUARE
 from extractor.view.analyses import Analyses
 from extractor.view.collection import Collection, Match, image_row
 from extractor.view.thumbnails import Thumbnails
@@ -86,6 +92,7 @@ class Viewer:
             "token": shown.store.token,
             "newer": newer,
             "anew": self._anew[number],
+            "comparable": _are_comparable(self.shown),
             "problems": len(shown.thumbnails.problems),
         }
 
@@ -126,11 +133,15 @@ class Viewer:
 
     def search(self, content: bytes, k: int) -> dict[str, Any]:
         """Return the images nearest to an encoded one, in every store."""
-        results = [
-            self._answer(number, 0, lambda collection: collection.search(content, k))
-            for number in range(len(self.shown))
-        ]
-        return {"results": results}
+        problem = _problem_of(content)
+
+        def find(collection: Collection) -> Match:
+            if problem is not None:
+                raise problem
+            return collection.search(content, k)
+
+        numbers = range(len(self.shown))
+        return {"results": [self._answer(number, 0, find) for number in numbers]}
 
     def _answer(self, number: int, row: int, find: Callable[[Collection], Match]) -> dict[str, Any]:
         collection = self.shown[number].collection
@@ -168,6 +179,31 @@ def store_names(stores: Sequence[FeatureStore]) -> list[str]:
 
 def _neighbors(row: int, k: int, collection: Collection) -> Match:
     return collection.neighbors(row, k)
+
+
+def _are_comparable(shown: Sequence[Shown]) -> bool:
+    """Return whether there are two stores of one backbone."""
+    stores = [each.store for each in shown]
+    if len({os.path.realpath(store.path) for store in stores}) < 2:
+        return False
+    try:
+        check_comparable(*stores)
+    except StoreError:
+        return False
+    return True
+
+
+def _problem_of(content: bytes) -> DecodeError | None:
+    """Return why an encoded image cannot be decoded.
+
+    What embeds a single image has no time limit, so a decoder that hangs would end all searches.
+    """
+    pixels = np.empty((*SQUARE.input_size, 3), np.uint8)
+    try:
+        decode_within(EncodedImage(content), [SQUARE], [pixels])
+    except DecodeError as error:
+        return error
+    return None
 
 
 def _is_anew(before: Shown, after: Shown) -> bool:

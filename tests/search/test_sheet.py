@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from extractor.errors import UsageError
+from extractor.images import time_limit
+from extractor.images.decode import decode_into
 from extractor.search.sheet import (
     EMPTY,
     FRAME,
@@ -49,6 +53,24 @@ def test_tiles_stand_in_rows_and_the_query_in_a_frame(red: Path, tmp_path: Path)
 def test_an_image_that_cannot_be_read_is_an_empty_tile(tmp_path: Path) -> None:
     sheet = draw_sheet([[Tile(tmp_path / "gone.jpg", "query\n\udcff é \u4e2d")]])
     assert sheet.getpixel((85, 20)) == EMPTY
+
+
+def test_an_image_that_hangs_is_an_empty_tile(
+    red: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+
+    def hang(source: Any, *arguments: Any) -> Any:
+        if str(source).endswith("stuck.png"):
+            release.wait(20)
+        return decode_into(source, *arguments)
+
+    monkeypatch.setattr(time_limit, "decode_into", hang)
+    monkeypatch.setattr(time_limit, "IMAGE_SECONDS", 0.1)
+    sheet = draw_sheet([[Tile(tmp_path / "stuck.png", "query"), Tile(red, "a")]])
+    release.set()
+    assert sheet.getpixel((85, 20)) == EMPTY
+    assert sheet.getpixel((COLUMN + 95, 85)) == RED
 
 
 def test_an_existing_file_is_kept_without_overwrite(red: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import struct
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from starlette.testclient import TestClient
 from support.pictures import noise
 
 from extractor import extract, view_app
+from extractor.images import time_limit
 from extractor.images.decode import decode_into
 from extractor.view import app as app_module
 from extractor.view.server import LOOPBACK_HOSTS, hosts_for
@@ -123,7 +124,7 @@ def test_every_answer_forbids_scripts_from_elsewhere(guarded: TestClient, path: 
         assert "access-control-allow-origin" not in headers
 
 
-@pytest.mark.parametrize("path", ["reload", "search", "list/0", "images/0"])
+@pytest.mark.parametrize("path", ["reload", "search", "list/0", "images/0", "thumbnails/0"])
 def test_what_changes_or_computes_is_no_link(guarded: TestClient, path: str) -> None:
     assert guarded.get(f"/{TOKEN}/{path}").status_code in (404, 405)
 
@@ -132,7 +133,7 @@ def test_what_changes_or_computes_is_no_link(guarded: TestClient, path: str) -> 
     "body", [b"", b"{", b"{}", b"[1.5]", b'["a"]', b"[true]", b"[-1]", b"[1e400]", b"[" * 100_000]
 )
 def test_list_of_something_else_is_refused(guarded: TestClient, body: bytes) -> None:
-    for path in ("list/0", "images/0"):
+    for path in ("list/0", "images/0", "thumbnails/0"):
         assert guarded.post(f"/{TOKEN}/{path}", content=body).status_code == 400
     huge = b"[" + b"9" * 30 + b"]"
     assert guarded.post(f"/{TOKEN}/images/0", content=huge).status_code == 400
@@ -243,18 +244,27 @@ def test_huge_and_broken_images_have_the_limits_of_a_run(
     assert len(client.get("/failures/0").json()["problems"]) == 4
 
 
-def test_decoder_that_hangs_blocks_no_other_image(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Let files ``0.png`` and uploads that begin with ``hang`` hang; the list counts them."""
     release = threading.Event()
+    begun: list[str] = []
 
     def hang(source: Any, *arguments: Any) -> Any:
-        if str(source).endswith("0.png"):
+        data = getattr(source, "data", b"")
+        if data.startswith(b"hang") or str(source).endswith("0.png"):
+            begun.append(str(source))
             release.wait(20)
         return decode_into(source, *arguments)
 
-    monkeypatch.setattr("extractor.view.thumbnails.decode_into", hang)
-    monkeypatch.setattr(app_module, "IMAGE_SECONDS", 0.2)
+    monkeypatch.setattr(time_limit, "decode_into", hang)
+    monkeypatch.setattr(time_limit, "IMAGE_SECONDS", 0.2)
+    monkeypatch.setattr(time_limit, "_hanging", [])
+    yield begun
+    release.set()
+
+
+def test_decoder_that_hangs_blocks_no_other_image(folder: Path, hanging: list[str]) -> None:
     app = view_app(folder / "out", root=folder / "images")
     with TestClient(app) as client:  # one event loop for all requests
         for _ in range(10):  # more than there are slots
@@ -263,4 +273,14 @@ def test_decoder_that_hangs_blocks_no_other_image(
         assert client.get("/failures/0").json()["problems"] == [
             ["a/0.png", "timeout", "not decoded within 0.2 s"]
         ]
-        release.set()
+    assert len(hanging) == 1
+
+
+def test_upload_that_hangs_blocks_no_other_search(client: TestClient, hanging: list[str]) -> None:
+    for _ in range(3):
+        (result,) = client.post("/search", content=b"hang").json()["results"]
+        assert result["error"] == "not decoded within 0.2 s"
+    content = io.BytesIO()
+    noise(3, 40, 30).save(content, "PNG")
+    (result,) = client.post("/search?k=2", content=content.getvalue()).json()["results"]
+    assert len(result["hits"]) == 2

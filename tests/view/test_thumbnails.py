@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from starlette.testclient import TestClient
 from support.pictures import noise
 
 from extractor import FeatureStore, list_images, view_app
-from extractor.view.thumbnails import FOLDER
+from extractor.view.thumbnails import FOLDER, Thumbnails
 
 
 def kept(folder: Path) -> list[Path]:
@@ -22,7 +23,7 @@ def kept(folder: Path) -> list[Path]:
 
 
 def test_thumbnail_is_made_once_and_kept_by_id_and_content(
-    client: TestClient, folder: Path
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = client.get("/thumbnail/0/2")
     with Image.open(io.BytesIO(first.content)) as image:
@@ -35,10 +36,43 @@ def test_thumbnail_is_made_once_and_kept_by_id_and_content(
     assert path.name == f"2-{digest[:24]}.jpg"
     assert path.read_bytes() == first.content
 
-    shutil.rmtree(folder / "images" / "a")
+    monkeypatch.setattr(Thumbnails, "make", None)
     again = TestClient(view_app(folder / "out", root=folder / "images"))
     assert again.get("/thumbnail/0/2").content == first.content
-    assert again.get("/thumbnail/0/0").status_code == 404
+
+
+@pytest.mark.parametrize("is_restarted", [False, True], ids=["same server", "restarted"])
+def test_thumbnail_of_an_image_that_moved_or_changed_is_not_shown(
+    client: TestClient, folder: Path, is_restarted: bool
+) -> None:
+    before = [client.get(f"/thumbnail/0/{number}") for number in range(4)]
+    assert [answer.status_code for answer in before] == [200] * 4
+    images = folder / "images"
+    (images / "a" / "0.png").unlink()
+    noise(77, 40, 30).save(images / "a" / "2.png")
+    (images / "a" / "4.png").rename(folder / "away.png")
+    os.utime(images / "b" / "1.png", (1, 1))  # another time, the same content
+    if is_restarted:
+        client = TestClient(view_app(folder / "out", root=images))
+    for kind in ("thumbnail", "picture"):
+        for headers in ({}, {"if-none-match": before[0].headers["etag"]}):
+            assert client.get(f"/{kind}/0/0", headers=headers).status_code == 404
+    assert [client.get(f"/thumbnail/0/{n}").status_code for n in (1, 2, 3)] == [404, 404, 200]
+    assert client.get("/state").json()["stores"][0]["problems"] == 3
+    (folder / "away.png").rename(images / "a" / "4.png")
+    assert client.get("/thumbnail/0/2").content == before[2].content
+    assert client.get("/state").json()["stores"][0]["problems"] == 2
+
+
+def test_thumbnail_of_a_copied_image_is_kept(
+    client: TestClient, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.utime(folder / "images" / "a" / "4.png", (1, 1))
+    first = client.get("/thumbnail/0/2")
+    monkeypatch.setattr(Thumbnails, "make", None)
+    again = TestClient(view_app(folder / "out", root=folder / "images"))
+    for each in (client, again):
+        assert each.get("/thumbnail/0/2").content == first.content
 
 
 def test_browser_asks_again_whether_a_thumbnail_is_the_same(
@@ -53,6 +87,28 @@ def test_browser_asks_again_whether_a_thumbnail_is_the_same(
         # As after a store was made anew, where the id stands for another image.
         again = client.get(f"/{kind}/0/1", headers=known)
         assert (again.status_code, again.content) == (200, other.content)
+
+
+def files_of(content: bytes) -> list[bytes]:
+    """Return the files of an answer with many thumbnails."""
+    files = []
+    while content:
+        (length,) = struct.unpack_from("<I", content)
+        files.append(content[4 : 4 + length])
+        content = content[4 + length :]
+    return files
+
+
+def test_thumbnails_at_hand_come_in_one_answer(client: TestClient, folder: Path) -> None:
+    first, third = (client.get(f"/thumbnail/0/{number}").content for number in (0, 2))
+    assert files_of(client.post("/thumbnails/0", json=[2, 1, 0, 99, 2]).content) == [
+        *(third, b"", first, b"", third)
+    ]
+    (folder / "images" / "a" / "0.png").unlink()
+    again = TestClient(view_app(folder / "out", root=folder / "images"))
+    for each in (client, again):
+        assert files_of(each.post("/thumbnails/0", json=[0, 2]).content) == [b"", third]
+    assert client.post("/thumbnails/0", json=[]).content == b""
 
 
 def test_half_a_thumbnail_is_made_again(client: TestClient, folder: Path) -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget
-from extractor.images.decode import decode_into
+from extractor.images.time_limit import decode_within
 from extractor.options import MAX_PIXELS
 from extractor.preprocess import Preprocess
 from extractor.system.cpu import available_cores
@@ -91,7 +91,7 @@ class Thumbnails:
         pixels = np.empty((self._edge, self._edge, 3), np.uint8)
         source = os.path.join(self._root, path)
         try:
-            info = decode_into(source, [self._transform], [pixels], self._budget)
+            info = decode_within(source, [self._transform], [pixels], self._budget)
         except DecodeError:
             return None, "unreadable"
         if digest and info.sha256 != digest:
