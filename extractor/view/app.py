@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import struct
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -213,6 +214,7 @@ class _Page:
         sent: list[tuple[str, Endpoint]] = [
             ("/reload", self.reload),
             ("/images/{store:int}", self.images),
+            ("/thumbnails/{store:int}", self.thumbnails),
             ("/search", self.search),
             ("/list/{store:int}", self.list),
         ]
@@ -286,6 +288,28 @@ class _Page:
     async def picture(self, request: Request) -> Response:
         """Answer with a larger thumbnail."""
         return await self._picture(request, LARGE_EDGE)
+
+    @_endpoint
+    async def thumbnails(self, request: Request) -> Response:
+        """Answer with those small thumbnails of some ids that are at hand.
+
+        For each id the number of bytes as uint32, little endian, and the JPEG; zero for none.
+        """
+        from starlette.responses import Response
+
+        shown = self.viewer.shown[self._store(request)]
+        collection = shown.collection
+        ids = _ids(await _body(request, MAX_JSON_BYTES))[:MAX_ROWS]
+
+        def found() -> bytes:
+            images = collection.images(collection.rows_of(ids))
+            kept = {image.id: shown.thumbnails.kept(collection, image) for image in images}
+            files = [kept.get(each) or b"" for each in ids]
+            return b"".join(struct.pack("<I", len(file)) + file for file in files)
+
+        content = await self._in_thread(found)
+        headers = {"cache-control": "no-store"}
+        return Response(content, media_type="application/octet-stream", headers=headers)
 
     async def _picture(self, request: Request, edge: int) -> Response:
         from starlette.responses import Response
@@ -366,8 +390,14 @@ class _Page:
         """Answer with groups of duplicates, or that they are being computed."""
         start = _number(request, "start", 0, 0, 2**53)
         percent = _number(request, "percent", 95, 1, 100)
-        analyses = self._analyses(request)
-        found = await self._in_thread(analyses.duplicates, percent / 100, start)
+        number, shown = self._store(request), self.viewer.shown
+        other = None
+        if _number(request, "against", 0, 0, 1):
+            if len(shown) < 2:
+                raise _RefusedError(404, "there is no other store")
+            other = shown[1 - number].store
+        analyses = shown[number].analyses
+        found = await self._in_thread(analyses.duplicates, percent / 100, start, other)
         return _json({"status": "working"}, WORKING) if found is None else _json(found)
 
     @_endpoint

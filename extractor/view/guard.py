@@ -13,6 +13,7 @@ from extractor.view.server import ANY_ADDRESS, is_address
 
 __all__ = ["Guard"]
 
+NO_TOKEN = "The address lacks the token of this page. Open the address that extract view printed."
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -60,7 +61,7 @@ class Guard:
             return
         inner = self._inside(scope)
         if inner is None:
-            refusal = PlainTextResponse("the address lacks the token of this page", 403)
+            refusal = PlainTextResponse(NO_TOKEN, 403)
             await refusal(scope, receive, with_headers)
             return
         await self._app(inner, receive, with_headers)

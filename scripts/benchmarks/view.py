@@ -32,7 +32,7 @@ LOOK = """() => {
   return [...document.querySelectorAll(".tile")].filter((tile) => {
     const at = tile.getBoundingClientRect();
     const isShown = at.bottom > box.top + 1 && at.top < box.bottom - 1;
-    return isShown && !tile.querySelector("img")?.complete;
+    return isShown && !tile.matches(".ready, .missing");
   }).length;
 }"""
 
@@ -61,7 +61,7 @@ def serve_page(photos: Path, out: Path) -> None:
     files = sorted(photos.glob("*.JPEG"))[:64]
     decoded = Thumbnails._decoded
 
-    def of_photo(self: Thumbnails, collection: Collection, image: Image, edge: int) -> bytes:
+    def of_photo(self: Thumbnails, collection: Collection, image: Image, edge: int) -> Any:
         file = files[image.id % len(files)]
         status = file.stat()
         known: dict[str, Any] = {

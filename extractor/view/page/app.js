@@ -26,6 +26,7 @@ class App {
     this.detail = new Detail(find("detail"), this);
     this.grid = new Grid(find("grid"), {
       thumbnail: ([id]) => this.source.thumbnail(this.store, id),
+      thumbnails: (images) => this.source.thumbnails(this.store, images.map(([id]) => id)),
       open: ([id]) => this.open(this.store, id),
       isSelected: ([id]) => this.selection.has(this.store, id),
       toggle: ([id]) => this.selection.toggle(this.store, id),

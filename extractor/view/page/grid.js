@@ -8,12 +8,14 @@ const AHEAD = 1.5; // windows that are made ready in the direction of scrolling
 const BEHIND = 0.5; // and in the other one
 const JUMP = 2; // windows; a longer move is a drag of the scroll bar
 const HURRY_MS = 60; // during a long drag, thumbnails wait until it rests
+const DRAG_MS = 300; // between two jumps of one drag
 
 export class Grid {
   /**
    * @param scroller Element that scrolls. It keeps the focus.
-   * @param options thumbnail(image) returns an address, open(image) shows an image,
-   *   isSelected(image), toggle(image), select(images), problem().
+   * @param options thumbnail(image) returns an address, thumbnails(images) resolves to files that
+   *   are at hand or null, open(image) shows an image, isSelected(image), toggle(image),
+   *   select(images), problem().
    */
   constructor(scroller, options) {
     this.scroller = scroller;
@@ -26,6 +28,7 @@ export class Grid {
     this.base = 0; // position of the first row in the spacer
     this.scrolled = 0;
     this.lastJump = -1000;
+    this.isDragged = false;
     this.isUpward = false;
     this.spacer = element("div", { class: "spacer", role: "presentation" });
     scroller.append(this.spacer);
@@ -105,7 +108,10 @@ export class Grid {
     if (moved === 0 || !this.listing) return;
     this.scrolled = now;
     this.isUpward = moved < 0;
-    if (Math.abs(moved) > JUMP * this.window) this.lastJump = performance.now();
+    if (Math.abs(moved) > JUMP * this.window) {
+      this.isDragged = performance.now() - this.lastJump < DRAG_MS;
+      this.lastJump = performance.now();
+    }
     if (!this.isScaled) {
       this.top = now;
     } else if (Math.abs(moved) > JUMP * this.window || this.isAtEnd(now)) {
@@ -179,27 +185,45 @@ export class Grid {
 
   /** Give images to the tiles that have none. Those in the window come first. */
   fill() {
-    const rests = performance.now() - this.lastJump > HURRY_MS;
+    const rests = !this.isDragged || performance.now() - this.lastJump > HURRY_MS;
     if (!rests) {
       clearTimeout(this.hurry);
       this.hurry = setTimeout(() => this.fill(), HURRY_MS);
     }
     const middle = (this.top + this.window / 2) / this.pitch;
     const rows = [...this.rows].sort(([a], [b]) => Math.abs(a - middle) - Math.abs(b - middle));
+    const wanted = [];
     for (const [, row] of rows) {
       for (const tile of row.children) {
         const image = this.listing.at(Number(tile.dataset.index));
         if (!image) continue;
-        if (!tile.firstChild && rests) this.fillTile(tile, image);
+        if (!tile.firstChild && rests) wanted.push([this.fillTile(tile, image), image, this.options.thumbnail(image)]);
         this.mark(tile, image);
       }
     }
+    const shown = this.columns * Math.ceil(this.window / this.pitch + 1);
+    this.loadPictures(wanted.slice(0, shown));
+    this.loadPictures(wanted.slice(shown));
   }
 
+  /** Load the thumbnails that are at hand at once, and then the others one by one. */
+  async loadPictures(wanted) {
+    if (!wanted.length) return;
+    const files = await this.options.thumbnails(wanted.map(([, image]) => image)).catch(() => []);
+    wanted.forEach(([picture, , address], at) => {
+      if (!picture.isConnected) return; // scrolled past
+      picture.src = files[at] ? URL.createObjectURL(files[at]) : address;
+    });
+  }
+
+  /** Give an image to a tile; return its picture, which has no address yet. */
   fillTile(tile, image) {
     const [, path] = image;
     const picture = element("img", { alt: "", draggable: "false", decoding: "async" });
-    picture.addEventListener("load", () => tile.classList.add("ready"));
+    picture.addEventListener("load", () => {
+      tile.classList.add("ready");
+      URL.revokeObjectURL(picture.src);
+    });
     picture.addEventListener("error", () => {
       if (!picture.isConnected) return;
       picture.remove();
@@ -208,10 +232,10 @@ export class Grid {
       tile.setAttribute("aria-label", `${path}, cannot be shown`);
       this.options.problem();
     });
-    picture.src = this.options.thumbnail(image);
     tile.title = path;
     tile.setAttribute("aria-label", path);
     tile.append(picture, element("span", { class: "check", "aria-hidden": "true" }));
+    return picture;
   }
 
   mark(tile, image) {
@@ -286,7 +310,9 @@ export class Grid {
 /** Remove a row, and stop what it still loads. */
 function discard(row) {
   for (const picture of row.querySelectorAll("img")) {
-    if (!picture.complete) picture.src = "data:,";
+    if (picture.complete) continue;
+    URL.revokeObjectURL(picture.src);
+    picture.src = "data:,";
   }
   row.remove();
 }

@@ -64,15 +64,19 @@ export class ServerSource {
   canSearch = true;
 
   async ask(path, options) {
-    let answer;
-    try {
-      answer = await fetch(path, options);
-    } catch {
+    return (await this.fetch(path, options)).json();
+  }
+
+  /** Return an answer; throw what a user can read if there is none. */
+  async fetch(path, options) {
+    const answer = await fetch(path, options).catch(() => {
       throw new Error("The server does not answer. Is extract view still running?");
-    }
+    });
+    if (answer.ok) return answer;
+    // The token of this address is that of an earlier server.
+    if (answer.status === 403) throw new Error("extract view was started again. Open the address that it printed.");
     const content = await answer.json().catch(() => ({}));
-    if (!answer.ok) throw new Error(content.error || `The server answered ${answer.status}.`);
-    return content;
+    throw new Error(content.error || `The server answered ${answer.status}.`);
   }
 
   state() {
@@ -106,6 +110,19 @@ export class ServerSource {
     return `thumbnail/${store}/${id}`;
   }
 
+  /** Return the thumbnails that the server has at hand, as files; null for each other one. */
+  async thumbnails(store, ids) {
+    const answer = await this.fetch(`thumbnails/${store}`, { method: "POST", body: JSON.stringify(ids) });
+    const content = await answer.arrayBuffer();
+    const view = new DataView(content);
+    let end = 0;
+    return ids.map(() => {
+      const start = end + 4;
+      end = start + view.getUint32(end, true);
+      return start < end ? new Blob([content.slice(start, end)], { type: "image/jpeg" }) : null;
+    });
+  }
+
   picture(store, id) {
     return `picture/${store}/${id}`;
   }
@@ -121,11 +138,8 @@ export class ServerSource {
   /** Ask for what the server may have to compute first. */
   async wait(path) {
     for (let pause = 200; ; pause = Math.min(pause * 1.5, 2000)) {
-      const answer = await fetch(path).catch(() => {
-        throw new Error("The server does not answer. Is extract view still running?");
-      });
-      if (answer.ok && answer.status !== 202) return answer;
-      if (!answer.ok) throw new Error((await answer.json().catch(() => ({}))).error || `The server answered ${answer.status}.`);
+      const answer = await this.fetch(path);
+      if (answer.status !== 202) return answer;
       await new Promise((resolve) => setTimeout(resolve, pause));
     }
   }
@@ -134,8 +148,9 @@ export class ServerSource {
     return readMap(await (await this.wait(`map/${store}?method=${method}`)).arrayBuffer());
   }
 
-  async duplicates(store, percent, start) {
-    return (await this.wait(`duplicates/${store}?percent=${percent}&start=${start}`)).json();
+  async duplicates(store, percent, start, isAgainst) {
+    const query = `percent=${percent}&start=${start}&against=${isAgainst ? 1 : 0}`;
+    return (await this.wait(`duplicates/${store}?${query}`)).json();
   }
 
   async outliers(store, start) {
@@ -147,8 +162,6 @@ export class ServerSource {
   }
 
   async list(store, ids) {
-    const answer = await fetch(`list/${store}`, { method: "POST", body: JSON.stringify(ids) });
-    if (!answer.ok) throw new Error("The list cannot be made.");
-    return answer.blob();
+    return (await this.fetch(`list/${store}`, { method: "POST", body: JSON.stringify(ids) })).blob();
   }
 }

@@ -44,6 +44,11 @@ export class StaticSource {
     return `thumbnails/${store}/${id}.jpg`;
   }
 
+  /** No thumbnail has to be asked for. */
+  async thumbnails(store, ids) {
+    return ids.map(() => null);
+  }
+
   picture(store, id) {
     return this.thumbnail(store, id);
   }
