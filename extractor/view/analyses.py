@@ -19,6 +19,7 @@ from extractor.analysis.duplicates import find_duplicates
 from extractor.analysis.mapping import StoreMap, map_store
 from extractor.analysis.maps.kept import kept_map
 from extractor.analysis.outliers import LabelError, Outlier, Outliers, find_outliers
+from extractor.reading.reader import FeatureStore
 from extractor.view.collection import Collection, Numbers, image_row
 
 __all__ = [
@@ -68,11 +69,21 @@ class Analyses:
         found: bytes | None = self._get(("map", method), compute)
         return found
 
-    def duplicates(self, threshold: float, start: int) -> dict[str, Any] | None:
-        """Return groups of duplicates from a number on; None while they are computed."""
+    def duplicates(
+        self, threshold: float, start: int, other: FeatureStore | None = None
+    ) -> dict[str, Any] | None:
+        """Return groups of duplicates from a number on; None while they are computed.
+
+        Args:
+            threshold: Least cosine similarity.
+            start: Number of the first group.
+            other: The other store on the page, to find images that are also there; None for
+                duplicates within the store.
+        """
         store = self._collection.store
         found = self._get(
-            ("duplicates", threshold), lambda: find_duplicates(store, threshold=threshold)
+            ("duplicates", threshold, other is not None),
+            lambda: find_duplicates(store, threshold=threshold, against=other),
         )
         if found is None:
             return None
@@ -131,7 +142,10 @@ def duplicates_content(found: Duplicates, start: int, count: int) -> dict[str, A
                 "kind": group.kind,
                 "omitted": group.omitted,
                 "images": [
-                    [each.id, each.path, each.width, each.height, each.similarity]
+                    [
+                        *(each.id, each.path, each.width, each.height),
+                        *(each.similarity, each.in_other),
+                    ]
                     for each in group.images
                 ],
             }

@@ -14,6 +14,7 @@ from support.vectors import turned
 
 from extractor import find_duplicates, find_outliers
 from extractor.cli import main as cli
+from extractor.cli.duplicates import write_csv
 from extractor.search.sheet import EMPTY
 from extractor.store.index import ImageRecord
 
@@ -69,6 +70,13 @@ def test_json_is_the_result_of_the_library(capsys: pytest.CaptureFixture[str]) -
     lines = lines_of(capsys, "outliers", "store", "--json", "--labels", "folders", "-k", "2")
     expected = find_outliers("store", "folders", k=2).to_mapping()
     assert json.loads("\n".join(lines)) == json.loads(json.dumps(expected))
+
+
+def test_csv_holds_what_looks_like_a_formula_as_it_is(tmp_path: Path) -> None:
+    names = ["=1+1.png", "+a.png", "-b.png", "@c.png", "\ttab.png", 'quoted "d".png', "two\nlines"]
+    write_csv(str(tmp_path / "n.csv"), ["path"], [[name] for name in names])
+    with open(tmp_path / "n.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["path"], *([name] for name in names)]
 
 
 def test_csv_holds_every_image(capsys: pytest.CaptureFixture[str]) -> None:

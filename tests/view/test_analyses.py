@@ -140,7 +140,7 @@ def test_each_result_is_computed_once(
 ) -> None:
     calls: list[float] = []
 
-    def count(store: FeatureStore, threshold: float) -> Any:
+    def count(store: FeatureStore, threshold: float, against: None) -> Any:
         calls.append(threshold)
         return find_duplicates(store, threshold=threshold)
 
@@ -149,3 +149,27 @@ def test_each_result_is_computed_once(
         wait(client, "/duplicates/0")
         wait(client, "/duplicates/0?percent=98&start=1")
     assert calls == [0.95, 0.98]
+
+
+def test_duplicates_against_the_other_store_are_those_of_the_library(
+    tmp_path: Path, write_store: Callable[..., Path], folder: Path
+) -> None:
+    rows = np.random.default_rng(0).normal(size=(5, 8)).astype(np.float32)
+    test = write_store(tmp_path / "test", [rows[:3]])
+    train = write_store(tmp_path / "train", [rows[1:]])
+    client = TestClient(view_app(test, train))
+    assert [each["comparable"] for each in client.get("/state").json()["stores"]] == [True, True]
+    for number, (store, other) in enumerate([(test, train), (train, test)]):
+        content = wait(client, f"/duplicates/{number}?percent=99&against=1").json()
+        expected = find_duplicates(store, threshold=0.99, against=other)
+        assert content["total"] == len(expected) > 0
+        shown = [[image[0], image[5]] for group in content["groups"] for image in group["images"]]
+        assert shown == [[image.id, image.in_other] for group in expected for image in group.images]
+        assert wait(client, f"/duplicates/{number}?percent=99").json()["total"] == 0
+    alone = TestClient(view_app(test))
+    assert alone.get("/duplicates/0?against=1").status_code == 404
+    assert alone.get("/state").json()["stores"][0]["comparable"] is False
+    for other in (folder / "out", test):  # another backbone, and the same store
+        both = TestClient(view_app(test, other))
+        assert both.get("/state").json()["stores"][0]["comparable"] is False
+        assert wait(both, "/duplicates/0?against=1").status_code == 422

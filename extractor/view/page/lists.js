@@ -3,53 +3,86 @@
 import { thumbnail } from "./detail.js";
 import { element, plural } from "./dom.js";
 
-/** Return groups of images that are equal or nearly so. The first of a group is the one to keep. */
+/**
+ * Return groups of images that are equal or nearly so. The first of a group is the one to keep, or
+ * the image of the store whose matches are in the other store.
+ */
 export async function duplicatesBox(panel, app) {
-  const { source, store, selection } = app;
+  const { source, store, stores } = app;
   const percent = panel.dataset.percent || "95";
-  const content = await source.duplicates(store, percent, 0);
+  const isAgainst = stores[store].comparable && panel.dataset.against === "yes";
+  const content = await source.duplicates(store, percent, 0, isAgainst);
   const box = element("div", { class: "list" });
-  const choice = element("select", { "aria-label": "Least similarity" });
-  for (const value of ["90", "95", "98", "99", "100"]) {
-    choice.append(element("option", { value, text: `similarity ${value} %`, selected: value === percent }));
-  }
-  choice.disabled = !source.canSearch; // an exported page holds one
-  choice.addEventListener("change", () => {
-    panel.dataset.percent = choice.value;
-    app.refresh();
-  });
-  const selectAll = element("button", {
-    type: "button",
-    text: "Select all but the first of each shown group",
-    onclick: () => {
-      const shown = [...box.querySelectorAll(".group")].flatMap((group) => group.others);
-      selection.set(store, shown, true);
-    },
-  });
-  const recall = content.recall === null || content.method === "exact" ? "" : `, recall ${content.recall.toFixed(3)}`;
-  const facts = `${plural(content.total, "group")}, ${plural(content.redundant, "redundant image")} · ${content.method}${recall}`;
-  box.append(
-    element("div", { class: "list-tools" }, choice, content.total ? selectAll : null, element("span", { class: "facts", text: facts })),
-  );
+  box.append(duplicatesTools(box, panel, app, content, percent, isAgainst));
   if (!content.total) box.append(element("p", { class: "empty", text: "No duplicates." }));
-  const show = (groups) => groups.map((group) => duplicateGroup(group, app, store));
+  const show = (groups) => groups.map((group) => duplicateGroup(group, app, store, isAgainst));
   box.append(...show(content.groups));
   more(app, box, content.groups.length, content.total, async (start) => {
-    const next = await source.duplicates(store, percent, start);
+    const next = await source.duplicates(store, percent, start, isAgainst);
     return show(next.groups);
   });
   return box;
 }
 
-function duplicateGroup({ kind, images, omitted }, app, store) {
-  const title = `${plural(images.length + omitted, "image")}, ${kind === "identical" ? "the same file" : "nearly the same"}`;
+function duplicatesTools(box, panel, app, content, percent, isAgainst) {
+  const { source, store, stores, selection } = app;
+  const least = ["90", "95", "98", "99", "100"].map((value) => [value, `similarity ${value} %`]);
+  const similarity = choice("Least similarity", least, percent, (value) => {
+    panel.dataset.percent = value;
+    app.refresh();
+  });
+  similarity.disabled = !source.canSearch; // an exported page holds one
+  const { name } = stores[store];
+  const other = stores[1 - store]?.name;
+  const scopes = [["no", `within ${name}`], ["yes", `${name} against ${other}`]];
+  const scope = choice("Where duplicates are", scopes, isAgainst ? "yes" : "no", (value) => {
+    panel.dataset.against = value;
+    app.refresh();
+  });
+  const selectAll = element("button", {
+    type: "button",
+    text: isAgainst ? "Select the first of each shown group" : "Select all but the first of each shown group",
+    onclick: () => {
+      const shown = [...box.querySelectorAll(".group")].flatMap((group) => group.chosen);
+      selection.set(store, shown, true);
+    },
+  });
+  const found = isAgainst
+    ? `${plural(content.total, "image")} of ${name} also in ${other}`
+    : `${plural(content.total, "group")}, ${plural(content.redundant, "redundant image")}`;
+  const recall = content.recall === null || content.method === "exact" ? "" : `, recall ${content.recall.toFixed(3)}`;
+  return element(
+    "div",
+    { class: "list-tools" },
+    similarity,
+    stores[store].comparable ? scope : null,
+    content.total ? selectAll : null,
+    element("span", { class: "facts", text: `${found} · ${content.method}${recall}` }),
+  );
+}
+
+function choice(label, options, chosen, change) {
+  const box = element("select", { "aria-label": label, onchange: () => change(box.value) });
+  for (const [value, text] of options) box.append(element("option", { value, text, selected: value === chosen }));
+  return box;
+}
+
+function duplicateGroup({ kind, images, omitted }, app, store, isAgainst) {
+  const count = images.length + omitted;
+  const same = kind === "identical" ? "the same file" : "nearly the same";
+  const title = isAgainst
+    ? `${same} as ${plural(count - 1, "image")} of ${app.stores[1 - store].name}`
+    : `${plural(count, "image")}, ${same}`;
   const [first, ...others] = images;
   const tiles = [
-    tile(first, "keep", app, store),
-    ...others.map((image) => tile(image, image[4] === null ? "" : image[4].toFixed(3), app, store)),
+    tile(first, isAgainst ? "" : "keep", app, store),
+    ...others.map((image) => {
+      const [, , , , similarity, isInOther] = image;
+      return tile(image, similarity === null ? "" : similarity.toFixed(3), app, isInOther ? 1 - store : store);
+    }),
   ];
   const group = element("section", { class: "group" }, element("h3", { text: title }), element("ol", { class: "strip" }, ...tiles));
-  group.others = others.map(([id]) => id);
+  group.chosen = (isAgainst ? [first] : others).map(([id]) => id);
   return group;
 }
 
@@ -93,6 +126,7 @@ function tile(image, caption, app, store) {
       class: "hit",
       title: path,
       "data-id": id,
+      "data-store": store,
       "aria-label": caption ? `${path}, ${caption}` : path,
       onclick: (event) => {
         if (event.ctrlKey || event.metaKey) selection.toggle(store, id);
@@ -109,7 +143,7 @@ function tile(image, caption, app, store) {
 /** Show which tiles of the lists are selected. */
 export function markTiles(app) {
   for (const button of document.querySelectorAll(".list .hit[data-id]")) {
-    markTile(button, app.selection.has(app.store, Number(button.dataset.id)));
+    markTile(button, app.selection.has(Number(button.dataset.store), Number(button.dataset.id)));
   }
 }
 
