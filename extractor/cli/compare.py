@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from extractor.cli.evaluate import add_measure_options, percent
+from extractor.cli.evaluate import PHASES, add_measure_options, percent
 from extractor.errors import UsageError
-from extractor.terminal.console import print_lines, printable
+from extractor.terminal.console import Bar, logging_to, print_lines, printable
 from extractor.terminal.parser import Command, Parser, parse
 from extractor.text import plural
 
@@ -47,8 +47,9 @@ def compare_parser() -> argparse.ArgumentParser:
 
 def compare(arguments: Sequence[str]) -> int:
     """Compare stores, or models that embed images first; return the exit code."""
-    parsed, words = compare_parser().parse_known_args(arguments)
-    command = parse(words)
+    parser = compare_parser()
+    parsed, words = parser.parse_known_args(arguments)
+    command = parse(words, verb=parser)
     inputs = list(command.own.inputs)
     are_stores = [os.path.isfile(os.path.join(path, MANIFEST)) for path in inputs]
     exit_code, device, speed = 0, command.options.device, parsed.speed
@@ -66,15 +67,18 @@ def compare(arguments: Sequence[str]) -> int:
         speed = True if speed is None else speed
     from extractor.evaluation.comparing import compare_stores
 
-    comparison = compare_stores(
-        stores,
-        parsed.labels,
-        k=parsed.k,
-        metric=parsed.metric,
-        probe=parsed.probe,
-        speed=bool(speed),
-        device=device,
-    )
+    bar = Bar(quiet=command.own.quiet, status="reading rows ...", unit="query")
+    with bar, logging_to(bar.warn):
+        comparison = compare_stores(
+            stores,
+            parsed.labels,
+            k=parsed.k,
+            metric=parsed.metric,
+            probe=parsed.probe,
+            speed=bool(speed),
+            device=device,
+            progress=bar.follow(PHASES),
+        )
     if parsed.json:
         print_lines([json.dumps(comparison.to_mapping(), indent=1)])
     else:
@@ -157,4 +161,9 @@ def _cell(
     if found.better == best.name:
         value, low, high = -value, -high, -low
     mark = "*" if found.is_real else " "
-    return f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}){mark}"
+    return f"{_signed(value)} ({_signed(low)} to {_signed(high)}){mark}"
+
+
+def _signed(value: float) -> str:
+    """Return a difference in percent; one that rounds to zero has no minus."""
+    return f"{round(100 * value, 1) + 0.0:+.1f}"

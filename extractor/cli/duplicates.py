@@ -8,7 +8,6 @@ import io
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from extractor.errors import UsageError
@@ -27,6 +26,7 @@ __all__ = [
     "duplicates",
     "duplicates_parser",
     "image_finder",
+    "warn_if_among_images",
     "write_csv",
 ]
 
@@ -96,19 +96,14 @@ def check_output(parsed: argparse.Namespace) -> None:
     """
     if parsed.top < 1:
         raise UsageError(f"--top: got {parsed.top}, expected at least 1")
-    if parsed.sheet:
-        from extractor.search.sheet import check_sheet
+    from extractor.search.sheet import check_new_file, check_sheet
 
+    if parsed.sheet:
         check_sheet(parsed.sheet, overwrite=parsed.overwrite)
+    if parsed.csv:
+        check_new_file(parsed.csv, "csv", overwrite=parsed.overwrite)
     if parsed.root and not os.path.isdir(parsed.root):
         raise UsageError(f"root: there is no folder {parsed.root}")
-    if parsed.csv:
-        if os.path.lexists(parsed.csv) and not parsed.overwrite:
-            raise UsageError(
-                f"csv: {parsed.csv} exists; replace it with --overwrite, or name another file"
-            )
-        if os.path.isdir(parsed.csv) or not Path(parsed.csv).absolute().parent.is_dir():
-            raise UsageError(f"csv: cannot write {parsed.csv}; expected a file in a folder")
 
 
 def duplicates(arguments: Sequence[str]) -> int:
@@ -116,19 +111,14 @@ def duplicates(arguments: Sequence[str]) -> int:
     parsed = duplicates_parser().parse_args(arguments)
     check_output(parsed)
     from extractor.analysis.duplicates import find_duplicates
-    from extractor.report import Progress
 
     bar = Bar(quiet=False, status="reading rows ...", unit="row")
-
-    def show(phase: str, done: int, total: int) -> None:
-        if phase == "comparing":
-            bar.update(Progress(done, total, 0))
-        else:
-            bar.show(PHASES[phase])
-
     with bar, logging_to(bar.warn):
         found = find_duplicates(
-            parsed.store, threshold=parsed.threshold, against=parsed.against, progress=show
+            parsed.store,
+            threshold=parsed.threshold,
+            against=parsed.against,
+            progress=bar.follow(PHASES),
         )
     if parsed.csv:
         write_csv(parsed.csv, _HEAD, _records(found))
@@ -242,12 +232,26 @@ def image_finder(store: FeatureStore, root: str | None) -> Callable[[int, str], 
     return find
 
 
-def draw_tiles(file: str, rows: Sequence[Sequence[tuple[str, str]]]) -> None:
+def warn_if_among_images(file: str, folders: Iterable[str]) -> None:
+    """Warn of a picture that a run over a folder of images would take for one of them."""
+    from extractor.search.sheet import lies_in
+
+    if any(lies_in(file, folder) for folder in folders):
+        warn(
+            f"{file} lies in the folder of the images, so a run over that folder takes it for an "
+            "image; better write it beside the folder"
+        )
+
+
+def draw_tiles(
+    file: str, rows: Sequence[Sequence[tuple[str, str]]], folders: Iterable[str]
+) -> None:
     """Draw images with labels; say how many cannot be found.
 
     Args:
         file: File of the sheet.
         rows: A file and a label for each tile.
+        folders: Folders of the images.
 
     Raises:
         UsageError: The file cannot be written.
@@ -256,6 +260,7 @@ def draw_tiles(file: str, rows: Sequence[Sequence[tuple[str, str]]]) -> None:
 
     write_sheet(file, [[Tile(image, label) for image, label in row] for row in rows])
     say(f"contact sheet: {file}")
+    warn_if_among_images(file, folders)
     missing = {image for row in rows for image, _ in row if not os.path.isfile(image)}
     if missing:
         warn(f"{plural(len(missing), 'image')} not found; name their folder with --root")
@@ -279,4 +284,7 @@ def _draw(found: Duplicates, parsed: argparse.Namespace) -> None:
     if not groups:
         say("no duplicates, so no contact sheet")
         return
-    draw_tiles(parsed.sheet, [tiles(group, number) for number, group in enumerate(groups, 1)])
+    folders = [parsed.root or found.store.root]
+    folders += [] if found.other is None else [found.other.root]
+    rows = [tiles(group, number) for number, group in enumerate(groups, 1)]
+    draw_tiles(parsed.sheet, rows, folders)

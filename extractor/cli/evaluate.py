@@ -8,16 +8,21 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from extractor.terminal.console import print_lines, printable
+from extractor.terminal.console import Bar, logging_to, print_lines, printable
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
 if TYPE_CHECKING:
     from extractor.evaluation.evaluating import Evaluation
 
-__all__ = ["add_measure_options", "evaluate", "evaluate_parser", "numbers", "percent"]
+__all__ = ["PHASES", "add_measure_options", "evaluate", "evaluate_parser", "numbers", "percent"]
 
 METRICS = ("cosine", "ip", "l2")
+PHASES = {
+    "measuring": "measuring the speed of the networks ...",
+    "training": "training the linear classifier ...",
+    "resampling": "resampling the differences ...",
+}
 LABELS_HELP = (
     "CSV file with the columns path and label, or FILE.py:FUNCTION, which gets a path (default: "
     "the name of the folder that holds the image)"
@@ -82,16 +87,19 @@ def evaluate(arguments: Sequence[str]) -> int:
     parsed = evaluate_parser().parse_args(arguments)
     from extractor.evaluation.evaluating import evaluate_store
 
-    evaluation = evaluate_store(
-        parsed.store,
-        parsed.labels,
-        k=parsed.k,
-        metric=parsed.metric,
-        queries=parsed.queries,
-        query_labels=parsed.query_labels,
-        probe=parsed.probe,
-        seed=parsed.seed,
-    )
+    bar = Bar(quiet=False, status="reading rows ...", unit="query")
+    with bar, logging_to(bar.warn):
+        evaluation = evaluate_store(
+            parsed.store,
+            parsed.labels,
+            k=parsed.k,
+            metric=parsed.metric,
+            queries=parsed.queries,
+            query_labels=parsed.query_labels,
+            probe=parsed.probe,
+            seed=parsed.seed,
+            progress=bar.follow(PHASES),
+        )
     if parsed.json:
         print_lines([json.dumps(evaluation.to_mapping(), indent=1)])
     else:

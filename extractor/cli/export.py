@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from extractor.terminal.console import print_lines
+from extractor.terminal.console import Bar, logging_to, print_lines
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -57,16 +57,19 @@ def export(arguments: Sequence[str]) -> int:
     parsed = export_parser().parse_args(arguments)
     from extractor.export.exporting import export_store
 
-    report = export_store(
-        parsed.store,
-        parsed.to,
-        parsed.format,
-        column=parsed.column,
-        dtype=parsed.dtype,
-        normalize=parsed.normalize,
-        since=parsed.since,
-        overwrite=parsed.overwrite,
-    )
+    bar = Bar(quiet=False, status="opening the store ...", unit="row")
+    with bar, logging_to(bar.warn):
+        report = export_store(
+            parsed.store,
+            parsed.to,
+            parsed.format,
+            column=parsed.column,
+            dtype=parsed.dtype,
+            normalize=parsed.normalize,
+            since=parsed.since,
+            overwrite=parsed.overwrite,
+            progress=bar.follow({}),
+        )
     if parsed.json:
         print_lines([json.dumps({**asdict(report), "path": str(report.path)})])
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -44,6 +45,7 @@ __all__ = ["main", "process"]
 FAILED = 1
 USAGE_ERROR = 2
 RESUME = "Run the same command to resume."
+SIMILAR = 0.7  # of words that may be the same one, mistyped
 
 # Keeps an error of a device, and with it the tensors of its frames. A broken GPU refuses to free
 # them, and torch then aborts the process. So it ends without doing that.
@@ -78,7 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stopping, events = Stopping(), Events()
     with stopping.listening():
         try:
-            return extract.extract(words, stopping, events) if verb is None else verb(words[1:])
+            if verb is not None:
+                _check_no_empty_word(words)
+                return verb(words[1:])
+            _check_first(words)
+            return extract.extract(words, stopping, events)
         except InterruptedRunError as error:
             saved = f"{error.done:,} of {plural(error.total, 'image')} saved. {RESUME}"
             return _interrupted(stopping, events, saved, done=error.done, total=error.total)
@@ -94,6 +100,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (problem := explain_import(error)) != "":
                 return _complain(InstallationError(problem), FAILED, events)
             return _report_bug(error, events)
+
+
+def _check_no_empty_word(words: Sequence[str]) -> None:
+    """Check that no variable of a script was empty, which would name the current folder.
+
+    Raises:
+        UsageError: A word is empty.
+    """
+    if "" in words:
+        raise UsageError(
+            f"{words[0]}: got an empty word, expected the name of a store, a file or a value"
+        )
+
+
+def _check_first(words: Sequence[str]) -> None:
+    """Check that the first word is no mistyped verb.
+
+    Raises:
+        UsageError: It is neither a folder nor an image, and nearly a verb.
+    """
+    if not words or os.path.lexists(words[0]):
+        return
+    if close := difflib.get_close_matches(words[0], VERBS, 1, SIMILAR):
+        raise UsageError(f"{words[0]}: no such folder or image; did you mean extract {close[0]}?")
 
 
 def process() -> int:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from extractor.cli.duplicates import warn_if_among_images
 from extractor.cli.evaluate import LABELS_HELP
 from extractor.terminal.console import Bar, logging_to, print_lines
 from extractor.terminal.parser import Parser
@@ -100,6 +101,9 @@ def map_rows(arguments: Sequence[str]) -> int:
     with bar, logging_to(bar.warn):
         store_map = map_store(store, parsed.method, refit=parsed.refit)
         _write(store_map, labels, parsed, bar, written)
+    for picture in parsed.pictures:
+        if not picture.lower().endswith(".svg"):  # which is no image of a run
+            warn_if_among_images(picture, [parsed.root or store.root])
     if parsed.json:
         print_lines([json.dumps(_content(store_map, written), indent=1)])
     else:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["outliers", "outliers_parser"]
 
 SHEET_NEIGHBORS = 5
+PHASES = {"classes": "comparing within classes ..."}
 
 DESCRIPTION = """\
 Rank images by their mean cosine distance to the nearest others. With --labels, also rank them
@@ -61,18 +62,10 @@ def outliers(arguments: Sequence[str]) -> int:
     parsed = outliers_parser().parse_args(arguments)
     check_output(parsed)
     from extractor.analysis.outliers import find_outliers
-    from extractor.report import Progress
 
     bar = Bar(quiet=False, status="reading rows ...", unit="row")
-
-    def show(phase: str, done: int, total: int) -> None:
-        if phase == "comparing":
-            bar.update(Progress(done, total, 0))
-        else:
-            bar.show("comparing within classes ...")
-
     with bar, logging_to(bar.warn):
-        found = find_outliers(parsed.store, parsed.labels, k=parsed.k, progress=show)
+        found = find_outliers(parsed.store, parsed.labels, k=parsed.k, progress=bar.follow(PHASES))
     if parsed.csv:
         write_csv(parsed.csv, _HEAD, _records(found))
         say(f"table of all images: {parsed.csv}")
@@ -169,4 +162,4 @@ def _draw(found: Outliers, parsed: argparse.Namespace) -> None:
     if not rows:
         say("no images to rank, so no contact sheet")
         return
-    draw_tiles(parsed.sheet, rows)
+    draw_tiles(parsed.sheet, rows, [parsed.root or found.store.root])

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from extractor.cli.duplicates import draw_tiles, image_finder
 from extractor.errors import DecodeError, SourceError, UsageError
 from extractor.options import Options
 from extractor.terminal.console import Bar, logging_to, print_lines, say, warn
@@ -162,20 +163,14 @@ def index(arguments: Sequence[str]) -> int:
     """Build the index of a store, or bring it up to date; return the exit code."""
     parsed = index_parser().parse_args(arguments)
     from extractor.reading.reader import FeatureStore
-    from extractor.report import Progress
     from extractor.search.searcher import Searcher
 
     store = FeatureStore.open(parsed.store)
     bar = Bar(quiet=False, status="reading the index ...", unit="row")
-
-    def show(phase: str, done: int, total: int) -> None:
-        if phase == "adding":
-            bar.update(Progress(done, total, 0))
-        else:
-            bar.show(PHASES[phase])
-
     with bar, logging_to(bar.warn):
-        built = Searcher(store).build_index(parsed.kind, metric=parsed.metric, progress=show)
+        built = Searcher(store).build_index(
+            parsed.kind, metric=parsed.metric, progress=bar.follow(PHASES)
+        )
     entry = built.entry
     done = f"{plural(built.added, 'row')} {'indexed' if built.was_built else 'added'}"
     lines = [
@@ -259,16 +254,11 @@ def _named(queries: Sequence[Query]) -> Sequence[Query]:
 def _draw(
     store: FeatureStore, queries: Sequence[Query], hits: Hits, parsed: argparse.Namespace
 ) -> None:
-    from extractor.search.sheet import Tile, write_sheet
-
-    def image_of(row: int) -> str:
-        return os.path.join(parsed.root, store.paths[row]) if parsed.root else store.full_path(row)
-
+    find = image_finder(store, parsed.root)
     rows = []
     for query, found in zip(queries[: len(hits)], hits, strict=True):
-        image = image_of(query.row) if query.row >= 0 else query.image
-        tiles = [Tile(image, f"query\n{query.name}")]
-        tiles += [Tile(image_of(hit.row), f"{hit.score:.3f}\n{hit.path}") for hit in found]
+        image = find(query.row, query.name) if query.row >= 0 else query.image
+        tiles = [(image, f"query\n{query.name}")]
+        tiles += [(find(hit.row, hit.path), f"{hit.score:.3f}\n{hit.path}") for hit in found]
         rows.append(tiles)
-    write_sheet(parsed.sheet, rows)
-    say(f"contact sheet: {parsed.sheet}")
+    draw_tiles(parsed.sheet, rows, [parsed.root or store.root])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from extractor.errors import UsageError
 from extractor.options import Options
-from extractor.terminal.console import logging_to, print_lines, warn
+from extractor.terminal.console import Bar, logging_to, print_lines, warn
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -157,7 +157,9 @@ def compact(arguments: Sequence[str]) -> int:
     from extractor.upkeep.compact import compact as rewrite
 
     folder = Path(parsed.store)
-    before, after = rewrite(folder, lock=parsed.lock)
+    with Bar(quiet=False, status="opening the store ...", unit="row") as bar:
+        progress = bar.follow({"reading": "checking every byte ..."})
+        before, after = rewrite(folder, lock=parsed.lock, progress=progress)
     if after.checksum == before.checksum:
         print_lines([f"{folder}: already compact ({plural(after.rows, 'row')})"])
         return 0
@@ -214,9 +216,11 @@ def _problems(folder: Path, parsed: argparse.Namespace) -> list[str]:
     from extractor.upkeep.verify import verify as problems_of
     from extractor.upkeep.verify import verify_images
 
-    problems = list(problems_of(folder))
+    with Bar(quiet=False, status="opening the store ...", unit="row") as bar:
+        problems = list(problems_of(folder, bar.follow({})))
     if not problems and parsed.images:
-        problems += verify_images(folder, parsed.root)
+        with Bar(quiet=False, status="opening the images ...") as bar:
+            problems += verify_images(folder, parsed.root, bar.follow({}))
     if not problems and parsed.recompute:
         from extractor.run.recompute import recompute
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -138,6 +138,7 @@ def compare_stores(
     speed: bool = False,
     device: str = "auto",
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Comparison:
     """Compare embeddings of the same images: of several models, layers or variants.
 
@@ -157,9 +158,13 @@ def compare_stores(
         speed: Load each network, count its parameters and measure its speed.
         device: Device to measure the speed on.
         seed: Seed of the intervals, and of the parts of the linear probe.
+        progress: Called with the phase (``measuring`` the speed, ``comparing``, ``training`` the
+            linear classifier, or ``resampling``), the number of queries of all stores that are
+            done, and how many there are.
 
     Raises:
-        UsageError: Fewer than two stores, or as for :func:`evaluate_store`.
+        UsageError: Fewer than two stores, the same folder twice, or as for
+            :func:`evaluate_store`.
         StoreError: No image is in all stores, or their embeddings are no vectors.
         InstallationError: The linear probe needs scikit-learn.
     """
@@ -170,19 +175,27 @@ def compare_stores(
     joined = join_stores(opened, unit_parts=False)
     names = labels_of(opened[0], labels)
     common = [names[row] for row in _rows(joined.sources[0]).tolist()]
+    show = progress or (lambda *_: None)
+    total = len(opened) * len(common)
+    if speed:
+        show("measuring", 0, total)
     speeds = [speed_of(store, device) if speed else None for store in opened]
-    compared = [
-        _compared(
-            name,
-            evaluate_store(rows, common, k=k, metric=metric, probe=probe, seed=seed),
-            rows,
-            left_out,
-            measured,
+
+    def evaluated(number: int, rows: Rows) -> Evaluation:
+        def show_all(phase: str, done: int, _: int) -> None:
+            show(phase, number * len(common) + done, total)
+
+        return evaluate_store(
+            rows, common, k=k, metric=metric, probe=probe, seed=seed, progress=show_all
         )
-        for name, rows, left_out, measured in zip(
-            _short_names(opened), joined.sources, joined.left_out, speeds, strict=True
+
+    compared = [
+        _compared(name, evaluated(number, rows), rows, left_out, measured)
+        for number, (name, rows, left_out, measured) in enumerate(
+            zip(_short_names(opened), joined.sources, joined.left_out, speeds, strict=True)
         )
     ]
+    show("resampling", total, total)
     measure = next(iter(compared[0].evaluation.scores))
     order = sorted(
         range(len(compared)), key=lambda i: -compared[i].evaluation.scores[measure].value

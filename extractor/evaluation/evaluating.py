@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -121,6 +121,7 @@ def evaluate_store(
     query_labels: Labels = None,
     probe: bool = False,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Evaluation:
     """Measure how well the nearest rows tell the class of an image.
 
@@ -142,6 +143,8 @@ def evaluate_store(
         query_labels: Labels of these, as for ``labels``.
         probe: Also train a linear classifier; needs scikit-learn.
         seed: Seed of the intervals, and of the parts of the linear probe.
+        progress: Called with the phase (``comparing``, or ``training`` the linear classifier), the
+            number of queries that are done, and how many there are.
 
     Raises:
         UsageError: Labels are missing or unknown, no class has two rows, or k is too large.
@@ -167,8 +170,15 @@ def evaluate_store(
             f"({plural(len(rows), 'row')} in {plural(len(classes), 'class', 'classes')}), so "
             "nothing can be found"
         )
-    values = _retrieved(rows, codes, asked, truth, relevant, metric=metric, k=chosen)
+    show = progress or (lambda *_: None)
+    show("comparing", 0, len(truth))
+    parts: list[Values] = []
+    for done, part in _retrieved(rows, codes, asked, truth, relevant, metric=metric, k=chosen):
+        parts.append(part)
+        show("comparing", done, len(truth))
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if probe:
+        show("training", 0, len(truth))
         vectors = np.asarray(rows.features[:]).reshape(len(rows), -1).astype(np.float32)
         other = None if asked.is_own else asked.vectors(slice(None)).astype(np.float32)
         values["linear probe"] = linear_probe(vectors, codes, other, truth, seed=seed)
@@ -264,15 +274,14 @@ def _retrieved(
     *,
     metric: Metric,
     k: Sequence[int],
-) -> Values:
-    """Return each measure of retrieval, ``(q,)``, a few queries at a time."""
+) -> Iterator[tuple[int, Values]]:
+    """Yield each measure of retrieval for a few queries at a time, and how many are done."""
     depth = max([*k, int(relevant.max())])
     classes = int(codes.max()) + 1
     is_long = depth * LONG_LISTS > len(rows)
     ranking = Ranking(rows.features, metric) if is_long else None
     step = max(min(NEIGHBOR_BYTES // (16 * (len(rows) if is_long else depth)), MAX_QUERIES), 1)
     with_none = np.append(codes, -1)  # a neighbor of -1 has no class
-    parts: list[Values] = []
     for start in range(0, len(truth), step):
         chunk = slice(start, min(start + step, len(truth)))
         own = np.arange(chunk.start, chunk.stop) if queries.is_own else None
@@ -283,7 +292,8 @@ def _retrieved(
             found = nearest(rows.features, vectors, depth, metric=metric, own_rows=own).rows
         neighbors, wanted = with_none[found], relevant[chunk]
         matches = (neighbors == truth[chunk, None]) & (neighbors >= 0)
-        parts.append(
+        yield (
+            chunk.stop,
             {
                 **{
                     f"accuracy@{each}": knn_accuracy(neighbors, truth[chunk], classes, each)
@@ -292,9 +302,8 @@ def _retrieved(
                 **{f"recall@{each}": recall(matches, wanted, each) for each in k},
                 "MAP@R": average_precision_at_r(matches, wanted),
                 "R-precision": r_precision(matches, wanted),
-            }
+            },
         )
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _by_class(

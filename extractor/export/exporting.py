@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def export_store(
     normalize: bool = False,
     since: str | None = None,
     overwrite: bool = False,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> ExportReport:
     """Write the rows of a store in the format of another tool.
 
@@ -81,6 +83,8 @@ def export_store(
         since: Token of an earlier state. Only rows that are new, changed or moved since then are
             written. ``_export.json`` lists the ids to remove.
         overwrite: Replace an export that is there.
+        progress: Called with the phase (``writing``), the number of rows that are done, and how
+            many there are.
 
     Raises:
         UsageError: The target exists, or an argument makes no sense.
@@ -123,11 +127,14 @@ def export_store(
         has_unit_length=provenance["normalized"],
         provenance=provenance,
     )
+    show = progress or (lambda *_: None)
     with target.writing() as partial:
-        writer = chosen.writer(partial, layout)
+        writer, done = chosen.writer(partial, layout), 0
         try:
             for block in blocks_of(store, ids, form, text_paths=layout.text_paths):
                 writer.append(block)
+                done += len(block)
+                show("writing", done, layout.rows)
         finally:
             writer.close()
         target.publish({**provenance, **_changes(since, changes)})

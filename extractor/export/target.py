@@ -14,7 +14,7 @@ from extractor.errors import StoreBusyError, StoreError, UsageError
 from extractor.store.atomic import sync, sync_folder
 from extractor.store.format import MANIFEST
 from extractor.store.lock import Lock
-from extractor.store.publish import clear_staging
+from extractor.store.publish import clear_staging, enclosing_store
 
 __all__ = ["SIDECAR", "Target"]
 
@@ -48,11 +48,9 @@ class Target:
         self._check()
 
     def _check(self) -> None:
-        for folder in (self.path, *self.path.parents):
-            if (folder / MANIFEST).is_file():
-                raise UsageError(
-                    f"{self.path} is in the store {folder}; export to a folder beside it"
-                )
+        store = enclosing_store(self.path / MANIFEST)  # a store itself is no target, either
+        if store is not None:
+            raise UsageError(f"{self.path} is in the store {store}; export to a folder beside it")
         parent = next(folder for folder in self.path.parents if folder.exists())
         if not parent.is_dir():
             raise UsageError(f"{parent} is a file, expected a folder; choose another target")

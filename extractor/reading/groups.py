@@ -171,11 +171,12 @@ def join_stores(stores: Sequence[FeatureStore], *, unit_parts: bool) -> JoinedRo
         unit_parts: Scale the part of each store to unit length.
 
     Raises:
-        UsageError: Fewer than two stores.
+        UsageError: Fewer than two stores, or two are the same folder.
         StoreError: No image is in all stores, or their embeddings are no vectors.
     """
     if len(stores) < 2:
         raise UsageError(f"join: got {plural(len(stores), 'store')}, expected at least two")
+    _check_distinct(stores)
     for store in stores:
         if len(store.features.shape) != 2:
             raise StoreError(

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from extractor.compute.inputs import Inputs, device_of
+from extractor.errors import DeviceError
 from extractor.lease.board import Board
 from extractor.lease.lease import Receipt
 from extractor.lease.paths_file import write_paths
@@ -26,7 +27,7 @@ from extractor.run.leased import LeasedRun
 from extractor.run.recorded_weights import weights_of
 from extractor.store.format import IN_FLIGHT, WORKERS
 from extractor.system.cpu import available_cores
-from extractor.system.devices import device_errors, empty_cache, is_exclusive
+from extractor.system.devices import device_errors, empty_cache, is_exclusive, resolve_device
 from extractor.system.timing import KINDS, Spent, Timer
 from extractor.workers.local import LocalWorkers
 from extractor.workers.opening import ShardOpener
@@ -91,10 +92,18 @@ def engine_for(options: Options) -> Iterator[Options]:
     """Connect to what computes a run, and yield the options to load its models with here.
 
     Raises:
+        DeviceError: ``devices`` names a GPU that this machine lacks.
         ExtractorError: No Ray cluster answers.
     """
     if options.engine == "local":
-        yield on_first_device(options)
+        here = on_first_device(options)
+        if options.devices is not None:
+            try:
+                resolve_device(here.device)
+            except DeviceError as error:
+                advice = str(error).replace("--device cpu", "--devices cpu")
+                raise DeviceError(f"devices: got {options.devices}; {advice}") from error
+        yield here
         return
     with ray_cluster(options.address):
         device = device_of_cluster(options)

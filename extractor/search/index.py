@@ -348,6 +348,8 @@ def _new_index(faiss: Any, store: FeatureStore, kind: str, metric: Metric) -> An
         index.hnsw.cum_nneighbor_per_level.clear()
         index.hnsw.set_default_probas(LINKS, LEVEL_SCALE)
     if not index.is_trained:
+        if kind == "ivf":  # a store of fewer rows is one list, which needs no training
+            faiss.extract_index_ivf(index).cp.min_points_per_centroid = 1
         sample = _sample(store, TRAIN_ROWS_PER_LIST * lists)
         index.train(_vectors(store.features[sample], metric))
     return index

@@ -16,7 +16,7 @@ from extractor.errors import DecodeError, UsageError
 from extractor.images.time_limit import decode_within
 from extractor.preprocess import Preprocess
 from extractor.store.atomic import write_atomically
-from extractor.store.format import MANIFEST
+from extractor.store.publish import enclosing_store
 from extractor.text import plural
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "check_new_file",
     "check_sheet",
     "draw_sheet",
+    "lies_in",
     "write_new_file",
     "write_sheet",
 ]
@@ -75,21 +76,21 @@ def check_sheet(path: str | os.PathLike[str], *, overwrite: bool) -> None:
 
 
 def check_new_file(
-    path: str | os.PathLike[str], what: str, suffixes: Iterable[str], *, overwrite: bool
+    path: str | os.PathLike[str], what: str, suffixes: Iterable[str] = (), *, overwrite: bool
 ) -> None:
     """Check that a result may be written to a file.
 
     Args:
         path: The file.
         what: What the file is, for messages.
-        suffixes: Ends of the name that are known, in lower case.
+        suffixes: Ends of the name that are known, in lower case; none allow any name.
         overwrite: Whether a file that is there may be replaced.
 
     Raises:
         UsageError: The suffix is unknown, the file exists, or its folder is missing or that of a
             store.
     """
-    if Path(path).suffix.lower() not in suffixes:
+    if suffixes and Path(path).suffix.lower() not in suffixes:
         expected = ", ".join(suffixes)
         raise UsageError(f"{what}: got {path}, expected a file that ends with {expected}")
     if os.path.lexists(path) and not overwrite:
@@ -100,9 +101,14 @@ def check_new_file(
         raise UsageError(f"{what}: {path} is a folder, expected a file")
     if not Path(path).absolute().parent.is_dir():
         raise UsageError(f"{what}: there is no folder {Path(path).parent}")
-    for folder in Path(os.path.realpath(path)).parents:
-        if (folder / MANIFEST).is_file():
-            raise UsageError(f"{what}: {path} is in the store {folder}; name a file beside it")
+    if (store := enclosing_store(path)) is not None:
+        raise UsageError(f"{what}: {path} is in the store {store}; name a file beside it")
+
+
+def lies_in(path: str | os.PathLike[str], folder: str) -> bool:
+    """Return whether a path is a folder or below it."""
+    above = os.path.realpath(folder)
+    return os.path.commonpath([os.path.realpath(path), above]) == above
 
 
 def write_sheet(path: str | os.PathLike[str], rows: Sequence[Sequence[Tile]]) -> None:

@@ -40,6 +40,7 @@ __all__ = [
     "check_output_folder",
     "check_size",
     "clear_staging",
+    "enclosing_store",
     "finish_publishing",
     "locate",
     "publish_staged",
@@ -66,9 +67,13 @@ def check_output_folder(
     Raises:
         StoreDamagedError: the manifest is damaged.
         StoreBusyError: the folder is in use.
-        StoreError: not a folder, not writable, or it holds a finished store or other files.
+        StoreError: not a folder, not writable, in another store, or it holds a finished store or
+            other files.
     """
     with store_errors(out):
+        is_store = (out / MANIFEST).is_file() or (out / STAGING).is_dir()
+        if not is_store and (above := enclosing_store(out)) is not None:
+            raise StoreError(f"{out} is in the store {above}; choose an --out beside it")
         if not out.exists():
             _check_parent(out)
             return
@@ -103,6 +108,12 @@ def check_output_folder(
                 f"{out} is not empty and holds no store; nothing in it was changed, choose "
                 "another --out"
             )
+
+
+def enclosing_store(path: str | os.PathLike[str]) -> Path | None:
+    """Return the folder of the store that a file or folder is or would be in; None for none."""
+    folders = Path(os.path.realpath(path)).parents
+    return next((each for each in folders if os.path.isfile(each / MANIFEST)), None)
 
 
 def _check_parent(out: Path) -> None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -109,6 +109,22 @@ class Bar:
             self._end_status()
             self._status = status
             self._write(status)
+
+    def follow(self, statuses: Mapping[str, str]) -> Callable[[str, int, int], None]:
+        """Return a callback that takes a phase, what is done of it, and its total.
+
+        Args:
+            statuses: Lines for phases that are shown as such; any other phase moves the bar.
+        """
+        from extractor.report import Progress
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase in statuses:
+                self.show(statuses[phase])
+            else:
+                self.update(Progress(done, total, 0))
+
+        return show
 
     def warn(self, message: str) -> None:
         """Print a warning on standard error, above the bar."""

@@ -150,12 +150,19 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that suggests an option where one is mistyped."""
+    """Parser that suggests an option where one is mistyped.
+
+    Attributes:
+        others: Further options to suggest, which another parser has taken before.
+    """
+
+    others: Sequence[str] = ()
 
     def error(self, message: str) -> NoReturn:
         """Print a usage error and exit with 2."""
         if message.startswith("unrecognized arguments: "):
-            known = [word for word in self._option_string_actions if word.startswith("--")]
+            words = [*self._option_string_actions, *self.others]
+            known = [word for word in words if word.startswith("--")]
             typed = (word.partition("=")[0] for word in message.split() if word.startswith("--"))
             close = [difflib.get_close_matches(word, known, 1) for word in typed]
             if found := [words[0] for words in close if words]:
@@ -169,7 +176,7 @@ def command_options() -> list[Option]:
     return sorted(declared, key=lambda each: GROUPS.index(each.flag.group))
 
 
-def build_parser(*, show_all: bool = False) -> argparse.ArgumentParser:
+def build_parser(*, show_all: bool = False) -> Parser:
     """Return the parser; its namespace holds only what was typed, without defaults.
 
     Args:
@@ -261,14 +268,27 @@ def _typed(parse: Callable[[str], object]) -> Callable[[str], object]:
     return typed
 
 
-def parse(words: Sequence[str], variables: Mapping[str, str] = os.environ) -> Command:
+def parse(
+    words: Sequence[str],
+    variables: Mapping[str, str] = os.environ,
+    verb: argparse.ArgumentParser | None = None,
+) -> Command:
     """Parse a command line; an option that is not typed may come from the environment.
+
+    Args:
+        words: The command line.
+        variables: The environment.
+        verb: Parser of the verb that has taken its own options already, for messages.
 
     Raises:
         UsageError: A value is out of range, or the option cannot take a variable's value.
     """
     declared = command_options()
-    typed = vars(build_parser().parse_args(words))
+    parser = build_parser()
+    if verb is not None:
+        parser.prog, parser.usage = verb.prog, verb.usage
+        parser.others = list(verb._option_string_actions)
+    typed = vars(parser.parse_args(words))
     from_variables = environment.values(declared, variables)
     values = {**from_variables, **typed}
     if not values.get("inputs"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,12 @@ BLOCK_ROWS = 1024
 Entry = tuple[bytes, int]
 
 
-def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
+def compact(
+    out: Path,
+    *,
+    lock: bool = True,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Manifest, Manifest]:
     """Rewrite a store: sort its rows by path and cut them into shards as a new run would.
 
     A new run over the same images with the same batches gets the same layout. The old store stays
@@ -40,6 +45,8 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
     Args:
         out: folder of the store.
         lock: fail if the file system does not support locks.
+        progress: called with the phase (``reading``, or ``writing``), the number of rows that are
+            done, and how many there are.
 
     Returns:
         The manifests before and after; the same one twice if the store is compact already.
@@ -59,7 +66,7 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
             f"{out} holds an interrupted run; resume it first, or discard it: rm -r {out / STAGING}"
         )
     # Rewriting would give damaged bytes a valid checksum, and verify could not find them any more.
-    problems = list(itertools.islice(verify(out), 1))
+    problems = list(itertools.islice(verify(out, progress), 1))
     if problems:
         raise StoreDamagedError(f"{out} is damaged ({problems[0]}); see extract verify {out}")
     records = _records(store)
@@ -77,8 +84,12 @@ def compact(out: Path, *, lock: bool = True) -> tuple[Manifest, Manifest]:
     job = Job(description, len(order), before.listing)
     with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
         run = rewrite(claim, job, vanished=before.vanished, same_rows=before)
+        done = 0
         for number, entries in enumerate(shards):
             _copy_shard(run, number, entries, store, records, failures)
+            done += len(entries)
+            if progress is not None:
+                progress("writing", done, len(order))
         return before, run.publish(listed=_listed(store, records))
 
 

@@ -31,7 +31,7 @@ from extractor.store.format import (
 )
 from extractor.store.job import Job
 from extractor.store.plan import Plan
-from extractor.store.publish import finish_publishing
+from extractor.store.publish import enclosing_store, finish_publishing
 from extractor.store.writer import (
     ExistingStore,
     InterruptedRun,
@@ -236,9 +236,8 @@ def _check_out(out: Path, *read: FeatureStore) -> None:
     """
     if os.path.realpath(out) in {os.path.realpath(each.path) for each in read}:
         raise UsageError(f"out: got {out}, which is the store to read; choose another folder")
-    for folder in Path(os.path.realpath(out)).parents:
-        if (folder / MANIFEST).is_file():
-            raise UsageError(f"out: {out} is in the store {folder}; choose a folder beside it")
+    if (store := enclosing_store(out)) is not None:
+        raise UsageError(f"out: {out} is in the store {store}; choose a folder beside it")
 
 
 def _projects(request: _Request) -> bool:

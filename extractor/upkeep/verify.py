@@ -7,8 +7,9 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -37,11 +38,13 @@ from extractor.text import plural
 
 __all__ = ["verify", "verify_images"]
 
+Progress: TypeAlias = Callable[[str, int, int], None]
+
 # Rows checked for NaN and infinity at a time.
 BLOCK_ROWS = 4096
 
 
-def verify(folder: Path) -> Iterator[str]:
+def verify(folder: Path, progress: Progress | None = None) -> Iterator[str]:
     """Yield one message per problem of a store; none if the store is intact.
 
     Checks the checksum of the manifest, and size and SHA-256 of every file. Features must have the
@@ -50,6 +53,8 @@ def verify(folder: Path) -> Iterator[str]:
 
     Args:
         folder: folder of the store.
+        progress: called with the phase (``reading``), the number of rows that are done, and how
+            many there are.
 
     Raises:
         StoreError: no finished store, or a manifest that cannot be read.
@@ -66,6 +71,7 @@ def verify(folder: Path) -> Iterator[str]:
     yield from _extra(folder, manifest)
     seen: dict[bytes, int] = {}
     intact = []
+    total, done = sum(shard.rows for shard in manifest.shards), 0
     for shard in manifest.shards:
         is_intact = True
         for entry in (shard.features, shard.index):
@@ -76,6 +82,9 @@ def verify(folder: Path) -> Iterator[str]:
             intact.append(shard)
             yield from _rows(folder, shard, manifest)
             yield from _index(folder, shard, seen)
+        done += shard.rows
+        if progress is not None:
+            progress("reading", done, total)
     yield from _ids(folder, intact, manifest)
     problems = list(_file(folder, manifest.failures))
     yield from problems or _failures(folder, manifest, seen)
@@ -91,12 +100,16 @@ def verify(folder: Path) -> Iterator[str]:
         yield from problems
 
 
-def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
+def verify_images(
+    folder: Path, root: str | None = None, progress: Progress | None = None
+) -> Iterator[str]:
     """Yield one message per image file that changed after its row was computed.
 
     Args:
         folder: folder of the store.
         root: folder of the images, if they were moved.
+        progress: called with the phase (``images``), the number of images that are done, and how
+            many there are.
 
     Raises:
         StoreError: a manifest or an index that cannot be read.
@@ -107,6 +120,7 @@ def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
         hint = "" if root else "; if the images were moved, name their folder with --root"
         yield f"{os.fsdecode(top)!a}: no such folder of images{hint}"
         return
+    done = 0
     for shard in manifest.shards:
         images = read_images(folder / shard.index.name)
         for row in np.flatnonzero(shard.live_mask()):
@@ -114,6 +128,9 @@ def verify_images(folder: Path, root: str | None = None) -> Iterator[str]:
             problem = _image(Path(os.fsdecode(os.path.join(top, path))), images, int(row))
             if problem:
                 yield f"image {os.fsdecode(path)!a}: {problem}"
+            done += 1
+            if progress is not None:
+                progress("images", done, manifest.rows)
 
 
 def _image(path: Path, images: Images, row: int) -> str:

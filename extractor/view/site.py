@@ -20,6 +20,7 @@ from extractor.errors import DecodeError, StoreError, UsageError
 from extractor.export.target import Target
 from extractor.reading.reader import FeatureStore
 from extractor.search.knn import Metric, check_metric, nearest
+from extractor.search.sheet import lies_in
 from extractor.system.cpu import available_cores
 from extractor.version import __version__
 from extractor.view.analyses import (
@@ -114,7 +115,7 @@ def export_page(
         raise StoreError(f"{stores[0].path} holds no rows, so there is nothing to show")
     parts = [_Part(collections[0], _sampled(len(collections[0]), limit))]
     parts += [_Part(each, _same_images(parts[0], each)) for each in collections[1:]]
-    if any(_lies_in(target.path, each.root) for each in collections):
+    if any(lies_in(target.path, each.root) for each in collections):
         log.warning(
             "%s lies in the folder of the images, so the next run takes its thumbnails for images; "
             "better export to a folder beside it",
@@ -130,12 +131,6 @@ def export_page(
         _write_page(partial, data)
         target.publish({"format": "page", "token": stores[0].token, "extractor": __version__})
     return PageReport(target.path, len(parts[0].rows), len(collections[0]), missing[0])
-
-
-def _lies_in(path: Path, root: str) -> bool:
-    """Return whether a path is in a folder or below it."""
-    folder = os.path.realpath(root)
-    return os.path.commonpath([os.path.realpath(path), folder]) == folder
 
 
 def _sampled(total: int, limit: int) -> Numbers:

@@ -14,6 +14,7 @@ from extractor import FeatureStore
 from extractor.cli import compare
 from extractor.cli import main as cli
 from extractor.evaluation import speed
+from extractor.evaluation.comparing import ComparedStore, Difference
 from extractor.store.format import MANIFEST
 
 Rows = npt.NDArray[np.float32]
@@ -115,3 +116,12 @@ def test_stores_are_compared_without_a_run(capsys: pytest.CaptureFixture[str]) -
     ):
         assert cli.main(["compare", *words]) == 2
         assert capsys.readouterr().err.startswith(f"extract: {message}")
+
+
+def test_difference_that_rounds_to_zero_has_no_minus() -> None:
+    def store(name: str) -> ComparedStore:
+        return ComparedStore(name, None, 2, 8, 0)  # type: ignore[arg-type]
+
+    difference = Difference("a", "b", "MAP@R", 0.0001, -0.0004, 0.0123)
+    cell = compare._cell([difference], store("a"), store("b"), "MAP@R")
+    assert cell == "+0.0 (-1.2 to +0.0) "

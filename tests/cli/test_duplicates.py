@@ -166,9 +166,10 @@ def test_an_existing_file_is_kept_without_overwrite(
         (["duplicates", "store", "--threshold", "nan"], "threshold: got nan, expected a number"),
         (["duplicates", "store", "--against", "store"], "stores: "),
         (["duplicates", "nothing"], "nothing is not a store: there is no such folder"),
-        (["duplicates", "store", "--csv", "no/d.csv"], "csv: cannot write no/d.csv"),
+        (["duplicates", "store", "--csv", "no/d.csv"], "csv: there is no folder no"),
         (["duplicates", "store", "--csv", "images"], "csv: images exists"),
-        (["duplicates", "store", "--csv", "images", "--overwrite"], "csv: cannot write images"),
+        (["duplicates", "store", "--csv", "images", "--overwrite"], "csv: images is a folder"),
+        (["duplicates", "store", "--csv", "store/d.csv"], "csv: store/d.csv is in the store"),
         (["duplicates", "store", "--sheet", "d.txt"], "sheet: got d.txt, expected a file"),
         (["duplicates", "store", "--root", "no", "--sheet", "d.png"], "root: there is no folder"),
         (["duplicates", "store", "--top", "0"], "--top: got 0, expected at least 1"),
@@ -184,3 +185,18 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err
     assert error.startswith(f"extract: {message}")
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["duplicates"], ["outliers"], ["search", "row:0"]])
+def test_a_sheet_among_the_images_is_warned_of(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    verb, *queries = words
+    for number, (sheet, is_warned) in enumerate(
+        [("beside.png", False), ("images/dogs/sheet.png", True), ("images-2.png", False)]
+    ):
+        assert cli.main([verb, "store", *queries, "--sheet", sheet]) == 0, number
+        error = capsys.readouterr().err
+        assert (f"warning: {sheet} lies in the folder of the images" in error) is is_warned
+    assert cli.main([verb, "store", *queries, "--sheet", "m.png", "--root", "."]) == 0
+    assert "warning: m.png lies in the folder of the images" in capsys.readouterr().err

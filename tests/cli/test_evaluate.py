@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.terminal import on_a_terminal
 
 from extractor import evaluate_store
 from extractor.cli import evaluate
@@ -79,3 +80,17 @@ def test_word_that_is_no_number_is_a_usage_error(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit, match="2"):
         cli.main(["evaluate", "store", "-k", "1,x"])
     assert "got '1,x', expected numbers separated by commas" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "unit"),
+    [
+        (["evaluate", "store"], "query/s"),
+        (["export", "store", "--to", "rows.csv"], "row/s"),
+        (["verify", "store"], "row/s"),
+    ],
+)
+def test_long_work_shows_a_bar_on_a_terminal(words: list[str], unit: str) -> None:
+    received = on_a_terminal("-m", "extractor", *words)
+    assert "5/5" in received
+    assert unit in received

@@ -104,3 +104,15 @@ def test_errors_are_one_line(
     assert out == ""
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_picture_among_the_images_is_warned_of(
+    store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    Path("images").mkdir()
+    words = ["map", "store", "--root", "images", "-o", "images/a.svg", "-o", "b.png"]
+    assert cli.main(words) == 0
+    assert "lies in the folder" not in capsys.readouterr().err
+    assert cli.main(["map", "store", "--root", "images", "-o", "images/a.png"]) == 0
+    assert "images/a.png lies in the folder of the images" in capsys.readouterr().err

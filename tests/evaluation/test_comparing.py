@@ -121,6 +121,11 @@ def test_what_cannot_be_compared_is_refused(
         compare_stores(stores[:1])
     with pytest.raises(UsageError, match="compare: got 1 store, expected at least two"):
         compare_stores(str(stores[0]))
+    with pytest.raises(UsageError, match="twice, expected each folder once"):
+        compare_stores([stores[0], stores[0].parent / "." / stores[0].name], LABELS)
+    (tmp_path / "link").symlink_to(stores[0])
+    with pytest.raises(UsageError, match=r"bad and .*link twice, expected each folder once"):
+        compare_stores([stores[0], tmp_path / "link"], LABELS)
     others = [b"x" + name for name in NAMES]
     other = write_store(tmp_path / "other", [rows(0.6)], names=[others])
     with pytest.raises(StoreError, match="no image is in"):
@@ -160,3 +165,13 @@ def test_better_store_of_a_measure_has_the_higher_mean(
         assert each.value >= 0
         turned += order.index(each.better) > order.index(each.worse)
     assert turned  # the order by another measure differs from that by accuracy@1
+
+
+def test_progress_counts_the_queries_of_all_stores(stores: list[Path]) -> None:
+    seen: list[tuple[str, int, int]] = []
+    compare_stores(stores, LABELS, progress=lambda *step: seen.append(step))
+    counts = [done for phase, done, _ in seen if phase == "comparing"]
+    assert counts == sorted(counts)
+    assert (counts[0], counts[-1]) == (0, 3 * COUNT)
+    assert {total for _, _, total in seen} == {3 * COUNT}
+    assert seen[-1][0] == "resampling"

@@ -231,3 +231,17 @@ def test_evaluation_of_a_group_of_folders(tmp_path: Path, write_store: WriteStor
     evaluation = evaluate_store(store)
     assert list(evaluation.classes) == ["cats", "dogs"]
     assert evaluation.scores["MAP@R"].value == 1
+
+
+def test_progress_counts_queries_and_names_the_training(
+    tmp_path: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.setattr(evaluating, "MAX_QUERIES", 4)
+    rows = np.random.default_rng(0).standard_normal((10, 3)).astype(np.float32)
+    store = write_store(tmp_path / "store", [rows])
+    seen: list[tuple[str, int, int]] = []
+    labels = ["a", "b"] * 5
+    evaluate_store(store, labels, probe=True, progress=lambda *step: seen.append(step))
+    counts = [("comparing", done, 10) for done in (0, 4, 8, 10)]
+    assert seen == [*counts, ("training", 0, 10)]

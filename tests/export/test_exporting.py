@@ -270,3 +270,10 @@ def test_database_that_follows_the_exports_equals_the_store(tmp_path: Path) -> N
     )
     compact(tmp_path / "store")
     assert sync(2) == 0
+
+
+def test_progress_counts_the_rows_that_are_written(store: FeatureStore, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    export_store(store, tmp_path / "rows.csv", progress=lambda *step: seen.append(step))
+    counts = list(np.cumsum([part.shape[0] for part in store.features.parts]))
+    assert seen == [("writing", done, len(store)) for done in counts]

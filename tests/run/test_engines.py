@@ -182,3 +182,15 @@ def test_memory_of_a_gpu_is_what_is_free_and_what_is_kept() -> None:
     after = engines._least_gpu_bytes(Options(devices="all"), device)
     assert abs(after - before) < kept.nbytes // 2
     assert 0 < after <= torch.cuda.get_device_properties(device).total_memory
+
+
+@pytest.mark.parametrize("devices", ["all", "0,1"])
+def test_devices_without_a_gpu_name_the_option_that_was_typed(
+    devices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with (
+        pytest.raises(DeviceError, match=f"^devices: got {devices}; .*, or use --devices cpu$"),
+        engines.engine_for(Options(devices=devices)),
+    ):
+        pass

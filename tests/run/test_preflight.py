@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.networks import mean_pixel
@@ -19,6 +21,7 @@ from extractor.run.preflight import (
     check_output_name,
     check_shard_count,
 )
+from extractor.store.claim import ClaimedFolder
 
 
 def test_full_disk_is_refused_before_computing(
@@ -65,3 +68,30 @@ def test_each_output_folder_is_checked(tmp_path: Path) -> None:
         check_output_folders(models, str(tmp_path), Options())
     # Only the loaded model knows which layers a pattern means.
     check_output_folders(models, str(tmp_path), Options(layers=["layer*"]))
+
+
+def test_no_store_is_made_inside_another(tmp_path: Path, write_store: Callable[..., Path]) -> None:
+    store = write_store(tmp_path / "store", [np.zeros((2, 3), np.float32)])
+    (tmp_path / "link").symlink_to(store)
+    before = sorted(store.rglob("*"))
+    for out in (store / "sub", store / "features", store / "a" / "b", tmp_path / "link" / "sub"):
+        with pytest.raises(StoreError, match=f"is in the store {store}; choose an --out beside it"):
+            check_output_folders(["resnet18"], str(out), Options())
+    with pytest.raises(StoreError, match="store/resnet18 is in the store"):
+        check_output_folders(["resnet18", "resnet50"], str(store), Options())
+    with (
+        pytest.raises(StoreError, match="is in the store"),
+        ClaimedFolder(store / "sub"),  # a model of the caller
+    ):
+        pass
+    assert sorted(store.rglob("*")) == before
+
+
+def test_a_store_that_is_inside_another_can_be_extended(
+    tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    inner = write_store(tmp_path / "outer" / "inner", [np.zeros((2, 3), np.float32)])
+    shutil.copytree(inner, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():  # the outer one was made later
+        shutil.move(path, tmp_path / "outer")
+    check_output_folders(["resnet18"], str(inner), Options())

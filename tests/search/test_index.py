@@ -385,3 +385,12 @@ def test_hnsw_has_levels_enough_to_find_every_cluster(
     assert above.mean() == pytest.approx(1 / (math.e - 1), abs=0.08)
     assert graph.efConstruction == index_module.BUILD_EFFORT
     assert graph.nb_neighbors(1) == index_module.LINKS
+
+
+@pytest.mark.parametrize("rows", [1, 20, 45])
+def test_faiss_prints_nothing_about_a_tiny_index(
+    rows: int, tmp_path: Path, write_store: WriteStore, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_store(tmp_path / "tiny", [clustered(rows)])
+    assert cli.main(["index", str(tmp_path / "tiny"), "--kind", "ivf"]) == 0
+    assert capfd.readouterr().err == ""

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from extractor.cli.compare import compare
 from extractor.flags import Option
 from extractor.options import Options
 from extractor.terminal.parser import CommandOptions, build_parser, command_options, parse
@@ -71,3 +72,12 @@ def test_mistyped_option_gets_a_suggestion(
     with pytest.raises(SystemExit, match="2"):
         parse(words, {})
     assert capsys.readouterr().err.rstrip().endswith(end)
+
+
+def test_an_option_of_the_verb_is_suggested_too(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, close in ((["a", "b", "--prob"], "--probe"), (["a", "--modle", "x"], "--model")):
+        with pytest.raises(SystemExit, match="2"):
+            compare(words)
+        error = capsys.readouterr().err
+        assert error.startswith("usage: extract compare STORE STORE...")
+        assert error.rstrip().endswith(f"did you mean {close}?")

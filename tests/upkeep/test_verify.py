@@ -249,3 +249,13 @@ def test_wrong_ids_of_an_index_are_found(
     )
     (store / "store.json").write_text(replace(manifest, shards=(entry,)).to_json())
     assert any(problem in found for found in problems(store))
+
+
+def test_progress_counts_the_rows_of_every_shard(store: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    list(verify(store, lambda *step: seen.append(step)))
+    assert seen == [("reading", 7, 11), ("reading", 11, 11)]
+    seen.clear()
+    (store / "root").mkdir()
+    list(verify_images(store, str(store / "root"), lambda *step: seen.append(step)))
+    assert seen == [("images", done, 11) for done in range(1, 12)]
