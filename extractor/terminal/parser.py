@@ -150,13 +150,22 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that suggests an option where one is mistyped.
+    """Parser that takes options anywhere, and suggests one where an option is mistyped.
 
     Attributes:
         others: Further options to suggest, which another parser has taken before.
     """
 
     others: Sequence[str] = ()
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words; options may also stand between those that name inputs, stores or queries."""
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest and not any(word.startswith("-") for word in rest):
+            return self.parse_intermixed_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         """Print a usage error and exit with 2."""

@@ -6,6 +6,8 @@ import sys
 import pytest
 
 from extractor.cli.compare import compare
+from extractor.cli.search import search_parser
+from extractor.cli.view import view_parser
 from extractor.flags import Option
 from extractor.options import Options
 from extractor.terminal.parser import CommandOptions, build_parser, command_options, parse
@@ -81,3 +83,26 @@ def test_an_option_of_the_verb_is_suggested_too(capsys: pytest.CaptureFixture[st
         error = capsys.readouterr().err
         assert error.startswith("usage: extract compare STORE STORE...")
         assert error.rstrip().endswith(f"did you mean {close}?")
+
+
+def test_options_may_stand_between_inputs() -> None:
+    command = parse(["a", "-b", "4", "b", "--normalize", "c", "--exclude", "x"], {})
+    assert command.own.inputs == ["a", "b", "c"]
+    assert (command.options.batch_size, command.options.normalize) == (4, True)
+    assert list(command.options.exclude) == ["x"]
+    assert parse(["-b", "4", "--", "b", "-c"], {}).own.inputs == ["b", "-c"]
+
+
+def test_options_may_stand_between_a_store_and_queries() -> None:
+    words = ["store", "-k", "3", "a.jpg", "--plus", "p", "b.jpg", "--plus", "q"]
+    parsed = search_parser().parse_args(words)
+    assert (parsed.store, parsed.queries, parsed.k) == ("store", ["a.jpg", "b.jpg"], 3)
+    assert parsed.plus == ["p", "q"]
+    parsed = view_parser().parse_args(["store", "--no-browser", "other"])
+    assert (parsed.store, parsed.other, parsed.no_browser) == ("store", "other", True)
+
+
+def test_words_too_many_are_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        view_parser().parse_args(["store", "--no-browser", "other", "third"])
+    assert capsys.readouterr().err.rstrip().endswith("unrecognized arguments: third")
