@@ -15,8 +15,8 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from extractor.images.files import read_file
 from extractor.loading.batch import Batch
 from extractor.loading.loader import BatchLoader
 from extractor.loading.nvjpeg import NvjpegDecoder
+from extractor.report import Progress
 from extractor.system.float32 import full_float32
 
 FIXED: dict[str, Any] = {"weights": "random", "compile": "off"}
@@ -42,6 +43,7 @@ POISON = 201  # a level that no image has
 SLEEP_CYCLES = 3_000_000  # one to two milliseconds
 
 MAX_RELATIVE_ERROR = 1e-5
+SCALES = (1.0, 0.71)
 LEAST_COSINE = 0.9999  # of rows that differ by rounding only
 LEAST_COSINE_OF_JPEGS = 0.99  # of those whose colors two decoders upsample each in its way
 
@@ -153,8 +155,27 @@ def relative_error(rows: npt.NDArray[np.float64], exact: npt.NDArray[np.float64]
     return float(distances.max())
 
 
+def views(setting: Setting) -> Iterator[Result]:
+    """float32 rows of a mirror image and two sizes equal their mean in float64 on the CPU."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.set_num_threads(setting.pick(4, 1))
+    name = setting.network
+    with setting.links("views", setting.pick(24, 6)) as images:
+        out = setting.scratch / "views"
+        settings = {**FIXED, "precision": "float32", "decode": "exact", "batch_size": 16}
+        settings |= {"augment": "flip", "scales": SCALES}
+        extract(images, name, out, device=setting.device, **settings)
+        rows, exact = rows_of(out), _exact_rows(images, name, flip=True, scales=SCALES)
+        error, alone = (relative_error(rows, each) for each in (exact, _exact_rows(images, name)))
+    is_right = error < MAX_RELATIVE_ERROR < alone / 100
+    detail = f"{error:.1e}; {alone:.1e} from the picture alone"
+    yield Result(f"float32 views against float64, {name}", is_right, detail, {"e": error})
+
+
 @torch.inference_mode()
-def _exact_rows(images: Path, name: str) -> npt.NDArray[np.float64]:
+def _exact_rows(
+    images: Path, name: str, *, flip: bool = False, scales: Sequence[float] = (1.0,)
+) -> npt.NDArray[np.float64]:
     backbone = load_backbone(name, weights="random", device="cpu")
     module, preprocess = backbone.module.double(), backbone.preprocess
     mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocess.mean, preprocess.std))
@@ -163,7 +184,14 @@ def _exact_rows(images: Path, name: str) -> npt.NDArray[np.float64]:
         picture = np.empty((*preprocess.input_size, 3), np.uint8)
         decode_into(read_file(os.fsencode(path), 2**30), [preprocess], [picture], None, "exact")
         pixels = (torch.from_numpy(picture).double() / 255 - mean) / std
-        rows.append(module(pixels.permute(2, 0, 1)[None])[0].flatten())
+        seen = []
+        for scale in scales:
+            size = [round(scale * edge) for edge in preprocess.input_size]
+            view = pixels.permute(2, 0, 1)[None]
+            if scale != 1:
+                view = nn.functional.interpolate(view, size, mode="bilinear", antialias=True)
+            seen += [view, view.flip(3)] if flip else [view]
+        rows.append(torch.stack([module(view)[0].flatten() for view in seen]).mean(0))
     return torch.stack(rows).numpy()
 
 
@@ -241,21 +269,14 @@ def poison(setting: Setting) -> Iterator[Result]:
 # ---------------------------------------------------------------------------------------------
 # Stores
 
-ONE_RUN = """
-import json, os, signal, sys
-from extractor import extract
-settings = json.loads(sys.argv[1])
-kill_at = settings.pop("kill_at")
-def progress(now):
-    if kill_at and now.phase == "computing" and now.done >= kill_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-report = extract(progress=progress, **settings)
-print(report.resumed, len(report.workers))
-"""
-
 
 def stores(setting: Setting) -> Iterator[Result]:
-    """The same bytes twice, with blocking launches, and after three interruptions."""
+    """The same bytes twice, with blocking launches, and after three interruptions.
+
+    Each run is a process of its own. All but workers and the command are forked: to import torch
+    again and again took most of the time. Nothing here may use the device before.
+    """
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a fork may ask whether there is a device
     count = setting.pick(2048, 96)
     with setting.links("stores", count) as images:
         common: dict[str, Any] = {
@@ -268,60 +289,102 @@ def stores(setting: Setting) -> Iterator[Result]:
             "shard_images": setting.pick(512, 32),
         }
         common |= setting.pick({}, {"image_size": 64})
-        with ThreadPoolExecutor(5) as pool:
-            first = pool.submit(_one_run, setting, common, "first")
-            again = pool.submit(_one_run, setting, common, "again")
-            blocking = pool.submit(
-                _one_run, setting, common, "blocking", env={"CUDA_LAUNCH_BLOCKING": "1"}
-            )
-            several = pool.submit(
-                _one_run, setting, {**common, "processes": 2}, "several", workers=2
-            )
-            interrupted = pool.submit(_interrupted, setting, common, count)
-            expected = first.result()
-            yield same_bytes("run twice", expected, again.result())
-            yield same_bytes("CUDA_LAUNCH_BLOCKING=1", expected, blocking.result())
-            yield same_bytes("two processes on the device", expected, several.result())
-            out, code = interrupted.result()
-            result = same_bytes("killed twice, SIGTERM, resumed", expected, out)
-            is_right = bool(result.is_right) and code == 143
-            yield Result(result.name, is_right, f"{result.detail}; SIGTERM: exit code {code}")
+        blocking = {"CUDA_LAUNCH_BLOCKING": "1"}
+        runs = {
+            "first": _Run(setting, common, "first"),
+            "again": _Run(setting, common, "again"),
+            "blocking": _Run(setting, common, "blocking", environment=blocking),
+            "several": _Run(setting, {**common, "processes": 2}, "several"),
+        }
+        killed = setting.scratch / "store-killed"
+        chain = _fork(lambda: _interrupt(setting, common, count))
+        expected = runs["first"].end()
+        yield same_bytes("run twice", expected, runs["again"].end())
+        yield same_bytes("CUDA_LAUNCH_BLOCKING=1", expected, runs["blocking"].end())
+        several = runs["several"].end(workers=2)
+        yield same_bytes("two processes on the device", expected, several)
+        code = _exit_code(chain)
+        assert code == 0, f"interrupted runs: exit code {code}, see the log"
+        yield same_bytes("killed twice, SIGTERM, resumed", expected, killed)
 
 
-def _interrupted(setting: Setting, settings: Mapping[str, Any], count: int) -> tuple[Path, int]:
-    """Return a store that was interrupted three times, and the exit code after SIGTERM."""
+def _interrupt(setting: Setting, settings: Mapping[str, Any], count: int) -> None:
+    """Make a store that is interrupted three times."""
     for kill_at in (count // 3, count * 2 // 3):
-        _one_run(setting, settings, "killed", kill_at=kill_at, code=-signal.SIGKILL)
+        _Run(setting, settings, "killed", kill_at=kill_at).end(code=-signal.SIGKILL)
     code = _terminate(settings, setting.scratch / "store-killed")
-    return _one_run(setting, settings, "killed", wants_resumed=True), code
+    assert code == 143, f"SIGTERM: exit code {code}"
+    _Run(setting, settings, "killed").end(wants_resumed=True)
 
 
-def _one_run(
-    setting: Setting,
-    settings: Mapping[str, Any],
-    name: str,
-    *,
-    kill_at: int = 0,
-    code: int = 0,
-    env: Mapping[str, str] | None = None,
-    wants_resumed: bool = False,
-    workers: int = 0,
-) -> Path:
-    """Run ``extract`` in a process, and return its store."""
-    out = setting.scratch / f"store-{name}"
-    task = json.dumps({**settings, "out": str(out), "kill_at": kill_at})
-    done = subprocess.run(
-        [sys.executable, "-c", ONE_RUN, task],
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert done.returncode == code, f"{name}: exit code {done.returncode}, expected {code}"
-    if code == 0:
-        resumed, found = map(int, done.stdout.split()[-2:])
-        assert resumed > 0 or not wants_resumed, f"{name}: nothing was resumed"
-        assert found == workers, f"{name}: {found} workers, expected {workers}"
-    return out
+class _Run:
+    """A run of ``extract`` in a process of its own.
+
+    Args:
+        setting: Setting of the check.
+        settings: Arguments of ``extract``.
+        name: Name of the store.
+        kill_at: Number of images after which the process is killed; 0 for never.
+        environment: Further variables of the process.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        settings: Mapping[str, Any],
+        name: str,
+        *,
+        kill_at: int = 0,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self._name = name
+        self._settings = settings
+        self._kill_at = kill_at
+        self._environment = environment or {}
+        self._out = setting.scratch / f"store-{name}"
+        self._report = setting.scratch / f"report-{name}.json"
+        self._process = _fork(self._extract)
+
+    def _extract(self) -> None:
+        os.environ.update(self._environment)
+
+        def progress(now: Progress) -> None:
+            if self._kill_at and now.phase == "computing" and now.done >= self._kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        report = extract(out=str(self._out), progress=progress, **self._settings)
+        self._report.write_text(json.dumps([report.resumed, len(report.workers)]))
+
+    def end(self, *, code: int = 0, wants_resumed: bool = False, workers: int = 0) -> Path:
+        """Wait until the run ends as it should, and return its store."""
+        found = _exit_code(self._process)
+        assert found == code, f"{self._name}: exit code {found}, expected {code}"
+        if code == 0:
+            resumed, started = json.loads(self._report.read_text())
+            assert resumed > 0 or not wants_resumed, f"{self._name}: nothing was resumed"
+            assert started == workers, f"{self._name}: {started} workers, expected {workers}"
+        return self._out
+
+
+def _fork(work: Callable[[], None]) -> int:
+    """Start a function in a copy of this process, and return its number."""
+    sys.stdout.flush()
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        work()
+        code = 0
+    except BaseException:  # the copy must not go on with the work of the original
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def _exit_code(process: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
 def _terminate(settings: Mapping[str, Any], out: Path) -> int:

@@ -28,6 +28,8 @@ MODELS = ("resnet50", "vit_base_patch16_224", "convnext_base", "vit_large_patch1
 STAND_INS = ("test_resnet", "test_vit")
 TINY = f"{Path(__file__).with_name('tiny_network.py')}:network"
 EXTRACT_IMAGES = 2**15  # four shards for each of eight processes
+OTHER_IMAGES = 2**14  # of large models, which compute long enough
+FEW_CORES_IMAGES = 3 * 2**12  # more than a run in one process has
 SAMPLE_SECONDS = 0.2  # between two looks at the GPU
 READY, GO = "ready", "go"
 
@@ -170,9 +172,9 @@ def extract_transformer(setting: Setting) -> Iterator[Result]:
 
 
 def extract_others(setting: Setting) -> Iterator[Result]:
-    """``extract`` with the other models."""
-    for model in setting.pick(MODELS[2:], ()):
-        yield from _extract(setting, model, (None,))
+    """``extract`` with the other models, the largest first."""
+    for model in setting.pick(tuple(reversed(MODELS[2:])), ()):
+        yield from _extract(setting, model, (None,), count=OTHER_IMAGES)
     if setting.is_rehearsal:
         yield Result("extract with other models", None, "the same code as above")
 
@@ -182,7 +184,8 @@ def few_cores(setting: Setting) -> Iterator[Result]:
     model, cores = setting.pick((MODELS[0], 4), (STAND_INS[0], 1))
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     for options in setting.pick(({}, {"decode": "gpu"}), ({},)):
-        yield from _extract(setting, model, (None,), cores=cores, **options)
+        count = FEW_CORES_IMAGES
+        yield from _extract(setting, model, (None,), count=count, cores=cores, **options)
 
 
 def _extract(
@@ -190,10 +193,11 @@ def _extract(
     model: str,
     processes: Sequence[int | None],
     *,
+    count: int = EXTRACT_IMAGES,
     cores: int | None = None,
     **options: Any,
 ) -> Iterator[Result]:
-    count = setting.pick(EXTRACT_IMAGES, 64)
+    count = setting.pick(count, 64)
     label = "".join(f", {key} {value}" for key, value in options.items())
     label += f", {plural(cores, 'core')}" if cores else ""
     case = f"{model}-{label.replace(', ', '-').replace(' ', '-')}"
@@ -263,7 +267,7 @@ def busy_share(setting: Setting) -> Iterator[list[int]]:
 
 def rivals(setting: Setting) -> Iterator[Result]:
     """What people use instead: timm's loader in half precision, and the common recipe."""
-    sides = (("timm-tuned", 6000), ("common-recipe", 1500))
+    sides = (("timm-tuned", 4000), ("common-recipe", 800))
     for model in setting.pick(MODELS[:2], STAND_INS[:1]):
         for side, count in sides:
             with setting.links(f"{side}-{model}", setting.pick(count, 64)) as images:

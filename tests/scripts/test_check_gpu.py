@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -149,6 +151,40 @@ def _wait_until_gone(process: int) -> None:
 
 
 @pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_runner_that_is_killed_leaves_nothing_behind(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "out"
+    code = (
+        "import run_checks as r; hangs = (r.Check('hangs', 600),);"
+        "r.CHECKS = {'correctness': hangs, 'performance': ()}; r._make_images = print;"
+        f"r.main(['--rehearse', {str(out)!r}])"
+    )
+    runner = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (out / "child").exists() or not (out / "child").read_text():
+        assert time.monotonic() < deadline, "nothing was started"
+        time.sleep(0.02)
+    grandchild = int((out / "child").read_text())
+    child = int(Path(f"/proc/{grandchild}/stat").read_text().rpartition(")")[2].split()[1])
+    runner.send_signal(number)
+    assert runner.wait(10) == -number
+    deadline = time.monotonic() + 20
+    for process in (child, grandchild):
+        while _is_alive(process):
+            assert time.monotonic() < deadline, "a process is left"
+            time.sleep(0.02)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(
     ("arguments", "correctness", "performance", "code"),
     [
@@ -201,6 +237,18 @@ def test_every_check_has_a_function() -> None:
         for check in checks:
             assert callable(getattr(modules[part], check.name))
         assert sum(check.seconds for check in checks) >= run_checks.LIMITS[part]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "names"),
+    [(170, ("few_cores", "rivals", "extract_others")), (150, ("stores",)), (150, ("float64",))],
+)
+def test_checks_that_a_short_visit_left_out_fit_into_the_next(
+    seconds: float, names: tuple[str, ...]
+) -> None:
+    """Measurements follow each other; checks of correctness run side by side."""
+    limits = {check.name: check.seconds for part in run_checks.CHECKS.values() for check in part}
+    assert sum(limits[name] for name in names) <= seconds
 
 
 def test_share_is_that_of_the_best_run() -> None:
@@ -256,6 +304,34 @@ def test_float64_check_sees_half_precision(
 
     monkeypatch.setattr(correctness, "extract", rounded)
     assert outcomes(correctness.float64, broken) == [False, False]
+
+
+@pytest.mark.slow
+def test_views_check_sees_a_picture_alone(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract = correctness.extract
+
+    def alone(*args: Any, **options: Any) -> Any:
+        return extract(*args, **{**options, "augment": None})
+
+    monkeypatch.setattr(correctness, "extract", alone)
+    assert outcomes(correctness.views, setting) == [False]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"), [("return", 0), ("raise", 1), ("exit", 1), ("kill", -signal.SIGKILL)]
+)
+def test_exit_code_of_a_copy_says_how_it_ended(ends: str, code: int) -> None:
+    def work() -> None:
+        if ends == "raise":
+            raise ValueError("in the copy")
+        if ends == "exit":
+            raise SystemExit(0)  # the work is not done
+        if ends == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert correctness._exit_code(correctness._fork(work)) == code
 
 
 @pytest.mark.parametrize("is_early", [False, True])
