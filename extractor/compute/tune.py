@@ -10,6 +10,7 @@ import copy
 import functools
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.models.naming import split_names
 from extractor.network.fusion.fuse import without_packing
 from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
+from extractor.system.cpu import available_cores
 from extractor.system.devices import (
     computes,
     device_errors,
@@ -62,6 +64,8 @@ COMPILE_GAIN_AMX = 0.5
 # saves 0.47; 53 convolutions), convnext_base 1.31 (0.24; 40 of its 112 layers are convolutions),
 # vit_base_patch16_224 1.13 (0.12; 1 of 49) and vit_large_patch16_224 1.10 (0.09; 1 of 97).
 COMPILE_GAIN_CUDA = (0.1, 0.47)
+
+COMPILERS = "TORCHINDUCTOR_COMPILE_THREADS"  # variable with which a user chooses their number
 
 TIMED_IMAGES = 8  # enough to time a network on a CPU
 
@@ -427,6 +431,15 @@ def compiled(backbone: Backbone) -> Backbone:
         raise ExtractorError("its layers are read with hooks, which do not compile")
     for name in ("torch._dynamo", "torch._inductor", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    _bound_compilers()
     choices: dict[str, Any] = {"freezing": True} if backbone.device.type == "cpu" else {}
     network: Any = torch.compile(without_packing(backbone.module), dynamic=False, options=choices)
     return replace(backbone, module=network, is_compiled=True)
+
+
+def _bound_compilers() -> None:
+    """Let torch start no more compilers than cores are granted; it counts those of the machine."""
+    from torch._inductor import config
+
+    if COMPILERS not in os.environ and config.compile_threads is not None:
+        config.compile_threads = min(config.compile_threads, available_cores())

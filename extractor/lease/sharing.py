@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from extractor.errors import DeviceError, UsageError
@@ -22,6 +23,10 @@ MAX_PROCESSES_PER_GPU = 8
 BYTES_PER_GPU_PROCESS = 6 * 2**30
 COPIES_OF_WEIGHTS = 2
 MAX_PROCESSES_UNKNOWN_GPU = 4
+
+# What one process on a GPU needs of the machine's memory beside its weights: torch with CUDA and
+# its libraries, and buffers (an estimate, to be measured).
+HOST_BYTES_PER_GPU_PROCESS = 3 * 2**30
 
 # On a CPU the forward pass takes most of the time, and it holds no lock. Its threads gain little
 # beyond 16 (an estimate, to be measured on such a machine).
@@ -45,6 +50,7 @@ class Machine:
         gpu_bytes: Least memory that a GPU has for the run; 0 if that is not known.
         weight_bytes: Size of the weights that each process loads.
         is_exclusive: Whether a GPU lets only one process use it.
+        free_bytes: Memory of the machine that this run may still use.
     """
 
     cores: int
@@ -54,6 +60,7 @@ class Machine:
     gpu_bytes: int = 0
     weight_bytes: int = 0
     is_exclusive: bool = False
+    free_bytes: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -161,9 +168,12 @@ def _default_processes(devices: tuple[str, ...], machine: Machine) -> int:
     if devices[0] == "cpu":
         return max(machine.cores // CORES_PER_CPU_PROCESS, 1)
     if devices[0].startswith("cuda") and not machine.is_exclusive:
-        return processes_per_gpu(
+        needed = HOST_BYTES_PER_GPU_PROCESS + machine.weight_bytes
+        fitting = max(machine.free_bytes / needed / len(devices), 1)
+        count = processes_per_gpu(
             machine.cores // len(devices), machine.gpu_bytes, machine.weight_bytes
         )
+        return int(min(count, fitting))
     return 1  # Apple's GPU shares its memory with the cores, and was not measured
 
 

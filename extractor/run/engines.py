@@ -27,7 +27,14 @@ from extractor.run.leased import LeasedRun
 from extractor.run.recorded_weights import weights_of
 from extractor.store.format import IN_FLIGHT, WORKERS
 from extractor.system.cpu import available_cores
-from extractor.system.devices import device_errors, empty_cache, is_exclusive, resolve_device
+from extractor.system.devices import (
+    device_errors,
+    device_name,
+    empty_cache,
+    is_exclusive,
+    resolve_device,
+)
+from extractor.system.memory import granted_memory
 from extractor.system.timing import KINDS, Spent, Timer
 from extractor.workers.local import LocalWorkers
 from extractor.workers.opening import ShardOpener
@@ -149,6 +156,7 @@ def _slots(leased: LeasedRun, computing: Computing) -> list[WorkerSlot]:
         _least_gpu_bytes(options, device),
         _weight_bytes(computing.specs),
         is_exclusive(device),
+        granted_memory()[1],
     )
     sharing = share_out(
         options,
@@ -157,6 +165,7 @@ def _slots(leased: LeasedRun, computing: Computing) -> list[WorkerSlot]:
         shards=len(leased.shards),
         only_here="" if is_named else "a model of this process cannot be loaded in another one",
     )
+    _check_same_kind(sharing.slots)
     if sharing.note:
         log.warning("%s", sharing.note)
     # One process that was asked for is a child of its own: this one survives what it does not.
@@ -292,6 +301,34 @@ def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
     )
 
 
+def _gpus(options: Options) -> list[int]:
+    """Return the numbers of the GPUs that ``--devices`` names, as far as they exist."""
+    chosen, count = parse_devices(options.devices or "cpu"), torch.cuda.device_count()
+    numbers = range(count) if chosen == "all" else () if chosen == "cpu" else chosen
+    return [number for number in numbers if number < count]
+
+
+def _check_same_kind(slots: Sequence[WorkerSlot]) -> None:
+    """Check that the devices of the workers are of one kind: others round differently.
+
+    Raises:
+        DeviceError: They are not.
+    """
+    devices = [torch.device(name) for name in dict.fromkeys(slot.device for slot in slots)]
+    if len(devices) < 2:
+        return
+    with device_errors(devices[0]):
+        kinds = {device.index: device_name(device) for device in devices}
+    first, kind = next(iter(kinds.items()))
+    for other, name in kinds.items():
+        if name != kind:
+            same = ",".join(str(number) for number in kinds if kinds[number] == kind)
+            raise DeviceError(
+                f"devices: GPU {first} is {kind!r} and GPU {other} {name!r}, expected one kind, "
+                f"since another one rounds differently; try --devices {same}"
+            )
+
+
 def _least_gpu_bytes(options: Options, device: torch.device) -> int:
     """Return the least memory that a GPU has for this run; 0 if a CPU computes.
 
@@ -303,12 +340,10 @@ def _least_gpu_bytes(options: Options, device: torch.device) -> int:
     """
     if device.type != "cuda":
         return 0
-    chosen, count = parse_devices(options.devices or "cpu"), torch.cuda.device_count()
-    numbers = range(count) if chosen == "all" else () if chosen == "cpu" else chosen
     with device_errors(device):
         free, _ = torch.cuda.mem_get_info(device)
         own = free + torch.cuda.memory_reserved(device)
-        gpus = [torch.cuda.get_device_properties(n) for n in numbers if n < count]
+        gpus = [torch.cuda.get_device_properties(number) for number in _gpus(options)]
     return min([own, *(gpu.total_memory for gpu in gpus)])
 
 

@@ -377,6 +377,22 @@ def test_compiled_network_has_plain_convolutions() -> None:
     assert isinstance(backbone.module[0], PackedConv2d)
 
 
+@pytest.mark.parametrize(("variable", "expected"), [(None, 3), ("7", 32)])
+def test_compilers_are_no_more_than_the_cores_that_are_granted(
+    monkeypatch: pytest.MonkeyPatch, variable: str | None, expected: int
+) -> None:
+    from torch._inductor import config
+
+    monkeypatch.delenv(tuning.COMPILERS, raising=False)
+    if variable is not None:
+        monkeypatch.setenv(tuning.COMPILERS, variable)
+    monkeypatch.setattr(tuning, "available_cores", lambda: 3)
+    pretend(monkeypatch, Quick)
+    with config.patch(compile_threads=32):  # on a machine of many cores
+        tuning.compiled(mean_pixel())
+        assert config.compile_threads == expected
+
+
 def test_layers_are_not_compiled(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -97,6 +97,27 @@ def test_a_gpu_for_one_process_has_one_by_default(processes: int | None, expecte
     assert len(sharing.slots) == expected
 
 
+@pytest.mark.parametrize(
+    ("gib", "gpus", "weights_gib", "processes"),
+    [(2, 1, 0, 1), (16, 1, 0, 5), (32, 1, 0, 8), (32, 4, 0, 8), (32, 1, 5, 4), (100, 4, 0, 32)],
+)
+def test_processes_on_gpus_fit_into_the_memory_of_the_machine(
+    gib: int, gpus: int, weights_gib: int, processes: int
+) -> None:
+    """Each takes 3 GiB and its weights, and every GPU has as many."""
+    machine = Machine(
+        *(16 * gpus, gpus, "cuda:0"),
+        threads=16,
+        gpu_bytes=400 * 2**30,
+        weight_bytes=weights_gib * 2**30,
+        free_bytes=gib * 2**30,
+    )
+    slots = share_out(Options(devices="all"), machine, images=MANY, shards=999).slots
+    assert len(slots) == processes
+    asked = share_out(Options(processes=8), machine, images=MANY, shards=999).slots
+    assert len(asked) == 8  # what is asked for is not questioned
+
+
 def test_the_cores_of_a_gpu_decode() -> None:
     assert [slot.workers for slot in shared(16, 1).slots] == [2] * 8
     assert [slot.workers for slot in shared(2, 2, devices="all").slots] == [1, 1]

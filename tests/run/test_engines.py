@@ -16,6 +16,7 @@ import extractor.run.engines as engines
 import extractor.run.session as session_module
 from extractor import extract
 from extractor.errors import DeviceError
+from extractor.lease.sharing import WorkerSlot
 from extractor.options import Options
 from extractor.workers.ray_cluster import Node, device_of_cluster
 from extractor.workers.trial import Trial, run_trial
@@ -172,6 +173,30 @@ def test_a_gpu_that_does_not_answer_is_an_error_of_the_device(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
     with pytest.raises(DeviceError, match="cuda:0 does not work: CUDA error: unknown error"):
         engines._least_gpu_bytes(Options(), torch.device("cuda", 0))
+
+
+def slots_of(*devices: str) -> list[WorkerSlot]:
+    return [WorkerSlot(number, device, 1, 1, 1) for number, device in enumerate(devices)]
+
+
+@pytest.fixture
+def kinds(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["A100", "A100", "T400", "A100"]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: names[device.index])
+
+
+@pytest.mark.usefixtures("kinds")
+@pytest.mark.parametrize("devices", [["cpu"] * 3, ["cuda:2"], ["cuda:0", "cuda:3", "cuda:0"]])
+def test_gpus_of_one_kind_share_a_run(devices: list[str]) -> None:
+    engines._check_same_kind(slots_of(*devices))
+
+
+@pytest.mark.usefixtures("kinds")
+def test_gpus_of_several_kinds_are_refused_before_any_worker_starts() -> None:
+    with pytest.raises(
+        DeviceError, match=r"GPU 0 is 'A100' and GPU 2 'T400', .* try --devices 0,1,3"
+    ):
+        engines._check_same_kind(slots_of("cuda:0", "cuda:1", "cuda:2", "cuda:3", "cuda:0"))
 
 
 @pytest.mark.cuda
