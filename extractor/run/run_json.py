@@ -229,12 +229,8 @@ def relink_run_json(folder: Path, before: Manifest, after: Manifest) -> None:
 
     Does nothing if it does not refer to the manifest before.
     """
-    try:
-        content = json.loads((folder / RUN).read_text("ascii"))
-        is_known = content["store"] == before.checksum
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if is_known:
+    content = read_run_json(folder)
+    if content.get("store") == before.checksum:
         _write(folder, content | {"store": after.checksum, "checksum": ""})
 
 

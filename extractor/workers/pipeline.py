@@ -15,7 +15,6 @@ from extractor.compute.embed import Embedded, embed
 from extractor.compute.float32_retry import Float32Retry
 from extractor.compute.inputs import Inputs, device_of, pictures_of
 from extractor.images.types import ImageSource
-from extractor.lease.batches import BatchPlan, plan_batches
 from extractor.lease.lease import Lease, Receipt
 from extractor.loading.crash_log import CrashLog
 from extractor.loading.loader import BatchLoader
@@ -46,10 +45,15 @@ class ShardWork:
     paths: Sequence[bytes]
     outputs: Sequence[ShardOutput]
 
-    def batches(self, batch_size: int) -> list[BatchPlan]:
-        """Return the batches that are left to compute."""
-        done = min((output.done for output in self.outputs), default=len(self.paths))
-        batches = plan_batches(len(self.paths), shard_images=len(self.paths), batch_size=batch_size)
+    def batches(self, batch_size: int) -> list[range]:
+        """Return the images of each batch that is left to compute, as indices in the shard.
+
+        An image has the same position in its batch wherever the work starts.
+        """
+        images = len(self.paths)
+        done = min((output.done for output in self.outputs), default=images)
+        starts = range(0, images, batch_size)
+        batches = (range(start, min(start + batch_size, images)) for start in starts)
         return [batch for batch in batches if batch.stop > done]
 
     def finish(self) -> None:
@@ -165,7 +169,7 @@ class ShardPipeline:
         return loader, decoder
 
     def _write(
-        self, work: ShardWork, stores: Sequence[int], batch: BatchPlan, embedded: Embedded
+        self, work: ShardWork, stores: Sequence[int], batch: range, embedded: Embedded
     ) -> int:
         """Write the rows of a batch to each store that lacks them; return the most failures."""
         paths = work.paths[batch.start : batch.stop]
@@ -209,7 +213,7 @@ class _Queue:
 
     def __init__(self, works: Iterator[ShardWork], batch_size: int, suspects: set[bytes]) -> None:
         self._batches = self._plan(works, batch_size, suspects)
-        self._planned: deque[tuple[ShardWork, BatchPlan | None]] = deque()
+        self._planned: deque[tuple[ShardWork, range | None]] = deque()
         self._current: ShardWork | None = None
         self._images = self._failed = 0
 
@@ -233,7 +237,7 @@ class _Queue:
         while self._planned and self._planned[0][1] is None:
             yield self._planned.popleft()[0]
 
-    def take(self) -> tuple[ShardWork, BatchPlan]:
+    def take(self) -> tuple[ShardWork, range]:
         """Return the next batch with its shard."""
         work, batch = self._planned.popleft()
         assert batch is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from extractor.options import Options
 from extractor.store.format import FEATURES, IMAGES, JOURNAL, features_name
 from extractor.store.shard import FinishedShard
 from extractor.workers.opening import ShardOpener
-from extractor.workers.pipeline import ShardPipeline
+from extractor.workers.pipeline import ShardPipeline, ShardWork
 
 SIZE = 4  # images in a shard
 IMAGES_OF_RUN = 10
@@ -141,3 +143,16 @@ def test_pipeline_without_leases_does_nothing(run: Run) -> None:
     run.compute(leases())
     assert not run.receipts
     assert not (run.staging / "in-flight").exists()
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 24, 25])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batches_cover_each_image_once_wherever_the_work_starts(
+    images: int, batch_size: int
+) -> None:
+    for done in {0, min(batch_size, images), images}:
+        outputs: list[Any] = [SimpleNamespace(done=done), SimpleNamespace(done=images)]
+        batches = ShardWork(Lease(0), [b""] * images, outputs).batches(batch_size)
+        assert [i for batch in batches for i in batch] == list(range(done, images))
+        assert all(batch.start % batch_size == 0 for batch in batches)
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
