@@ -13,6 +13,7 @@ from extractor.images.containers import tiff
 from extractor.images.containers.kinds import AVIF, HEAD_BYTES, KINDS, RAW, Kind, kind_of
 from extractor.images.containers.png import PNG_START
 from extractor.images.files import open_regular
+from extractor.images.jpeg import JPEG_START
 from extractor.images.plugins import is_decodable, open_kind
 from extractor.images.types import FilePath
 
@@ -39,7 +40,6 @@ USUAL_FORMATS = frozenset({"JPEG", "PNG", "WEBP"})  # most files; tried first
 # icons. Pillow decodes the inner image to find out its size.
 _CONTAINERS = (b"\0\0\1\0", b"\0\0\2\0", b"icns")
 
-JPEG_START = b"\xff\xd8\xff"
 JPEG_LS_MARKER = b"\xf7"
 
 # Photoshop writes a blank picture if it may not write the real one (resource 1057, VersionInfo).

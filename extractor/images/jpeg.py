@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from extractor.images.jpeg_scans import FRAMES, SEQUENTIAL_FRAMES
 from extractor.images.orientation import read_orientation
 from extractor.images.render import can_resize_whole
 from extractor.images.types import EncodedJpeg, ImageInfo, ReadFile, StoredLayout
@@ -23,8 +24,6 @@ LIBJPEG_FORMATS = frozenset({"JPEG", "MPO"})  # formats that libjpeg decodes
 JPEG_START, JPEG_END = b"\xff\xd8\xff", b"\xff\xd9"
 HUFFMAN_TABLE, QUANTIZATION_TABLE, START_OF_SCAN = 0xC4, 0xDB, 0xDA
 SCAN_START = b"\xff\xda"
-FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
-SEQUENTIAL_FRAMES = (0xC0, 0xC1)
 
 # Sampling factors of brightness and the two color channels that every decoder knows: 4:4:4, 4:2:2
 # and 4:2:0.

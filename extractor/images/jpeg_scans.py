@@ -19,7 +19,7 @@ from PIL import Image, ImageFile, _imaging
 
 from extractor.errors import DecodeError
 
-__all__ = ["check_scans", "find_scans"]
+__all__ = ["FRAMES", "SEQUENTIAL_FRAMES", "check_scans", "find_scans"]
 
 # Markers (ITU-T T.81, table B.1).
 FRAMES = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})
