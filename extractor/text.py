@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Mapping
 
-__all__ = ["counts_in_words", "excluded_in_words", "first_line", "plural"]
+__all__ = ["counts_in_words", "excluded_in_words", "exit_in_words", "first_line", "plural"]
 
 COUNTS_SHOWN = 5
 
@@ -40,6 +41,20 @@ def excluded_in_words(counts: Mapping[str, int]) -> str:
     files = sum(counts.values()) - folders
     parts = [plural(files, "file")] if files or not folders else []
     return " and ".join(parts + ([plural(folders, "folder")] if folders else []))
+
+
+def exit_in_words(code: int) -> str:
+    """Return how a process ended, from the exit code that ``subprocess`` has for it.
+
+    >>> exit_in_words(3), exit_in_words(-9), exit_in_words(-99)
+    ('exit code 3', 'SIGKILL', 'signal 99')
+    """
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return signal.Signals(-code).name
+    except ValueError:
+        return f"signal {-code}"
 
 
 def first_line(error: BaseException) -> str:

@@ -7,11 +7,9 @@ from its standard input, and writes a line of JSON and the raw pictures to its s
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,18 +23,18 @@ import extractor
 from extractor.errors import DecodeError
 from extractor.images.budget import PixelBudget, allow_pixels
 from extractor.images.decode import decode_into
-from extractor.images.files import size_and_mtime
+from extractor.images.files import with_file_status
 from extractor.images.types import ImageInfo
 from extractor.options import DECODE
 from extractor.preprocess import Preprocess
+from extractor.system.process_tuning import die_with_parent
 from extractor.system.running_clock import LOOK_SECONDS, running_seconds
+from extractor.text import exit_in_words
 
 __all__ = ["decode_apart"]
 
 # Time for the child to start, in addition to the time for the image. Most of it is torch's import.
 START_SECONDS = 30.0
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def decode_apart(
@@ -59,13 +57,15 @@ def decode_apart(
         ended = _run_child(task, timeout_seconds + START_SECONDS)
     except subprocess.TimeoutExpired:
         message = f"not decoded within {timeout_seconds:g} s"
-        raise _error_with_status(path, "timeout", message) from None
+        with with_file_status(path):
+            raise DecodeError("timeout", message) from None
     head, _, pixels = ended.stdout.partition(b"\n")
     answer = _parse_answer(head)
     is_short = answer is not None and "info" in answer and len(pixels) != _total_bytes(outs)
     if ended.returncode != 0 or answer is None or is_short:
-        message = f"the decoder ended its process ({_describe_exit(ended.returncode)})"
-        raise _error_with_status(path, "crashed", message)
+        message = f"the decoder ended its process ({exit_in_words(ended.returncode)})"
+        with with_file_status(path):
+            raise DecodeError("crashed", message)
     if "reason" in answer:
         error = DecodeError(answer["reason"], answer["message"])
         error.size, error.mtime_ns = answer["size"], answer["mtime_ns"]
@@ -116,26 +116,9 @@ def _total_bytes(outs: Sequence[npt.NDArray[np.uint8]]) -> int:
     return sum(out.nbytes for out in outs)
 
 
-def _describe_exit(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code}"
-    try:
-        return signal.Signals(-code).name
-    except ValueError:
-        return f"signal {-code}"
-
-
-def _error_with_status(path: bytes, reason: str, message: str) -> DecodeError:
-    error = DecodeError(reason, message)
-    with contextlib.suppress(OSError):
-        error.size, error.mtime_ns = size_and_mtime(os.stat(path))
-    return error
-
-
 def main() -> None:
     """Decode the image named on standard input, and write it to standard output."""
-    with contextlib.suppress(OSError, AttributeError):  # other systems have no prctl
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the run
+    die_with_parent()
     # Keep the answer apart from anything that a library prints.
     stream = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -7,12 +7,20 @@ import contextlib
 import ctypes
 import gc
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
-__all__ = ["freeze_imports", "keep_freed_memory", "return_freed_memory", "spin_briefly"]
+__all__ = [
+    "die_with_parent",
+    "freeze_imports",
+    "keep_freed_memory",
+    "return_freed_memory",
+    "spin_briefly",
+]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # Variables of GNU OpenMP, which reads them when it is loaded. 30,000 spins take about 1 ms.
 SPINS, SPINNING = "30000", ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -67,6 +75,12 @@ def spin_briefly() -> None:
     """
     if not any(name in os.environ for name in SPINNING):
         os.environ[SPINNING[0]] = SPINS
+
+
+def die_with_parent() -> None:
+    """Make Linux kill this process once the one that started it has ended."""
+    with contextlib.suppress(OSError, AttributeError):  # other systems have no prctl
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

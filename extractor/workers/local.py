@@ -15,13 +15,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from extractor import errors
 from extractor.errors import ExtractorError
 from extractor.lease.board import Board
 from extractor.lease.lease import Receipt
 from extractor.lease.listener import Listener
 from extractor.loading.crash_log import CrashLog
 from extractor.models.from_file import path_without_models
+from extractor.text import exit_in_words
 from extractor.workers.worker import WorkerSetup
 from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
 
@@ -31,9 +31,6 @@ TICK_SECONDS = 0.2
 GRACE_SECONDS = 4.0  # for the current batch, once the run should stop
 START_ATTEMPTS = 3  # of a worker before the run goes on without it
 HOPELESS_SHARDS = 3  # that failed for good, without one that was written
-
-# Errors of one image, one shard or one device. All others end every worker in the same way.
-NOT_FATAL = frozenset({"DeviceError", "DecodeError"})
 
 # What a child runs: this package, found where the driver found it, whatever lies in its folder.
 START = (
@@ -143,10 +140,8 @@ class LocalWorkers:
         """
         failure = worker.failure
         error = failure.message if failure is not None else worker.exit_text
-        if failure is not None and failure.kind not in NOT_FATAL:
-            kind = getattr(errors, failure.kind, None)
-            if isinstance(kind, type) and issubclass(kind, ExtractorError):
-                raise kind(failure.message)
+        if failure is not None and failure.fatal_error is not None:
+            raise failure.fatal_error
         suspects = CrashLog.read(worker.crash_log)
         worker.crash_log.unlink(missing_ok=True)
         if suspects:
@@ -216,13 +211,8 @@ class _Worker:
     @property
     def exit_text(self) -> str:
         """Why the process ended, in a few words."""
-        code = self._process.returncode
-        if code >= 0:
-            return f"exit code {code}"
-        with contextlib.suppress(ValueError):
-            name = signal.Signals(-code).name
-            return f"{name}, maybe out of memory" if name == "SIGKILL" else name
-        return f"signal {-code}"
+        text = exit_in_words(self._process.returncode)
+        return f"{text}, maybe out of memory" if text == "SIGKILL" else text
 
     def wait(self, deadline: float) -> None:
         """Wait until the process ends by itself, at most until a deadline."""

@@ -7,24 +7,28 @@ exception would cross Ray with the stack of the node in its message.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import pickle
 import socket
 import threading
-import warnings
 from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from extractor.errors import ExtractorError
+from extractor.errors import UsageError
 from extractor.lease.lease import Lease, Receipt
 from extractor.lease.paths_file import PathsFile
 from extractor.lease.software import software_versions
-from extractor.text import first_line
 from extractor.workers.lease_queue import LeaseQueue
-from extractor.workers.worker_process import BatchDone, Failed, Ready, Warned
+from extractor.workers.worker_process import (
+    BatchDone,
+    Failed,
+    Ready,
+    StopWorkerError,
+    Warned,
+    work,
+)
 
 if TYPE_CHECKING:
     from extractor.workers.trial import Trial
@@ -34,10 +38,6 @@ __all__ = ["NEWS_SECONDS", "ShardActor", "packed"]
 
 NEWS_SECONDS = 1.0  # between two reports on the progress of an actor
 SAMPLE = 8  # images that a node must see one of
-
-
-class _StopError(BaseException):
-    """The driver asked the worker to stop."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,11 @@ class ShardActor:
 
     def prepare(self, content: _Packed) -> Ready | Failed:
         """Load the models, and return once they are ready."""
-        problem = _software_problem(content.software)
-        if problem:
-            return Failed("UsageError", problem)
-        with contextlib.suppress(OSError):
-            os.chdir(content.folder)
-        setup = _on_this_machine(pickle.loads(content.content))
-        problem = _storage_problem(setup)
-        if problem:
+        try:
+            setup = _on_this_machine(_unpacked(content))
+        except UsageError as error:
+            return Failed.of(error)
+        if problem := _storage_problem(setup):
             return Failed("StoreError", problem)
         ready: Future[Ready | Failed] = Future()
         self._thread = threading.Thread(target=self._run, args=(setup, ready), name="worker")
@@ -92,17 +89,13 @@ class ShardActor:
 
     def run_trial(self, content: _Packed) -> list[dict[str, Any]] | Failed:
         """Choose precision and compilation, see :func:`extractor.workers.trial.run_trial`."""
-        problem = _software_problem(content.software)
-        if problem:
-            return Failed("UsageError", problem)
-        with contextlib.suppress(OSError):
-            os.chdir(content.folder)
-        from extractor.workers.trial import run_trial
-
         try:
-            return run_trial(pickle.loads(content.content))
+            trial = _unpacked(content)
+            from extractor.workers.trial import run_trial
+
+            return run_trial(trial)
         except Exception as error:
-            return _failed(error)
+            return Failed.of(error)
 
     def compute(self, lease: Lease) -> Receipt | Failed:
         """Compute a shard, and return once it is on the disk.
@@ -138,10 +131,10 @@ class ShardActor:
         failure = Failed("", "the worker was stopped")
         try:
             self._work(setup, ready)
-        except _StopError:
+        except StopWorkerError:
             pass
         except Exception as error:
-            failure = _failed(error)
+            failure = Failed.of(error)
         with self._changing:
             self._failure = failure
             pending = list(self._receipts.values())
@@ -156,66 +149,51 @@ class ShardActor:
 
         keep_freed_memory()
         spin_briefly()  # takes effect only before torch is imported
-        from extractor.images.budget import allow_pixels
-        from extractor.system.cpu import compute_threads
-        from extractor.system.memory import share_memory
-        from extractor.workers.worker import ShardWorker
-
-        allow_pixels(setup.options.max_pixels)
-        share_memory(setup.processes)
-        warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
-        with compute_threads(setup.options.threads):
-            worker = ShardWorker(setup)
-            # The driver loaded the same models, and gave the warnings that this gives rise to.
-            logging.getLogger("extractor").addHandler(_Handler(self))
-            ready.set_result(Ready())
-            while self._leases.wait():
-                worker.compute(self._leases.take, self._after_batch, self._on_receipt)
+        work(
+            setup,
+            self._leases,
+            on_ready=lambda: ready.set_result(Ready()),
+            on_warning=self._tell,
+            after_batch=self._after_batch,
+            on_receipt=self._on_receipt,
+        )
 
     def _after_batch(self, shard: int, done: int, failed: int) -> None:
         if shard not in self._copies:
-            self.tell(BatchDone(shard, done, failed))
+            self._tell(BatchDone(shard, done, failed))
         if self._stops.is_set():
-            raise _StopError
+            raise StopWorkerError
 
     def _on_receipt(self, receipt: Receipt) -> None:
         with self._changing:
             pending = self._receipts.pop(receipt.shard)
         pending.set_result(receipt)
 
-    def tell(self, message: BatchDone | Warned) -> None:
-        """Keep a message for the driver."""
+    def _tell(self, message: BatchDone | Warned) -> None:
         with self._changing:
             self._news.append(message)
 
 
-class _Handler(logging.Handler):
-    def __init__(self, actor: ShardActor) -> None:
-        super().__init__(logging.WARNING)
-        self._actor = actor
+def _unpacked(content: _Packed) -> Any:
+    """Return what the driver packed, and change to its folder.
 
-    def emit(self, record: logging.LogRecord) -> None:
-        self._actor.tell(Warned(record.getMessage()))
-
-
-def _failed(error: Exception) -> Failed:
-    kind = type(error).__name__
-    is_ours = isinstance(error, ExtractorError)
-    return Failed(kind, str(error) if is_ours else f"{kind}: {first_line(error)}")
-
-
-def _software_problem(expected: Mapping[str, str]) -> str:
-    """Return what differs from the software of the driver, in one sentence; empty if nothing."""
-    own = software_versions()
+    Raises:
+        UsageError: This node has other software.
+    """
+    own, expected = software_versions(), content.software
     names = ("extractor", "python", "torch", "torchvision", "timm")
     different = [
         f"{name} {own.get(name, 'none')} instead of {expected.get(name, 'none')}"
         for name in names
         if own.get(name) != expected.get(name)
     ]
-    if not different:
-        return ""
-    return f"it has {', '.join(different)}; install the versions of the driver on all nodes"
+    if different:
+        raise UsageError(
+            f"it has {', '.join(different)}; install the versions of the driver on all nodes"
+        )
+    with contextlib.suppress(OSError):
+        os.chdir(content.folder)
+    return pickle.loads(content.content)
 
 
 def _on_this_machine(setup: WorkerSetup) -> WorkerSetup:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from extractor import errors
 from extractor.errors import ExtractorError
 from extractor.lease.board import Board
 from extractor.lease.lease import Lease, Receipt
@@ -43,9 +42,6 @@ HOPELESS_SHARDS = 3  # that failed for good, without one that was written
 SLOW_FACTOR = 1.5
 SLOW_SECONDS = 10.0
 
-# Errors of one shard or one device. All others end every worker in the same way.
-NOT_FATAL = frozenset({"DeviceError", "DecodeError", ""})
-
 COLORS = re.compile(r"\x1b\[[0-9;]*m")  # Ray writes for terminals
 
 
@@ -71,7 +67,7 @@ def run_trial_on_cluster(trial: Trial) -> list[dict[str, Any]]:
     finally:
         worker.kill()
     if isinstance(answer, Failed):
-        raise _error_of(answer)
+        raise answer.error or ExtractorError(answer.message)
     chosen: list[dict[str, Any]] = answer
     return chosen
 
@@ -245,7 +241,7 @@ class RayWorkers:
         self._refused[worker.number] = worker
         text = f"node {worker.node_address()} cannot take part: {failure.message}"
         if not self._workers:
-            raise _error_of(replace(failure, message=text))
+            raise replace(failure, message=text).error or ExtractorError(text)
         self._listener.on_warning(worker.number, text)
 
     def _on_news(self, worker: _Worker, news: list[BatchDone | Warned]) -> None:
@@ -275,9 +271,8 @@ class RayWorkers:
         Raises:
             ExtractorError: Every other worker would end in the same way.
         """
-        kind = getattr(errors, failure.kind, None)
-        if failure.kind not in NOT_FATAL and isinstance(kind, type):
-            raise kind(failure.message)
+        if failure.fatal_error is not None:
+            raise failure.fatal_error
         self._lose(worker, failure.message, counts=True, suspects=[])
 
     def _on_death(self, worker: _Worker, error: Exception) -> None:
@@ -376,13 +371,6 @@ class _Worker:
 
         with contextlib.suppress(Exception):
             ray.kill(self.actor)
-
-
-def _error_of(failure: Failed) -> ExtractorError:
-    kind = getattr(errors, failure.kind, None)
-    is_ours = isinstance(kind, type) and issubclass(kind, ExtractorError)
-    made: ExtractorError = (kind if is_ours and kind else ExtractorError)(failure.message)
-    return made
 
 
 _Handler = Callable[["_Worker", Any], None]

@@ -7,31 +7,47 @@ The child sends :class:`Ready`, and then a :class:`BatchDone` per batch and a
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import logging
 import os
 import signal
 import sys
 import threading
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from extractor import errors
 from extractor.errors import ExtractorError
 from extractor.system.memory import share_memory
-from extractor.system.process_tuning import freeze_imports, keep_freed_memory, spin_briefly
+from extractor.system.process_tuning import (
+    die_with_parent,
+    freeze_imports,
+    keep_freed_memory,
+    spin_briefly,
+)
 from extractor.text import first_line
 from extractor.workers.lease_queue import LeaseQueue
 
 if TYPE_CHECKING:
+    from extractor.workers.pipeline import AfterBatch, OnReceipt
     from extractor.workers.worker import WorkerSetup
 
-__all__ = ["BatchDone", "Failed", "Ready", "Warned", "main"]
+__all__ = [
+    "BatchDone",
+    "Failed",
+    "Ready",
+    "StopWorkerError",
+    "Warned",
+    "main",
+    "work",
+]
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+# Errors of one image, one shard or one device. All others end every worker in the same way.
+NOT_FATAL = frozenset({"DeviceError", "DecodeError"})
 
 
 @dataclass(frozen=True)
@@ -62,9 +78,44 @@ class Failed:
     kind: str
     message: str
 
+    @classmethod
+    def of(cls, error: Exception) -> Failed:
+        """Return what the driver hears of an error."""
+        kind, is_ours = type(error).__name__, isinstance(error, ExtractorError)
+        return cls(kind, str(error) if is_ours else f"{kind}: {first_line(error)}")
 
-class _StopError(BaseException):
+    @property
+    def error(self) -> ExtractorError | None:
+        """The error to raise in the driver; None if its class is not in ``extractor.errors``."""
+        kind = getattr(errors, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, ExtractorError):
+            return kind(self.message)
+        return None
+
+    @property
+    def fatal_error(self) -> ExtractorError | None:
+        """The same if every other worker would end with it."""
+        return None if self.kind in NOT_FATAL else self.error
+
+
+class StopWorkerError(BaseException):
     """The driver asked the worker to stop."""
+
+
+class _WarningHandler(logging.Handler):
+    """Passes warnings of the package on.
+
+    Args:
+        send: Called with each of them.
+    """
+
+    def __init__(self, send: Callable[[Warned], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass on a warning."""
+        self._send(Warned(record.getMessage()))
 
 
 class _Child:
@@ -104,16 +155,7 @@ class _Child:
         """Report a batch."""
         self.send(BatchDone(shard, done, failed))
         if self._stops:
-            raise _StopError
-
-
-class _Handler(logging.Handler):
-    def __init__(self, child: _Child) -> None:
-        super().__init__(logging.WARNING)
-        self._child = child
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._child.send(Warned(record.getMessage()))
+            raise StopWorkerError
 
 
 def main(descriptor: int) -> None:
@@ -122,8 +164,7 @@ def main(descriptor: int) -> None:
     Args:
         descriptor: File descriptor of the socket.
     """
-    with contextlib.suppress(OSError, AttributeError):  # other systems have no prctl
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # do not outlive the driver
+    die_with_parent()
     connection = Connection(descriptor)
     child = _Child(connection)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the driver, which ends us
@@ -140,15 +181,19 @@ def main(descriptor: int) -> None:
     threading.Thread(target=child.receive, name="leases", daemon=True).start()
     logging.getLogger("extractor").propagate = False
     logging.getLogger("extractor").addHandler(logging.NullHandler())
-    warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
     try:
-        _work(setup, child)
-    except _StopError:
+        work(
+            setup,
+            child.leases,
+            on_ready=lambda: child.send(Ready()),
+            on_warning=child.send,
+            after_batch=child.after_batch,
+            on_receipt=child.send,
+        )
+    except StopWorkerError:
         pass
     except Exception as error:
-        is_ours = isinstance(error, ExtractorError)
-        kind = type(error).__name__
-        child.send(Failed(kind, str(error) if is_ours else f"{kind}: {first_line(error)}"))
+        child.send(Failed.of(error))
         _exit()  # while the error keeps the tensors of a broken GPU, which would abort the process
     _exit()
 
@@ -158,7 +203,26 @@ def _exit() -> None:
     os._exit(0)  # threads of a decoder that hangs would keep the process alive
 
 
-def _work(setup: WorkerSetup, child: _Child) -> None:
+def work(
+    setup: WorkerSetup,
+    leases: LeaseQueue,
+    *,
+    on_ready: Callable[[], None],
+    on_warning: Callable[[Warned], None],
+    after_batch: AfterBatch,
+    on_receipt: OnReceipt,
+) -> None:
+    """Load the models, and compute what is leased until there is no more.
+
+    Args:
+        setup: The run.
+        leases: Leases of this worker.
+        on_ready: Called once the models are loaded.
+        on_warning: Called with each warning from then on.
+        after_batch: Called after each batch.
+        on_receipt: Called for each shard once it is on the disk.
+    """
+    warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
     from extractor.images.budget import allow_pixels
     from extractor.system.cpu import compute_threads
     from extractor.workers.worker import ShardWorker
@@ -167,8 +231,8 @@ def _work(setup: WorkerSetup, child: _Child) -> None:
     share_memory(setup.processes)
     with compute_threads(setup.options.threads):
         worker = ShardWorker(setup)
-        child.send(Ready())
+        on_ready()
         # The driver loaded the same models, and gave the warnings that this gives rise to.
-        logging.getLogger("extractor").addHandler(_Handler(child))
-        while child.leases.wait():
-            worker.compute(child.leases.take, child.after_batch, child.send)
+        logging.getLogger("extractor").addHandler(_WarningHandler(on_warning))
+        while leases.wait():
+            worker.compute(leases.take, after_batch, on_receipt)

@@ -12,8 +12,8 @@ from extractor.errors import DeviceError, UsageError
 from extractor.lease.describe import describe
 from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
 from extractor.options import Options
-from extractor.workers.local import NOT_FATAL
 from extractor.workers.worker import ShardWorker
+from extractor.workers.worker_process import NOT_FATAL
 
 
 def worker_beside(**computation: object) -> tuple[ShardWorker, SimpleNamespace]:

@@ -56,7 +56,7 @@ def test_a_worker_ends_before_a_broken_device_is_asked_to_free_memory(
         drivers.append(Driver(descriptor))
         return drivers[-1]
 
-    def work(*_: object) -> None:
+    def work(*_: object, **__: object) -> None:
         tensor = Tensor(freed)
         raise DeviceError(f"cuda:0 does not work: {type(tensor).__name__}")
 
@@ -65,7 +65,7 @@ def test_a_worker_ends_before_a_broken_device_is_asked_to_free_memory(
         raise EndedError("at once")
 
     monkeypatch.setattr(worker_process, "Connection", connect)
-    monkeypatch.setattr(worker_process, "_work", work)
+    monkeypatch.setattr(worker_process, "work", work)
     monkeypatch.setattr("os._exit", end)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("ctypes.CDLL", lambda _: SimpleNamespace())
