@@ -7,18 +7,16 @@ embeddings that differ by a rotation and a scale, 0 for unrelated ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from extractor.reading.array import LazyArray
+from extractor.search.knn import Features
 
 __all__ = ["linear_cka"]
 
 BLOCK_ROWS = 4096
 
-Features = npt.NDArray[Any] | LazyArray
 Floats = npt.NDArray[np.float64]
 
 

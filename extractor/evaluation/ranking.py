@@ -9,14 +9,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from extractor.reading.array import LazyArray
-from extractor.search.knn import Metric
+from extractor.search.knn import Features, Metric
 
 __all__ = ["Ranking"]
 
 BLOCK_BYTES = 16 * 2**20
 
-Features = npt.NDArray[Any] | LazyArray
 Rows = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 

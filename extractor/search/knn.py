@@ -45,7 +45,7 @@ Rows: TypeAlias = npt.NDArray[np.int64]
 METRICS = ("cosine", "ip", "l2")
 LIBRARIES = ("auto", "faiss", "numpy")
 
-BLOCK_BYTES = 16 * 2**20  # of rows at a time
+BLOCK_BYTES = 16 * 2**20  # of rows in float32 at a time
 PAIR_BYTES = 32 * 2**20  # of rows that are scored in float64 at a time
 QUERY_CHUNK = 1024
 FEW = 4  # queries; up to here one pass per query is faster than a matrix product
@@ -235,11 +235,19 @@ def _library(library: Library) -> Any:
     return faiss
 
 
-def row_blocks(features: Features, size: int) -> Iterator[tuple[int, npt.NDArray[Any]]]:
-    """Yield the first row of each block and its rows ``(n, dim)``, at most ``size`` of them.
+def row_blocks(
+    features: Features, size: int | None = None
+) -> Iterator[tuple[int, npt.NDArray[Any]]]:
+    """Yield the first row of each block and its rows ``(n, dim)``.
 
     A block of a memory-mapped shard is a view of its file.
+
+    Args:
+        features: ``(N, dim)``; further axes are flattened.
+        size: Largest number of rows in a block; None for 16 MB of them in float32.
     """
+    if size is None:
+        size = max(BLOCK_BYTES // max(4 * math.prod(features.shape[1:]), 1), 1)
     parts = features.parts if isinstance(features, ShardedArray) else [features]
     first = 0
     for part in parts:
@@ -247,11 +255,6 @@ def row_blocks(features: Features, size: int) -> Iterator[tuple[int, npt.NDArray
             block = np.asarray(part[start : start + size])
             yield first + start, block.reshape(len(block), -1)
         first += len(part)
-
-
-def _block_rows(features: Features) -> int:
-    row_bytes = math.prod(features.shape[1:]) * 4  # as float32
-    return max(BLOCK_BYTES // max(row_bytes, 1), 1)
 
 
 class RowLengths:
@@ -448,7 +451,7 @@ class _Search:
         return rows, np.where(rows < 0, np.nan, scores)
 
     def _blocks(self) -> Iterator[_Block]:
-        for start, block in row_blocks(self._features, _block_rows(self._features)):
+        for start, block in row_blocks(self._features):
             rows = _as_float(block, self._dtype)
             lengths = self._row_lengths.of(start, rows)
             if self._metric == "cosine" and not _is_moderate(lengths):

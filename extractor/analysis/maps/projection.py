@@ -14,7 +14,6 @@ from extractor.upkeep import pca
 
 __all__ = ["Components", "finite_rows", "of_rows", "principal_components", "unit_blocks"]
 
-BLOCK_BYTES = 16 * 2**20  # of rows as float32
 # Values of a row up to which the whole covariance is computed: 2,048 take 32 MB a matrix, and
 # seconds for the eigenvectors. Wider rows are read several times instead.
 MAX_COVARIANCE = 2048
@@ -97,8 +96,7 @@ def principal_components(features: Features) -> Components:
 
 def unit_blocks(features: Features) -> Iterator[npt.NDArray[np.float32]]:
     """Yield rows in blocks ``(n, dim)``, scaled to unit length; rows of zeros stay zeros."""
-    dim = int(np.prod(features.shape[1:]))
-    for _, block in row_blocks(features, max(BLOCK_BYTES // max(4 * dim, 1), 1)):
+    for _, block in row_blocks(features):
         yield np.asarray(prepared(np.asarray(block, np.float32), "cosine"), np.float32)
 
 
@@ -109,9 +107,7 @@ def of_rows(features: Features, rows: Rows) -> Features:
 
 def finite_rows(features: Features) -> npt.NDArray[np.bool_]:
     """Return which rows hold neither NaN nor infinity, ``(n,)`` bool."""
-    dim = int(np.prod(features.shape[1:]))
-    blocks = row_blocks(features, max(BLOCK_BYTES // max(4 * dim, 1), 1))
-    found = [np.isfinite(block).all(axis=1) for _, block in blocks]
+    found = [np.isfinite(block).all(axis=1) for _, block in row_blocks(features)]
     return np.concatenate([np.empty(0, bool), *found])
 
 

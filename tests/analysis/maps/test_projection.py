@@ -8,6 +8,7 @@ import pytest
 from extractor.analysis.maps import projection
 from extractor.analysis.maps.projection import finite_rows, principal_components
 from extractor.reading.array import KeptRows
+from extractor.search import knn
 
 
 def rows_of(count: int, dim: int) -> np.ndarray:
@@ -32,7 +33,7 @@ def test_components_equal_a_singular_value_decomposition(
     monkeypatch: pytest.MonkeyPatch, covariance: int, count: int, dim: int
 ) -> None:
     monkeypatch.setattr(projection, "MAX_COVARIANCE", covariance)
-    monkeypatch.setattr(projection, "BLOCK_BYTES", 4 * dim * 5)  # five rows
+    monkeypatch.setattr(knn, "BLOCK_BYTES", 4 * dim * 5)  # five rows
     monkeypatch.setattr(projection, "CONVERGED", 1e-12)
     rows = rows_of(count, dim)
     found = principal_components(rows)
