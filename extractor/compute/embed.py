@@ -22,7 +22,7 @@ from extractor.loading.batch import Batch
 from extractor.loading.buffers import MIN_BUFFERS
 from extractor.loading.nvjpeg import NvjpegDecoder
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import EmbeddingSpec
+from extractor.models.embedding import EmbeddingSpec, backbones_of
 from extractor.system.devices import device_errors, empty_cache, is_out_of_memory
 from extractor.system.float32 import full_float32
 from extractor.system.timing import Timer
@@ -142,8 +142,7 @@ class _Step:
     def __init__(self, specs: Sequence[EmbeddingSpec], normalize: bool) -> None:
         self._specs = specs
         self._unit_length = normalize
-        backbones = [backbone for spec in specs for backbone in spec.backbones]
-        self._backbones = list({id(backbone): backbone for backbone in backbones}.values())
+        self._backbones = backbones_of(specs)
         devices = {backbone.device for backbone in self._backbones}
         if len(devices) != 1:
             raise UsageError(f"backbones on {', '.join(map(str, devices))}, expected one device")

@@ -23,7 +23,7 @@ from extractor.compute.embed import Normalize
 from extractor.compute.inputs import device_of, pictures_of
 from extractor.errors import ExtractorError
 from extractor.models.backbone import Backbone
-from extractor.models.embedding import EmbeddingPart, EmbeddingSpec
+from extractor.models.embedding import EmbeddingSpec, backbones_of
 from extractor.models.naming import split_names
 from extractor.network.fusion.fuse import without_packing
 from extractor.network.precision import WEIGHT_DTYPES, faster_precisions, has_matrix_units
@@ -158,10 +158,9 @@ def tune(
     keys = [preprocess.picture_key for preprocess in pictures_of(specs)]
     decoded = functools.cache(lambda: sample(settings.sample_size))
     resumed = [r.is_compiled for r in recorded if r and r.is_compiled is not None]
-    backbones = [backbone for spec in specs for backbone in spec.backbones]
     tuned: dict[int, Backbone] = {}
     with device_errors(device_of(specs)):
-        for backbone in {id(backbone): backbone for backbone in backbones}.values():
+        for backbone in backbones_of(specs):
             index = keys.index(backbone.preprocess.picture_key)
             pictures = functools.partial(lambda index: decoded()[index], index)
             trial = _Trial(backbone, pictures, settings.batch_size)
@@ -171,12 +170,7 @@ def tune(
                 trial.try_half()
             _choose_compilation(trial, settings, resumed)
             tuned[id(backbone)] = trial.best
-    return [
-        replace(
-            spec, parts=tuple(EmbeddingPart(tuned[id(p.backbone)], p.index) for p in spec.parts)
-        )
-        for spec in specs
-    ]
+    return [spec.with_backbones(tuned) for spec in specs]
 
 
 def _choose_compilation(trial: _Trial, settings: TuneSettings, resumed: Sequence[bool]) -> None:

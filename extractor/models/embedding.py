@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -22,9 +22,11 @@ __all__ = [
     "EmbeddingPart",
     "EmbeddingSpec",
     "Model",
+    "backbones_of",
     "check_models",
     "fuse_as_chosen",
     "load_specs",
+    "weights_of",
 ]
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,11 @@ class EmbeddingSpec:
         """Backbones of the parts, without repetition."""
         return tuple({id(part.backbone): part.backbone for part in self.parts}.values())
 
+    def with_backbones(self, others: Mapping[int, Backbone]) -> EmbeddingSpec:
+        """Return the same embedding of other backbones, by the ``id`` of those they replace."""
+        parts = (EmbeddingPart(others[id(part.backbone)], part.index) for part in self.parts)
+        return replace(self, parts=tuple(parts))
+
     @property
     def size_text(self) -> str:
         """Image sizes of the backbones in words."""
@@ -95,6 +102,17 @@ class EmbeddingSpec:
 
     def __str__(self) -> str:
         return " + ".join(str(backbone.provenance) for backbone in self.backbones)
+
+
+def backbones_of(specs: Iterable[EmbeddingSpec]) -> list[Backbone]:
+    """Return the backbones of several embeddings, each once."""
+    return list({id(each): each for spec in specs for each in spec.backbones}.values())
+
+
+def weights_of(specs: Iterable[EmbeddingSpec]) -> dict[str, str]:
+    """Return the SHA-256 of loaded weights, by full name of the model."""
+    origins = (backbone.provenance for backbone in backbones_of(specs))
+    return {origin.model: origin.sha256 for origin in origins}
 
 
 def load_specs(

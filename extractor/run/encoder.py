@@ -149,9 +149,7 @@ def _computed(store: FeatureStore) -> dict[str, Any]:
 def _compiled(spec: EmbeddingSpec) -> EmbeddingSpec:
     """Compile the backbones of a spec, except those that a run does not compile either."""
     fast = {id(b): b if b.taps is not None else compiled(b) for b in spec.backbones}
-    return replace(
-        spec, parts=tuple(EmbeddingPart(fast[id(p.backbone)], p.index) for p in spec.parts)
-    )
+    return spec.with_backbones(fast)
 
 
 def spec_of(store: FeatureStore, weights: Weights = None, device: str = "auto") -> EmbeddingSpec:

@@ -19,12 +19,11 @@ from extractor.lease.lease import Receipt
 from extractor.lease.paths_file import write_paths
 from extractor.lease.sharing import Machine, WorkerSlot, on_first_device, share_out
 from extractor.loading.options import default_workers
-from extractor.models.embedding import EmbeddingSpec
+from extractor.models.embedding import EmbeddingSpec, backbones_of, weights_of
 from extractor.models.from_file import files_of_code
 from extractor.options import Options, parse_devices
 from extractor.report import WorkerReport
 from extractor.run.leased import LeasedRun
-from extractor.run.recorded_weights import weights_of
 from extractor.store.format import IN_FLIGHT, WORKERS
 from extractor.system.cpu import available_cores
 from extractor.system.devices import (
@@ -273,9 +272,8 @@ def _clear_device(specs: Sequence[EmbeddingSpec]) -> None:
     device = device_of(specs)
     if device.type == "cuda":
         with device_errors(device):
-            for spec in specs:
-                for backbone in spec.backbones:
-                    backbone.module.to("cpu")
+            for backbone in backbones_of(specs):
+                backbone.module.to("cpu")
             empty_cache(device)
 
 
@@ -295,9 +293,7 @@ def _setup(leased: LeasedRun, computing: Computing) -> WorkerSetup:
         suspects=tuple(computing.inputs.suspects),
         crash_log=folder / IN_FLIGHT,
         large_image_slot=folder / f"{LARGE_IMAGE}-{socket.gethostname()}",
-        code=files_of_code(
-            backbone.provenance.code for spec in computing.specs for backbone in spec.backbones
-        ),
+        code=files_of_code(each.provenance.code for each in backbones_of(computing.specs)),
     )
 
 
@@ -349,7 +345,7 @@ def _least_gpu_bytes(options: Options, device: torch.device) -> int:
 
 def _weight_bytes(specs: Sequence[EmbeddingSpec]) -> int:
     """Return the size of the weights of all backbones."""
-    modules = {id(each.module): each.module for spec in specs for each in spec.backbones}
+    modules = {id(each.module): each.module for each in backbones_of(specs)}
     return sum(weight.nbytes for module in modules.values() for weight in module.parameters())
 
 

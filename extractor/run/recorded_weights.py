@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from extractor.models.embedding import EmbeddingSpec, Model
+from extractor.models.embedding import Model
 from extractor.models.naming import planned_stores, store_folders
 from extractor.options import Options
 from extractor.store.format import JOB, MANIFEST, STAGING
 
-__all__ = ["recorded_weights", "weights_of"]
+__all__ = ["recorded_weights"]
 
 
 def recorded_weights(models: Sequence[Model], out: str | None, options: Options) -> dict[str, str]:
@@ -30,15 +30,6 @@ def recorded_weights(models: Sequence[Model], out: str | None, options: Options)
         for path in (folder / MANIFEST, folder / STAGING / JOB):
             recorded.update(_recorded_in(path))
     return recorded
-
-
-def weights_of(specs: Iterable[EmbeddingSpec]) -> dict[str, str]:
-    """Return the SHA-256 of loaded weights, by full name of the model."""
-    return {
-        backbone.provenance.model: backbone.provenance.sha256
-        for spec in specs
-        for backbone in spec.backbones
-    }
 
 
 def _recorded_in(path: Path) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,13 @@ from extractor.images.listing import ImageList, Input, list_images
 from extractor.lease.describe import describe
 from extractor.lease.suspects import load_suspects
 from extractor.loading.crash_log import CrashLog
-from extractor.models.embedding import EmbeddingSpec, Model, check_models, load_specs
+from extractor.models.embedding import (
+    EmbeddingSpec,
+    Model,
+    check_models,
+    load_specs,
+    weights_of,
+)
 from extractor.models.naming import join_names, store_folders
 from extractor.options import Options
 from extractor.report import Progress, Report, StoreReport
@@ -44,7 +50,7 @@ from extractor.run.preflight import (
     check_output_folders,
     check_shard_count,
 )
-from extractor.run.recorded_weights import recorded_weights, weights_of
+from extractor.run.recorded_weights import recorded_weights
 from extractor.run.run_json import Computed, request_of, write_run_json
 from extractor.run.sizes import Sizes, choose_sizes
 from extractor.run.snapshot import take_snapshot, unlisted_folders

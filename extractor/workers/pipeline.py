@@ -19,7 +19,7 @@ from extractor.lease.lease import Lease, Receipt
 from extractor.loading.crash_log import CrashLog
 from extractor.loading.loader import BatchLoader
 from extractor.loading.nvjpeg import MAX_GROUP_IMAGES, NvjpegDecoder
-from extractor.models.embedding import EmbeddingSpec, load_specs
+from extractor.models.embedding import EmbeddingSpec, backbones_of, load_specs, weights_of
 from extractor.system.timing import Timer
 from extractor.workers.shard_output import ShardOutput
 
@@ -183,15 +183,11 @@ class ShardPipeline:
     def _float32_retry(self, specs: Sequence[EmbeddingSpec]) -> Float32Retry | None:
         """Return what replaces rows that overflow; None if none can, or no model has a name."""
         names = self._model_names
-        if names is None or all(b.precision == "float32" for spec in specs for b in spec.backbones):
+        if names is None or all(b.precision == "float32" for b in backbones_of(specs)):
             return None
         options = replace(self._inputs.options, precision="float32")
         indices = [self._specs.index(spec) for spec in specs]
-        digests = {
-            backbone.provenance.model: backbone.provenance.sha256
-            for spec in self._specs
-            for backbone in spec.backbones
-        }
+        digests = weights_of(self._specs)
 
         def load() -> list[EmbeddingSpec]:
             exact = load_specs(names, options, recorded_sha256=digests)
