@@ -74,7 +74,8 @@ class PlannedOutput(StoreOutput):
         return self._planned.listing
 
     @property
-    def _listed(self) -> Iterable[bytes] | None:
+    def lines(self) -> Iterable[bytes] | None:
+        """Path of each line of the list; None if their rows are not asked for."""
         return stored_lines(self._lines) if self._planned.has_order else None
 
     @property

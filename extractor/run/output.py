@@ -182,17 +182,12 @@ class StoreOutput:
     @property
     def lines(self) -> Iterable[bytes] | None:
         """Path of each line of the list; None if their rows are not asked for."""
-        return self._listed
-
-    @property
-    def _listed(self) -> Iterable[bytes] | None:
-        """Path of each line of the list; None if their rows are not asked for."""
         if not self._options.keep_order or self._images.order is None:
             return None
         return self._images.paths_in_order
 
     def _has_rows_of_list(self, base: Manifest) -> bool:
-        listed = self._listed
+        listed = self.lines
         return listed is None or has_rows_of_list(self._claim.out, base, listed)
 
     def _follow_root(self, existing: ExistingStore | InterruptedRun) -> None:
@@ -340,7 +335,7 @@ class StoreOutput:
         """Make the store visible, and report what it holds."""
         if self._run is not None:
             self._keep_unread(self._run)
-            self._run.publish(self._plan, listing=self.listing, listed=self._listed)
+            self._run.publish(self._plan, listing=self.listing, listed=self.lines)
         return self.report()
 
     def report(self) -> StoreReport:
