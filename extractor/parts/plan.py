@@ -10,15 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from extractor.images.listing import ImageList
 from extractor.lease.paths_file import BLOCK, PathsFile
 from extractor.store.atomic import write_atomically
 from extractor.store.claim import ClaimedFolder, SharedFolder
 from extractor.store.failures import FailureRecord
-from extractor.store.format import JOB, MANIFEST, PLAN, PLAN_PATHS, ranges
+from extractor.store.format import JOB, MANIFEST, PLAN, PLAN_PATHS, mask_of, ranges
 from extractor.store.plan import Move, Plan
 
 __all__ = [
@@ -225,7 +222,7 @@ def _plan_to_mapping(plan: Plan) -> dict[str, Any]:
 def _plan_from_mapping(content: Mapping[str, Any], count: int) -> Plan:
     return Plan(
         range(count),
-        {int(shard): _mask(*live) for shard, live in content["live"].items()},
+        {int(shard): mask_of(text, rows) for shard, (rows, text) in content["live"].items()},
         [FailureRecord.from_list(values) for values in content["failures"]],
         [os.fsencode(path) for path in content["missing"]],
         content["gone"],
@@ -241,11 +238,3 @@ def _plan_from_mapping(content: Mapping[str, Any], count: int) -> Plan:
             for shard, rows in content["moves"].items()
         },
     )
-
-
-def _mask(rows: int, text: str) -> npt.NDArray[np.bool_]:
-    mask = np.zeros(rows, bool)
-    for part in filter(None, text.split(",")):
-        first, dash, last = part.partition("-")
-        mask[int(first) : int(last if dash else first) + 1] = True
-    return mask

@@ -51,6 +51,7 @@ __all__ = [
     "features_name",
     "images_name",
     "listing_digest",
+    "mask_of",
     "ranges",
     "with_checksum",
 ]
@@ -111,6 +112,27 @@ def ranges(mask: npt.NDArray[np.bool_]) -> str:
     return ",".join(f"{a}" if b == a + 1 else f"{a}-{b - 1}" for a, b in pairs)
 
 
+def mask_of(text: str, count: int) -> npt.NDArray[np.bool_]:
+    """Return the mask ``(count,)`` that :func:`ranges` turned into text.
+
+    >>> mask_of("0,2-4", 6).tolist()
+    [True, False, True, True, True, False]
+
+    Raises:
+        ValueError: The text has another form.
+    """
+    mask = np.zeros(count, bool)
+    last = -1
+    for part in filter(None, text.split(",")):
+        first, dash, end = part.partition("-")
+        start, stop = int(first), int(end if dash else first) + 1
+        if not last < start < stop <= count:
+            raise ValueError(f"got {part!r} in {text!r}, expected ascending ranges below {count}")
+        mask[start:stop] = True
+        last = stop
+    return mask
+
+
 @dataclass(frozen=True)
 class FileEntry:
     """One file of the store: its name in the store, its size and its SHA-256."""
@@ -165,16 +187,7 @@ class ShardEntry:
         Raises:
             ValueError: :attr:`retired` is not in the form that :func:`ranges` writes.
         """
-        live = np.ones(self.rows, bool)
-        last = -1
-        for part in filter(None, self.retired.split(",")):
-            first, dash, end = part.partition("-")
-            start, stop = int(first), int(end if dash else first) + 1
-            if not last < start < stop <= self.rows:
-                raise ValueError(f"shard {self.shard}: retired {part!r} of {self.rows} rows")
-            live[start:stop] = False
-            last = stop
-        return live
+        return ~mask_of(self.retired, self.rows)
 
     @functools.cached_property
     def live_rows(self) -> int:
