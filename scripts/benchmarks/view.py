@@ -26,7 +26,6 @@ from extractor.view.collection import Collection, Image
 from extractor.view.server import listen, serve
 from extractor.view.thumbnails import Thumbnails
 
-HOLE_MS = 100
 LOOK = """() => {
   const box = document.getElementById("grid").getBoundingClientRect();
   return [...document.querySelectorAll(".tile")].filter((tile) => {

@@ -143,7 +143,7 @@ def test_a_map_of_other_rows_is_refused_until_refit(
     assert not map_store(store.path).was_made
 
 
-def test_refit_makes_the_map_that_a_new_store_would_get(growing: Growing, tmp_path: Path) -> None:
+def test_refit_makes_the_map_that_a_new_store_would_get(growing: Growing) -> None:
     map_store(growing.run())
     growing.add((30, 30, 30), (120, 0, 90))
     store = growing.run()

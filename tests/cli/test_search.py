@@ -30,9 +30,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-PATHS = ["a/0.png", "a/2.png", "a/4.png", "b/1.png", "b/3.png", "copy.png"]
-
-
 @pytest.fixture(autouse=True)
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)

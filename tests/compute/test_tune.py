@@ -487,9 +487,7 @@ def test_gpu_is_timed_with_batches_of_the_run(
     assert {shape[0] for shape in pretended_gpu[before:]} == {batch_size}
 
 
-def test_gpu_embeds_each_image_of_the_sample_once(
-    pretended_gpu: list[torch.Size], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_embeds_each_image_of_the_sample_once(pretended_gpu: list[torch.Size]) -> None:
     backbone = replace(mean_pixel(), module=Colors(0.0, 0.0))
     pictures = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 24, 32, 3)
     for size in (2, 5, 8):

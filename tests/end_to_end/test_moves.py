@@ -176,7 +176,7 @@ def test_moves_are_no_disappearance_but_what_is_left_is(folder: Path, out: Path)
     assert grays(out) == {f"new/{i}.pgm": i for i in range(12, 24)}
 
 
-def test_order_of_a_list_follows_its_images(folder: Path, out: Path, tmp_path: Path) -> None:
+def test_order_of_a_list_follows_its_images(folder: Path, out: Path) -> None:
     def listed(*stems: str) -> ImageList:
         lines = "".join(f"{folder}/{stem}.pgm\n" for stem in stems)
         return read_list(io.BytesIO(lines.encode()), "a list")

@@ -170,7 +170,7 @@ def test_a_killed_actor_costs_no_rows(
 
 
 def test_a_removed_node_costs_no_rows(
-    cluster: Ray, run: Callable[..., Report], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    cluster: Ray, run: Callable[..., Report], tmp_path: Path
 ) -> None:
     run("one")
     node = cluster.add()

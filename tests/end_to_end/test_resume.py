@@ -90,9 +90,7 @@ def test_shard_lost_in_a_power_cut_costs_no_later_row(
     assert content(out) == content(tmp_path / "undisturbed")
 
 
-def test_resumed_run_skips_finished_images(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_skips_finished_images(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(InterruptedRunError, match="stopped after 4 of 11 images"):
         extract(photos, "mean", tmp_path / "out", batch_size=2, stop=after(2))
     updates: list[Progress] = []

@@ -359,7 +359,7 @@ OWN = ["--device", "cpu", "--image-size", "64", "--quiet"]
 
 
 def test_models_have_weights_of_their_own(
-    images: Path, tmp_path: Path, own_weights: tuple[str, str], capsys: pytest.CaptureFixture[str]
+    images: Path, own_weights: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = [str(images), "-m", own_weights[0], "-m", own_weights[1], *OWN]
     assert cli.main(words) == 0
@@ -378,7 +378,7 @@ def test_models_have_weights_of_their_own(
 
 
 def test_joined_models_have_weights_of_their_own(
-    images: Path, own_weights: tuple[str, str], tmp_path: Path
+    images: Path, own_weights: tuple[str, str]
 ) -> None:
     joined = "+".join(own_weights)
     options: dict[str, Any] = {"device": "cpu", "image_size": 64}

@@ -287,9 +287,7 @@ def test_failures_leave_gaps_and_shift_no_other_shard(tmp_path: Path) -> None:
     assert ids(tmp_path / "out") == {**expected, "9.png": 8}
 
 
-def test_two_stores_of_one_run_have_the_same_ids(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_stores_of_one_run_have_the_same_ids(tmp_path: Path) -> None:
     draw_images(tmp_path / "in", [f"{i}.png" for i in range(4)])
     extract(tmp_path / "in", ["one", "two"], tmp_path / "out", **SIZES)
     one, two = (ids(path.parent) for path in sorted((tmp_path / "out").glob("*/store.json")))

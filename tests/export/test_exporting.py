@@ -89,7 +89,7 @@ def test_bad_argument_changes_nothing(
 
 @pytest.mark.parametrize("name", ["to", "to.csv"])
 def test_export_is_replaced_only_if_asked(
-    store: FeatureStore, tmp_path: Path, write_store: WriteStore, tree: Tree, name: str
+    store: FeatureStore, tmp_path: Path, tree: Tree, name: str
 ) -> None:
     export_store(store, tmp_path / name)
     before = tree(tmp_path)
@@ -150,7 +150,7 @@ def test_leftovers_of_a_killed_export_are_cleared(store: FeatureStore, tmp_path:
 
 
 def test_export_that_died_between_two_renames_is_restored(
-    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, tmp_path: Path
 ) -> None:
     export_store(store, tmp_path / "to")
     (tmp_path / ".to.partial").mkdir()

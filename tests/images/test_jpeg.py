@@ -137,7 +137,7 @@ def test_nearest_filter_decodes_exactly(drafts: list[int]) -> None:
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.6, 0.9])
-def test_cut_jpeg_fails(cut: float, tmp_path: Path) -> None:
+def test_cut_jpeg_fails(cut: float) -> None:
     from extractor.errors import DecodeError
 
     data = jpeg(scene(1200, 900)).data

@@ -371,7 +371,7 @@ class TestRaw:
         assert np.array_equal(out, pixels(path, 96, 64))
 
 
-def test_threads_that_decode_first_agree(tmp_path: Path) -> None:
+def test_threads_that_decode_first_agree() -> None:
     library: Any = pytest.importorskip("pillow_heif")
     file = library.from_pillow(QUADRANTS)
     content = io.BytesIO()

@@ -320,7 +320,7 @@ def test_function_must_return_a_network(
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_function_that_exits_is_an_error(file: Path, photos: Path, tmp_path: Path) -> None:
+def test_function_that_exits_is_an_error(file: Path, photos: Path) -> None:
     with pytest.raises(ModelError, match="SystemExit"):
         load(file, "ends")
 

@@ -92,7 +92,7 @@ def test_index_in_sync_has_the_rows_of_the_store(
 
 
 def test_probe_names_the_class_of_an_image(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sklearn")
     measured = evaluate_store(folder / "out", probe=True).scores["linear probe"].value

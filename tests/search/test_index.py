@@ -336,7 +336,7 @@ def test_large_values_do_not_overflow_an_index(tmp_path: Path, write_store: Writ
 
 
 def test_command_builds_extends_and_uses_an_index(
-    store: FeatureStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    store: FeatureStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = os.fspath(store.path)
     assert cli.main(["index", out, "--kind", "ivf"]) == 0

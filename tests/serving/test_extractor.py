@@ -67,7 +67,7 @@ def test_first_error_is_raised_with_its_index() -> None:
     assert caught.value.index == 1
 
 
-def test_no_batch_is_computed_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_batch_is_computed_after_a_failure() -> None:
     extractor = Extractor(mean_pixel("cpu"), batch_size=1)
     with pytest.raises(DecodeError, match="image 0: "):
         extractor([b"a", gray(1)])

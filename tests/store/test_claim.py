@@ -313,7 +313,7 @@ def test_made_folders_are_removed_if_one_cannot_be_made(
 
 
 def test_leftovers_of_a_dead_run_are_cleared(
-    tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, checked: Checked, tree: Tree
+    tmp_path: Path, parts: list[np.ndarray], write_store: WriteStore, checked: Checked
 ) -> None:
     out = tmp_path / "out"
     for name in ("lock", "features/00000.npy", "features/00001.npy.partial", "store.json.partial"):

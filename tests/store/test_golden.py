@@ -266,7 +266,7 @@ def test_old_interrupted_run_resumes(interrupted: Path, photos: Path) -> None:
     assert not (interrupted / STAGING).exists()
 
 
-def test_transformed_store_holds_what_the_documentation_says(tmp_path: Path) -> None:
+def test_transformed_store_holds_what_the_documentation_says() -> None:
     rows = np.array([embedding(name) for name in ROWS])
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
     mean, components, scales = (

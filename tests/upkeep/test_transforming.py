@@ -499,7 +499,7 @@ def test_source_that_moved_and_grew_is_accepted(tmp_path: Path, images: Path) ->
     assert transform_store(moved, tmp_path / "out").added == 3
 
 
-def test_result_inside_a_store_is_refused(tmp_path: Path, source: Path) -> None:
+def test_result_inside_a_store_is_refused(source: Path) -> None:
     before = content(source)
     for inside in (source / "small", source / "features" / "small"):
         with pytest.raises(UsageError, match=f"is in the store {source}; choose a folder beside"):
@@ -650,7 +650,7 @@ def test_death_at_any_step_loses_no_store_and_the_next_call_completes_it(
 
 @pytest.mark.slow
 def test_death_while_a_result_is_replaced_leaves_no_transform_of_another_store(
-    tmp_path: Path, source: Path, write_store: WriteStore, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, source: Path, write_store: WriteStore
 ) -> None:
     """The old and the new rows are the same bytes in float16; the directions are not."""
     almost = write_store(tmp_path / "almost", [ROWS + np.eye(60, 8, dtype="f4") * 1e-6])

@@ -74,9 +74,7 @@ def test_stores_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None
     assert [data["name"] for data in data_of(tmp_path / "site")] == ["view/out", "other/out"]
 
 
-def test_large_store_is_sampled_alike_each_time(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_store_is_sampled_alike_each_time(folder: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         report = export_page(folder / "out", tmp_path / name, limit=4, root=folder / "images")
         assert (report.images, report.of) == (4, 6)
