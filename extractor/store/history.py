@@ -15,6 +15,8 @@ from extractor.errors import StoreDamagedError
 __all__ = [
     "Changes",
     "HistoryEntry",
+    "are_in",
+    "difference",
     "history_lines",
     "id_ranges",
     "net_changes",
@@ -171,31 +173,56 @@ def net_changes(entries: Iterable[HistoryEntry], token: str) -> Changes:
         entries: Consecutive entries, oldest first.
         token: Token of the state after the last entry.
     """
-    added: set[int] = set()
-    removed: set[int] = set()
-    moved: set[int] = set()
+    # Arrays, since a set of numbers takes ten times their memory.
+    added = removed = moved = np.empty(0, np.int64)
     successor: dict[int, int] = {}  # id at the start -> id at the same path now
     origin: dict[int, int] = {}  # the reverse
     for entry in entries:
-        for row_id in entry.removed.tolist():
-            if row_id in added:
-                added.discard(row_id)
-            else:
-                removed.add(row_id)
-            moved.discard(row_id)
-        for row_id in entry.added.tolist():
-            if row_id in removed:  # it came back, perhaps under another path
-                removed.discard(row_id)
-                moved.add(row_id)
-            else:
-                added.add(row_id)
+        removed = _union(removed, difference(entry.removed, added))
+        added, moved = difference(added, entry.removed), difference(moved, entry.removed)
+        back = entry.added[are_in(entry.added, removed)]  # perhaps under another path
+        removed, moved = difference(removed, back), _union(moved, back)
+        added = _union(added, difference(entry.added, back))
         for old, new in entry.changed.tolist():
             first = origin.pop(old, old)
             successor[first], origin[new] = new, first
-        moved.update(row_id for row_id in entry.moved.tolist() if row_id not in added)
-    pairs = [(old, new) for old, new in successor.items() if old in removed and new in added]
-    final = HistoryEntry.of("", "", added=added, removed=removed, moved=moved, changed=pairs)
-    return Changes(token, final.added, final.removed, final.changed, final.moved)
+        moved = _union(moved, difference(entry.moved, added))
+    pairs = np.array(sorted(successor.items()), np.int64).reshape(-1, 2)
+    pairs = pairs[are_in(pairs[:, 0], removed) & are_in(pairs[:, 1], added)]
+    return Changes(token, added, removed, pairs, moved)
+
+
+def are_in(ids: Ids, known: Ids) -> npt.NDArray[np.bool_]:
+    """Return whether each id is among the known ones.
+
+    Args:
+        ids: ``(n,)``.
+        known: Ascending.
+
+    Returns:
+        ``(n,)``
+    """
+    if not len(known):
+        return np.zeros(len(ids), bool)
+    at = np.searchsorted(known, ids)
+    found: npt.NDArray[np.bool_] = known[np.minimum(at, len(known) - 1)] == ids
+    return found
+
+
+def difference(ids: Ids, gone: Ids) -> Ids:
+    """Return the ids that are not among those that are gone; both are ascending."""
+    if len(gone) >= len(ids):
+        return ids[~are_in(ids, gone)]
+    few = gone[are_in(gone, ids)]
+    return np.delete(ids, np.searchsorted(ids, few)) if len(few) else ids
+
+
+def _union(ids: Ids, more: Ids) -> Ids:
+    """Return two ascending arrays as one, in which no id occurs twice."""
+    new = difference(more, ids)
+    if not len(ids):
+        return new
+    return np.insert(ids, np.searchsorted(ids, new), new) if len(new) else ids
 
 
 def trimmed(entries: Sequence[HistoryEntry]) -> list[HistoryEntry]:

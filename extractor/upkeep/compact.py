@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from extractor.errors import StoreDamagedError, StoreError
 from extractor.reading.reader import FeatureStore
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord, read_failures
-from extractor.store.format import JOB, STAGING, Manifest
-from extractor.store.index import ImageRecord
+from extractor.store.format import Manifest
+from extractor.store.index import DIGEST_BYTES, ImageRecord, read_table
 from extractor.store.job import MAX_SHARD_IMAGES, SHARD_STEP, Job, shard_images_for
-from extractor.store.lock import Lock
 from extractor.store.publish import finish_publishing
 from extractor.store.writer import StoreRun, rewrite
 from extractor.upkeep.verify import verify
@@ -27,8 +27,8 @@ __all__ = ["compact"]
 # Rows copied at a time. A shard needs memory for these and for its index.
 BLOCK_ROWS = 1024
 
-# Path of an image, and its row, or -1 - i for failure i.
-Entry = tuple[bytes, int]
+# ``(images,)``: row of each image, or -1 - i for failure i.
+Entries: TypeAlias = npt.NDArray[np.int64]
 
 
 def compact(
@@ -58,72 +58,137 @@ def compact(
         StoreError: the store has an interrupted run.
     """
     finish_publishing(out, lock=lock)
-    store = FeatureStore.open(out)
-    before = store.manifest
-    Lock(out / STAGING / "lock", required=False).check()  # its run may be alive
-    if (out / STAGING / JOB).exists():
-        raise StoreError(
-            f"{out} holds an interrupted run; resume it first, or discard it: rm -r {out / STAGING}"
-        )
+    FeatureStore.open(out)  # otherwise there is no folder to claim
+    # Claimed before anything is read: what a run adds meanwhile would be lost.
+    with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
+        if claim.staged_job() is not None:
+            raise StoreError(
+                f"{out} holds an interrupted run; resume it first, or discard it: "
+                f"rm -r {claim.staging}"
+            )
+        return _rewrite(claim, FeatureStore.open(out), progress)
+
+
+def _rewrite(
+    claim: ClaimedFolder, store: FeatureStore, progress: Callable[[str, int, int], None] | None
+) -> tuple[Manifest, Manifest]:
+    out, before = claim.out, store.manifest
     # Rewriting would give damaged bytes a valid checksum, and verify could not find them any more.
     problems = list(itertools.islice(verify(out, progress), 1))
     if problems:
         raise StoreDamagedError(f"{out} is damaged ({problems[0]}); see extract verify {out}")
-    records = _records(store)
+    index = _Index(store)
     failures = read_failures(out / before.failures.name)
-    order = sorted(
-        [(record.path, row) for row, record in enumerate(records)]
-        + [(failure.path, -1 - i) for i, failure in enumerate(failures)]
-    )
+    order = index.order_with(failures)
     own, size = before.description.shard_images, _shard_images(before, len(order))
     is_small = own < size  # the files would be fewer
     if not before.retired and not is_small and _is_compact(before, _cut(order, own)):
         return before, before
-    shards = _cut(order, size)
     description = replace(before.description, shard_images=size)
     job = Job(description, len(order), before.listing)
-    with ClaimedFolder(out, overwrite=True, lock=lock) as claim:
-        run = rewrite(claim, job, vanished=before.vanished, same_rows=before)
-        done = 0
-        for number, entries in enumerate(shards):
-            _copy_shard(run, number, entries, store, records, failures)
-            done += len(entries)
-            if progress is not None:
-                progress("writing", done, len(order))
-        return before, run.publish(listed=_listed(store, records))
+    run = rewrite(claim, job, vanished=before.vanished, same_rows=before)
+    done = 0
+    for number, entries in enumerate(_cut(order, size)):
+        _copy_shard(run, number, entries, store, index, failures)
+        done += len(entries)
+        if progress is not None:
+            progress("writing", done, len(order))
+    return before, run.publish(listed=_listed(store, index))
 
 
-def _listed(store: FeatureStore, records: Sequence[ImageRecord]) -> Iterator[bytes] | None:
+class _Index:
+    """Index of the rows of a store that count, as columns of Arrow: records take five times more.
+
+    Args:
+        store: The store.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        import pyarrow as pa
+
+        types = {
+            "path": pa.large_binary(),  # all paths together may exceed 2 GiB
+            "size": pa.int64(),
+            "mtime_ns": pa.int64(),
+            "width": pa.int32(),
+            "height": pa.int32(),
+            "sha256": pa.binary(DIGEST_BYTES),
+        }
+        # One column after the other, since its parts and the whole are in memory at once.
+        self._columns = {name: _column(store, name, kind) for name, kind in types.items()}
+
+    def order_with(self, failures: Sequence[FailureRecord]) -> Entries:
+        """Return all rows and failures, sorted by the bytes of their paths."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        paths = self._columns["path"]
+        failed = pa.array([failure.path for failure in failures], paths.type)
+        order: Entries = np.array(pc.sort_indices(pa.chunked_array([paths, failed])), np.int64)
+        is_failed = order >= len(paths)
+        order[is_failed] = len(paths) - 1 - order[is_failed]
+        return order
+
+    def records(self, rows: Entries) -> list[ImageRecord]:
+        """Return the records of some rows."""
+        columns = [column.take(rows).to_pylist() for column in self._columns.values()]
+        return [
+            ImageRecord(path, size, mtime, width, height, sha256 or b"")
+            for path, size, mtime, width, height, sha256 in zip(*columns, strict=True)
+        ]
+
+    def paths(self, rows: Entries) -> list[bytes]:
+        """Return the paths of some rows; empty ones for negative numbers."""
+        import pyarrow as pa
+
+        taken = self._columns["path"].take(pa.array(rows, mask=rows < 0))
+        return [path or b"" for path in taken.to_pylist()]
+
+
+def _column(store: FeatureStore, name: str, kind: Any) -> Any:
+    """Return one column of the index as one array, without retired rows."""
+    import pyarrow as pa
+
+    parts: list[Any] = []
+    for shard in store.manifest.shards:
+        column = read_table(store.path / shard.index.name, [name]).column(name)
+        parts += column.filter(pa.array(shard.live_mask())).cast(kind).chunks
+    return pa.concat_arrays([pa.array([], kind), *parts])
+
+
+def _listed(store: FeatureStore, index: _Index) -> Iterator[bytes] | None:
     """Return the path of each line of the list whose order the store keeps; else None.
 
     A line without a row has an empty path.
     """
     if store.manifest.list_rows is None:
         return None
-    return (records[row].path if row >= 0 else b"" for row in store.list_rows.tolist())
+    rows = store.list_rows
+    blocks = (rows[start : start + BLOCK_ROWS] for start in range(0, len(rows), BLOCK_ROWS))
+    return itertools.chain.from_iterable(map(index.paths, blocks))
 
 
 def _copy_shard(
     run: StoreRun,
     number: int,
-    entries: Sequence[Entry],
+    entries: Entries,
     store: FeatureStore,
-    records: Sequence[ImageRecord],
+    index: _Index,
     failures: Sequence[FailureRecord],
 ) -> None:
     with run.shard(number) as shard:
         for start in range(0, len(entries), BLOCK_ROWS):
             block = entries[start : start + BLOCK_ROWS]
-            rows = [row for _, row in block if row >= 0]
+            rows = block[block >= 0]
             shard.append(
                 np.asarray(store.features[rows]),
-                [records[row] for row in rows],
-                [failures[-1 - row] for _, row in block if row < 0],
+                index.records(rows),
+                [failures[-1 - entry] for entry in block[block < 0].tolist()],
             )
-        shard.finish(store.ids[[row for _, row in entries if row >= 0]])
+        shard.finish(store.ids[entries[entries >= 0]])
 
 
-def _cut(order: Sequence[Entry], size: int) -> list[Sequence[Entry]]:
+def _cut(order: Entries, size: int) -> list[Entries]:
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -136,18 +201,10 @@ def _shard_images(manifest: Manifest, images: int) -> int:
     return shard_images_for(images, batch_size if isinstance(batch_size, int) else 1)
 
 
-def _is_compact(manifest: Manifest, shards: Sequence[Sequence[Entry]]) -> bool:
+def _is_compact(manifest: Manifest, shards: Sequence[Entries]) -> bool:
     """Return whether the rows already have this order and these shards."""
-    rows = [row for shard in shards for _, row in shard if row >= 0]
-    counts = [(k, sum(row >= 0 for _, row in shard)) for k, shard in enumerate(shards)]
-    current = [(shard.shard, shard.rows) for shard in manifest.shards]
-    return rows == list(range(len(rows))) and current == [(k, n) for k, n in counts if n]
-
-
-def _records(store: FeatureStore) -> list[ImageRecord]:
-    names = ("path", "size", "mtime_ns", "width", "height", "sha256")
-    columns = [store.column(name) for name in names]
-    return [
-        ImageRecord(os.fsencode(path), size, mtime, width, height, sha256 or b"")
-        for path, size, mtime, width, height, sha256 in zip(*columns, strict=True)
-    ]
+    rows = [shard[shard >= 0] for shard in shards]
+    counts = [(k, len(own)) for k, own in enumerate(rows) if len(own)]
+    if counts != [(shard.shard, shard.rows) for shard in manifest.shards]:
+        return False
+    return np.array_equal(np.concatenate([*rows, []]), np.arange(manifest.rows))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from extractor.errors import StoreError
 from extractor.reading.array import map_array
 from extractor.reading.reader import manifest_errors
+from extractor.store.atomic import PARTIAL
 from extractor.store.format import (
     DERIVED,
     FAILURES,
@@ -31,7 +34,7 @@ from extractor.store.format import (
     ShardEntry,
     checksum,
 )
-from extractor.store.history import net_changes
+from extractor.store.history import are_in, difference, net_changes
 from extractor.store.ids import live_ids, read_history, shard_ids
 from extractor.store.index import Images, read_column, read_images
 from extractor.text import plural
@@ -39,6 +42,7 @@ from extractor.text import plural
 __all__ = ["verify", "verify_images"]
 
 Progress: TypeAlias = Callable[[str, int, int], None]
+Digests: TypeAlias = npt.NDArray[np.int64]
 
 # Rows checked for NaN and infinity at a time.
 BLOCK_ROWS = 4096
@@ -69,7 +73,7 @@ def verify(folder: Path, progress: Progress | None = None) -> Iterator[str]:
     elif (folder / RUN).exists():
         yield f"{RUN}: no regular file"
     yield from _extra(folder, manifest)
-    seen: dict[bytes, int] = {}
+    digests: list[Digests] = []
     intact = []
     total, done = sum(shard.rows for shard in manifest.shards), 0
     for shard in manifest.shards:
@@ -81,13 +85,15 @@ def verify(folder: Path, progress: Progress | None = None) -> Iterator[str]:
         if is_intact:
             intact.append(shard)
             yield from _rows(folder, shard, manifest)
-            yield from _index(folder, shard, seen)
+            yield from _index(folder, shard, digests)
         done += shard.rows
         if progress is not None:
             progress("reading", done, total)
     yield from _ids(folder, intact, manifest)
+    failed: dict[bytes, None] = {}
     problems = list(_file(folder, manifest.failures))
-    yield from problems or _failures(folder, manifest, seen)
+    yield from problems or _failures(folder, manifest, failed)
+    yield from _repeated(folder, intact, digests, failed)
     for entry in manifest.description.transform_files:
         yield from _file(folder, entry)
     if manifest.list_rows is not None:
@@ -158,6 +164,7 @@ def _extra(folder: Path, manifest: Manifest) -> Iterator[str]:
     listed = {
         MANIFEST,
         RUN,
+        f"{RUN}{PARTIAL}",  # of a run that died after it had published the store
         FEATURES,
         IMAGES,
         STAGING,
@@ -223,19 +230,52 @@ def _rows(folder: Path, shard: ShardEntry, manifest: Manifest) -> Iterator[str]:
             yield f"{name}: row {start + row} holds NaN or infinity"
 
 
-def _index(folder: Path, shard: ShardEntry, seen: dict[bytes, int]) -> Iterator[str]:
+def _index(folder: Path, shard: ShardEntry, digests: list[Digests]) -> Iterator[str]:
     name = shard.index.name
     try:
-        paths = [os.fsencode(path) for path in read_column(folder / name, "path")]
+        paths = _paths(folder, shard)
     except Exception as error:  # damaged bytes make pyarrow raise anything
         yield f"{name}: cannot be read: {error}"
         return
     if len(paths) != shard.rows:
         yield f"{name}: has {plural(len(paths), 'row')}, expected {shard.rows}"
-    for path in itertools.compress(paths, shard.live_mask()):
+    digests.append(_digests(itertools.compress(paths, shard.live_mask())))
+
+
+def _paths(folder: Path, shard: ShardEntry) -> list[bytes]:
+    return [os.fsencode(path) for path in read_column(folder / shard.index.name, "path")]
+
+
+def _digests(paths: Iterable[bytes]) -> Digests:
+    """Return a number for each path. Paths of the same number are compared byte by byte."""
+    return np.fromiter(map(hash, paths), np.int64)
+
+
+def _repeated(
+    folder: Path,
+    shards: Sequence[ShardEntry],
+    digests: Sequence[Digests],
+    failed: Collection[bytes],
+) -> Iterator[str]:
+    """Find paths that occur twice. No table of all paths is in memory, only their numbers."""
+    numbers = np.concatenate([*digests, np.unique(_digests(failed))])
+    numbers.sort()
+    suspects = set(numbers[1:][numbers[1:] == numbers[:-1]].tolist())
+    if not suspects:
+        return
+    seen: dict[bytes, int] = {}
+    for shard in shards:
+        with contextlib.suppress(Exception):  # reported before
+            for path in itertools.compress(_paths(folder, shard), shard.live_mask()):
+                if hash(path) not in suspects:
+                    continue
+                if path in seen:
+                    name, other = shard.index.name, seen[path]
+                    yield f"{name}: {os.fsdecode(path)!a} already has a row in shard {other}"
+                seen[path] = shard.shard
+    for path in failed:
         if path in seen:
-            yield f"{name}: {os.fsdecode(path)!a} already has a row in shard {seen[path]}"
-        seen[path] = shard.shard
+            yield f"{FAILURES}: {os.fsdecode(path)!a} has a row in shard {seen[path]}"
 
 
 def _ids(folder: Path, shards: Sequence[ShardEntry], manifest: Manifest) -> Iterator[str]:
@@ -249,8 +289,9 @@ def _ids(folder: Path, shards: Sequence[ShardEntry], manifest: Manifest) -> Iter
         if len(ids) and not 0 <= ids.min() <= ids.max() < manifest.next_id:
             yield f"{shard.index.name}: holds ids outside of 0 to {manifest.next_id - 1}"
         parts.append(ids)
-    values, counts = np.unique(np.concatenate(parts), return_counts=True)
-    for row_id in values[counts > 1].tolist():
+    every = np.concatenate(parts)
+    every.sort()
+    for row_id in np.unique(every[1:][every[1:] == every[:-1]]).tolist():
         yield f"{IMAGES}: id {row_id} belongs to several rows"
 
 
@@ -258,7 +299,7 @@ def _history(folder: Path, manifest: Manifest) -> Iterator[str]:
     """Check that the history is a chain, and that it ends at the ids that count."""
     try:
         history = read_history(folder / HISTORY, manifest)
-        live = live_ids(manifest.shards, lambda name: folder / name)
+        live = np.sort(live_ids(manifest.shards, lambda name: folder / name))
     except StoreError as error:
         yield f"{HISTORY}: {error}"
         return
@@ -268,10 +309,10 @@ def _history(folder: Path, manifest: Manifest) -> Iterator[str]:
     elif "" in tokens[1:] or len(set(tokens)) < len(tokens):
         yield f"{HISTORY}: holds the same state twice"
     changes = net_changes(history, manifest.checksum)
-    stray = np.setdiff1d(np.concatenate([changes.added, changes.moved]), live)
-    if len(stray):
-        yield f"{HISTORY}: id {int(stray[0])} was added, but its row does not count"
-    stray = np.intersect1d(changes.removed, live)
+    for came in (changes.added, changes.moved):
+        for row_id in difference(came, live)[:1].tolist():
+            yield f"{HISTORY}: id {row_id} was added, but its row does not count"
+    stray = changes.removed[are_in(changes.removed, live)]
     if len(stray):
         yield f"{HISTORY}: id {int(stray[0])} was removed, but its row counts"
     if tokens and not tokens[0] and len(changes.added) != len(live):
@@ -279,15 +320,12 @@ def _history(folder: Path, manifest: Manifest) -> Iterator[str]:
         yield f"{HISTORY}: adds {plural(added, 'id')} to an empty store, expected {rows}"
 
 
-def _failures(folder: Path, manifest: Manifest, seen: dict[bytes, int]) -> Iterator[str]:
+def _failures(folder: Path, manifest: Manifest, failed: dict[bytes, None]) -> Iterator[str]:
     lines = (folder / FAILURES).read_bytes().splitlines()
     if len(lines) != manifest.failed:
         yield f"{FAILURES}: has {plural(len(lines), 'line')}, expected {manifest.failed}"
     for number, line in enumerate(lines, 1):
         try:
-            path = os.fsencode(json.loads(line)["path"])
+            failed[os.fsencode(json.loads(line)["path"])] = None
         except (ValueError, KeyError, TypeError) as error:
             yield f"{FAILURES}: line {number}: {error}"
-            continue
-        if path in seen:
-            yield f"{FAILURES}: {os.fsdecode(path)!a} has a row in shard {seen[path]}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from extractor import (
     extract,
 )
 from extractor.models import embedding
+from extractor.upkeep import compact as compact_module
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
 
@@ -67,6 +68,26 @@ def test_second_writer_finds_the_store_busy(photos: Path, out: Path, is_new: boo
     report = run(photos, out, progress=meanwhile)
     assert len(refused) == 2 * (3 if not is_new else 5)
     assert (report.rows, list(verify(out))) == (11 + (not is_new), [])
+
+
+def test_compact_keeps_runs_out_from_its_beginning(
+    photos: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads the store before it writes, and would lose what a run adds in between."""
+    run(photos, out)
+    noise(1, 9, 9).save(photos / "!.png")  # sorted before the others, and in a shard behind them
+    run(photos, out)
+    noise(2, 9, 9).save(photos / "new.png")
+
+    def verify_beside_a_run(folder: Path, *_: object) -> Iterator[str]:
+        with pytest.raises(StoreBusyError, match="is being written by process"):
+            run(photos, out)
+        return verify(folder)
+
+    monkeypatch.setattr(compact_module, "verify", verify_beside_a_run)
+    before, after = compact(out)
+    assert (before.rows, after.rows) == (12, 12)
+    assert run(photos, out).rows == 13
 
 
 @pytest.mark.parametrize("name", READERS)

@@ -6,7 +6,8 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from extractor.errors import StoreError
 from extractor.store.format import HISTORY, FileEntry, Manifest, with_checksum
 from extractor.store.history import HistoryEntry, history_lines
 from extractor.store.index import index_bytes
+from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify, verify_images
 
 MUTATIONS = int(os.environ.get("EXTRACTOR_TEST_MUTATIONS", "150"))
@@ -88,6 +90,11 @@ def test_foreign_files_are_named(store: Path, name: str) -> None:
     assert problems(store) == [f"{name!a}: is not part of the store"]
 
 
+def test_half_a_report_of_a_run_that_died_is_no_problem(store: Path) -> None:
+    (store / "run.json.partial").write_text("{")
+    assert problems(store) == []
+
+
 def test_pipe_in_place_of_the_report_is_found(store: Path) -> None:
     (store / "run.json").unlink()
     os.mkfifo(store / "run.json")
@@ -118,6 +125,44 @@ def test_path_with_two_rows_is_found(tmp_path: Path, write_store: Callable[..., 
     names = [[b"a", b"b"], [b"b", b"c"]]
     store = write_store(tmp_path / "store", parts, names=names)
     assert problems(store) == ["images/00001.parquet: 'b' already has a row in shard 0"]
+
+
+def test_paths_whose_hashes_are_equal_differ(
+    store: Path, tmp_path: Path, write_store: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def equal(paths: Iterable[bytes]) -> np.ndarray:
+        return np.zeros(len(list(paths)), np.int64)
+
+    monkeypatch.setattr("extractor.upkeep.verify._digests", equal)
+    monkeypatch.setattr("extractor.upkeep.verify.hash", lambda path: 0, raising=False)
+    assert problems(store) == []
+    names, failures = [[b"a", b"b"], [b"c", b"b"]], [(b"c", "empty", "no bytes")]
+    parts = [np.ones((2, 3), np.float32)] * 2
+    twice = write_store(tmp_path / "twice", parts, names=names, failures=failures)
+    assert problems(twice) == [
+        "images/00001.parquet: 'b' already has a row in shard 0",
+        "failures.jsonl: 'c' has a row in shard 1",
+    ]
+
+
+@pytest.mark.parametrize("check", [verify, compact])
+def test_large_index_needs_little_memory(
+    check: Callable[[Path], object], tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    shards, rows = 10, 3000
+    parts = [np.ones((rows, 1), np.float32)] * shards
+    names = [[b"%02d/%0100d" % (-shard, row) for row in range(rows)] for shard in range(shards)]
+    store = write_store(tmp_path / "store", parts, names=names)
+    result = check(store)  # what is loaded once does not count
+    tracemalloc.start()
+    try:
+        result = check(store)
+        if check is verify:
+            assert list(result) == []
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak / (shards * rows) < 123
 
 
 def test_paths_of_a_shard_need_no_order_but_differ(
