@@ -264,7 +264,8 @@ def write_line(text: str, file: TextIO | None) -> None:
     if file is None:
         return
     try:
-        print(text, file=file, flush=True)
+        file.write(f"{text}\n")  # one call, so that lines of two threads do not mix
+        file.flush()
     except OSError:  # closed pipe or full disk: later lines, and the last flush, go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 

@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timezone
@@ -46,13 +47,15 @@ class Events:
         self._phase = ""
         self._first: tuple[float, int] | None = None
         self._left_out: dict[str, list[str]] = {}
+        self._writing = threading.RLock()  # threads decode, and one reads what libraries print
 
     def write(self, event: str, **content: Any) -> None:
         """Write one event, after the paths that wait to be written."""
-        for verb, paths in self._left_out.items():
-            self._write(verb, {"paths": paths})
-        self._left_out = {}
-        self._write(event, content)
+        with self._writing:
+            for verb, paths in self._left_out.items():
+                self._write(verb, {"paths": paths})
+            self._left_out = {}
+            self._write(event, content)
 
     def _write(self, event: str, content: Mapping[str, Any]) -> None:
         file = self._file or sys.stderr
