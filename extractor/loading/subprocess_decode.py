@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -35,6 +36,10 @@ __all__ = ["decode_apart"]
 
 # Time for the child to start, in addition to the time for the image. Most of it is torch's import.
 START_SECONDS = 30.0
+
+# Signals that end a run. Schedulers send them to all its processes, also to one that decodes an
+# image of the batch that may still finish.
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def decode_apart(
@@ -82,15 +87,20 @@ def _run_child(task: bytes, timeout_seconds: float) -> subprocess.CompletedProce
     folder = str(Path(extractor.__file__).resolve().parents[1])
     python_path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
     deadline = running_seconds() + timeout_seconds
-    with subprocess.Popen(
-        [sys.executable, "-m", "extractor.loading.subprocess_decode"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd=folder,  # Python looks for modules in the current folder first
-        env={**os.environ, "PYTHONPATH": python_path},
-        start_new_session=True,  # Ctrl-C is for the run, not for the image
-    ) as child:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # the child inherits it
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "extractor.loading.subprocess_decode"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,  # Python looks for modules in the current folder first
+            env={**os.environ, "PYTHONPATH": python_path},
+            start_new_session=True,  # signals of the terminal are for the run, not for the image
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    with child:
         left: bytes | None = task
         try:
             while running_seconds() < deadline:

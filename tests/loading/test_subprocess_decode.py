@@ -107,6 +107,17 @@ def test_a_decoder_that_kills_its_process_has_crashed(
     assert deed in hostile_decoder.read_text()  # it was the image, not the start of the process
 
 
+def test_a_signal_that_ends_the_run_does_not_end_the_decoder(
+    tmp_path: Path, hostile_decoder: Path
+) -> None:
+    """Schedulers send it to all processes of a job. The image would be a failure for good."""
+    path = write_hostile(tmp_path / "a.png", f"signal {int(signal.SIGTERM)}")
+    info, _ = decode_in_child(path)
+    assert (info.width, info.height) == (30, 20)
+    assert f"signal {int(signal.SIGTERM)}" in hostile_decoder.read_text()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == set()
+
+
 @pytest.mark.slow
 def test_a_hanging_decoder_is_killed_after_the_timeout(
     tmp_path: Path, hostile_decoder: Path, monkeypatch: pytest.MonkeyPatch
