@@ -132,6 +132,8 @@ def _keep_compiled() -> None:
     """Keep compiled code for the next run, in a folder where nobody else can leave code."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = os.path.join(caches, "extractor", "compiled")
+    if not os.path.isabs(folder):  # without HOME, and for a user without a name, "~" stays
+        return
     with contextlib.suppress(OSError):  # no writable home; torch has a default folder
         os.makedirs(folder, exist_ok=True)
         if os.access(folder, os.W_OK):

@@ -78,28 +78,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verb = VERBS.get(words[0]) if words else None
     warnings.simplefilter("ignore")  # they concern the code of libraries, not the user
     stopping, events = Stopping(), Events()
-    with stopping.listening():
-        try:
+    try:
+        with stopping.listening():  # a signal while a message is written changes no exit code
             if verb is not None:
                 _check_no_empty_word(words)
                 return verb(words[1:])
             _check_first(words)
             return extract.extract(words, stopping, events)
-        except InterruptedRunError as error:
-            saved = f"{error.done:,} of {plural(error.total, 'image')} saved. {RESUME}"
-            return _interrupted(stopping, events, saved, done=error.done, total=error.total)
-        except UsageError as error:
-            return _complain(error, USAGE_ERROR, events)
-        except ExtractorError as error:
-            return _complain(error, FAILED, events)
-        except (EndedError, KeyboardInterrupt):
-            is_run = verb in (None, compare.compare)
-            again = f"finished batches are saved. {RESUME}" if is_run else "run it again"
-            return _interrupted(stopping, events, again)
-        except Exception as error:
-            if (problem := explain_import(error)) != "":
-                return _complain(InstallationError(problem), FAILED, events)
-            return _report_bug(error, events)
+    except InterruptedRunError as error:
+        saved = f"{error.done:,} of {plural(error.total, 'image')} saved. {RESUME}"
+        return _interrupted(stopping, events, saved, done=error.done, total=error.total)
+    except UsageError as error:
+        return _complain(error, USAGE_ERROR, events)
+    except ExtractorError as error:
+        return _complain(error, FAILED, events)
+    except (EndedError, KeyboardInterrupt):
+        is_run = verb in (None, compare.compare)
+        again = f"finished batches are saved. {RESUME}" if is_run else "run it again"
+        return _interrupted(stopping, events, again)
+    except Exception as error:
+        if (problem := explain_import(error)) != "":
+            return _complain(InstallationError(problem), FAILED, events)
+        return _report_bug(error, events)
 
 
 def _check_no_empty_word(words: Sequence[str]) -> None:

@@ -176,10 +176,7 @@ def write_run_json(
             "exit_code": report.exit_code,
             "checksum": "",
         }
-        try:
-            _write(store.out, content)
-        except OSError as error:  # the store itself is complete
-            log.warning("cannot write %s: %s", store.out / RUN, error.strerror)
+        _write(store.out, content)
 
 
 def _located(origin: Provenance) -> dict[str, str]:
@@ -221,7 +218,10 @@ def _counts(report: Report, store: StoreReport) -> dict[str, int]:
 
 def _write(folder: Path, content: Mapping[str, Any]) -> None:
     text = with_checksum(json.dumps(content, indent=2, ensure_ascii=True) + "\n")
-    write_atomically(folder / RUN, text.encode("ascii"))
+    try:
+        write_atomically(folder / RUN, text.encode("ascii"))
+    except OSError as error:  # the store itself is complete
+        log.warning("cannot write %s: %s", folder / RUN, error.strerror)
 
 
 def relink_run_json(folder: Path, before: Manifest, after: Manifest) -> None:

@@ -19,6 +19,7 @@ from support.networks import mean_pixel
 from support.stand_ins import stand_in
 
 from extractor import FeatureStore, __version__, errors
+from extractor.cli import extract as extract_module
 from extractor.cli import main as cli
 from extractor.models import embedding
 
@@ -342,6 +343,19 @@ def test_unwritable_home_is_no_error(
     assert (tmp_path / "home/.cache/extractor/compiled").is_dir() is (caches == "here")
 
 
+def test_unknown_home_leaves_no_folder_called_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has a number and no name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    extract_module._keep_compiled()
+    assert not list(tmp_path.iterdir())
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
 @pytest.mark.parametrize(
     ("words", "what_now"),
     [
@@ -366,6 +380,25 @@ def test_only_an_interrupted_run_claims_to_have_saved_something(
     monkeypatch.setitem(cli.VERBS, "index", lambda words: interrupted())
     assert cli.main(words) == 130
     assert capsys.readouterr().err == f"extract: interrupted: {what_now}\n"
+
+
+@pytest.mark.parametrize("words", [["images"], ["verify", "nothing"]])
+def test_signal_while_the_last_message_is_written_changes_no_exit_code(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as process() does
+    said: list[str] = []
+
+    def say(text: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        said.append(text)
+
+    monkeypatch.setattr(cli, "say", say)
+    try:
+        assert cli.main(words) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert len(said) == 1
 
 
 # ---------------------------------------------------------------------------------------------

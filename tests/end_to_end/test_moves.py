@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
@@ -22,6 +23,7 @@ from extractor.images import files
 from extractor.images.listing import ImageList, list_images, read_list
 from extractor.models import embedding
 from extractor.options import Options
+from extractor.run import run_json as run_json_module
 from extractor.run import snapshot as snapshot_module
 from extractor.run.up_to_date import up_to_date_report
 from extractor.upkeep.compact import compact
@@ -243,6 +245,22 @@ def test_moved_images_need_no_model(folder: Path, out: Path, keep_order: bool) -
     write(folder / "new/5.pgm", 99)
     assert up_to_date_report(request(), ["mean"], str(out), Options(**options)) is None
     assert counts(extract(request(), "mean", out, **options)) == (1, 1, 0, 0)
+
+
+def test_moves_are_learned_although_the_report_cannot_be_written(
+    folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    write(folder / "top.pgm", 200)  # so that the root stays
+    run(folder, out)
+    (folder / "old").rename(folder / "new")
+    monkeypatch.setattr(run_json_module, "write_atomically", full)
+    report = up_to_date_report(list_images(folder), ["mean"], str(out), Options(**SIZES))
+    assert report is not None
+    assert counts(report) == (0, 0, IMAGES, 0)
+    assert "cannot write" in caplog.text
 
 
 @pytest.mark.parametrize("change", ["rename", "swap", "touch"])
