@@ -16,6 +16,7 @@ from extractor.errors import StoreError
 
 __all__ = [
     "NOT_SUPPORTED",
+    "PARTIAL",
     "ignore_signals",
     "store_errors",
     "sync",
@@ -28,18 +29,26 @@ log = logging.getLogger(__name__)
 # Errors of file systems that do not support fsync, or locks.
 NOT_SUPPORTED = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 
+# Ends the name of a file that is being written.
+PARTIAL = ".partial"
+
 # Signals that end a run.
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGALRM)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file so that its name never refers to half of it, even after a power cut."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        sync(file.fileno())
-    os.replace(partial, path)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with partial.open("wb") as file:
+            file.write(content)
+            file.flush()
+            sync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def sync_folder(path: Path) -> None:

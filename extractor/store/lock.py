@@ -15,7 +15,7 @@ from extractor.errors import ShardBusyError, StoreBusyError, StoreError
 from extractor.store.atomic import NOT_SUPPORTED
 from extractor.store.format import JOURNAL
 
-__all__ = ["FinishingLock", "Lock", "ShardLock", "is_same_file"]
+__all__ = ["TELL_SECONDS", "FinishingLock", "Lock", "ShardLock", "is_same_file", "this_process"]
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Lock:
             else:  # its last holder removed it after we opened it and before we locked it
                 os.close(descriptor)
         os.truncate(self._descriptor, 0)
-        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        os.write(self._descriptor, f"{this_process()}\n".encode())
         return self
 
     @property
@@ -177,6 +177,11 @@ class FinishingLock(ShardLock):
 
     def __init__(self, staging: Path, shard: int, *, required: bool = True) -> None:
         self._begin(staging, shard, "finish", required=required, waits=True)
+
+
+def this_process() -> str:
+    """Return the name of this process in lock files and messages."""
+    return f"process {os.getpid()} on {socket.gethostname()}"
 
 
 def is_same_file(descriptor: int, path: Path) -> bool:

@@ -18,6 +18,7 @@ from support.dying import DIED, die, in_child
 
 from extractor.errors import StoreError
 from extractor.reading.reader import FeatureStore
+from extractor.store.atomic import write_atomically
 from extractor.store.claim import ClaimedFolder
 from extractor.store.failures import FailureRecord
 from extractor.store.format import STAGING, Description
@@ -52,6 +53,18 @@ def leave(out: Path) -> None:
     """What the next run does first, and no more."""
     with ClaimedFolder(out, overwrite=True):
         pass
+
+
+def test_file_that_cannot_be_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tree: Tree
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "run.json", b"{}")
+    assert tree(tmp_path) == {}
 
 
 OLD = {
