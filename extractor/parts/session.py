@@ -7,8 +7,10 @@ folder; each part computes its shards; the one that finds all shards finished pu
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from extractor.compute.inputs import Inputs
-from extractor.errors import StoreBusyError, StoreError, UsageError
+from extractor.errors import ShardBusyError, StoreBusyError, StoreError, UsageError
 from extractor.images.listing import ImageList, Input
 from extractor.lease.describe import describe
 from extractor.lease.parts import Part, parse_part
@@ -41,15 +43,18 @@ from extractor.run.snapshot import unlisted_folders
 from extractor.store.atomic import store_errors, sync, sync_folder
 from extractor.store.claim import ClaimedFolder, SharedFolder
 from extractor.store.format import IN_FLIGHT, PLAN_PATHS, WORKERS
-from extractor.store.lock import Lock
+from extractor.store.lock import TELL_SECONDS, Lock, ShardLock, this_process
 from extractor.system.cpu import compute_threads
 from extractor.system.timing import Timer
 
 __all__ = ["PartSession"]
 
+log = logging.getLogger(__name__)
+
 Images: TypeAlias = "Input | Iterable[Input] | ImageList | UnlistedImages"
 Folders = Sequence[ClaimedFolder | SharedFolder]
 DIFFERENCES_SHOWN = 3
+POLL_SECONDS = 1.0  # between two looks at the shards that other processes compute
 
 
 class PartSession(Session):
@@ -172,7 +177,10 @@ class PartSession(Session):
             pending = leased.pending
             computing = self._computing([output.spec for output in outputs], inputs, images)
             paths = plan.paths(shared)
-            computation = self._compute(leased, replace(computing, folder=folder, paths=paths))
+            computing = replace(computing, folder=folder, paths=paths)
+            computation = self._compute(leased, computing)
+            while _wait_for_own(leased, outputs):
+                computation = self._compute(leased, computing)
             self._threads = computation.threads
             self._clock.end("compute", start=computation.start_seconds)
             missing = sum(output.count_missing() for output in outputs)
@@ -298,6 +306,46 @@ def _write_paths(
                     sync(file.fileno())
         sync_folder(folder)
     return stores
+
+
+def _wait_for_own(leased: LeasedRun, outputs: Sequence[PlannedOutput]) -> bool:
+    """Wait while other processes compute shards of this part, such as an earlier start of it.
+
+    They may die, and nobody else computes these shards. A process does not wait for itself.
+
+    Returns:
+        Whether shards are left to compute.
+
+    Raises:
+        InterruptedRunError: The run should stop.
+    """
+    tell_at = time.monotonic() + TELL_SECONDS
+    while leased.shards and (busy := _busy(leased)) is not None:
+        if f"by {this_process()};" in str(busy):
+            return False
+        if time.monotonic() > tell_at:
+            tell_at = float("inf")
+            log.warning("waiting: %s", str(busy).partition(";")[0])
+        time.sleep(POLL_SECONDS)
+        leased.on_tick()
+    for output in outputs:
+        output.count_missing()  # from now on, shards that others finished are finished here
+    return bool(leased.shards)
+
+
+def _busy(leased: LeasedRun) -> ShardBusyError | None:
+    """Return who computes the shards that are left; None if one of them is free."""
+    busy = None
+    for pass_index, index, _ in map(leased.plan.__getitem__, leased.shards):
+        stores = leased.plan.passes[pass_index].stores
+        try:
+            for store in stores:
+                ShardLock(store.staging, store.first + index).check()
+        except ShardBusyError as error:
+            busy = error
+        else:
+            return None
+    return busy
 
 
 @contextlib.contextmanager

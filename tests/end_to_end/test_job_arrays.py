@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import random
@@ -18,6 +19,7 @@ from support.networks import mean_pixel
 from support.pictures import noise
 from support.stores import content
 
+import extractor.parts.session as parts_module
 import extractor.run.session as session_module
 import extractor.store.writer as writer_module
 from extractor import FeatureStore, extract
@@ -35,7 +37,7 @@ from extractor.models import embedding
 from extractor.options import Options
 from extractor.parts.session import _harvest, _own_folder
 from extractor.report import Progress, Report
-from extractor.store.format import IN_FLIGHT, STAGING, WORKERS
+from extractor.store.format import IN_FLIGHT, JOURNAL, STAGING, WORKERS
 from extractor.upkeep.compact import compact
 from extractor.upkeep.verify import verify
 
@@ -219,6 +221,32 @@ def test_part_beside_another_one_or_its_own_copy_computes_what_is_free(
     else:
         assert beside[0].missing_shards == 4
         assert report.missing_shards == 0
+    assert content(out) == alone
+
+
+@pytest.mark.parametrize("is_stopped", [False, True])
+def test_part_waits_for_another_process_that_computes_its_shards(
+    photos: Path,
+    tmp_path: Path,
+    alone: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    is_stopped: bool,
+) -> None:
+    """Otherwise it says that it is done, and nobody computes them once that process dies."""
+    monkeypatch.setattr(parts_module, "POLL_SECONDS", 0.01)
+    out = tmp_path / "out"
+    part(photos, out, "2/2")
+    lock = out / STAGING / JOURNAL / "00001.lock"
+    lock.write_text("process 1 on elsewhere\n")
+    held = lock.open()
+    fcntl.flock(held, fcntl.LOCK_EX)
+
+    polls, calls = 20, itertools.count()  # more than the part has batches
+    if is_stopped:
+        with pytest.raises(InterruptedRunError, match="stopped after 9 of 12 images"):
+            part(photos, out, "1/2", stop=lambda: next(calls) > polls)
+        held.close()
+    assert part(photos, out, "1/2", progress=during(polls, held.close)).missing_shards == 0
     assert content(out) == alone
 
 
