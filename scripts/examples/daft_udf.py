@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("pattern")
     parser.add_argument("out")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--weights", default="pretrained")
+    parser.add_argument("--weights", default="default")
     args = parser.parse_args()
     count = embed(args.pattern, args.out, args.model, weights=args.weights)
     print(f"{count} embeddings in {args.out}")

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("images")
     parser.add_argument("out")
     parser.add_argument("--model", default="resnet50")
-    parser.add_argument("--weights", default="pretrained")
+    parser.add_argument("--weights", default="default")
     parser.add_argument("--actors", type=int, default=1)
     parser.add_argument("--gpus", type=float, default=1, help="of each actor; 0 on a CPU")
     args = parser.parse_args()

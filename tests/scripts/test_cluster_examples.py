@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from extractor.cli.main import VERBS
+from extractor.options import Options
 from extractor.terminal.parser import build_parser
 
 ROOT = Path(__file__).parents[2]
@@ -218,3 +219,9 @@ def test_ray_script_fails_if_the_head_does_not_answer(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "Ray did not start on n1" in output
     assert not (tmp_path / "words").exists()
+
+
+@pytest.mark.parametrize("name", ["daft_udf", "ray_data"])
+def test_example_takes_the_default_weights(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text("utf-8")
+    assert f'add_argument("--weights", default="{Options().weights}")' in text
