@@ -151,10 +151,12 @@ class Option:
         """Check a value against the choices and bounds; a type with neither is left alone.
 
         Raises:
-            UsageError: The value is out of range.
+            UsageError: The value is out of range, or None although the option has a default.
         """
-        if value is None:
+        if value is None and self.default is None:
             return
+        if value is None:
+            raise UsageError(f"{self.label}: got None; leave it out for {self.default!r}")
         if self.is_switch and not isinstance(value, bool):
             raise UsageError(f"{self.label}: got {value!r}, expected True or False")
         if self.type is str and not isinstance(value, str):

@@ -26,6 +26,7 @@ from extractor.preprocess import (
     PixelChanges,
     check_gray_bits,
     parse_gray_bits,
+    plain_numbers,
 )
 
 __all__ = [
@@ -902,10 +903,13 @@ class Options:
             object.__setattr__(self, "image_size", size if is_pair else size[0])
         if self.gray_bits is not None:
             object.__setattr__(self, "gray_bits", check_gray_bits(self.gray_bits))
-        for name, values in (("mean", self.mean), ("std", self.std)):
+        for name, values in (
+            ("mean", plain_numbers(self.mean)),
+            ("std", plain_numbers(self.std)),
+        ):
             if values is None:
                 continue
-            if not isinstance(values, (tuple, list)) or len(values) != 3:
+            if not isinstance(values, tuple) or len(values) != 3:
                 raise UsageError(f"{name}: got {values!r}, expected three numbers (R, G, B)")
             least, most = (0.0, 1.0) if name == "mean" else (1e-6, 2.0)
             for value in values:
@@ -914,7 +918,7 @@ class Options:
                         f"{name}: got {values!r}, expected three "
                         f"{'positive ' if name == 'std' else ''}numbers for pixels of 0 to 1"
                     )
-            object.__setattr__(self, name, tuple(values))
+            object.__setattr__(self, name, values)
 
     def _image_size(self) -> tuple[int, int] | None:
         if self.image_size is None:

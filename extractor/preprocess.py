@@ -19,6 +19,7 @@ __all__ = [
     "Preprocess",
     "check_gray_bits",
     "parse_gray_bits",
+    "plain_numbers",
 ]
 
 RESIZE_MODES = ("shortest", "cover", "contain", "squash")
@@ -127,6 +128,8 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        for name in ("input_size", "resize_size", "mean", "std", "fill"):
+            object.__setattr__(self, name, plain_numbers(getattr(self, name)))
         if self.resize not in RESIZE_MODES:
             raise UsageError(f"resize: got {self.resize!r}, expected one of {RESIZE_MODES}")
         if self.interpolation not in INTERPOLATIONS:
@@ -172,6 +175,7 @@ class Preprocess:
         Raises:
             UsageError: A value is out of range, or a name is unknown.
         """
+        image_size, mean = plain_numbers(image_size), plain_numbers(mean)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if not _is_size(size):
             raise UsageError(
@@ -186,6 +190,11 @@ class Preprocess:
             )
         if not _is_color(mean):  # before the color of the padding is computed from it
             raise UsageError(f"mean: got {mean!r}, expected three numbers (R, G, B)")
+        if max(mean) > 1:
+            raise UsageError(
+                f"mean: got {mean}, expected numbers for pixels of 0 to 1; divide mean and std by "
+                "255"
+            )
         height, width = (math.floor(edge / crop_pct) for edge in size)
         resize, fill = "shortest" if height == width else "cover", (0, 0, 0)
         if fit == "squash":
@@ -318,10 +327,22 @@ def check_gray_bits(value: object) -> GrayBits:
     raise UsageError(f"gray bits: got {value!r}, {_EXPECTED_GRAY_BITS}")
 
 
+def plain_numbers(value: Any) -> Any:
+    """Return a list, an array or a number of any library as a tuple of numbers, or a number.
+
+    >>> plain_numbers([224, 160])
+    (224, 160)
+    """
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, (tuple, list)):
+        return tuple(each.item() if hasattr(each, "item") else each for each in value)
+    return value
+
+
 def _is_size(value: object) -> bool:
     """Return whether a value is (height, width), two positive integers."""
     return (
-        isinstance(value, (tuple, list))
+        isinstance(value, tuple)
         and len(value) == 2
         and all(isinstance(edge, int) and edge is not True and edge > 0 for edge in value)
     )
@@ -330,7 +351,7 @@ def _is_size(value: object) -> bool:
 def _is_color(value: object) -> bool:
     """Return whether a value is three finite numbers: R, G and B."""
     return (
-        isinstance(value, (tuple, list))
+        isinstance(value, tuple)
         and len(value) == 3
         and all(isinstance(level, (int, float)) and math.isfinite(level) for level in value)
     )

@@ -142,3 +142,17 @@ def test_options_of_several_workers_that_contradict_are_refused(
 )
 def test_options_of_several_workers_that_fit_are_accepted(given: dict[str, Any]) -> None:
     Options(**given)
+
+
+def test_none_is_refused_where_it_has_no_meaning() -> None:
+    for name, each in DECLARED.items():
+        if each.default is None:
+            assert getattr(Options(**{name: None}), name) is None
+        else:
+            with pytest.raises(UsageError, match=f"^{each.label}: got None; leave it out for "):
+                Options(**{name: None})
+
+
+def test_colors_may_be_arrays() -> None:
+    mean = np.array([0.5, 0.25, 0.125], np.float32)
+    assert Options(mean=mean, std=mean.tolist()).mean == (0.5, 0.25, 0.125)

@@ -358,3 +358,19 @@ def test_as_dict_survives_json() -> None:
     rebuilt: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in again.items()}
     assert again["resize_size"] == [256, 256]
     assert Preprocess(**rebuilt) == preprocess
+
+
+def test_numbers_of_any_kind_make_the_same_transform() -> None:
+    expected = Preprocess.standard((224, 160), mean=(0.5, 0.25, 0.125), std=(0.5, 0.5, 0.25))
+    sizes: list[Any] = [[224, 160], np.array([224, 160]), (np.int64(224), torch.tensor(160))]
+    for size, kind in zip(sizes, (list, np.float32, torch.tensor), strict=True):
+        mean, std = kind([0.5, 0.25, 0.125]), kind([0.5, 0.5, 0.25])
+        preprocess = Preprocess.standard(size, mean=mean, std=std)
+        assert preprocess == expected
+        assert hash(preprocess.picture_key) == hash(expected.picture_key)
+    assert Preprocess.standard(np.int64(224)) == Preprocess.standard(224)
+
+
+def test_statistics_of_levels_are_refused_with_advice() -> None:
+    with pytest.raises(UsageError, match=r"mean: got .*123.*, expected .* 0 to 1.*divide.* by 255"):
+        Preprocess.standard(224, mean=(123.675, 116.28, 103.53))
