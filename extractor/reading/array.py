@@ -424,4 +424,6 @@ def _axes(index: Any) -> int:
 
 
 def _is_list(index: Any) -> bool:
-    return isinstance(index, (list, range)) or (isinstance(index, np.ndarray) and index.ndim > 0)
+    """Return whether an index is a list, or an array of any library, such as a tensor."""
+    is_array = hasattr(index, "__array__") and getattr(index, "ndim", 0) > 0
+    return isinstance(index, (list, range)) or is_array

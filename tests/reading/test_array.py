@@ -579,3 +579,11 @@ def test_array_of_objects_cannot_be_mapped(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.array([object], object), allow_pickle=True)
     with pytest.raises(ValueError, match="Python objects"):
         map_array(tmp_path / "rows.npy")
+
+
+def test_index_may_be_a_tensor(mixed: tuple[ShardedArray, np.ndarray]) -> None:
+    torch = pytest.importorskip("torch")
+    array, whole = mixed
+    for rows in ([7, 0, 3, 3, -1], [True, False] * 5):
+        assert_same(array[torch.tensor(rows)], whole[rows], rows)
+        assert_same(array[torch.tensor(rows), 1], whole[rows, 1], rows)
