@@ -287,13 +287,17 @@ class Rows(ABC):
             queries, k, metric=metric, own_rows=own_rows, plus=plus, minus=minus, exact=exact
         )
 
-    @functools.cached_property
+    @property
     def _searcher(self) -> Searcher:
         # Search stands above reading, since it embeds images. As any program would, this asks the
         # package for the public name.
         from extractor import Searcher
 
-        return Searcher(self)
+        kept = vars(self)
+        if "_kept_searcher" not in kept:
+            kept.setdefault("_kept_searcher", Searcher(self))  # threads share the first one
+        searcher: Searcher = kept["_kept_searcher"]
+        return searcher
 
     def frame(self, kind: Literal["arrow", "pandas"] = "arrow", *, embeddings: bool = True) -> Any:
         """Return a table: id, path, size, mtime_ns, width, height, sha256, embedding.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,10 @@ def queries_of(rows: Rows, images: object) -> list[Query]:
     """
     if isinstance(images, (str, bytes, os.PathLike)) or _is_picture(images):
         images = [images]
-    if not isinstance(images, Iterable):
-        raise UsageError(f"queries: got {type(images).__name__}, expected vectors, paths or images")
+    if not isinstance(images, Iterable) or isinstance(images, (set, frozenset, Mapping)):
+        raise UsageError(
+            f"queries: got {type(images).__name__}, expected vectors, or a list of paths or images"
+        )
     names = Names(rows)
     return [names.query_of(image, number) for number, image in enumerate(images)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,6 +36,8 @@ DEFAULT_K = 10
 LARGEST_QUERY = 1e100  # squares of more values than any vector has fit into float64
 CANCELED = 1e-9  # length of a sum of unit vectors that cancel out
 
+_loading = threading.Lock()  # not of each instance, which could not be pickled
+
 
 class Searcher:
     """Searches the rows of a store, and keeps what every search needs.
@@ -50,11 +53,19 @@ class Searcher:
         rows: A store, a selection of one, or stores of one backbone.
         extractor: Embeds images. None makes ``Extractor.for_store(rows)`` for the first image that
             has no row in the store.
+
+    Raises:
+        UsageError: ``rows`` is no store, such as the folder of one.
     """
 
     def __init__(self, rows: Rows, *, extractor: Extractor | None = None) -> None:
+        if not isinstance(rows, Rows):
+            raise UsageError(
+                f"rows: got {type(rows).__name__}, expected a store; try FeatureStore.open(folder)"
+            )
         self._rows = rows
         self._extractor = extractor
+        self._embeds: Extractor | None = None
         self._lengths = RowLengths(len(rows))
         self._indexes: dict[Metric, StoreIndex | None] = {}
 
@@ -70,7 +81,9 @@ class Searcher:
         exact: bool = False,
     ) -> Hits:
         """Return the nearest rows of each query; see :meth:`FeatureStore.search`."""
-        self.check(k, metric, has_terms=bool(len(plus) or len(minus)))
+        self.check(k, metric)
+        added, removed = (queries_of(self._rows, images) for images in (plus, minus))
+        self.check(k, metric, has_terms=bool(added or removed))
         vectors = as_vectors(queries)
         if vectors is None:
             if own_rows is not None:
@@ -78,7 +91,6 @@ class Searcher:
             images = queries_of(self._rows, queries)
             vectors = self._vectors_of(images)
             own_rows = np.array([query.row for query in images], np.int64)
-        added, removed = (queries_of(self._rows, images) for images in (plus, minus))
         return self.find(vectors, k, metric, own_rows, plus=added, minus=removed, exact=exact)
 
     def find(
@@ -280,8 +292,15 @@ class Searcher:
             self._indexes[metric] = open_index(self._rows, metric)
         return self._indexes[metric]
 
-    @functools.cached_property
+    @property
     def _embedder(self) -> Extractor:
+        """Extractor of the images; threads that need it at the same time share one."""
+        with _loading:
+            if self._embeds is None:
+                self._embeds = self._make_embedder()
+            return self._embeds
+
+    def _make_embedder(self) -> Extractor:
         if self._extractor is not None:
             if getattr(self._extractor, "dim", None) == self._rows.dim:
                 self._extractor._check_fits(self._rows)

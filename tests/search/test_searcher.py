@@ -6,7 +6,9 @@ import math
 import os
 import pickle
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +171,8 @@ def test_plus_and_minus_add_unit_directions_and_leave_their_rows_out(store: Feat
     # 90 degrees minus 0 degrees is 135 degrees.
     found = store.search(direction(90), k=2, minus=["a/0.jpg"])
     assert found.rows.tolist() == [[3, 4]]
+    for image in ("b/90.jpg", Path("b/90.jpg"), iter(["b/90.jpg"])):
+        assert store.search("a/0.jpg", k=3, plus=image).rows.tolist() == [[2, 1, 4]]
     with pytest.raises(UsageError, match="the vectors cancel out"):
         store.search("a/0.jpg", plus=["c/\udcff.jpg"])
     with pytest.raises(UsageError, match="there is no distance; try the metric cosine"):
@@ -283,3 +287,36 @@ def test_a_searcher_takes_the_extractor_of_its_caller(tmp_path: Path) -> None:
             pytest.raises(StoreError, match="was not made as this extractor embeds"),
         ):
             Searcher(store, extractor=embed).search([noise(1, 40, 30)], 1)
+
+
+@pytest.mark.parametrize("rows", ["features/resnet50", Path("features"), None, np.eye(2)], ids=type)
+def test_a_searcher_of_something_else_than_a_store_is_refused(rows: Any) -> None:
+    with pytest.raises(UsageError, match=r"rows: got \w+, expected a store; try FeatureStore\.open"):
+        Searcher(rows)
+
+
+@pytest.mark.parametrize("queries", [{"a/0.jpg"}, {"a/0.jpg": 1}], ids=type)
+def test_queries_without_an_order_are_refused(store: FeatureStore, queries: Any) -> None:
+    with pytest.raises(UsageError, match=r"queries: got \w+, expected vectors, or a list of paths"):
+        store.search(queries)
+
+
+def test_threads_share_one_extractor(store: FeatureStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    class Embed:
+        dim = 2
+
+        def __call__(self, images: list[Any], on_error: str) -> np.ndarray:
+            return direction(*[90] * len(images))
+
+    def for_store(rows: object) -> Embed:
+        time.sleep(0.05)
+        made.append(rows)
+        return Embed()
+
+    monkeypatch.setattr(Extractor, "for_store", for_store)
+    with ThreadPoolExecutor(8) as callers:
+        found = list(callers.map(lambda _: store.search([b"image"], k=1).rows.item(), range(8)))
+    assert found == [3] * 8
+    assert made == [store]
