@@ -108,8 +108,10 @@ class Normalize:
         # (x / 255 - mean) / std as one multiplication and one addition, for a whole row of pixels:
         # three numbers at a time would not fill a processor's vectors.
         width = backbone.preprocess.input_size[1]
-        mean = torch.tensor(backbone.preprocess.mean, device=backbone.device)
-        std = torch.tensor(backbone.preprocess.std, device=backbone.device)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=backbone.device)
+            for values in (backbone.preprocess.mean, backbone.preprocess.std)
+        )
         self._scale = (1 / (255 * std)).repeat(width)
         self._shift = (-mean / std).repeat(width)
         self._rounded = backbone.device.type == "cpu" and backbone.dtype == torch.bfloat16

@@ -300,13 +300,14 @@ def _with_own_weights(source: _Source, options: Options) -> nn.Module:
         state.rename(lambda key: timm_key(key, depths))
     overlay = {"state_dict": state}
     try:
-        module: nn.Module = _timm().create_model(
-            source.full_name,
-            pretrained=True,
-            pretrained_cfg=source.config,
-            pretrained_cfg_overlay=overlay,
-            **source.arguments,
-        )
+        with libraries.seeded(options.seed):  # timm draws values before it loads the weights
+            module: nn.Module = _timm().create_model(
+                source.full_name,
+                pretrained=True,
+                pretrained_cfg=source.config,
+                pretrained_cfg_overlay=overlay,
+                **source.arguments,
+            )
     except RuntimeError as error:
         message, signs = str(error), ("Missing key", "Unexpected key", "size mismatch")
         raise MisfitError(

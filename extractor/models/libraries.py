@@ -228,7 +228,15 @@ def without_weights(model: str, library: Any) -> Provenance:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Make random parameters on the CPU follow a seed, without touching the caller's generator."""
+    """Make networks that are built in the block float32, and their random numbers follow a seed.
+
+    The program's generators and its default type are as before afterwards.
+    """
+    dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU, too
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
