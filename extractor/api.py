@@ -33,6 +33,7 @@ from extractor.run.session import Session
 from extractor.serving.service import EmbeddingService
 from extractor.serving.sources import AnyImage, check_images
 from extractor.store.format import Description
+from extractor.system.devices import on_cpu_by_default
 from extractor.system.installation import installation_errors
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def extract(
         models, check_output_name(out), checked
     )
     callbacks = Callbacks(progress, stop)
-    with installation_errors(callbacks.has_raised):
+    with installation_errors(callbacks.has_raised), on_cpu_by_default():
         return session.run(images, callbacks)
 
 
@@ -154,7 +155,8 @@ class Extractor:
         _check_model(model)
         _check_window(batch_window_ms)
         _check_decode(checked.decode)
-        specs = load_specs([model], checked, fold_given=False)
+        with on_cpu_by_default():
+            specs = load_specs([model], checked, fold_given=False)
         if len(specs) != 1:
             names = ", ".join(spec.name for spec in specs)
             raise UsageError(
@@ -218,14 +220,20 @@ class Extractor:
         _check_window(batch_window_ms)
         if backbone is not None and weights is not None:
             raise UsageError("weights: the backbone already has weights; leave this option out")
+        if backbone is not None and not isinstance(backbone, Backbone):
+            raise UsageError(
+                f"backbone: got {type(backbone).__name__}, expected a Backbone; try "
+                "Backbone.from_module"
+            )
         opened = _store_of(store)
-        encoder = encoder_of(
-            opened,
-            options,
-            weights=weights if backbone is None else backbone,
-            device=device,
-            exact=exact,
-        )
+        with on_cpu_by_default():
+            encoder = encoder_of(
+                opened,
+                options,
+                weights=weights if backbone is None else backbone,
+                device=device,
+                exact=exact,
+            )
         extractor = cls.__new__(cls)
         extractor._serve(
             encoder.spec,
@@ -291,6 +299,8 @@ class Extractor:
         if isinstance(rows, JoinedRows):  # their stores were made in several ways
             return
         store = _store_of(rows)
+        for backbone in self.backbones:
+            backbone._refresh_provenance()
         made = self._made_for or describe(self._spec, self._options, b"", 0)
         differences = [
             str(difference)

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -451,6 +452,62 @@ def test_forked_extractor_is_an_error(squeezenet: Extractor) -> None:
 def test_errors_share_a_base_class() -> None:
     for error in (DecodeError, SourceError, StoreError, UsageError, WeightsError):
         assert issubclass(error, ExtractorError)
+
+
+def trained(seed: int) -> Backbone:
+    """Return a backbone with a dropout, whose weights follow a seed."""
+    torch.manual_seed(seed)
+    network = torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4), torch.nn.Dropout()
+    )
+    preprocess = Preprocess.standard(8)
+    return Backbone.from_module(network, head=None, preprocess=preprocess, device="cpu")
+
+
+def test_store_is_not_up_to_date_once_its_backbone_was_trained(
+    photos: Path, tmp_path: Path
+) -> None:
+    backbone = trained(0)
+    extract(photos, backbone, tmp_path / "out")
+    with torch.no_grad():
+        backbone.module[2].weight.mul_(3)
+    with pytest.raises(StoreError, match=r"finished store of something else \(backbone\.sha256"):
+        extract(photos, backbone, tmp_path / "out")
+    store = extract(photos, backbone, tmp_path / "again").store
+    assert store.info.weights == "given"
+    with Extractor.for_store(store, backbone=backbone) as embed:
+        assert embed([photos / store.paths[0]]).shape == (1, 4)
+    with pytest.raises(WeightsError, match="the weights of module:Sequential changed"):
+        Extractor.for_store(tmp_path / "out", backbone=backbone)
+
+
+@pytest.mark.parametrize("fuse", ["auto", "off"])
+def test_network_in_training_mode_is_extracted_in_eval_mode(
+    fuse: Any, photos: Path, tmp_path: Path
+) -> None:
+    expected = extract(photos, trained(0), tmp_path / "eval", fuse=fuse).store
+    backbone = trained(0)
+    backbone.module.train()
+    store = extract(photos, backbone, tmp_path / "train", fuse=fuse).store
+    assert np.array_equal(store.features[:], expected.features[:])
+    assert backbone.module.training
+
+
+def test_settings_of_the_program_change_no_row(photos: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"weights": "random", "device": "cpu"}
+    expected = extract(photos, "test_resnet", tmp_path / "plain", **options).store
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            store = extract(photos, "test_resnet", tmp_path / "out", **options).store
+            with Extractor("test_resnet", **options) as embed:
+                rows = embed([photos / store.paths[0]])
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+    assert np.array_equal(store.features[:], expected.features[:])
+    np.testing.assert_allclose(rows[0], expected.features[0], rtol=1e-4, atol=1e-5)
 
 
 def test_callbacks_run_in_calling_thread(photos: Path, tmp_path: Path, mean_model: None) -> None:

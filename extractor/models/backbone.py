@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from extractor.errors import DeviceError, ModelError, UsageError
-from extractor.models.digests import sha256_of_state
+from extractor.models.digests import sha256_of_state, versions_of_state
 from extractor.models.provenance import Provenance
 from extractor.network import heads
 from extractor.network.fusion.fuse import fuse, may_fuse
 from extractor.network.memory import USABLE, images_that_fit
 from extractor.network.module_names import find_modules
-from extractor.network.precision import convert, input_dtype, resolve_precision
+from extractor.network.precision import (
+    WEIGHT_DTYPES,
+    convert,
+    input_dtype,
+    resolve_precision,
+)
 from extractor.network.probe import describe_shapes, probe
 from extractor.network.taps import POOLED_FEATURES, Output, Taps
 from extractor.network.views import ONE_VIEW, Views
 from extractor.options import Options, Pooling, parse_pooling
 from extractor.preprocess import Preprocess
 from extractor.system.devices import device_errors, resolve_device
+from extractor.system.float32 import without_autocast
 from extractor.version import __version__
 
 __all__ = ["Backbone"]
@@ -34,6 +42,22 @@ CPU = torch.device("cpu")
 FLAT_LEVELS = (-2.0, 0.0, 2.0)  # normalized pixels: about black, gray and white
 
 _DEFAULT = Options()
+
+
+class _Known(NamedTuple):
+    """Weights of a network when its provenance was checked last.
+
+    Attributes:
+        versions: As :func:`~extractor.models.digests.versions_of_state` returns them.
+        sha256: Digest of their values if a program changed them; empty before.
+    """
+
+    versions: dict[str, int]
+    sha256: str = ""
+
+
+# By network, since several backbones may share one.
+_known: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
 
 
 @dataclass(eq=False)
@@ -94,9 +118,12 @@ class Backbone:
                 "pool: maps and tokens differ from view to view; leave out augment and scales, or "
                 "pool the layer"
             )
+        if self.module in _known:  # a program may be training it
+            return
         self.module.eval()
         for parameter in self.module.parameters():  # TorchScript modules lack requires_grad_
             parameter.requires_grad_(False)
+        self._accept_weights()
 
     @classmethod
     def from_module(
@@ -153,9 +180,32 @@ class Backbone:
                 "classifier with head=, or embed with one of its layers"
             )
         provenance = Provenance(model, "module", __version__, "given", "", digest)
+        _known.pop(module, None)  # it may have been passed in before, and trained since
         return cls(module, (Output((shape[0],)),), names, preprocess, provenance).to(
             target, numbers
         )
+
+    def _accept_weights(self, sha256: str = "") -> None:
+        """Count the weights as they are now as those of the provenance."""
+        _known[self.module] = _Known(versions_of_state(self.module), sha256)
+
+    def _refresh_provenance(self) -> None:
+        """Correct the provenance if a program trained the network, or loaded other weights.
+
+        Then the weights count as given, and the SHA-256 is that of their values.
+        """
+        origin, known = self.provenance, _known.get(self.module)
+        if known is None:  # it was pickled
+            self._accept_weights()
+        elif known.versions != versions_of_state(self.module):
+            log.warning("%s: its weights changed since it was loaded; they count as given", origin)
+            self._accept_weights(sha256_of_state(self.module.state_dict()))
+        digest = _known[self.module].sha256
+        if digest not in ("", origin.sha256):
+            self.provenance = Provenance(
+                *(origin.model, origin.library, origin.library_version, "given", "", digest),
+                code=origin.code,
+            )
 
     @property
     def dim(self) -> int:
@@ -197,7 +247,8 @@ class Backbone:
             ``(B, tokens, channels)`` for a layer that is not pooled.
 
         Raises:
-            UsageError: The pixels have another shape, or the backbone has several outputs.
+            UsageError: The pixels have another shape or type, the backbone has several outputs, or
+                the network is in training mode.
             ModelError: The network returned something other than a vector per image.
         """
         self._only  # noqa: B018  (raises before anything is computed)
@@ -212,13 +263,14 @@ class Backbone:
             pixels: ``(B, 3, H, W)`` floating point, RGB, normalized as ``preprocess`` says.
 
         Raises:
-            UsageError: The pixels have another shape.
+            UsageError: The pixels have another shape or type, or the network is in training mode.
             ModelError: The network returned other shapes than when it was tried.
         """
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
+        _check_pixels(pixels)
+        self._check_mode()
         pixels = pixels.to(self.device)
-        with torch.inference_mode():
+        # Not inference mode, whose tensors a layer that is being trained cannot take.
+        with torch.no_grad(), without_autocast(self.device):
             if self.views.count == 1:
                 return self._embed_view(*self.views.of(pixels))
             sums: list[torch.Tensor] = []
@@ -256,11 +308,13 @@ class Backbone:
 
         Raises:
             ModelError: There is no such layer, it does not run, or it returns no tensor.
-            UsageError: The layer does not allow this pooling.
+            UsageError: The layer does not allow this pooling, or the network is in training mode.
         """
         if isinstance(layers, str) or not layers:
             raise UsageError(f"layers: got {layers!r}, expected a list of names of modules")
         self._check_not_folded("layers")
+        self._check_mode()
+        self._refresh_provenance()
         names = [name for wanted in layers for name in find_modules(self.module, wanted)]
         self._warn_of_heads(names)
         pooling = parse_pooling(pool) if isinstance(pool, str) else pool
@@ -287,6 +341,18 @@ class Backbone:
                 else "keep the classifier for its own output",
             )
 
+    def _check_mode(self) -> None:
+        """Check that the network is in eval mode.
+
+        Raises:
+            UsageError: It is in training mode, with dropout and statistics of the batch.
+        """
+        if self.module.training:
+            raise UsageError(
+                f"{self.provenance.model} is in training mode, in which embeddings are random; "
+                "call backbone.module.eval()"
+            )
+
     def _check_not_folded(self, chosen: str) -> None:
         if self.folded:
             raise UsageError(f"choose {chosen} before fold(), which changes the modules")
@@ -300,16 +366,19 @@ class Backbone:
         Raises:
             ModelError: There is no such module, or shapes do not fit without it. The message names
                 both shapes.
-            UsageError: Layers were chosen before, or the network is folded.
+            UsageError: Layers were chosen before, the network is folded, or it is in training mode.
         """
         if self.taps is not None:
             raise UsageError("bypass modules before layers are chosen, not after")
         self._check_not_folded("bypassed modules")
+        self._check_mode()
+        self._refresh_provenance()
         names = [name for wanted in modules for name in find_modules(self.module, wanted)]
         size, model = self.preprocess.input_size, self.provenance.model
         with device_errors(self.device):
             replaced = heads.bypass(self.module, names, size, model)
         self.bypassed = (*self.bypassed, *replaced)
+        self._accept_weights(_known[self.module].sha256)
         return self
 
     def images_at_a_time(self, wanted: int, *, reserved_bytes: int = 0) -> int:
@@ -355,11 +424,19 @@ class Backbone:
 
         Raises:
             DeviceError: The device is full, busy or broken.
+            UsageError: The network is in training mode.
         """
         if not self.may_fold:
             return self
-        generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(3, 3, *self.preprocess.input_size, generator=generator)
+        self._check_mode()
+        self._refresh_provenance()
+        generator = torch.Generator("cpu").manual_seed(0)
+        noise = torch.randn(
+            *(3, 3, *self.preprocess.input_size),
+            generator=generator,
+            dtype=torch.float32,
+            device="cpu",
+        )
         flat = [torch.full_like(noise[:1], level) for level in FLAT_LEVELS]
         count = self.images_at_a_time(len(flat) + len(noise))
         with device_errors(self.device):
@@ -368,20 +445,33 @@ class Backbone:
             single = replace(self, views=ONE_VIEW)
             compared = None if self.views == ONE_VIEW else self.embed
             self.folded = fuse(self.module, single.embed, pixels, compared=compared)
+        self._accept_weights(_known[self.module].sha256)
         return self
 
-    def to(self, device: torch.device, precision: str = "float32") -> Backbone:
+    def to(self, device: torch.device | str, precision: str = "float32") -> Backbone:
         """Move the network to a device and a precision, in place, and return the backbone itself.
 
         Args:
-            device: Device to compute on.
+            device: Device to compute on, or its name as for :func:`extractor.load_backbone`.
             precision: ``float32``, ``bfloat16``, ``float16`` or ``mixed``. The last is bfloat16
                 except for the first module, depthwise convolutions and normalizations.
 
         Raises:
-            DeviceError: The device is full, busy or broken.
-            UsageError: The precision is ``mixed`` already, and another one is asked for.
+            DeviceError: This machine lacks the device, or it is full, busy or broken.
+            UsageError: Something else than a device, an unknown precision, or another one than
+                ``mixed`` although the precision is ``mixed`` already.
         """
+        if isinstance(device, str):
+            device = resolve_device(device)
+        if not isinstance(device, torch.device):
+            raise UsageError(
+                f"device: got {device!r:.80}, expected a torch.device or a name such as cuda:0"
+            )
+        if precision not in WEIGHT_DTYPES:
+            raise UsageError(
+                f"precision: got {precision!r:.80}, expected one of {', '.join(WEIGHT_DTYPES)}"
+            )
+        self._refresh_provenance()
         with device_errors(device):
             module = self.module.to(device)  # the same module, moved
             if self.precision != "mixed":
@@ -393,7 +483,28 @@ class Backbone:
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
         self.device, self.precision = device, precision
+        self._accept_weights(_known[self.module].sha256)
         return self
+
+
+def _check_pixels(pixels: object) -> None:
+    """Check the input of a network.
+
+    Raises:
+        UsageError: It is no batch of normalized pixels.
+    """
+    if not isinstance(pixels, torch.Tensor):
+        raise UsageError(
+            f"pixels: got {type(pixels).__name__}, expected a tensor (B, 3, H, W); for images try "
+            "Extractor(backbone)"
+        )
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise UsageError(f"pixels: got shape {tuple(pixels.shape)}, expected (B, 3, H, W)")
+    if not pixels.is_floating_point():
+        raise UsageError(
+            f"pixels: got {pixels.dtype}, expected floating point, normalized as "
+            "backbone.preprocess says; for images try Extractor(backbone)"
+        )
 
 
 def _gib(size: float) -> str:

@@ -12,10 +12,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from extractor.system.hashing import hash_file
 
-__all__ = ["sha256_of_cached_file", "sha256_of_file", "sha256_of_state"]
+__all__ = [
+    "sha256_of_cached_file",
+    "sha256_of_file",
+    "sha256_of_state",
+    "versions_of_state",
+]
 
 
 # Digests of files that a process remembers.
@@ -73,3 +79,16 @@ def sha256_of_state(state: Mapping[str, torch.Tensor]) -> str:
         digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def versions_of_state(network: nn.Module) -> dict[str, int]:
+    """Return torch's count of changes in place of each tensor of a network, by name.
+
+    An optimizer and ``load_state_dict`` are counted, and so cost no look at the values. Changes
+    through ``tensor.data`` are not.
+    """
+    return {
+        name: 0 if tensor.is_inference() else tensor._version
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }

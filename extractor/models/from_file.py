@@ -81,9 +81,11 @@ def build(model: str, options: Options) -> Backbone:
         )
     log.warning("%s: running the code in this file", path)
     with libraries.seeded(options.seed):
+        torch.manual_seed(options.seed)  # GPUs included, on which the code may make its network
         made = _call(_function(path, name), model)
     label = f"{path.name}:{name}"
     if isinstance(made, Backbone):
+        made._accept_weights()  # what the code loaded is part of the code
         backbone = made.to(torch.device("cpu"))
     elif isinstance(made, nn.Module):
         backbone = Backbone.from_module(
@@ -102,6 +104,7 @@ def build(model: str, options: Options) -> Backbone:
     )
     if chosen is not None:
         provenance = _load_weights(backbone, chosen, options, model, provenance)
+    backbone._accept_weights()
     preprocess = backbone.preprocess.changed(options.pixel_changes)
     return replace(backbone, preprocess=preprocess, provenance=provenance)
 

@@ -29,7 +29,7 @@ from extractor.options import (
     default_batch_size,
     signature_with_options,
 )
-from extractor.system.devices import device_errors, resolve_device
+from extractor.system.devices import device_errors, on_cpu_by_default, resolve_device
 from extractor.text import first_line
 
 if TYPE_CHECKING:
@@ -71,7 +71,13 @@ def load_backbone(model: str = DEFAULT_MODEL, **options: Unpack[BackboneArgument
         WeightsError: The weights are missing, cannot be read, or do not fit.
         DeviceError: This machine does not have the device.
     """
-    return load(model, Options.from_arguments(options, scope="backbone"))
+    if not isinstance(model, str):
+        raise UsageError(
+            f"model: got {type(model).__name__}, expected a name; try Backbone.from_module for a "
+            "network"
+        )
+    with on_cpu_by_default():
+        return load(model, Options.from_arguments(options, scope="backbone"))
 
 
 # help() and editors show every option.
@@ -226,6 +232,7 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
         )
     if options.test_size:
         raise UsageError("test size: the backbone is built already; load it with test_size=True")
+    backbone._refresh_provenance()
     if options.pixel_changes:
         changed = backbone.preprocess.changed(options.pixel_changes)
         backbone = replace(backbone, preprocess=changed)
@@ -233,8 +240,8 @@ def with_changes(backbone: Backbone, options: Options) -> Backbone:
     auto = options.precision == "auto"
     precision = backbone.precision if auto else options.precision
     moved = (device, precision) != (backbone.device, backbone.precision)
-    if moved or options.bypass:
-        backbone = replace(backbone, module=copy.deepcopy(backbone.module))
+    if moved or options.bypass or backbone.module.training:
+        backbone = replace(backbone, module=copy.deepcopy(backbone.module))  # in eval mode
     if moved:
         backbone = backbone.to(device, precision)
     return adapt(backbone, options)

@@ -306,6 +306,7 @@ def _check_weights(backbone: Backbone, made_by: Mapping[str, Any]) -> None:
         WeightsError: It has others.
         StoreError: The code that made it changed.
     """
+    backbone._refresh_provenance()
     origin, model = backbone.provenance, made_by["model"]
     if origin.code != made_by.get("code", ""):
         raise StoreError(

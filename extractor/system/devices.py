@@ -9,7 +9,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "is_broken_device",
     "is_exclusive",
     "is_out_of_memory",
+    "on_cpu_by_default",
     "resolve_device",
     "why_no_gpu",
 ]
@@ -189,6 +190,13 @@ def computes(device: torch.device) -> bool:
         return float((torch.ones(1, device=device) + 1).cpu()) == 2
     except RuntimeError:
         return False
+
+
+def on_cpu_by_default() -> AbstractContextManager[object]:
+    """Return a context in which the program's :func:`torch.set_default_device` has no effect."""
+    if torch.get_default_device().type == "cpu":
+        return nullcontext()
+    return torch.device("cpu")
 
 
 def device_name(device: torch.device) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from extractor.errors import DeviceError
 
-__all__ = ["full_float32"]
+__all__ = ["full_float32", "without_autocast"]
 
 # Switches of torch 2.9 and later below torch.backends, and what each inherits where it is "none".
 # https://docs.pytorch.org/docs/stable/notes/cuda.html, "TensorFloat-32 (TF32) on Ampere"
@@ -93,6 +93,16 @@ def full_float32() -> AbstractContextManager[None]:
         DeviceError: On entering, if torch rounds nevertheless.
     """
     return _full_float32
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which a program's :class:`torch.autocast` has no effect on a device.
+
+    The precision of a network is that of its weights, wherever it is called.
+    """
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _save() -> _Saved:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -13,9 +15,12 @@ import torchvision
 from support.weights import publish
 from torch import nn
 
-from extractor import load_backbone
+from extractor import Backbone, Preprocess, load_backbone
 from extractor.errors import DeviceError, ModelError, UsageError, WeightsError
 from extractor.models import from_torchvision
+from extractor.models.digests import sha256_of_state
+from extractor.models.load import with_changes
+from extractor.options import Options
 
 # The classifier of one member of each family, read off torchvision's source by hand.
 TORCHVISION = {
@@ -431,3 +436,151 @@ def test_at_layers_leaves_the_original_backbone_alone() -> None:
     assert inner.module is backbone.module
     assert inner.dim != backbone.dim
     assert torch.equal(backbone(pixels), before)
+
+
+def test_a_layer_is_trained_on_embeddings() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    layer = nn.Linear(backbone.dim, 2)
+    layer(backbone(picture((64, 64)))).sum().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.abs().max() > 0
+
+
+def test_embedding_ignores_autocast_of_the_caller() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    pixels = picture((64, 64))
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = backbone(pixels)
+    assert torch.equal(inside, backbone(pixels))
+
+
+def test_network_in_training_mode_is_refused_and_stays_in_it() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    backbone.module.train().requires_grad_(True)
+    pixels = picture((64, 64))
+    for call in (
+        lambda: backbone(pixels),
+        lambda: backbone.at_layers(["layer2"]),
+        lambda: backbone.bypass(["maxpool"]),
+        backbone.fold,
+    ):
+        with pytest.raises(UsageError, match=r"is in training mode.*call backbone\.module\.eval"):
+            call()
+    backbone.images_at_a_time(2)
+    assert backbone.module.training
+    assert all(parameter.requires_grad for parameter in backbone.module.parameters())
+    backbone.module.eval()
+    assert backbone(pixels).shape == (2, backbone.dim)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "match"),
+    [
+        (torch.zeros(1, 3, 64, 64, dtype=torch.uint8), "got torch.uint8, expected floating point"),
+        (np.zeros((1, 3, 64, 64), np.float32), r"got ndarray, expected a tensor \(B, 3, H, W\)"),
+    ],
+)
+def test_pixels_that_are_not_normalized_floats_are_refused(pixels: Any, match: str) -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    with pytest.raises(UsageError, match=match):
+        backbone(pixels)
+
+
+def test_devices_have_names_as_for_load_backbone() -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    assert backbone.to("cpu", "bfloat16").device == torch.device("cpu")
+    with pytest.raises(DeviceError, match="unknown device 'nonsense'"):
+        backbone.to("nonsense")
+    with pytest.raises(UsageError, match=r"device: got torch\.float16, expected a torch\.device"):
+        backbone.to(torch.float16)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="precision: got 'half', expected one of float32"):
+        backbone.to("cpu", "half")
+
+
+# ---------------------------------------------------------------------------------------------
+# The program around it
+
+
+def test_loading_seeds_no_generator_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    for name in ("test_resnet", "torchvision:squeezenet1_1"):
+        load_backbone(name, weights="random", seed=3, device="cpu")
+    assert not seeded
+
+
+def test_published_weights_keep_the_callers_generator(empty_caches: Path) -> None:
+    timm_cache(empty_caches, "resnet18")
+    state = torch.get_rng_state()
+    load_backbone("resnet18", device="cpu")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_default_type_of_the_program_changes_no_weight() -> None:
+    expected = load_backbone("test_resnet", weights="random", device="cpu")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        backbone = load_backbone("test_resnet", weights="random", device="cpu")
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert backbone.provenance.sha256 == expected.provenance.sha256
+
+
+def test_default_device_of_the_program_is_not_used() -> None:
+    torch.set_default_device("meta")
+    try:
+        backbone = load_backbone("test_resnet", weights="random", device="cpu")
+        assert torch.zeros(()).device.type == "meta"
+    finally:
+        torch.set_default_device(None)
+    assert next(backbone.module.parameters()).device.type == "cpu"
+
+
+@pytest.mark.parametrize("model", [None, Path("resnet18"), nn.Flatten()], ids=repr)
+def test_model_that_is_no_name_is_refused(model: Any) -> None:
+    with pytest.raises(UsageError, match=r"model: got \w+, expected a name; try .*from_module"):
+        load_backbone(model)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights that a program changes
+
+
+def test_provenance_follows_weights_that_a_program_changes(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    inner = backbone.at_layers(["layer2"])
+    other = load_backbone("test_resnet", weights="random", seed=1, device="cpu")
+    backbone.module.load_state_dict(other.module.state_dict())
+    for each in (backbone, inner):  # they share the network
+        made = with_changes(each, Options())
+        assert made.provenance.weights == "given"
+        assert made.provenance.sha256 == sha256_of_state(other.module.state_dict())
+    assert caplog.text.count("its weights changed since it was loaded") == 1
+
+
+def test_own_changes_of_the_network_keep_the_provenance(caplog: pytest.LogCaptureFixture) -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu")
+    origin = backbone.provenance
+    inner = backbone.bypass(["maxpool"]).at_layers(["layer2"])
+    backbone.fold().to("cpu", "mixed")
+    plain = load_backbone("test_resnet", weights="random", device="cpu")
+    for each in (backbone, inner, plain, pickle.loads(pickle.dumps(plain))):
+        assert with_changes(each, Options()).provenance == origin
+    assert "weights changed" not in caplog.text
+
+
+def test_module_that_was_trained_may_be_passed_in_again() -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    preprocess = Preprocess.standard(8)
+    Backbone.from_module(network, head=None, preprocess=preprocess)
+    network.train().requires_grad_(True)
+    with torch.no_grad():
+        network[2].weight.zero_()
+    backbone = Backbone.from_module(network, head=None, preprocess=preprocess)
+    assert backbone.provenance.sha256 == sha256_of_state(network.state_dict())
+    assert with_changes(backbone, Options()).provenance == backbone.provenance
+    assert not network.training
+    assert not any(parameter.requires_grad for parameter in network.parameters())

@@ -291,7 +291,7 @@ def test_a_searcher_takes_the_extractor_of_its_caller(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rows", ["features/resnet50", Path("features"), None, np.eye(2)], ids=type)
 def test_a_searcher_of_something_else_than_a_store_is_refused(rows: Any) -> None:
-    with pytest.raises(UsageError, match=r"rows: got \w+, expected a store; try FeatureStore\.open"):
+    with pytest.raises(UsageError, match=r"rows: got \w+, expected a store; try Feature"):
         Searcher(rows)
 
 
