@@ -128,11 +128,14 @@ def _cuda(name: str, device: torch.device) -> torch.device:
 
 
 def why_no_gpu() -> str:
-    """Return why torch can use no GPU, in the first sentence of what torch says."""
+    """Return why torch can use no GPU, in what matters of its own words."""
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (AssertionError, RuntimeError) as error:
-        return first_line(error).partition(". ")[0]
+        # CUDA's own words come last; what to do about a missing driver is left out.
+        text = str(error)
+        found = re.search(r"Error \d+: .*", text)
+        return found[0] if found else first_line(error).partition(". Please")[0]
     return "torch counts none"
 
 

@@ -417,9 +417,13 @@ class Network(nn.Module):
     def __init__(self):
         super().__init__()
         self.fc = nn.Linear(3, 2)
+        self.batches = 0
 
     def forward(self, pixels):
-        if len(pixels) == 4:
+        self.batches += len(pixels) == 4
+        broke = pathlib.Path(__file__).with_name("broke")
+        if self.batches == 3 and not broke.exists():
+            broke.touch()
             tensor = Tensor()
             if pixels.is_cuda:
                 torch.zeros(1, device="cuda")[torch.tensor([5], device="cuda")].cpu()
@@ -444,7 +448,7 @@ def test_a_process_ends_by_itself_after_a_gpu_broke(photos: Path, tmp_path: Path
 
 
 def assert_ends_by_itself(photos: Path, folder: Path, device: str) -> None:
-    """Assert that a run ends with 1 although its device breaks in the first batch."""
+    """Assert that a run ends with 1 though its device breaks, and that the next one resumes it."""
     (folder / "code").mkdir()
     (folder / "code/breaking.py").write_text(BREAKING, "utf-8")
     model = f"{folder}/code/breaking.py:network"
@@ -456,6 +460,11 @@ def assert_ends_by_itself(photos: Path, folder: Path, device: str) -> None:
     assert line.startswith(f"extract: {device} does not work: CUDA error: device-side assert")
     assert "terminate called" not in done.stderr
     assert not (folder / "code/freed").exists()
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert len(FeatureStore.open(folder / "out")) == 11
+    # The second batch was computed, and not yet collected.
+    assert json.loads((folder / "out/run.json").read_bytes())["counts"]["resumed"] == 4
 
 
 @pytest.mark.parametrize(

@@ -214,12 +214,33 @@ def test_auto_does_not_warn_on_a_machine_without_gpus(
     assert not caplog.messages
 
 
-def test_a_torch_for_cpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+MISFIT = "system has unsupported display driver / cuda driver combination"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA en"),
+        (RuntimeError(f"{TOO_OLD}. Please update your GPU driver"), TOO_OLD),
+        (
+            RuntimeError(
+                "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions "
+                "before calling NumCudaDevices() that might have already set an error? Error 803: "
+                f"{MISFIT}\nmore"
+            ),
+            f"Error 803: {MISFIT}",
+        ),
+    ],
+)
+def test_the_reason_is_what_matters_of_torchs_words(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
+) -> None:
     def init() -> None:
-        raise AssertionError("Torch not compiled with CUDA enabled")
+        raise error
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    assert why_no_gpu() == "Torch not compiled with CUDA enabled"
+    assert why_no_gpu().startswith(reason)
+    assert "more" not in why_no_gpu()
 
 
 # ---------------------------------------------------------------------------------------------
