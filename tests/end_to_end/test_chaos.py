@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.commands import WarmProcess, run_python
+from support.disks import small_disk_at
 from support.pictures import noise
 
 from extractor import FeatureStore
@@ -111,15 +111,8 @@ def test_store_matches_changing_folder_despite_kills(
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Separate file system with little room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a file system here")
-    try:
+    with small_disk_at(tmp_path / "disk", "400k") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_same_command_resumes_once_disk_has_room(tmp_path: Path, small_disk: Path) -> None:

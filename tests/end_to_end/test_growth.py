@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import os
 import shutil
-import sys
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +25,7 @@ from hypothesis.stateful import (
 )
 from PIL import Image
 from support.callbacks import stop_after as after
+from support.dying import DIED, exit_code
 from support.networks import mean_pixel, normalized
 
 from extractor import FeatureStore, extract
@@ -47,8 +45,7 @@ STRIDE = int(os.environ.get("EXTRACTOR_TEST_STRIDE", "3"))  # from one step to d
 # Several shards and several batches a shard, even of few images.
 SIZES: dict[str, Any] = {"shard_images": 3, "batch_size": 2, "workers": 1, "device": "cpu"}
 
-DIED, SOURCE_ERROR, FAILED = 77, 78, 1
-CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
+SOURCE_ERROR = 78  # exit code of a child whose images cannot be listed
 
 Color = tuple[int, int, int]
 
@@ -181,36 +178,19 @@ def in_child(
     Args:
         counts: is asked before every change whether it is one of them.
     """
-    child = os.fork()
-    if child == 0:
-        gc.disable()  # a collection would copy the memory of all libraries
+    steps = itertools.count(1)
+
+    def at_step(_: int) -> None:
+        if counts() and next(steps) == when:
+            os._exit(DIED)
+
+    def act() -> None:
         try:
-            steps = itertools.count(1)
-            fsync = os.fsync
-
-            def step() -> None:
-                if counts() and next(steps) == when:
-                    os._exit(DIED)
-
-            def hook(event: str, arguments: tuple[Any, ...]) -> None:
-                written = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-                if written or event in CHANGES:
-                    step()
-
-            def synced(descriptor: int) -> None:
-                step()
-                fsync(descriptor)
-
-            os.fsync = synced  # type: ignore[assignment]
-            sys.addaudithook(hook)
             action()
-            os._exit(0)
         except SourceError:
             os._exit(SOURCE_ERROR)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(FAILED)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    return exit_code(act, at_step)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,15 +61,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "all-pad": {"image_size": (100, 140), "crop_pct": 0.75, "resize": "pad"},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks are small: threads that wait for each other would cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Pixels(nn.Module):

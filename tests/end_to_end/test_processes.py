@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.commands import WarmProcess, run_python
+from support.disks import small_disk_at
 from support.hostile_decoder import hostile_python, write_hostile
 from support.pictures import noise
 from support.stores import content
@@ -299,15 +300,8 @@ def test_worker_that_cannot_load_ends_the_run_with_its_reason(command: Command) 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """Separate file system with little room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("cannot mount a file system here")
-    try:
+    with small_disk_at(tmp_path / "disk", "2m") as disk:
         yield disk
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,6 @@ from extractor.reading.array import ShardedArray
 NAMES = ["resnet18", "torchvision:squeezenet1_1"]
 RANDOM: dict[str, Any] = {"weights": "random", "device": "cpu", "image_size": 64, "batch_size": 4}
 WORDS = ["--weights", "random", "--device", "cpu", "--image-size", "64", "-b", "4", "--quiet"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The networks are small: threads that wait for each other would cost more than they bring."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +24,6 @@ from extractor.preprocess import Preprocess
 RESNET = "torchvision:resnet18"
 VIT = "vit_tiny_patch16_224"
 SIDE = 64
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: these networks are too small for more to pay off."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def picture(images: int = 2, side: int = SIDE) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,15 +24,6 @@ from extractor.network.taps import Output
 from extractor.preprocess import Preprocess
 
 POOLS = ["avg", "max", "gem", "gem:4.5", "avg+max"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Use one thread: these networks are too small for more to pay off."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def picture(*size: int, images: int = 2) -> torch.Tensor:

@@ -15,7 +15,14 @@ CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
 
 
 def in_child(action: Callable[[], object], at_step: Callable[[int], None]) -> bool:
-    """Run ``action`` in a process of its own; True if ``at_step`` made it exit with ``DIED``.
+    """Run ``action`` in a process of its own; True if ``at_step`` made it exit with ``DIED``."""
+    code = exit_code(action, at_step)
+    assert code in (0, DIED)
+    return code == DIED
+
+
+def exit_code(action: Callable[[], object], at_step: Callable[[int], None]) -> int:
+    """Run ``action`` in a process of its own, and return its exit code; 1 after an error.
 
     ``at_step`` is called with 1, 2, 3, ... before each step that changes the file system. The
     process shares no memory with ours, so nothing of ours is cleaned up by accident.
@@ -43,9 +50,7 @@ def in_child(action: Callable[[], object], at_step: Callable[[int], None]) -> bo
         except BaseException:
             traceback.print_exc()
         os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, DIED)
-    return code == DIED
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def die(when: int) -> Callable[[int], None]:
