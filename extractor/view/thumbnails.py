@@ -27,6 +27,8 @@ __all__ = ["LARGE_EDGE", "MIDDLE_EDGE", "SMALL_EDGE", "Thumbnails"]
 SMALL_EDGE = 256  # pixels
 MIDDLE_EDGE = 400
 LARGE_EDGE = 1024
+TILE = 150  # pixels of the shorter edge, as far as possible: a panorama fills a square of the grid
+MOST_EDGES = 4  # longest edge of such a thumbnail
 # `extract` leaves out folders of this name, so that thumbnails never become images of a store.
 FOLDER = ".thumbnails"
 IDS_PER_FOLDER = 1000
@@ -110,7 +112,10 @@ class Thumbnails:
         return None
 
     def make(self, collection: Collection, image: Image, edge: int = SMALL_EDGE) -> bytes:
-        """Return a new thumbnail, whose longer edge is at most ``edge`` pixels.
+        """Return a new thumbnail, whose longer edge has ``edge`` pixels.
+
+        It has up to four times as many where the shorter edge would have less than ``TILE`` pixels.
+        A small image keeps its size.
 
         Raises:
             DecodeError: The file is missing, has another content, or cannot be decoded in time.
@@ -176,7 +181,8 @@ def _name(image: Image) -> str:
 def _transform(image: Image, edge: int) -> Preprocess:
     """Return a transform to a picture with the aspect ratio of an image."""
     width, height = max(image.width, 1), max(image.height, 1)
-    scale = min(edge / max(width, height), 1.0)
+    short, long = sorted((width, height))
+    scale = min(max(edge / long, min(TILE / short, MOST_EDGES * edge / long)), 1.0)
     size = (max(round(height * scale), 1), max(round(width * scale), 1))
     half = (0.5, 0.5, 0.5)
     return Preprocess(size, "squash", size, FILTER, half, half, (255, 255, 255))

@@ -280,6 +280,37 @@ def test_lists_show_duplicates_outliers_and_failures(page: Any, address: str) ->
     assert page.get_attribute("#tab-images", "aria-selected") == "true"
 
 
+def test_duplicates_of_the_other_store_are_shown_if_both_have_one_backbone(
+    page: Any, address: str
+) -> None:
+    def comparable(route: Any) -> None:
+        state = route.fetch().json()
+        for store in state["stores"]:
+            store["comparable"] = True
+        route.fulfill(json=state)
+
+    opened(page, address)
+    page.click("#tab-duplicates")
+    page.wait_for_selector("#duplicates .group")
+    assert page.query_selector("select[aria-label='Where duplicates are']") is None
+    images = [[0, "a/000.jpg", 80, 60, 1.0, False], [1, "a/003.jpg", 80, 60, 0.99, True]]
+    near = {"kind": "near", "omitted": 0, "images": images}
+    content = {"total": 1, "redundant": 1, "method": "exact", "recall": None, "groups": [near]}
+    page.route("**/state", comparable)
+    page.route("**/duplicates/0?*against=1", lambda route: route.fulfill(json=content))
+    opened(page, address)
+    page.click("#tab-duplicates")
+    page.select_option("select[aria-label='Where duplicates are']", "yes")
+    page.wait_for_selector("#duplicates h3:has-text('Nearly the same as 1 image of vit')")
+    assert "1 image of out also in vit" in page.inner_text("#duplicates .facts")
+    sources = [picture.get_attribute("src") for picture in page.query_selector_all(".group img")]
+    assert sources == ["thumbnail/0/0", "thumbnail/1/1"]
+    page.click("text=Select the first of each shown group")
+    marked = [hit.get_attribute("aria-pressed") for hit in page.query_selector_all(".group .hit")]
+    assert marked == ["true", "false"]
+    page.unroute_all(behavior="wait")
+
+
 def test_stores_are_switched(page: Any, address: str) -> None:
     opened(page, address)
     page.click("#stores button >> nth=1")

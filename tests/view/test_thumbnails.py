@@ -167,8 +167,21 @@ def test_thumbnails_never_become_images_of_a_store(client: TestClient, folder: P
     assert len(list_images(folder)) == before
 
 
-@pytest.mark.parametrize("size", [(1, 4000), (4000, 1), (1, 1), (300, 200)])
-def test_thumbnail_has_the_aspect_ratio_of_the_image(tmp_path: Path, size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((1, 4000), (1, 1024)),
+        ((4000, 1), (1024, 1)),
+        ((1, 1), (1, 1)),
+        ((300, 200), (256, 171)),
+        ((3000, 600), (750, 150)),  # a panorama fills a square of 150 pixels
+        ((200, 3000), (68, 1024)),
+        ((400, 20), (400, 20)),
+    ],
+)
+def test_thumbnail_has_the_aspect_ratio_of_the_image(
+    tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
     from extractor import extract
 
     (tmp_path / "images").mkdir()
@@ -176,6 +189,4 @@ def test_thumbnail_has_the_aspect_ratio_of_the_image(tmp_path: Path, size: tuple
     extract(tmp_path / "images", "test_resnet", tmp_path / "out", weights="random", device="cpu")
     client = TestClient(view_app(tmp_path / "out"))
     with Image.open(io.BytesIO(client.get("/thumbnail/0/0").content)) as image:
-        width, height = image.size
-    scale = min(256 / max(size), 1)
-    assert (width, height) == tuple(max(round(edge * scale), 1) for edge in size)
+        assert image.size == expected

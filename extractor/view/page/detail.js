@@ -151,7 +151,7 @@ export class Detail {
 export function thumbnail(address) {
   const picture = element("img", { alt: "", loading: "lazy", decoding: "async", src: address });
   picture.addEventListener("error", () =>
-    picture.replaceWith(element("span", { class: "missing", text: "moved or changed" })),
+    picture.replaceWith(element("span", { class: "missing", text: "cannot be shown" })),
   );
   return picture;
 }

@@ -69,13 +69,13 @@ function choice(label, options, chosen, change) {
 
 function duplicateGroup({ kind, images, omitted }, app, store, isAgainst) {
   const count = images.length + omitted;
-  const same = kind === "identical" ? "the same file" : "nearly the same";
+  const isSame = kind === "identical";
   const title = isAgainst
-    ? `${same} as ${plural(count - 1, "image")} of ${app.stores[1 - store].name}`
-    : `${plural(count, "image")}, ${same}`;
+    ? `${isSame ? "The same file" : "Nearly the same"} as ${plural(count - 1, "image")} of ${app.stores[1 - store].name}`
+    : `${plural(count, "image")}, ${isSame ? "the same file" : "nearly the same"}`;
   const [first, ...others] = images;
   const tiles = [
-    tile(first, isAgainst ? "" : "keep", app, store),
+    tile(first, isAgainst ? app.stores[store].name : "keep", app, store),
     ...others.map((image) => {
       const [, , , , similarity, isInOther] = image;
       return tile(image, similarity === null ? "" : similarity.toFixed(3), app, isInOther ? 1 - store : store);
@@ -93,8 +93,9 @@ export async function outliersBox(panel, app) {
   const box = element("div", { class: "list" });
   if (content.label_errors.length) {
     const tiles = content.label_errors.map((image) => {
-      const [, , , , agreement, label, suggested] = image;
-      return tile(image, `${label} → ${suggested}?  ${Math.round(100 * agreement)} %`, app, store);
+      const [, , , , agreement, ...labels] = image;
+      const [label, suggested] = labels.map((name) => (name === "." ? "(no folder)" : name));
+      return tile(image, `${label} → ${suggested}?  ${Math.round(100 * agreement)}\u00a0%`, app, store);
     });
     box.append(
       element("h2", { text: `${plural(content.errors_total, "probable label error")}` }),
@@ -177,7 +178,7 @@ export async function failuresBox(panel, app) {
   const box = element("div", { class: "list" });
   if (content.problems.length) {
     box.append(
-      element("h2", { text: `${plural(content.problems.length, "image")} moved or changed since` }),
+      element("h2", { text: `${plural(content.problems.length, "image")} cannot be shown` }),
       table(["path", "reason", "message"], content.problems),
     );
   }

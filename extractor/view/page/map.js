@@ -85,7 +85,7 @@ export class MapView {
       text: "Thumbnails",
     });
     const facts = [`${plural(this.map.count, "image")}`];
-    if (explained) facts.push(`${Math.round(100 * (explained[0] + explained[1]))} % of the variance`);
+    if (explained && this.map.count > 1) facts.push(`${Math.round(100 * (explained[0] + explained[1]))} % of the variance`);
     if (leftOut) facts.push(`${plural(leftOut, "image")} left out`);
     return element(
       "div",
