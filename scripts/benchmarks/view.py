@@ -72,12 +72,12 @@ def serve_page(photos: Path, out: Path) -> None:
         shown: Any = _Folder(photos)
         return decoded(self, shown, replace(image, path=file.name, **known), edge)
 
-    def is_unchanged(*_: Any) -> bool:
+    def is_unchanged(*_: Any) -> Any:
         os.stat(files[0])  # as the page looks at the file of each thumbnail
         return True
 
     Thumbnails._decoded = of_photo  # type: ignore[method-assign]
-    Thumbnails.is_unchanged = is_unchanged  # type: ignore[method-assign]
+    setattr(Thumbnails, "is_unchanged", is_unchanged)  # noqa: B010
     listener = listen("127.0.0.1", 0)
     app = view_app(FeatureStore.open(out))
     serve(app, listener, lambda: print(listener.getsockname()[1], flush=True))
