@@ -56,29 +56,8 @@ def build(model: str, options: Options) -> Backbone:
     """
     file, _, name = model.rpartition(":")
     path = Path(file)
-    if options.weights == "random":
-        raise UsageError(f"{model} makes its own weights; leave --weights out, or name a file")
-    chosen = libraries.chosen_file(options.weights)
-    if chosen is None and options.weights != "default":
-        raise UsageError(
-            f"{model} makes its own weights: got {options.weights!r}, expected a file with a state "
-            "dict, or no option"
-        )
-    if not path.is_file():
-        raise ModelError(f"model {model}: there is no file {path}")
-    if options.test_size:
-        raise UsageError(f"test size: {model} chooses its own; use --image-size for another one")
-    if options.keep_head:
-        raise UsageError(
-            f"keep head: {model} makes its own network; return it with its classifier, as "
-            "Backbone.from_module(network, head=None, ...)"
-        )
-    if chosen is None and options.weights_key is not None:
-        raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
-    if chosen is None and options.weights_prefix is not None:
-        raise UsageError(
-            f"weights prefix: {model} makes its own weights; name a file with --weights"
-        )
+    chosen = None if options.weights == "random" else libraries.chosen_file(options.weights)
+    _check(model, path, options, chosen)
     log.warning("%s: running the code in this file", path)
     with libraries.seeded(options.seed):
         torch.manual_seed(options.seed)  # GPUs included, on which the code may make its network
@@ -107,6 +86,32 @@ def build(model: str, options: Options) -> Backbone:
     backbone._accept_weights()
     preprocess = backbone.preprocess.changed(options.pixel_changes)
     return replace(backbone, preprocess=preprocess, provenance=provenance)
+
+
+def _check(model: str, path: Path, options: Options, chosen: WeightsFile | None) -> None:
+    """Check what a caller asks for before any code runs; raises as :func:`build`."""
+    if options.weights == "random":
+        raise UsageError(f"{model} makes its own weights; leave --weights out, or name a file")
+    if chosen is None and options.weights != "default":
+        raise UsageError(
+            f"{model} makes its own weights: got {options.weights!r}, expected a file with a state "
+            "dict, or no option"
+        )
+    if not path.is_file():
+        raise ModelError(f"model {model}: there is no file {path}")
+    if options.test_size:
+        raise UsageError(f"test size: {model} chooses its own; use --image-size for another one")
+    if options.keep_head:
+        raise UsageError(
+            f"keep head: {model} makes its own network; return it with its classifier, as "
+            "Backbone.from_module(network, head=None, ...)"
+        )
+    if chosen is None and options.weights_key is not None:
+        raise UsageError(f"weights key: {model} makes its own weights; name a file with --weights")
+    if chosen is None and options.weights_prefix is not None:
+        raise UsageError(
+            f"weights prefix: {model} makes its own weights; name a file with --weights"
+        )
 
 
 def _load_weights(
