@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from extractor.lease.lease import ATTEMPTS, Lease, Receipt
 
-__all__ = ["Board"]
+__all__ = ["HOPELESS_SHARDS", "Board"]
+
+HOPELESS_SHARDS = 3  # that failed for good, without one that was written
 
 
 class Board:
@@ -35,6 +37,7 @@ class Board:
         self._held: dict[int, list[Lease]] = {}
         self._begun: dict[int, int] = {}  # worker -> when its first lease began, in ticks
         self._tick = 0
+        self._has_receipt = False
 
     @property
     def waiting(self) -> int:
@@ -55,6 +58,25 @@ class Board:
     def is_done(self) -> bool:
         """Whether every shard is settled or given up; a copy may still run."""
         return not self._open
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether all shards fail, not only some."""
+        return not self._has_receipt and len(self._failed) >= HOPELESS_SHARDS
+
+    def hand_out(self, ready: Sequence[int], workers: int) -> Iterator[tuple[int, Lease]]:
+        """Yield a lease for every worker, then a second one whose images it decodes meanwhile.
+
+        Args:
+            ready: Numbers of the workers that are ready.
+            workers: Number of all workers, with those that still start.
+        """
+        idle = workers - sum(worker in self._held for worker in ready)
+        for ahead in (False, True):
+            for worker in ready:
+                lease = self.take(worker, ahead=ahead, idle=idle if ahead else 0)
+                if lease is not None:
+                    yield worker, lease
 
     def take(self, worker: int, *, ahead: bool = False, idle: int = 0) -> Lease | None:
         """Return a lease of the next shard, or None if there is none for this worker.
@@ -113,6 +135,7 @@ class Board:
 
         A receipt counts even if its worker was given up before it arrived.
         """
+        self._has_receipt = True
         self._release(receipt.worker, receipt.shard)
         if receipt.shard not in self._open and receipt.shard not in self._failed:
             return False

@@ -129,7 +129,9 @@ class PartSession(Session):
             computation = self._compute(leased, self._computing(tuned, inputs, listed))
             check_has_rows(outputs)
             self._clock.end("compute")
-            return self._report(listed, tuned, self.publish(outputs), 0, computation)
+            report = self._make_report(listed, tuned, self.publish(outputs), 0, computation)
+            self._write_run_json(report, tuned, computation.threads)
+            return report
         home = leased.plan.passes[0].stores[0].spec
         with store_errors(claims[home].out):
             stores = _write_paths(leased, outputs, claims, home)

@@ -138,7 +138,9 @@ class Session:
             computation = self.compute(outputs, listed, inputs, callbacks)
             callbacks.publishing()
             stores = self.publish(outputs)
-        return self._report(listed, specs, stores, pending, computation)
+        report = self._make_report(listed, specs, stores, pending, computation)
+        self._write_run_json(report, specs, computation.threads)
+        return report
 
     def list_images(self, images: Input | Iterable[Input] | ImageList) -> ImageList:
         """List the images, and check that a store can number their shards."""
@@ -290,18 +292,6 @@ class Session:
     def publish(self, outputs: Sequence[StoreOutput]) -> tuple[StoreReport, ...]:
         """Make the stores visible."""
         return tuple(output.publish() for output in outputs)
-
-    def _report(
-        self,
-        images: ImageList,
-        specs: Sequence[EmbeddingSpec],
-        stores: tuple[StoreReport, ...],
-        pending: int,
-        computation: Computation,
-    ) -> Report:
-        report = self._make_report(images, specs, stores, pending, computation)
-        self._write_run_json(report, specs, computation.threads)
-        return report
 
     def _make_report(
         self,

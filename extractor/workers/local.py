@@ -30,7 +30,6 @@ __all__ = ["LocalWorkers"]
 TICK_SECONDS = 0.2
 GRACE_SECONDS = 4.0  # for the current batch, once the run should stop
 START_ATTEMPTS = 3  # of a worker before the run goes on without it
-HOPELESS_SHARDS = 3  # that failed for good, without one that was written
 
 # What a child runs: this package, found where the driver found it, whatever lies in its folder.
 START = (
@@ -59,7 +58,6 @@ class LocalWorkers:
         self._board = board
         self._listener = listener
         self._workers: dict[int, _Worker] = {}
-        self._receipts = 0
         self._begun = time.perf_counter()
         self.start_seconds = 0.0
         self._starts = dict.fromkeys(range(len(setups)), 0)  # in a row that did not get ready
@@ -74,17 +72,12 @@ class LocalWorkers:
         try:
             for number in range(len(self._setups)):
                 self._start(number)
-            while not (self._board.is_done or self._is_hopeless):
+            while not (self._board.is_done or self._board.is_hopeless):
                 self._hand_out()
                 self._listen()
                 self._listener.on_tick()
         finally:
             self._end()
-
-    @property
-    def _is_hopeless(self) -> bool:
-        """Whether all shards fail, not only some."""
-        return not self._receipts and len(self._board.failed) >= HOPELESS_SHARDS
 
     def _start(self, number: int) -> None:
         setup = self._setups[number]
@@ -93,14 +86,9 @@ class LocalWorkers:
         worker.send(setup)
 
     def _hand_out(self) -> None:
-        """Give every worker a lease, and a second one whose images it decodes meanwhile."""
-        ready = {number: worker for number, worker in self._workers.items() if worker.is_ready}
-        idle = len(self._workers) - sum(number in self._board.running for number in ready)
-        for ahead in (False, True):
-            for number, worker in ready.items():
-                lease = self._board.take(number, ahead=ahead, idle=idle if ahead else 0)
-                if lease is not None:
-                    worker.send(lease)
+        ready = [number for number, worker in self._workers.items() if worker.is_ready]
+        for number, lease in self._board.hand_out(ready, len(self._workers)):
+            self._workers[number].send(lease)
 
     def _listen(self) -> None:
         """Handle what workers say, until nothing is left or it is time for a tick."""
@@ -124,7 +112,6 @@ class LocalWorkers:
                 self._board.note_computed(message.shard)
         elif isinstance(message, Receipt):
             receipt = replace(message, worker=number)
-            self._receipts += 1
             if self._board.settle(receipt):
                 self._listener.on_receipt(receipt)
         elif isinstance(message, Warned):

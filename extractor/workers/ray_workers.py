@@ -36,7 +36,6 @@ GROW_SECONDS = 5.0  # between two looks at the nodes of the cluster
 WAIT_SECONDS = 15.0  # without any worker, before the user is told
 GRACE_SECONDS = 4.0  # for the current batch, once the run should stop
 START_ATTEMPTS = 3  # deaths in a row, before the first worker is ready
-HOPELESS_SHARDS = 3  # that failed for good, without one that was written
 
 # A shard runs a second time once it takes so much longer than the others, and at least so long.
 SLOW_FACTOR = 1.5
@@ -115,18 +114,13 @@ class RayWorkers:
         """
         self._begun = self._told = time.monotonic()
         try:
-            while not (self._board.is_done or self._is_hopeless):
+            while not (self._board.is_done or self._board.is_hopeless):
                 self._grow()
                 self._hand_out()
                 self._listen()
                 self._listener.on_tick()
         finally:
             self._end()
-
-    @property
-    def _is_hopeless(self) -> bool:
-        """Whether all shards fail, not only some."""
-        return not self._seconds and len(self._board.failed) >= HOPELESS_SHARDS
 
     def _grow(self) -> None:
         """Start workers where the cluster has room, but no more than there are shards left."""
@@ -160,21 +154,17 @@ class RayWorkers:
         self._waiting[reference] = (worker, handler)
 
     def _hand_out(self) -> None:
-        """Give every worker a lease, and a second one whose images it decodes meanwhile."""
+        """Hand out leases, and copies of the slowest once there are no others."""
         ready = {number: worker for number, worker in self._workers.items() if worker.is_ready}
         running = self._board.running
-        idle = len(self._workers) - sum(number in running for number in ready)
-        for ahead in (False, True):
-            for number, worker in ready.items():
-                lease = self._board.take(number, ahead=ahead, idle=idle if ahead else 0)
-                if lease is not None:
-                    self._lease(worker, lease)
+        for number, lease in self._board.hand_out(list(ready), len(self._workers)):
+            self._lease(ready[number], lease)
         if self._board.waiting or not self._may_copy(running):
             return
         for number, worker in ready.items():
-            lease = None if worker.is_busy else self._board.copy_for(number)
-            if lease is not None:
-                self._lease(worker, lease)
+            copy = None if worker.is_busy else self._board.copy_for(number)
+            if copy is not None:
+                self._lease(worker, copy)
 
     def _may_copy(self, running: Any) -> bool:
         """Return whether a shard takes much longer than the others did."""

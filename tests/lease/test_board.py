@@ -16,7 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from extractor.lease.board import Board
+from extractor.lease.board import HOPELESS_SHARDS, Board
 from extractor.lease.lease import Lease, Receipt
 
 EXAMPLES = int(os.environ.get("EXTRACTOR_TEST_EXAMPLES", "15"))
@@ -317,3 +317,20 @@ def test_shard_that_failed_is_leased_alone() -> None:
     board.settle(Receipt(0, 1, 0, {}, 0.0, worker=0))
     board.lose(1, "killed")
     assert (board.take(0), board.take(0, ahead=True)) == (Lease(1, attempt=2), None)
+
+
+def test_every_worker_gets_a_lease_before_any_gets_a_second() -> None:
+    board = Board(range(6))
+    handed = [(worker, lease.shard) for worker, lease in board.hand_out([0, 1], workers=3)]
+    assert handed == [(0, 0), (1, 1), (0, 2)]  # three shards stay for the workers that start
+
+
+def test_run_is_hopeless_once_all_shards_failed_and_none_was_written() -> None:
+    boards = [Board(range(9), attempts=1) for _ in range(2)]
+    boards[1].settle(receipt_of(take(boards[1], 0), 0))
+    for _ in range(HOPELESS_SHARDS):
+        assert not any(board.is_hopeless for board in boards)
+        for board in boards:
+            take(board, 0)
+            board.lose(0, "broken")
+    assert [board.is_hopeless for board in boards] == [True, False]

@@ -15,7 +15,7 @@ from support import fake_worker
 from support.fake_worker import FakeSetup
 
 from extractor.errors import ExtractorError, InterruptedRunError, UsageError
-from extractor.lease.board import Board
+from extractor.lease.board import HOPELESS_SHARDS, Board
 from extractor.lease.lease import Receipt
 from extractor.workers import local
 from extractor.workers.local import LocalWorkers
@@ -96,7 +96,7 @@ def test_run_ends_early_if_every_shard_fails(tmp_path: Path) -> None:
     board, heard = Board(range(50)), Heard()
     workers(tmp_path, board, heard, deaths=dict.fromkeys(range(50), 3)).run()
     assert not heard.receipts
-    assert local.HOPELESS_SHARDS <= len(board.failed) < 10
+    assert HOPELESS_SHARDS <= len(board.failed) < 10
 
 
 @pytest.mark.parametrize(
