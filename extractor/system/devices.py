@@ -50,7 +50,8 @@ FULL_HOST = "allocate memory"  # torch's allocator for the CPU
 # What they say when they fail in any other way.
 BROKEN = re.compile(
     r"(CUDA|HIP)( driver)? error|CUDA-capable device|Triton Error \[CUDA\]|MIOpen error"
-    r"|cu(DNN|BLAS|BLASLt|FFT|SOLVER|SPARSE) error|CU(DNN|BLAS|FFT|SOLVER|SPARSE)_\w+",
+    r"|cu(DNN|BLAS|BLASLt|FFT|SOLVER|SPARSE) error|CU(DNN|BLAS|FFT|SOLVER|SPARSE)_\w+"
+    r"|CUDA call failed lazily|num_gpus INTERNAL ASSERT",
     re.IGNORECASE,
 )
 
@@ -65,6 +66,11 @@ ADVICE = (
         r"busy or unavailable|devices are busy",
         "another process uses it, and its compute mode may allow only one (see nvidia-smi); stop "
         "the other, or leave out --processes",
+    ),
+    (
+        r"num_gpus INTERNAL ASSERT|invalid device ordinal",
+        "CUDA shows fewer GPUs than the driver has, as where they are cut into parts (MIG); set "
+        "CUDA_VISIBLE_DEVICES to those of this job, or to one MIG-... part",
     ),
     (r"NOT_SUPPORTED", "it lacks this precision or layer; try --precision float32"),
 )
@@ -212,7 +218,7 @@ def device_errors(device: torch.device) -> Iterator[None]:
     """Raise :class:`DeviceError` with advice where a device is full, busy or broken."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError, torch.cuda.DeferredCudaCallError) as error:
         line = first_line(error)
         if _is_full_host(error):
             raise DeviceError(f"not enough memory: {line}; try a smaller --batch-size") from error
@@ -258,7 +264,7 @@ def is_broken_device(error: BaseException) -> bool:
     The GPU may refuse everything from then on.
     """
     return (
-        isinstance(error, RuntimeError)
+        isinstance(error, (RuntimeError, torch.cuda.DeferredCudaCallError))
         and BROKEN.search(str(error)) is not None
         and not is_out_of_memory(error)
     )

@@ -53,6 +53,15 @@ TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040)"
             "another process uses it, and its compute mode may allow only one",
         ),
         (
+            torch.cuda.DeferredCudaCallError(
+                "CUDA call failed lazily at initialization with error: device >= 0 && device < "
+                "num_gpus INTERNAL ASSERT FAILED\n\nCUDA call was originally invoked at:"
+            ),
+            "does not work: CUDA call failed lazily .*; set CUDA_VISIBLE_DEVICES to those of this",
+        ),
+        (RuntimeError("CUDA error: invalid device ordinal"), "or to one MIG-... part$"),
+        (MemoryError(), "^not enough memory: MemoryError; try a smaller --batch-size"),
+        (
             RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"),
             "lacks this precision or layer; try --precision float32",
         ),
