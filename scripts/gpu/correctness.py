@@ -105,15 +105,20 @@ def tests(setting: Setting) -> Iterator[Result]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if not setting.is_rehearsal:
         environment["EXTRACTOR_REQUIRE_CUDA"] = "1"
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", *files]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    Path(setting.out, "pytest.log").write_text(done.stdout + done.stderr)
-    counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", done.stdout.splitlines()[-1])}
+    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider"]
+    command += ["--durations=10", *files]
+    log = Path(setting.out, "pytest.log")  # says how far the tests came if there is no time left
+    with log.open("wb") as output:
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+    (summary,) = log.read_text("utf-8", "replace").splitlines()[-1:] or ["no output"]
+    counts = {word: int(n) for n, word in re.findall(r"(\d+) (\w+)", summary)}
     wanted = "skipped" if setting.is_rehearsal else "passed"
     others = ("failed", "errors", "error", "passed" if setting.is_rehearsal else "skipped")
     is_right = done.returncode == 0 and counts.get(wanted, 0) > 0
     is_right = is_right and not any(counts.get(word) for word in others)
-    detail = done.stdout.splitlines()[-1].strip("= ")
+    detail = summary.strip("= ")
     if left_out:
         detail += f"; left out for want of a package: {', '.join(left_out)}"
     yield Result("pytest -m cuda", is_right, detail, counts)

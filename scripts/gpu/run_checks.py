@@ -44,7 +44,7 @@ class Check:
 CHECKS = {
     "correctness": (
         Check("versions", 40),
-        Check("tests", 110),
+        Check("tests", 125),
         Check("stores", 110),
         Check("float64", 60),
         Check("views", 60),
