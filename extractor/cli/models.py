@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from extractor.errors import ModelError, WeightsError
 from extractor.options import Options
-from extractor.terminal.console import logging_to, print_lines, say, warn
+from extractor.terminal.console import Bar, logging_to, print_lines, say, warn
 from extractor.terminal.parser import Parser
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def list_models(arguments: Sequence[str]) -> int:
     if arguments[:1] == ["show"]:
         return _show(arguments[1:])
     parsed = list_parser().parse_args(arguments)
-    with logging_to(warn):
-        rows = _rows(parsed.glob)
+    with Bar(quiet=False, status="listing models ...", unit="model") as bar, logging_to(bar.warn):
+        rows = _rows(parsed.glob, bar.follow({}))
     print_lines([json.dumps(rows, indent=2)] if parsed.json else _table(rows))
     return 0
 
@@ -126,32 +126,39 @@ def download(arguments: Sequence[str]) -> int:
 # ---------------------------------------------------------------------------------------------
 
 
-def _rows(glob: str) -> list[dict[str, Any]]:
+def _rows(glob: str, progress: Callable[[str, int, int], None]) -> list[dict[str, Any]]:
     from extractor.models import from_timm, from_torchvision
     from extractor.models.catalog import Catalog
 
     catalog, rows = Catalog.read(), []
-    for library, module in (("timm", from_timm), ("torchvision", from_torchvision)):
-        for name in module.names():
-            full = f"{library}:{name}"
-            spellings = (name, full, f"{library}/{name}")
-            if not any(fnmatch.fnmatchcase(each, glob) for each in spellings):
-                continue
-            entry = catalog.entry(full)
-            rows.append(
-                {
-                    "model": full,
-                    "name": name,
-                    "source": library,
-                    "dim": entry.dim,
-                    "parameters": entry.parameters,
-                    "input_size": list(entry.input_size),
-                    "weights": _weights(module.known_weights(name)),
-                }
-            )
+    chosen = [
+        (library, module, name)
+        for library, module in (("timm", from_timm), ("torchvision", from_torchvision))
+        for name in module.names()
+        if any(fnmatch.fnmatchcase(each, glob) for each in _spellings(library, name))
+    ]
+    for done, (library, module, name) in enumerate(chosen, 1):
+        full = f"{library}:{name}"
+        entry = catalog.entry(full)  # built here if the table is of another release of the library
+        rows.append(
+            {
+                "model": full,
+                "name": name,
+                "source": library,
+                "dim": entry.dim,
+                "parameters": entry.parameters,
+                "input_size": list(entry.input_size),
+                "weights": _weights(module.known_weights(name)),
+            }
+        )
+        progress("listing", done, len(chosen))
     if not rows:
         raise ModelError(f"no model matches {glob!r}; {_no_match_hint(glob)}")
     return rows
+
+
+def _spellings(library: str, name: str) -> tuple[str, ...]:
+    return name, f"{library}:{name}", f"{library}/{name}"
 
 
 def _no_match_hint(glob: str) -> str:

@@ -92,12 +92,12 @@ class Catalog:
         """Return the entry of ``timm:NAME`` or ``torchvision:NAME``.
 
         If the table lacks the model in the installed version of its library, the model is built on
-        the meta device.
+        the meta device. A patch release of torchvision has the models of the one before.
         """
         library, _, name = model.partition(":")
         known = self._entries.get(model)
         version = from_timm.version() if library == "timm" else from_torchvision.version()
-        if known is not None and known.version == version:
+        if known is not None and _release(library, known.version) == _release(library, version):
             return known
         return survey(library, name)
 
@@ -128,6 +128,10 @@ class Catalog:
         for entry in self._entries.values():
             marks.setdefault(entry.fingerprint, []).append(entry.model)
         return marks
+
+
+def _release(library: str, version: str) -> str:
+    return version.rpartition(".")[0] if library == "torchvision" else version
 
 
 def survey(library: str, name: str) -> Entry:

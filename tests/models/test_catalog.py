@@ -138,6 +138,26 @@ def test_table_ignores_the_build_of_torchvision(
         assert Catalog.read().entry(entry.model) == entry
 
 
+@pytest.mark.parametrize(
+    ("library", "made_with", "installed", "is_built"),
+    [
+        ("torchvision", "0.29.2", "0.29.1", False),
+        ("torchvision", "0.29.2", "0.28.2", True),
+        ("timm", "1.0.31", "1.0.31", False),
+        ("timm", "1.0.31", "1.0.30", True),  # which may have other models
+    ],
+)
+def test_only_another_release_of_a_library_is_built(
+    library: str, made_with: str, installed: str, is_built: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = Entry(f"{library}:net", installed, 2, (2, 2), 2, (), "")
+    for module in (from_timm, from_torchvision):
+        monkeypatch.setattr(module, "version", lambda: installed)
+    monkeypatch.setattr(catalog, "survey", lambda *_: built)
+    listed = Entry(f"{library}:net", made_with, 1, (1, 1), 1, (), "")
+    assert Catalog([listed]).entry(listed.model) == (built if is_built else listed)
+
+
 # ---------------------------------------------------------------------------------------------
 # Fingerprints
 
