@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from extractor.cli.evaluate import PHASES, add_measure_options, percent
 from extractor.errors import UsageError
-from extractor.terminal.console import Bar, logging_to, print_lines, printable
+from extractor.terminal.console import Bar, logging_to, one_line, print_lines
 from extractor.terminal.parser import Command, Parser, parse
 from extractor.text import plural
 
@@ -106,7 +106,7 @@ def _extracted(command: Command, *, quiet: bool) -> tuple[list[str], int]:
 
 
 def _page(comparison: Comparison) -> list[str]:
-    names = [printable(each.name) for each in comparison.stores]
+    names = [one_line(each.name) for each in comparison.stores]
     width = max(5, *map(len, names))
     best = comparison.stores[0]
     first = best.evaluation

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from extractor.errors import UsageError
-from extractor.terminal.console import Bar, logging_to, print_lines, say, warn
+from extractor.terminal.console import Bar, logging_to, one_line, print_lines, say, warn
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -164,7 +164,7 @@ def _page(found: Duplicates, parsed: argparse.Namespace) -> list[str]:
 def _line(image: DuplicateImage, at: int, role: str) -> str:
     how = "same" if image.same_file else _similarity(image)
     size = f"{image.width}x{image.height}"
-    return f"  {'' if at else role:5} {how if at else '':>6}  {size:>9}  {image.path}"
+    return f"  {'' if at else role:5} {how if at else '':>6}  {size:>9}  {one_line(image.path)}"
 
 
 def _similarity(image: DuplicateImage) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from extractor.terminal.console import Bar, logging_to, print_lines, printable
+from extractor.terminal.console import Bar, logging_to, one_line, print_lines
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -120,12 +120,12 @@ def _page(evaluation: Evaluation) -> list[str]:
         for name, score in evaluation.scores.items()
     ]
     shown = [name for name in evaluation.scores if not name.startswith("recall")]
-    width = max(5, *(len(printable(name)) for name in evaluation.classes))
+    width = max(5, *(len(one_line(name)) for name in evaluation.classes))
     head = "".join(f"  {name:>12}" for name in shown)
     lines += ["", f"{'class':{width}} {'queries':>8}{head}"]
     for name, each in evaluation.classes.items():
         cells = "".join(f"  {percent(each.scores[measure]):>12}" for measure in shown)
-        lines.append(f"{printable(name):{width}} {each.queries:>8,}{cells}")
+        lines.append(f"{one_line(name):{width}} {each.queries:>8,}{cells}")
     return lines
 
 

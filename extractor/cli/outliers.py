@@ -15,7 +15,7 @@ from extractor.cli.duplicates import (
     image_finder,
     write_csv,
 )
-from extractor.terminal.console import Bar, logging_to, print_lines, say
+from extractor.terminal.console import Bar, logging_to, one_line, print_lines, say
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -87,18 +87,20 @@ def _page(found: Outliers, parsed: argparse.Namespace) -> list[str]:
     if found.left_out:
         lines.append(f"{plural(found.left_out, 'row')} with NaN or infinity left out")
     lines += ["", f"{'rank':>6}  distance  path"]
-    lines += [f"{each.rank:6,}  {each.distance:8.4f}  {each.path}" for each in found[:top]]
+    lines += [
+        f"{each.rank:6,}  {each.distance:8.4f}  {one_line(each.path)}" for each in found[:top]
+    ]
     if found.classes:
         lines += ["", f"{'images':>6}  distance  furthest in its class"]
         for rows in list(found.classes.values())[:top]:
             for each in found.of_rows(rows[:1]):
-                lines.append(f"{len(rows):6,}  {each.class_distance:8.4f}  {each.path}")
+                lines.append(f"{len(rows):6,}  {each.class_distance:8.4f}  {one_line(each.path)}")
         if len(found.classes) > top:
             lines.append(f"{len(found.classes) - top:6,}  more classes")
     if parsed.labels:
         lines += ["", _heading(found.label_errors)]
         lines += [
-            f"{each.agreement:6.0%}  {each.label} -> {each.suggested}  {each.path}"
+            one_line(f"{each.agreement:6.0%}  {each.label} -> {each.suggested}  {each.path}")
             for each in found.label_errors[:top]
         ]
         if len(found.label_errors) > top:

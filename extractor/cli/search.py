@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from extractor.cli.duplicates import draw_tiles, image_finder
 from extractor.errors import DecodeError, SourceError, UsageError
 from extractor.options import Options
-from extractor.terminal.console import Bar, logging_to, print_lines, say, warn
+from extractor.terminal.console import Bar, logging_to, one_line, print_lines, say, warn
 from extractor.terminal.parser import Parser
 from extractor.text import plural
 
@@ -237,9 +237,9 @@ def _print(
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["query", "rank", "row", "id", "score", "path"])
     for query, found in zip(_named(queries), hits, strict=True):
-        lines.append(query.name)
+        lines.append(one_line(query.name))
         for rank, hit in enumerate(found, 1):
-            lines.append(f"{rank:4}  {hit.score:.4f}  {hit.path}")
+            lines.append(f"{rank:4}  {hit.score:.4f}  {one_line(hit.path)}")
             writer.writerow([query.name, rank, *hit])
     print_lines([table.getvalue().rstrip("\n")] if parsed.csv else lines)
 

@@ -44,8 +44,9 @@ class ParquetFileWriter(Writer):
 
         self._schema = _schema(layout)
         paths = ("id", "path", "sha256", "width", "height")
+        self._file = path.open("wb")  # pyarrow itself opens no name that is not UTF-8
         self._writer = pq.ParquetWriter(
-            path,
+            self._file,
             self._schema,
             use_dictionary=False,  # hardly a value occurs twice
             compression={
@@ -71,6 +72,7 @@ class ParquetFileWriter(Writer):
     def close(self) -> None:
         """Complete the file."""
         self._writer.close()
+        self._file.close()
 
 
 class ParquetWriter(Writer):
@@ -149,6 +151,9 @@ class ClipRetrievalWriter(Writer):
         self._digits = len(str(parts - 1))
         self._part = 0
         self._in_part = 0
+        # A byte that is not UTF-8 is a surrogate in text, which UTF-8 replaces.
+        root = layout.root.encode("utf-8", "replace").decode()
+        self._text_paths = layout.text_paths and root == layout.root
         self._open()
 
     def _open(self) -> None:
@@ -162,7 +167,7 @@ class ClipRetrievalWriter(Writer):
         )
         self._schema = pa.schema(
             [
-                ("image_path", pa.string() if layout.text_paths else pa.binary()),
+                ("image_path", pa.string() if self._text_paths else pa.binary()),
                 ("id", pa.int64()),
                 ("sha256", pa.binary(32)),
                 ("width", pa.int32()),
@@ -170,9 +175,8 @@ class ClipRetrievalWriter(Writer):
             ],
             metadata={"extractor": json.dumps(layout.provenance)},
         )
-        self._metadata = pq.ParquetWriter(
-            self.path / "metadata" / f"metadata_{number}.parquet", self._schema
-        )
+        self._file = (self.path / "metadata" / f"metadata_{number}.parquet").open("wb")
+        self._metadata = pq.ParquetWriter(self._file, self._schema)
 
     def append(self, block: Block) -> None:
         """Write the next rows."""
@@ -192,7 +196,7 @@ class ClipRetrievalWriter(Writer):
 
         root = os.fsencode(self.layout.root)
         paths: list[Any] = [os.path.join(root, path) for path in block.paths]
-        if self.layout.text_paths:
+        if self._text_paths:
             paths = [path.decode() for path in paths]
         columns = {
             "image_path": pa.array(paths, self._schema.field("image_path").type),
@@ -208,3 +212,4 @@ class ClipRetrievalWriter(Writer):
         """Complete the last files."""
         self._rows.close()
         self._metadata.close()
+        self._file.close()

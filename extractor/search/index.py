@@ -404,6 +404,10 @@ def _write(faiss: Any, index: Any, path: Path) -> None:
         OSError: It cannot be written.
     """
     try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise OSError("faiss opens no file whose path is not UTF-8") from None
+    try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
         raise OSError(str(error).splitlines()[0]) from error

@@ -24,6 +24,7 @@ __all__ = [
     "Bar",
     "OutputError",
     "logging_to",
+    "one_line",
     "print_lines",
     "print_table",
     "printable",
@@ -268,6 +269,11 @@ def write_line(text: str, file: TextIO | None) -> None:
         file.flush()
     except OSError:  # closed pipe or full disk: later lines, and the last flush, go nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def one_line(text: str) -> str:
+    """Return text that any terminal can show in one line, such as a file name with line breaks."""
+    return printable(text).replace("\n", "\\n")
 
 
 def printable(text: str) -> str:

@@ -200,3 +200,18 @@ def test_a_sheet_among_the_images_is_warned_of(
         assert (f"warning: {sheet} lies in the folder of the images" in error) is is_warned
     assert cli.main([verb, "store", *queries, "--sheet", "m.png", "--root", "."]) == 0
     assert "warning: m.png lies in the folder of the images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words", [["duplicates"], ["outliers", "--labels", "l.csv"], ["search", "row:0", "row:1"]]
+)
+def test_a_path_with_a_line_break_is_printed_in_one_line(
+    words: list[str], capsys: pytest.CaptureFixture[str], write_store: Callable[..., Path]
+) -> None:
+    names = [b"a\nkeep  1x1  forged.png", b"b.png", b"c\nd.png"]
+    write_store(Path.cwd() / "breaks", [turned(0, 5, 9)], names=[names], dim=2)
+    Path("l.csv").write_bytes(b'path,label\n"a\nkeep  1x1  forged.png",x\nb.png,y\n"c\nd.png",y\n')
+    verb, *rest = words
+    lines = lines_of(capsys, verb, "breaks", *rest)
+    assert any(line.endswith("a\\nkeep  1x1  forged.png") for line in lines)
+    assert not any(line.startswith("keep") or line == "d.png" for line in lines)

@@ -277,3 +277,32 @@ def test_progress_counts_the_rows_that_are_written(store: FeatureStore, tmp_path
     export_store(store, tmp_path / "rows.csv", progress=lambda *step: seen.append(step))
     counts = list(np.cumsum([part.shape[0] for part in store.features.parts]))
     assert seen == [("writing", done, len(store)) for done in counts]
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        (b"table\xff", "parquet"),
+        (b"file\xff.parquet", None),
+        (b"clip\xff", "clip-retrieval"),
+        (b"rows\xff.csv", None),
+        (b"rows\xff.faiss", None),
+        (b"arrays\xff", "npy"),
+    ],
+)
+def test_the_name_of_a_target_need_not_be_utf8(
+    store: FeatureStore, tmp_path: Path, name: bytes, format: str | None
+) -> None:
+    target = tmp_path / os.fsdecode(name)
+    assert export_store(store, target, format).rows == len(store)
+    assert target.exists()
+
+
+@pytest.mark.parametrize(("root", "is_text"), [("/r\xfc", True), ("/r\udcfc", False)])
+def test_root_that_is_not_utf8_makes_the_paths_of_clip_retrieval_bytes(
+    root: str, is_text: bool, tmp_path: Path, write_store: WriteStore
+) -> None:
+    write_store(tmp_path / "store", [ROWS], root=root)
+    export_store(tmp_path / "store", tmp_path / "clip", "clip-retrieval")
+    first = pq.read_table(tmp_path / "clip/metadata")["image_path"][0].as_py()
+    assert first == (f"{root}/0/0.jpg" if is_text else os.fsencode(f"{root}/0/0.jpg"))

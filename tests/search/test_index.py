@@ -394,3 +394,12 @@ def test_faiss_prints_nothing_about_a_tiny_index(
     write_store(tmp_path / "tiny", [clustered(rows)])
     assert cli.main(["index", str(tmp_path / "tiny"), "--kind", "ivf"]) == 0
     assert capfd.readouterr().err == ""
+
+
+def test_index_of_a_store_whose_path_is_not_utf8_lies_in_the_cache(
+    tmp_path: Path, write_store: WriteStore, cache: Path
+) -> None:
+    store = FeatureStore.open(write_store(tmp_path / "out\udcff", [clustered(20)]))
+    built = Searcher(store).build_index("flat")
+    assert built.entry.path.is_relative_to(cache)
+    assert store.reopen().search(store.features[:1]).method.startswith("flat index")

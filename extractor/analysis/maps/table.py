@@ -75,7 +75,10 @@ def write_table(
     partial = Path(path).with_name(f"{Path(path).name}.partial")
     try:
         try:
-            with pq.ParquetWriter(partial, table.schema, compression="zstd") as writer:
+            with (
+                partial.open("wb") as written,  # pyarrow itself opens no name that is not UTF-8
+                pq.ParquetWriter(written, table.schema, compression="zstd") as writer,
+            ):
                 done = 0
                 for group in table.groups():
                     writer.write_table(group)
