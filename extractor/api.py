@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -318,6 +318,12 @@ class Extractor:
         self._is_closed = True
         if os.getpid() == self._process:  # a fork has neither the threads nor the calls
             self._service.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise UsageError(
+            "an Extractor cannot be pickled or copied, as its threads belong to this process; make "
+            "one in each process"
+        )
 
     def __enter__(self) -> Extractor:
         return self

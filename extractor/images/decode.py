@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO, TypeAlias
@@ -37,6 +38,9 @@ from extractor.preprocess import GrayBits, Preprocess
 from extractor.system.hashing import hash_file
 
 __all__ = ["decode_into"]
+
+# Pillow reads an image of the caller's when it is first used, which one thread may do at a time.
+_loading = tuple(threading.Lock() for _ in range(61))
 
 Size: TypeAlias = tuple[int, int]
 """Width and height of an upright image in pixels."""
@@ -103,8 +107,10 @@ class _Decoder:
         with as_decode_errors():
             if isinstance(source, EncodedImage):
                 return ImageInfo(len(source.data), -1, *self.decode_bytes(source.data))
-            image = source if isinstance(source, Image.Image) else _from_array(source)
-            return ImageInfo(-1, -1, *self.render_all(image, may_reduce=False))
+            if isinstance(source, np.ndarray):
+                return ImageInfo(-1, -1, *self.render_all(_from_array(source)))
+            with _loading[id(source) % len(_loading)]:  # several threads may have this image
+                return ImageInfo(-1, -1, *self.render_all(source, may_reduce=False))
 
     def decode_read_file(self, file: ReadFile) -> ImageInfo:
         """Decode a file whose content is in memory."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
+import pickle
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from support.networks import mean_pixel
+from support.pictures import noise
 
 from extractor import DecodeError, Extractor, UsageError
 
@@ -210,3 +214,20 @@ def test_lists_longer_than_a_batch_keep_their_order() -> None:
 def test_decoding_by_a_gpu_is_refused_before_a_model_is_loaded() -> None:
     with pytest.raises(UsageError, match=r"decode: got gpu, .* try scaled or exact"):
         Extractor("no_such_model", decode="gpu")
+
+
+def test_one_image_of_pillow_may_be_in_several_places(tmp_path: Path) -> None:
+    noise(0, 300, 200).save(tmp_path / "a.jpg", quality=95)
+    with Extractor(mean_pixel("cpu"), workers=8) as extractor, ThreadPoolExecutor(4) as callers:
+        expected = extractor([tmp_path / "a.jpg"])
+        for _ in range(10):
+            image = Image.open(tmp_path / "a.jpg")  # reads the pixels when they are needed
+            for rows in callers.map(extractor, [[image] * 4] * 4):
+                np.testing.assert_allclose(rows, expected[[0] * 4], atol=0.02)
+
+
+def test_copy_of_an_extractor_is_refused() -> None:
+    extractor = Extractor(mean_pixel("cpu"))
+    for copy_of in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(UsageError, match=r"cannot be pickled or copied.*one in each process"):
+            copy_of(extractor)
