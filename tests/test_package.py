@@ -133,6 +133,8 @@ def test_help_lists_the_options_of_a_function(name: str) -> None:
 
 
 CONSUMER = """
+    from pathlib import Path
+
     from extractor import Extractor, FeatureStore, Options, Report, extract
 
     report = extract("images", "resnet50", weights="random", batch_size=8)
@@ -144,6 +146,9 @@ CONSUMER = """
     extract("images", batch_size="8")
     Extractor("resnet50", overwrite=True)
     Options(decode="fast")
+    folders: list[Path] = [Path("a"), Path("b")]
+    reveal_type(FeatureStore.open(folders))
+    reveal_type(FeatureStore.open(["a", Path("b")]))
 """
 
 EXPECTED = [
@@ -155,6 +160,8 @@ EXPECTED = [
     r'error: Argument "batch_size" to "extract" has incompatible type',
     r'error: Unexpected keyword argument "overwrite" for "Extractor"',
     r'error: Argument "decode" to "Options" has incompatible type',
+    r'note: Revealed type is "extractor\.reading\.groups\.StoreGroup"',
+    r'note: Revealed type is "extractor\.reading\.groups\.StoreGroup"',
 ]
 
 

@@ -8,6 +8,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,6 +71,9 @@ class MisfitError(WeightsError):
         self.state = state
         self.foreign = foreign
         self.advice = advice
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return WeightsError, (str(self),)  # the tensors stay in this process
 
 
 class State(dict[str, torch.Tensor]):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,7 @@ class Taps:
         self._taps = tuple(taps)
         self.outputs = tuple(outputs)
         for index, module in enumerate(modules):
-            module.register_forward_hook(self._hook(index))
+            module.register_forward_hook(functools.partial(self._take, index))
 
     def __call__(self, network: nn.Module, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Run the network up to its last tapped layer.
@@ -182,21 +183,28 @@ class Taps:
             raise ModelError(f"layer {missing} did not run as often as with blank images")
         return tuple(values)
 
-    def _hook(self, index: int) -> Callable[[nn.Module, Any, Any], None]:
+    def _take(self, index: int, _: nn.Module, __: Any, output: Any) -> None:
+        """Forward hook of a layer: pool its output, and end the pass after the last layer."""
+        state: _Pass | None = getattr(self._running, "state", None)
+        if state is None:
+            return
         tap = self._taps[index]
+        state.calls[index] += 1
+        if state.calls[index] == tap.calls:
+            state.values[index] = pool(_only_tensor(output), tap.layout, self._pooling)
+            state.remaining -= 1
+            if not state.remaining:
+                raise _StopForward
 
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            state: _Pass | None = getattr(self._running, "state", None)
-            if state is None:
-                return
-            state.calls[index] += 1
-            if state.calls[index] == tap.calls:
-                state.values[index] = pool(_only_tensor(output), tap.layout, self._pooling)
-                state.remaining -= 1
-                if not state.remaining:
-                    raise _StopForward
+    def __deepcopy__(self, _: object) -> Taps:
+        """Return the same object: the hooks of a copied network belong to it, too."""
+        return self
 
-        return hook
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_running"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _running=threading.local())
 
 
 def _check_class_token(network: nn.Module, layout: Layout, name: str) -> None:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["FeatureStore", "manifest_errors", "shard_table"]
 
 T = TypeVar("T")
+P = TypeVar("P", bound="str | os.PathLike[str]")
 
 COLUMNS = (*ImageRecord._fields, "id")
 
@@ -90,12 +91,17 @@ class FeatureStore(Rows):
         cls, path: list[str | os.PathLike[str]] | tuple[str | os.PathLike[str], ...]
     ) -> StoreGroup: ...
 
+    @overload
+    @classmethod
+    def open(cls, path: list[P]) -> StoreGroup: ...
+
     @classmethod
     def open(
         cls,
         path: str
         | os.PathLike[str]
         | list[str | os.PathLike[str]]
+        | list[P]
         | tuple[str | os.PathLike[str], ...],
     ) -> FeatureStore | StoreGroup:
         """Open a store and check that every listed file exists in its full size.

@@ -954,3 +954,11 @@ def test_torch_quantized_tensors_are_refused(tmp_path: Path) -> None:
     state = read_checkpoint(tmp_path / "w.pth")
     with pytest.raises(WeightsError, match=r"1 without fractions: weight torch\.qint8$"):
         load_into(nn.Linear(2, 2), state, discarded=[], label="a into b")
+
+
+def test_misfit_is_pickled_without_its_tensors() -> None:
+    error = MisfitError("the weights do not fit", {"a": torch.zeros(10_000)})
+    content = pickle.dumps(error)
+    assert len(content) < 1_000
+    again = pickle.loads(content)
+    assert (type(again), str(again)) == (WeightsError, "the weights do not fit")

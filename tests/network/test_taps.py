@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -518,3 +519,16 @@ def test_attention_heads_are_not_taken_for_a_map() -> None:
     # (B, heads, tokens, channels of a head) is neither a map nor tokens.
     with pytest.raises(ModelError, match=r"q_norm' returned \(3, 3, 17, 64\)"):
         loaded(VIT).at_layers(["blocks.0.attn.q_norm"])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda each: pickle.loads(pickle.dumps(each))])
+def test_copied_backbone_embeds_with_its_own_layers(copied: Callable[[Any], Any]) -> None:
+    backbone = load_backbone("test_resnet", weights="random", device="cpu", layers=["layer2"])
+    pixels = picture(64, 64)
+    expected = backbone(pixels)
+    other = copied(backbone)
+    with torch.no_grad():
+        for parameter in other.module.parameters():
+            parameter.zero_()
+    assert not other(pixels).any()
+    assert torch.equal(backbone(pixels), expected)
