@@ -296,4 +296,5 @@ def shares(results: Mapping[str, Sequence[Result]]) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all checks at once, see _end_with()
     raise SystemExit(main())
