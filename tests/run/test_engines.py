@@ -202,11 +202,10 @@ def test_gpus_of_several_kinds_are_refused_before_any_worker_starts() -> None:
 @pytest.mark.cuda
 def test_memory_of_a_gpu_is_what_is_free_and_what_is_kept() -> None:
     device = torch.device("cuda", 0)
-    before = engines._least_gpu_bytes(Options(), device)
     kept = torch.zeros(2**28, dtype=torch.uint8, device=device)
-    after = engines._least_gpu_bytes(Options(devices="all"), device)
-    assert abs(after - before) < kept.nbytes // 2
-    assert 0 < after <= torch.cuda.get_device_properties(device).total_memory
+    total = torch.cuda.get_device_properties(device).total_memory
+    for devices in (None, "0"):  # other programs may take and free memory meanwhile
+        assert kept.nbytes <= engines._least_gpu_bytes(Options(devices=devices), device) <= total
 
 
 @pytest.mark.parametrize("devices", ["all", "0,1"])
