@@ -110,6 +110,8 @@ def import_problem(package: Package, reason: str) -> str:
         return problem
     torch = PACKAGES["torch"]
     failed = f"{package} cannot be imported ({reason})"
+    if "failed to map segment" in reason:  # the loader's words for ENOMEM and EPERM
+        return f"{failed}; try a higher ulimit -v, or a folder that is not mounted noexec"
     if package.name not in ("torch", "torchvision"):
         return f"{failed}; try: pip install --force-reinstall {package.name}"
     if package.name == "torchvision" and (wanted := misfit(torch.version, package.version)):

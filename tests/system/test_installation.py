@@ -76,6 +76,11 @@ BROKEN = {
         'raise OSError("libcudart.so.12: cannot open")',
         r"torch 99 cannot be imported \(libcudart.*--force-reinstall torch torchvision",
     ),
+    "too little memory": (
+        "torch",
+        'raise OSError("libtorch.so: failed to map segment from shared object")',
+        r"torch 99 cannot be imported \(libtorch.*; try a higher ulimit -v, or a folder",
+    ),
     "inner package": ("timm", "import torchvision", r"torchvision 0.0.1 is installed, expected"),
 }
 
