@@ -120,7 +120,7 @@ def _check_first(words: Sequence[str]) -> None:
     Raises:
         UsageError: It is neither a folder nor an image, and nearly a verb.
     """
-    if not words or os.path.lexists(words[0]):
+    if not words or words[0].startswith("-") or os.path.lexists(words[0]):
         return
     if close := difflib.get_close_matches(words[0], VERBS, 1, SIMILAR):
         raise UsageError(f"{words[0]}: no such folder or image; did you mean extract {close[0]}?")

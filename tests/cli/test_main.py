@@ -85,6 +85,7 @@ def test_help_version_and_usage_do_not_load_torch() -> None:
         (["a", "--max-failure-rate", "nan"], 2, "failure rate: got nan"),
         (["--list", "nowhere.txt"], 1, "cannot read the list nowhere.txt"),
         (["nowhere"], 1, "cannot read .*nowhere: No such file or directory"),
+        (["--model", "resnet50", "nowhere"], 1, "cannot read .*nowhere: No such file or"),
         (["info", ""], 2, "info: got an empty word, expected the name of a store"),
         (["compact", "a", "--no-lock", ""], 2, "compact: got an empty word"),
         (["serach", "store", "a.jpg"], 2, "serach: no such .*; did you mean extract search\\?"),
