@@ -14,6 +14,7 @@ from extractor.view.server import ANY_ADDRESS, is_address
 __all__ = ["Guard"]
 
 NO_TOKEN = "The address lacks the token of this page. Open the address that extract view printed."
+MAX_PATH = 2000  # characters; Python refuses to read longer numbers
 HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
@@ -57,6 +58,10 @@ class Guard:
 
         if self._hosts and not self._knows(_host_of(scope)):
             refusal = PlainTextResponse("unknown host", 403)
+            await refusal(scope, receive, with_headers)
+            return
+        if len(scope["path"]) > MAX_PATH:
+            refusal = PlainTextResponse("the address is too long", 414)
             await refusal(scope, receive, with_headers)
             return
         inner = self._inside(scope)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import os
 import secrets
 import socket
@@ -129,6 +130,11 @@ def serve(app: Starlette, listener: socket.socket, started: Callable[[], None]) 
         async def startup(self, *arguments: Any, **keywords: Any) -> None:
             await super().startup(*arguments, **keywords)
             started()
+
+        async def shutdown(self, *arguments: Any, **keywords: Any) -> None:
+            # Requests that are cut off are no errors, and need no traceback.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            await super().shutdown(*arguments, **keywords)
 
     config = uvicorn.Config(
         app,

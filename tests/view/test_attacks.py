@@ -75,6 +75,11 @@ def test_no_path_leads_to_another_file(guarded: TestClient, path: str) -> None:
     assert "import" not in answer.text
 
 
+def test_number_that_python_does_not_read_is_refused(guarded: TestClient) -> None:
+    for kind in ("thumbnail/0", "neighbors/0", "rows"):
+        assert guarded.get(f"/{TOKEN}/{kind}/{'9' * 5000}").status_code == 414
+
+
 @pytest.mark.parametrize(
     "host",
     [

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -90,6 +91,24 @@ def test_upload_of_a_gigabyte_is_cut_off_early(address: str, head: str) -> None:
     assert answer.startswith(b"HTTP/1.1 413")
     assert sent <= (150 if is_chunked else 20) * 2**20
     assert b"<title>" in get(address)
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_an_upload_ends_the_server_without_a_traceback(made: Path) -> None:
+    words = [sys.executable, "-m", "extractor", "view", made / "out", "--no-browser", "--port", "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as view:
+        assert view.stdout is not None
+        parts = urlsplit(view.stdout.readline().strip())
+        head = (
+            f"POST {parts.path}search HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 99\r\n\r\nabc"
+        )
+        with socket.create_connection((parts.hostname, parts.port)) as client:
+            client.sendall(head.encode())
+            time.sleep(0.5)
+            view.send_signal(signal.SIGINT)
+            _, errors = view.communicate(timeout=SECONDS)
+    assert view.returncode == 0
+    assert errors.strip() == "Ctrl-C ends the page."
 
 
 def test_next_free_port_is_taken_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
