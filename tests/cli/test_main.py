@@ -89,6 +89,7 @@ def test_help_version_and_usage_do_not_load_torch() -> None:
         (["info", ""], 2, "info: got an empty word, expected the name of a store"),
         (["compact", "a", "--no-lock", ""], 2, "compact: got an empty word"),
         (["serach", "store", "a.jpg"], 2, "serach: no such .*; did you mean extract search\\?"),
+        (["--model", "resnet18", "gone/"], 1, "cannot read .*gone: No such file"),
         (["evalute", "s", "--probe"], 2, "evalute: no such .*; did you mean extract evaluate\\?"),
         (["."], 1, "no images in"),
         (["a", "-o", ""], 2, "out: got an empty name"),
