@@ -5,9 +5,25 @@ from __future__ import annotations
 import signal
 from collections.abc import Mapping
 
-__all__ = ["counts_in_words", "excluded_in_words", "exit_in_words", "first_line", "plural"]
+__all__ = [
+    "as_size",
+    "counts_in_words",
+    "excluded_in_words",
+    "exit_in_words",
+    "first_line",
+    "plural",
+]
 
 COUNTS_SHOWN = 5
+
+
+def as_size(size: float) -> str:
+    """Return a number of bytes for people.
+
+    >>> as_size(3 * 2**30), as_size(5 * 2**20)
+    ('3.0 GiB', '5.0 MiB')
+    """
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def plural(count: int, noun: str, nouns: str = "") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Checks", "Finding", "State", "as_size"]
+__all__ = ["Checks", "Finding", "State"]
 
 State: TypeAlias = Literal["ok", "warning", "broken"]
 
@@ -32,12 +32,3 @@ class Finding:
 
 Checks: TypeAlias = Iterator["Finding | str"]
 """Findings of several checks. The name of a check comes first if the check may crash or hang."""
-
-
-def as_size(size: float) -> str:
-    """Return a number of bytes for people.
-
-    >>> as_size(3 * 2**30), as_size(5 * 2**20)
-    ('3.0 GiB', '5.0 MiB')
-    """
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -6,10 +6,10 @@ import math
 import os
 import platform
 
-from extractor.doctor.finding import Checks, Finding, as_size
+from extractor.doctor.finding import Checks, Finding
 from extractor.system.cpu import available_cores
 from extractor.system.memory import granted_memory
-from extractor.text import plural
+from extractor.text import as_size, plural
 
 __all__ = ["check_machine"]
 

@@ -11,11 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from extractor.doctor.finding import Checks, Finding, State, as_size
+from extractor.doctor.finding import Checks, Finding, State
 from extractor.errors import StoreError
 from extractor.store.atomic import NOT_SUPPORTED
 from extractor.store.format import MANIFEST
 from extractor.store.publish import check_output_folder
+from extractor.text import as_size
 
 __all__ = ["check_output"]
 

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from extractor.doctor.finding import Checks, Finding, as_size
+from extractor.doctor.finding import Checks, Finding
 from extractor.system.installation import (
     PACKAGES,
     Package,
@@ -19,7 +19,7 @@ from extractor.system.installation import (
     misfit,
     version_problem,
 )
-from extractor.text import first_line, plural
+from extractor.text import as_size, first_line, plural
 
 __all__ = ["check_extras", "check_libraries", "check_tools", "check_torch"]
 

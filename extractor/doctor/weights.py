@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from extractor.doctor.finding import Checks, Finding, as_size
+from extractor.doctor.finding import Checks, Finding
 from extractor.system.network import answers
-from extractor.text import plural
+from extractor.text import as_size, plural
 
 __all__ = ["check_weights"]
 

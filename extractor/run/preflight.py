@@ -14,7 +14,7 @@ from extractor.options import Options
 from extractor.store.format import MANIFEST, MAX_SHARDS, STAGING, Manifest
 from extractor.store.publish import check_output_folder
 from extractor.store.writer import check_extendable
-from extractor.text import plural
+from extractor.text import as_size, plural
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +120,8 @@ def check_disk_space(outputs: Sequence[StoreOutput]) -> None:
         free = shutil.disk_usage(output.staging).free
         if wanted > free:
             raise StoreError(
-                f"{output.staging.parent}: about {_format_size(wanted)} are needed and "
-                f"{_format_size(free)} are free; make room and repeat the command, or choose "
+                f"{output.staging.parent}: about {as_size(wanted)} are needed and "
+                f"{as_size(free)} are free; make room and repeat the command, or choose "
                 "another --out"
             )
 
@@ -143,7 +143,3 @@ def check_has_rows(outputs: Sequence[StoreOutput]) -> None:
             raise SourceError(
                 f"no embedding{of_store} from {plural(output.failed, 'image')} ({reasons})"
             )
-
-
-def _format_size(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

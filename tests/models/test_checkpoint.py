@@ -17,6 +17,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from support.networks import assert_close
 from torch import nn
 from torchvision.models import VisionTransformer
 
@@ -57,12 +58,6 @@ def embeddings(of: nn.Module) -> torch.Tensor:
 
 def loaded(model: str, path: Path, key: str | None = None) -> torch.Tensor:
     return load_backbone(model, weights=path, weights_key=key, device="cpu")(PIXELS)
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert expected.std() > 0
-    assert (got - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 def under(prefix: str, state: Tensors) -> Tensors:

@@ -18,6 +18,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from support.networks import assert_close, pixels, pre_logits
 from support.weights import publish
 from timm.models._hub import save_for_hf
 from torch import nn
@@ -38,21 +39,6 @@ def network(name: str = "test_resnet", seed: int = 5, **arguments: Any) -> nn.Mo
     torch.manual_seed(seed)
     own = {"crop_pct": CROP, "mean": MEAN}
     return timm.create_model(name, num_classes=7, pretrained_cfg_overlay=own, **arguments).eval()
-
-
-def pixels(edge: int = 64) -> torch.Tensor:
-    return torch.randn(2, 3, edge, edge, generator=torch.Generator().manual_seed(1))
-
-
-def pre_logits(of: nn.Module, edge: int = 64) -> torch.Tensor:
-    with torch.inference_mode():
-        return of.forward_head(of.forward_features(pixels(edge)), pre_logits=True)
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert expected.std() > 0
-    assert (got - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 def snapshot(home: Path, repository: str, commit: str = A, *refs: str) -> Path:

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from support.networks import assert_close, pixels, pre_logits
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
@@ -33,21 +34,6 @@ def network(name: str = VIT, **arguments: Any) -> nn.Module:
             if any(word in key for word in ("pos_embed", "token", "relative", "gamma")):
                 value.normal_()
     return made
-
-
-def pixels(edge: int) -> torch.Tensor:
-    return torch.randn(2, 3, edge, edge, generator=torch.Generator().manual_seed(1))
-
-
-def pre_logits(of: nn.Module, edge: int) -> torch.Tensor:
-    with torch.inference_mode():
-        return of.forward_head(of.forward_features(pixels(edge)), pre_logits=True)
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert expected.std() > 0
-    assert (got - expected).abs().max() / expected.abs().max() < 1e-5
 
 
 @pytest.fixture

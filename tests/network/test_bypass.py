@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from support import networks
 from support.pictures import noise
 from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer as TorchvisionVit
@@ -30,10 +31,7 @@ def picture(images: int = 2, side: int = SIDE) -> torch.Tensor:
     return torch.randn(images, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
-def assert_close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    assert got.shape == expected.shape
-    assert expected.std() > 0
-    assert (got - expected).abs().max() / expected.abs().max() < 1e-4
+assert_close = functools.partial(networks.assert_close, limit=1e-4)
 
 
 @functools.cache

@@ -34,6 +34,24 @@ def normalized(color: tuple[int, int, int]) -> list[float]:
     return [(level / 255 - m) / s for level, m, s in zip(color, MEAN, STD, strict=True)]
 
 
+def pixels(edge: int = 64) -> torch.Tensor:
+    """Return ``(2, 3, edge, edge)``, the same numbers each time."""
+    return torch.randn(2, 3, edge, edge, generator=torch.Generator().manual_seed(1))
+
+
+def pre_logits(of: nn.Module, edge: int = 64) -> torch.Tensor:
+    """Return what a network of timm computes before its classifier."""
+    with torch.inference_mode():
+        return of.forward_head(of.forward_features(pixels(edge)), pre_logits=True)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, *, limit: float = 1e-5) -> None:
+    """Assert that embeddings differ by rounding only, and are not all the same."""
+    assert got.shape == expected.shape
+    assert expected.std() > 0
+    assert (got - expected).abs().max() / expected.abs().max() < limit
+
+
 def assert_same_gradients(network: nn.Module, other: nn.Module, pixels: torch.Tensor) -> None:
     """Assert that two networks learn the same."""
     for trained in (network, other):
