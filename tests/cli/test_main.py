@@ -21,7 +21,9 @@ from support.stand_ins import stand_in
 from extractor import FeatureStore, __version__, errors
 from extractor.cli import extract as extract_module
 from extractor.cli import main as cli
+from extractor.flags import Option
 from extractor.models import embedding
+from extractor.terminal.parser import command_options
 
 MODEL = ["-m", "torchvision:squeezenet1_1", "--weights", "random", "--device", "cpu"]
 SMALL = [*MODEL, "--image-size", "64", "--precision", "float32"]
@@ -490,3 +492,9 @@ def test_only_an_error_of_a_device_ends_the_process_at_once(
     assert cli.process() == 1
     assert ended == [1] * is_at_once
     assert capsys.readouterr().err.startswith(f"extract: {error}")
+
+
+@pytest.mark.parametrize("each", command_options(), ids=lambda each: each.name)
+def test_no_option_is_taken_for_a_mistyped_verb(each: Option) -> None:
+    for word in [*each.words, "--help", "--version"]:
+        cli._check_first([word])
