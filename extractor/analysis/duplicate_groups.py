@@ -184,8 +184,8 @@ class Duplicates(Sequence[DuplicateGroup]):
         places = [np.arange(starts[number], starts[number + 1]) for number in numbers]
         images = iter(self._images(np.concatenate(places) if places else starts[:0]))
         groups = []
-        for number, place in zip(numbers, places, strict=True):
-            found = tuple(next(images) for _ in place)
+        for number, indices in zip(numbers, places, strict=True):
+            found = tuple(next(images) for _ in indices)
             omitted = int(self._table.omitted[number])
             is_identical = all(image.same_file for image in found)
             groups.append(DuplicateGroup("identical" if is_identical else "near", found, omitted))

@@ -162,9 +162,9 @@ def _page(found: Duplicates, parsed: argparse.Namespace) -> list[str]:
 
 
 def _line(image: DuplicateImage, at: int, role: str) -> str:
-    how = "same" if image.same_file else _similarity(image)
+    text = "same" if image.same_file else _similarity(image)
     size = f"{image.width}x{image.height}"
-    return f"  {'' if at else role:5} {how if at else '':>6}  {size:>9}  {one_line(image.path)}"
+    return f"  {'' if at else role:5} {text if at else '':>6}  {size:>9}  {one_line(image.path)}"
 
 
 def _similarity(image: DuplicateImage) -> str:
@@ -274,9 +274,9 @@ def _draw(found: Duplicates, parsed: argparse.Namespace) -> None:
     def tiles(group: DuplicateGroup, number: int) -> list[tuple[str, str]]:
         row = []
         for at, image in enumerate(group.images[:SHEET_IMAGES]):
-            how = "same file" if image.same_file else _similarity(image)
-            how = how if at else f"{number}: {plural(len(group.images), 'image')}"
-            label = f"{how}  {image.width}x{image.height}\n{image.path}"
+            text = "same file" if image.same_file else _similarity(image)
+            text = text if at else f"{number}: {plural(len(group.images), 'image')}"
+            label = f"{text}  {image.width}x{image.height}\n{image.path}"
             row.append((finders[image.in_other](image.row, image.path), label))
         return row
 

@@ -130,8 +130,8 @@ def search(arguments: Sequence[str]) -> int:
     _print(store, queries, hits, parsed)
     if parsed.sheet:
         _draw(store, queries or plus, hits, parsed)
-    how = "exact search" if hits.method == "exact" else hits.method
-    say(f"{parsed.store}: {how}, {plural(len(store), 'row')}")
+    method = "exact search" if hits.method == "exact" else hits.method
+    say(f"{parsed.store}: {method}, {plural(len(store), 'row')}")
     return SOME_FAILED if errors else 0
 
 

@@ -243,10 +243,10 @@ def _differences(
     resamples = min(round(RESAMPLES * (1 - LEVEL) / (1 - level)), MAX_RESAMPLES)
     found = []
     for measure in stores[0].evaluation.scores:
-        for one, other in itertools.combinations(stores, 2):
-            values = one.evaluation.values[measure] - other.evaluation.values[measure]
+        for first, second in itertools.combinations(stores, 2):
+            values = first.evaluation.values[measure] - second.evaluation.values[measure]
             score = score_of(values, seed, level=level, resamples=resamples)
-            better, worse, low, high = one.name, other.name, score.low, score.high
+            better, worse, low, high = first.name, second.name, score.low, score.high
             if score.value < 0:
                 better, worse, low, high = worse, better, -high, -low
             found.append(Difference(better, worse, measure, abs(score.value), low, high))

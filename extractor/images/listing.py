@@ -168,8 +168,8 @@ def list_images(
     root = os.path.commonpath([*folders, *unseen, *map(os.path.dirname, files)])
     tally = _Tally(exclude, left_out)
     own = Excludes(exclude, defaults=False)
-    given = [_relative(path, root) for path in files]
-    kept = tally.not_excluded(given, own)
+    named = [_relative(path, root) for path in files]
+    kept = tally.not_excluded(named, own)
     walk = _Walk(root, Excludes(exclude), tally)
     tops = [
         folder
@@ -189,7 +189,7 @@ def list_images(
     # Reading such a folder as an image fails, so it is reported like every unreadable file.
     added = [folder.path for folder in below if folder.path]
     paths = _sorted_once(PackedPaths(itertools.chain(found, added)) if added else found)
-    order = None if folders or below else _order_of(given, paths)
+    order = None if folders or below else _order_of(named, paths)
     return ImageList(
         root,
         paths,

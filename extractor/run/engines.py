@@ -233,13 +233,13 @@ def _compute_in_processes(
 def _compute_on_cluster(leased: LeasedRun, computing: Computing) -> Computation:
     """Compute the shards on the nodes of a Ray cluster."""
     leased.has_workers = True
-    given, device = computing.options, device_of_cluster(computing.options)
-    demand, nodes = demand_of_workers(given, device, leased.on_tick)
-    threads = given.threads or demand.cores
+    asked, device = computing.options, device_of_cluster(computing.options)
+    demand, nodes = demand_of_workers(asked, device, leased.on_tick)
+    threads = asked.threads or demand.cores
     options = replace(
-        given,
+        asked,
         device=device,
-        workers=given.workers or default_workers(demand.cores, given.decode),
+        workers=asked.workers or default_workers(demand.cores, asked.decode),
         threads=threads,
     )
     of_node = max(map(demand.fits, ([node] for node in nodes)), default=1)

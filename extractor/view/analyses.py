@@ -52,7 +52,7 @@ class Analyses:
         self._results: dict[tuple[Any, ...], Any] = {}
         self._working: set[tuple[Any, ...]] = set()
         self._lock = threading.Lock()
-        self._one = threading.Lock()  # one computation at a time
+        self._computing = threading.Lock()  # one computation at a time
 
     def map(self, method: str) -> bytes | None:
         """Return a map as :func:`map_bytes` packs it; None while it is computed.
@@ -118,7 +118,7 @@ class Analyses:
     def _work(self, key: tuple[Any, ...], compute: Callable[[], Any]) -> None:
         result: Any
         try:
-            with self._one:
+            with self._computing:
                 result = compute()
         except Exception as error:
             result = error
@@ -167,7 +167,7 @@ def outliers_content(
     """Return outliers as the page takes them."""
 
     def rows(each: Sequence[Outlier | LabelError]) -> list[list[Any]]:
-        return [image_row(image) for image in collection.images([one.row for one in each])]
+        return [image_row(image) for image in collection.images([item.row for item in each])]
 
     listed, errors = found[start : start + count], found.label_errors[:count]
     return {

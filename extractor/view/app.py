@@ -125,7 +125,7 @@ class _Embedders:
         weights: str | os.PathLike[str] | None,
     ) -> None:
         self._first = stores[0].path
-        self._given = extractor if len(stores) == 1 else None
+        self._extractor = extractor if len(stores) == 1 else None
         self._device = device
         self._weights = weights
         self._made: dict[tuple[str, str], Extractor] = {}
@@ -136,8 +136,8 @@ class _Embedders:
         Raises:
             ExtractorError: The model of the store cannot be loaded.
         """
-        if self._given is not None:
-            return self._given
+        if self._extractor is not None:
+            return self._extractor
         key = (str(store.path), repr(store.manifest.description))
         if key not in self._made:
             from extractor.api import Extractor  # here, because it loads torch

@@ -217,13 +217,13 @@ def demand_of_workers(
 
 def _wait_for_nodes(device: str, on_tick: Callable[[], None]) -> list[Node]:
     """Return the nodes, as soon as one of them has room for a worker."""
-    told = time.monotonic()
+    warned = time.monotonic()
     while True:
         nodes = nodes_of_cluster()
         if any(node.cores and (node.gpus or device != "cuda") for node in nodes):
             return nodes
-        if time.monotonic() - told > WAIT_SECONDS:
-            told = time.monotonic()
+        if time.monotonic() - warned > WAIT_SECONDS:
+            warned = time.monotonic()
             log.warning("waiting for a node with %s", "a GPU" if device == "cuda" else "a core")
         time.sleep(TICK_SECONDS)
         on_tick()

@@ -103,7 +103,7 @@ class RayWorkers:
         self._seconds: list[float] = []
         self._started = 0
         self._deaths = 0  # in a row, before any worker was ready
-        self._grown = self._told = self._begun = 0.0
+        self._grown = self._warned = self._begun = 0.0
 
     def run(self) -> None:
         """Compute all shards.
@@ -112,7 +112,7 @@ class RayWorkers:
             InterruptedRunError: The listener asked to stop.
             ExtractorError: No worker can work.
         """
-        self._begun = self._told = time.monotonic()
+        self._begun = self._warned = time.monotonic()
         try:
             while not (self._board.is_done or self._board.is_hopeless):
                 self._grow()
@@ -135,9 +135,9 @@ class RayWorkers:
             room = max(room, 1)  # a request that waits makes an autoscaler add a node
         for _ in range(min(left, room) - len(self._workers)):
             self._start()
-        if now - self._told < WAIT_SECONDS or any(each.node for each in self._workers.values()):
+        if now - self._warned < WAIT_SECONDS or any(each.node for each in self._workers.values()):
             return
-        self._told = now
+        self._warned = now
         self._listener.on_warning(0, f"waiting for a node with {self._demand}")
 
     def _start(self) -> None:

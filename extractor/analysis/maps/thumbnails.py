@@ -79,14 +79,14 @@ class Thumbnails:
         """
         found: list[Pixels | None] = []
         with ThreadPoolExecutor(available_cores()) as threads:
-            for pixels, problem in threads.map(self._one, paths, digests):
+            for pixels, problem in threads.map(self._thumbnail, paths, digests):
                 found.append(pixels)
                 self.counts.shown += pixels is not None
                 self.counts.changed += problem == "changed"
                 self.counts.unreadable += problem == "unreadable"
         return found
 
-    def _one(self, path: str, digest: bytes | None) -> tuple[Pixels | None, str]:
+    def _thumbnail(self, path: str, digest: bytes | None) -> tuple[Pixels | None, str]:
         """Return one thumbnail, or None and why there is none."""
         pixels = np.empty((self._edge, self._edge, 3), np.uint8)
         source = os.path.join(self._root, path)
