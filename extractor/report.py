@@ -98,7 +98,7 @@ class StoreReport:
 
     @property
     def store(self) -> FeatureStore:
-        """Open the store."""
+        """The store, opened anew each time; keep it in a variable to search it often."""
         return FeatureStore.open(self.out)
 
     @property
@@ -323,7 +323,7 @@ class Report:
 
     @property
     def store(self) -> FeatureStore:
-        """Open the store."""
+        """The store, opened anew each time; keep it in a variable to search it often."""
         return self._only.store
 
     @property

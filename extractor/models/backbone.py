@@ -171,14 +171,7 @@ class Backbone:
         target, numbers = resolve_device(device), resolve_precision(precision)
         model = f"module:{name or type(module).__name__}"
         digest = sha256_of_state(module.state_dict())
-        heads.replace_with_identity(module, names)
-        module.eval()
-        shape = probe(module, preprocess.input_size, name=model)
-        if math.prod(shape) != shape[0]:
-            raise ModelError(
-                f"{model} returns shape {shape} for an image, expected a vector (dim,); name its "
-                "classifier with head=, or embed with one of its layers"
-            )
+        shape = _without_heads(module, names, preprocess, model)
         provenance = Provenance(model, "module", __version__, "given", "", digest)
         _known.pop(module, None)  # it may have been passed in before, and trained since
         return cls(module, (Output((shape[0],)),), names, preprocess, provenance).to(
@@ -509,6 +502,40 @@ def _check_pixels(pixels: object) -> None:
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
+
+
+def _without_heads(
+    module: nn.Module, names: Sequence[str], preprocess: Preprocess, model: str
+) -> tuple[int, ...]:
+    """Remove classifiers, in place, and return the shape of an embedding.
+
+    Raises:
+        ModelError: There is no such classifier, or no vector without it. The network stays as it
+            was.
+    """
+    modes = [(each, each.training) for each in module.modules()]
+    originals = {name: each for name, each in module.named_modules() if name in names}
+    if again := [name for name, each in originals.items() if isinstance(each, nn.Identity)]:
+        log.warning(
+            "%s: %s is an nn.Identity already; if this network was passed in before, use that "
+            "backbone, as the SHA-256 of a network with its head is another one",
+            *(model, ", ".join(again)),
+        )
+    heads.replace_with_identity(module, names)
+    try:
+        shape = probe(module.eval(), preprocess.input_size, name=model)
+        if math.prod(shape) != shape[0]:
+            raise ModelError(
+                f"{model} returns shape {shape} for an image, expected a vector (dim,); name its "
+                "classifier with head=, or embed with one of its layers"
+            )
+    except BaseException:
+        for name, original in originals.items():
+            heads.set_submodule(module, name, original)
+        for each, is_training in modes:
+            each.training = is_training
+        raise
+    return shape
 
 
 def _head_names(head: object) -> tuple[str, ...]:

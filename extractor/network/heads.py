@@ -17,6 +17,7 @@ __all__ = [
     "modules_with_outputs",
     "replace_with_identity",
     "reset_timm_classifier",
+    "set_submodule",
 ]
 
 
@@ -57,7 +58,7 @@ def replace_with_identity(network: nn.Module, names: Iterable[str]) -> tuple[str
         names: Dotted names of the modules.
 
     Raises:
-        ModelError: There is no such module, or the name is empty.
+        ModelError: There is no such module, or the name is empty. The network stays as it was.
     """
     replaced = tuple(names)
     for name in replaced:
@@ -67,7 +68,8 @@ def replace_with_identity(network: nn.Module, names: Iterable[str]) -> tuple[str
             network.get_submodule(name)
         except AttributeError as error:
             raise ModelError(f"no module {name!r} in {type(network).__name__}") from error
-        _set_submodule(network, name, nn.Identity())
+    for name in replaced:
+        set_submodule(network, name, nn.Identity())
     return replaced
 
 
@@ -111,7 +113,7 @@ def bypass(
             originals[name] = module
     except BaseException:
         for name, module in originals.items():
-            _set_submodule(network, name, module)
+            set_submodule(network, name, module)
         raise
     return tuple(outer)
 
@@ -131,7 +133,7 @@ def _bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) ->
         handle.remove()
     if not calls:
         raise ModelError(f"bypass {name}: this module of {model} does not run as a whole")
-    _set_submodule(network, name, Bypass())
+    set_submodule(network, name, Bypass())
     try:
         after = probe(network, size, name=model)
     except ModelError:
@@ -139,14 +141,15 @@ def _bypass(network: nn.Module, name: str, size: tuple[int, int], model: str) ->
     input_shape, output_shape = calls[-1]
     is_tensor = output_shape.startswith("(")
     if after != before or not is_tensor:
-        _set_submodule(network, name, module)
+        set_submodule(network, name, module)
         raise ModelError(
             f"bypass {name}: it turns {input_shape} into {output_shape}, so {model} does not work "
             "without it; bypass a module that keeps the shape"
         )
 
 
-def _set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+def set_submodule(network: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of another one, by its dotted name."""
     parent, _, attribute = name.rpartition(".")
     setattr(network.get_submodule(parent), attribute, module)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ class Hits:
 
     def __getitem__(self, query: int) -> list[Hit]:
         """Return what was found for one query, the best first."""
-        paths = self._paths
+        query, paths = operator.index(query), self._paths
         return [
             Hit(row, row_id, score, paths[row])
             for row, row_id, score in zip(

@@ -584,3 +584,25 @@ def test_module_that_was_trained_may_be_passed_in_again() -> None:
     assert with_changes(backbone, Options()).provenance == backbone.provenance
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(("head", "match"), [("4", "cannot take"), (["3", "5"], "no module '5'")])
+def test_network_that_is_refused_stays_as_it_was(head: Any, match: str) -> None:
+    network = nn.Sequential(
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+    )
+    if match == "cannot take":
+        network.append(nn.Linear(2, 2))
+        network.train()
+    before = list(network)
+    with pytest.raises(ModelError, match=match):
+        Backbone.from_module(network, head=head, preprocess=Preprocess.standard(8))
+    assert list(network) == before
+    assert network.training
+
+
+def test_network_without_its_head_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4))
+    for _ in range(2):
+        Backbone.from_module(network, head="2", preprocess=Preprocess.standard(8))
+    assert caplog.text.count("module:Sequential: 2 is an nn.Identity already") == 1
