@@ -99,7 +99,8 @@ def export_page(
         overwrite: Whether to replace a page that is there.
 
     Raises:
-        UsageError: The folder exists, or an argument makes no sense.
+        UsageError: The folder exists, or an argument makes no sense, such as another store without
+            any of the images.
         StoreError: There is no store, it has no rows, or the folder cannot be written.
     """
     check_metric(metric)
@@ -115,6 +116,11 @@ def export_page(
         raise StoreError(f"{stores[0].path} holds no rows, so there is nothing to show")
     parts = [_Part(collections[0], _sampled(len(collections[0]), limit))]
     parts += [_Part(each, _same_images(parts[0], each)) for each in collections[1:]]
+    if other is not None and not len(parts[1].rows):
+        raise UsageError(
+            f"{stores[1].path} holds none of the images on the page, judged by their paths; "
+            "export it apart"
+        )
     if any(lies_in(target.path, each.root) for each in collections):
         log.warning(
             "%s lies in the folder of the images, so the next run takes its thumbnails for images; "

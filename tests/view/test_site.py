@@ -124,6 +124,15 @@ def test_page_replaces_no_files_of_someone_else(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("limit", [0, -1, 50_001, 1.5, True])
+def test_other_store_without_any_of_the_images_is_refused(
+    folder: Path, tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    other = write_store(tmp_path / "other", [np.eye(3, dtype=np.float32)])
+    with pytest.raises(UsageError, match="other holds none of the images on the page"):
+        export_page(folder / "out", tmp_path / "site", other)
+    assert not (tmp_path / "site").exists()
+
+
 def test_limit_is_a_number_of_images(folder: Path, tmp_path: Path, limit: Any) -> None:
     with pytest.raises(UsageError, match="limit: got"):
         export_page(folder / "out", tmp_path / "site", limit=limit)
