@@ -25,7 +25,6 @@ from extractor.analysis.maps.picture import check_pictures, write_picture
 from extractor.analysis.maps.projection import finite_rows, of_rows, principal_components
 from extractor.analysis.maps.table import check_table, write_table
 from extractor.analysis.maps.thumbnails import ImageCounts
-from extractor.analysis.outliers import FOLDERS
 from extractor.errors import StoreError, UsageError
 from extractor.evaluation.labels import Labels, labels_of
 from extractor.reading.reader import FeatureStore
@@ -180,15 +179,14 @@ def map_labels(store: FeatureStore, labels: Labels) -> list[str] | None:
 
     Args:
         store: The store.
-        labels: As for :func:`evaluate_store`, or ``folders``. None for the names of folders, if
+        labels: As for :func:`evaluate_store`; None for the names of folders, if
             every image lies in one and there are several.
 
     Raises:
         UsageError: Labels that are asked for are missing or unknown.
     """
     if labels is not None:
-        is_folders = isinstance(labels, str) and labels == FOLDERS
-        return labels_of(store, None if is_folders else labels)
+        return labels_of(store, labels)
     folders = [path.rpartition("/")[0].rpartition("/")[2] for path in store.paths]
     return folders if all(folders) and len(set(folders)) > 1 else None
 

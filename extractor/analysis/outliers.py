@@ -21,10 +21,9 @@ from extractor.search.knn import RowLengths, nearest
 from extractor.search.searcher import Searcher
 from extractor.text import plural
 
-__all__ = ["DEFAULT_K", "FOLDERS", "LabelError", "Outlier", "Outliers", "find_outliers"]
+__all__ = ["DEFAULT_K", "LabelError", "Outlier", "Outliers", "find_outliers"]
 
 DEFAULT_K = 10
-FOLDERS = "folders"  # labels are the names of folders
 # More than this share of the votes must be for another label. The neighbor of rank r has 1/r votes.
 # Of 15 planted errors in 300 photos of groceries, 94 % are found; 62 % of the listed images are
 # such errors. With one vote each, these are 79 % and 52 % (tf_efficientnet_lite0, k = 10).
@@ -308,8 +307,7 @@ def find_outliers(
     count = _checked_k(k, len(opened) - 1)
     names = None
     if labels is not None:
-        is_folders = isinstance(labels, str) and labels == FOLDERS
-        names = labels_of(opened, None if is_folders else labels)
+        names = labels_of(opened, labels)
     usable = _usable(opened)
     show = progress or no_progress
     in_class = None

@@ -25,7 +25,7 @@ PHASES = {
 }
 LABELS_HELP = (
     "CSV file with the columns path and label, or FILE.py:FUNCTION, which gets a path (default: "
-    "the name of the folder that holds the image)"
+    "folders, the name of the folder that holds the image)"
 )
 
 

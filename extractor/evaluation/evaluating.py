@@ -134,9 +134,9 @@ def evaluate_store(
 
     Args:
         store: The store, its folder, or a selection of its rows.
-        labels: None for the names of the folders that hold the images; a CSV file with the columns
-            ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function, which gets a path; a mapping
-            of paths; or one label per row.
+        labels: None or ``folders`` for the names of the folders that hold the images; a CSV file
+            with the columns ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function, which gets
+            a path; a mapping of paths; or one label per row.
         k: Numbers of neighbors; None for those of 1, 5 and 20 that are smaller than the store.
         metric: ``cosine``, ``ip`` for the inner product, or ``l2`` for the Euclidean distance.
         queries: Another store of the same backbone, whose rows are the queries.

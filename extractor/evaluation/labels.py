@@ -18,6 +18,8 @@ from extractor.text import first_line, plural
 
 __all__ = ["Labels", "labels_of", "store_of"]
 
+FOLDERS = "folders"  # labels are the names of folders
+
 Labels: TypeAlias = (
     "str | os.PathLike[str] | Callable[[str], Any] | Mapping[str, Any] | Sequence[Any] | None"
 )
@@ -45,14 +47,14 @@ def labels_of(rows: Rows, labels: Labels = None) -> list[str]:
 
     Args:
         rows: A store or a selection of one.
-        labels: None for the name of the folder that holds the image; a CSV file with the columns
-            ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function, which gets a path; a mapping
-            of paths; or one label per row.
+        labels: None or ``folders`` for the name of the folder that holds the image; a CSV file with
+            the columns ``path`` and ``label``; ``FILE.py:FUNCTION`` or a function, which gets a
+            path; a mapping of paths; or one label per row.
 
     Raises:
         UsageError: A row has no label, or a label belongs to no row.
     """
-    if labels is None:
+    if labels is None or (isinstance(labels, str) and labels == FOLDERS):
         return _checked(rows.paths, [_folder(path) for path in rows.paths])
     if isinstance(labels, (str, os.PathLike)):
         name = os.fspath(labels)

@@ -25,7 +25,7 @@ def store(tmp_path: Path, write_store: Callable[..., Path]) -> FeatureStore:
 
 
 def test_folder_that_holds_the_image_is_its_label(store: FeatureStore) -> None:
-    assert labels_of(store) == ["cats", "dogs", "dogs"]
+    assert labels_of(store) == labels_of(store, "folders") == ["cats", "dogs", "dogs"]
 
 
 def test_image_in_no_folder_has_no_label(tmp_path: Path, write_store: Callable[..., Path]) -> None:
