@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from extractor.errors import ShardBusyError, StoreBusyError
 from extractor.lease.lease import Lease
 from extractor.lease.plan import RunPlan, StoreTarget
+from extractor.store.atomic import store_errors
 from extractor.store.shard import ShardWriter
 from extractor.workers.pipeline import ShardWork
 from extractor.workers.shard_output import ShardOutput
@@ -44,10 +45,11 @@ class ShardOpener:
         start = self._starts[pass_index]
         stores = self._plan.passes[pass_index].stores
         with ExitStack() as stack:
-            opened = [
-                (store, stack.enter_context(self._writer(store, store.first + index, lease)))
-                for store in stores
-            ]
+            opened = []
+            for store in stores:
+                with store_errors(store.staging.parent):
+                    writer = self._writer(store, store.first + index, lease)
+                opened.append((store, stack.enter_context(writer)))
             outputs = [
                 ShardOutput(store, writer) for store, writer in opened if writer.finished is None
             ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from PIL import Image
 from support.networks import mean_pixel, normalized
 
 from extractor.compute.inputs import Inputs
+from extractor.errors import StoreError
 from extractor.lease.describe import describe
 from extractor.lease.lease import Lease, Receipt
 from extractor.lease.plan import PassPlan, RunPlan, StoreTarget
@@ -156,3 +158,11 @@ def test_batches_cover_each_image_once_wherever_the_work_starts(
         assert [i for batch in batches for i in batch] == list(range(done, images))
         assert all(batch.start % batch_size == 0 for batch in batches)
         assert all(1 <= len(batch) <= batch_size for batch in batches)
+
+
+@pytest.mark.parametrize("folder", [FEATURES, JOURNAL])
+def test_shard_that_cannot_be_opened_is_an_error_of_the_store(run: Run, folder: str) -> None:
+    """On a full disk, or where somebody removed the folder."""
+    shutil.rmtree(run.staging / folder)
+    with pytest.raises(StoreError, match=r"cannot write the store .*out: No such file"):
+        run.compute(leases(0))
