@@ -610,7 +610,8 @@ class StoreRun:
         if shard is None:
             raise StoreError(
                 f"shard {number} of {self._claim.out} was finished, but its files are not in "
-                f"{self._claim.staging}; expected all processes to see the same folder"
+                f"{self._claim.staging}; expected that nobody removes them, and that all "
+                "processes see the same folder"
             )
         self.add(shard)
         return shard
