@@ -123,7 +123,6 @@ def test_page_replaces_no_files_of_someone_else(folder: Path, tmp_path: Path) ->
         export_page(folder / "out", folder / "out" / "site")
 
 
-@pytest.mark.parametrize("limit", [0, -1, 50_001, 1.5, True])
 def test_other_store_without_any_of_the_images_is_refused(
     folder: Path, tmp_path: Path, write_store: Callable[..., Path]
 ) -> None:
@@ -133,6 +132,7 @@ def test_other_store_without_any_of_the_images_is_refused(
     assert not (tmp_path / "site").exists()
 
 
+@pytest.mark.parametrize("limit", [0, -1, 50_001, 1.5, True])
 def test_limit_is_a_number_of_images(folder: Path, tmp_path: Path, limit: Any) -> None:
     with pytest.raises(UsageError, match="limit: got"):
         export_page(folder / "out", tmp_path / "site", limit=limit)
