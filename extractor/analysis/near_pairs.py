@@ -67,7 +67,7 @@ def exact_pairs(
     left: Numbers,
     right: Numbers | None,
     threshold: float,
-    progress: Progress = no_progress,
+    progress: Progress,
     phase: str = "comparing",
 ) -> Iterator[Pairs]:
     """Yield all pairs whose similarity reaches a threshold, among others slightly below.
@@ -217,7 +217,7 @@ class Clusters:
                 probes[chunk] = _largest(products, probes.shape[1])
         return cls(rows, probes, count)
 
-    def pairs(self, threshold: float, progress: Progress = no_progress) -> Iterator[Pairs]:
+    def pairs(self, threshold: float, progress: Progress) -> Iterator[Pairs]:
         """Yield pairs that may reach a threshold; each pair once.
 
         Args:
@@ -300,7 +300,7 @@ def _centers(rows: UnitRows, count: int) -> Floats32:
 
 
 def measured_recall(
-    rows: UnitRows, clusters: Clusters, threshold: float, progress: Progress = no_progress
+    rows: UnitRows, clusters: Clusters, threshold: float, progress: Progress
 ) -> tuple[int, int]:
     """Return how many pairs of sampled rows are compared by clusters, and how many there are."""
     random = np.random.default_rng(1)
@@ -317,7 +317,7 @@ def measured_recall(
 
 
 def clustered_pairs(
-    rows: UnitRows, threshold: float, progress: Progress = no_progress
+    rows: UnitRows, threshold: float, progress: Progress
 ) -> tuple[Iterator[Pairs], tuple[int, int]]:
     """Return the pairs that clusters find, and :func:`measured_recall`."""
     progress("clustering", 0, len(rows))

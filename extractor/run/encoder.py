@@ -66,9 +66,9 @@ def encoder_of(
     store: FeatureStore,
     serving: Mapping[str, Any],
     *,
-    weights: Weights = None,
-    device: str = "auto",
-    exact: bool = False,
+    weights: Weights,
+    device: str,
+    exact: bool,
 ) -> Encoder:
     """Load the models of a store, and return how it embeds.
 
@@ -152,7 +152,7 @@ def _compiled(spec: EmbeddingSpec) -> EmbeddingSpec:
     return spec.with_backbones(fast)
 
 
-def spec_of(store: FeatureStore, weights: Weights = None, device: str = "auto") -> EmbeddingSpec:
+def spec_of(store: FeatureStore, weights: Weights, device: str) -> EmbeddingSpec:
     """Load the models of a store and return its embedding, without what a transform changed.
 
     Args:

@@ -31,7 +31,7 @@ HALF_TOLERANCE = 0.05
 
 
 def recompute(
-    store: FeatureStore, count: int, *, weights: str | None = None, device: str = "auto"
+    store: FeatureStore, count: int, *, weights: str | None = None, device: str
 ) -> Iterator[str]:
     """Compute rows of a store again and yield a sentence for each one that differs.
 

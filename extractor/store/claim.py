@@ -196,20 +196,20 @@ class SharedFolder:
 
     Args:
         out: folder of the store.
-        overwrite: as for :class:`ClaimedFolder`.
 
     Attributes:
         out: as given.
         staging: folder in it that holds the work until it is published.
-        overwrite: as given.
+        overwrite: whether a finished store is replaced, which no part does.
         lock: the file system must support locks.
     """
 
-    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+    overwrite = False
+    lock = True
+
+    def __init__(self, out: Path) -> None:
         self.out = out
         self.staging = out / STAGING
-        self.overwrite = overwrite
-        self.lock = True
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> SharedFolder:

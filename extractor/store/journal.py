@@ -6,7 +6,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -114,20 +114,11 @@ class Journal:
         path: file of the journal; everything after ``entries`` is cut off.
         features: open file, positioned after the rows of ``entries``.
         entries: batches to keep.
-        clock: source of the time in seconds.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        features: IO[bytes],
-        entries: Sequence[BatchEntry],
-        *,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, path: Path, features: IO[bytes], entries: Sequence[BatchEntry]) -> None:
         self._features = features
-        self._clock = clock
-        self._synced = clock()
+        self._synced = time.monotonic()
         self._file = path.open("ab")
         self._file.truncate(sum(len(entry.to_line()) for entry in entries))
 
@@ -138,14 +129,14 @@ class Journal:
         line = BatchEntry(entry.records, entry.failures, zlib.crc32(rows)).to_line()
         self._file.write(line)
         self._file.flush()
-        if self._clock() - self._synced >= SYNC_SECONDS:
+        if time.monotonic() - self._synced >= SYNC_SECONDS:
             self.sync()
 
     def sync(self) -> None:
         """Bring both files to the disk, the rows before the lines that list them."""
         sync(self._features.fileno())
         sync(self._file.fileno())
-        self._synced = self._clock()
+        self._synced = time.monotonic()
 
     def close(self) -> None:
         """Close the journal; the file of the rows stays open."""

@@ -53,16 +53,15 @@ class Thumbnails:
 
     Args:
         out: Folder of the store.
-        max_pixels: Limit on the pixels of one image.
 
     Attributes:
         problems: By id, why images have no thumbnail: a short word and a sentence.
     """
 
-    def __init__(self, out: Path, *, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, out: Path) -> None:
         self.problems: dict[int, tuple[str, str]] = {}
         self._folders = [folder / FOLDER for folder in derived_folders(out)]
-        self._budget = PixelBudget(max_pixels)
+        self._budget = PixelBudget(MAX_PIXELS)
         self._recent: OrderedDict[tuple[int, str], _Kept] = OrderedDict()
         self._recent_bytes = 0
         self._lock = threading.Lock()
