@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from extractor.errors import UnknownTokenError
 from extractor.terminal.console import Bar, logging_to, print_lines
 from extractor.terminal.parser import Parser
 from extractor.text import plural
@@ -58,18 +59,22 @@ def export(arguments: Sequence[str]) -> int:
     from extractor.export.exporting import export_store
 
     bar = Bar(quiet=False, status="opening the store ...", unit="row")
-    with bar, logging_to(bar.warn):
-        report = export_store(
-            parsed.store,
-            parsed.to,
-            parsed.format,
-            column=parsed.column,
-            dtype=parsed.dtype,
-            normalize=parsed.normalize,
-            since=parsed.since,
-            overwrite=parsed.overwrite,
-            progress=bar.follow({}),
-        )
+    try:
+        with bar, logging_to(bar.warn):
+            report = export_store(
+                parsed.store,
+                parsed.to,
+                parsed.format,
+                column=parsed.column,
+                dtype=parsed.dtype,
+                normalize=parsed.normalize,
+                since=parsed.since,
+                overwrite=parsed.overwrite,
+                progress=bar.follow({}),
+            )
+    except UnknownTokenError as error:
+        what = str(error).partition("; ")[0]
+        raise UnknownTokenError(f"{what}; leave --since out to export everything") from error
     if parsed.json:
         print_lines([json.dumps({**asdict(report), "path": str(report.path)})])
         return 0

@@ -50,6 +50,11 @@ FORMATS = {
     )
 }
 _PARQUET_FILE = Format("parquet", ParquetFileWriter, False, (".parquet",))
+# Endings that promise a file of another kind.
+_OTHER_FILES = (
+    *(".arrow", ".feather", ".gz", ".json", ".jsonl", ".npz", ".pickle", ".pkl", ".pq", ".pt"),
+    *(".pth", ".sqlite", ".tar", ".tsv", ".txt", ".zip"),
+)
 
 
 def format_for(path: Path, name: str | None) -> Format:
@@ -69,6 +74,12 @@ def format_for(path: Path, name: str | None) -> Format:
             raise UsageError(
                 f"format: {path} would be a folder of Parquet files; name a folder, and the format "
                 "npy for arrays"
+            )
+        if suffix in _OTHER_FILES:
+            known = [ending for each in FORMATS.values() for ending in each.suffixes]
+            raise UsageError(
+                f"format: {path} would be a folder of Parquet files; name a folder without "
+                f"{suffix}, or a file that ends with {', '.join(['.parquet', *known])}"
             )
         endings = {ending: each.name for each in FORMATS.values() for ending in each.suffixes}
         name = endings.get(suffix, "parquet")

@@ -434,9 +434,10 @@ def _folder(store: FeatureStore) -> str:
 
 def _check_rank(found: Components, dim: int, fit_on: FeatureStore) -> None:
     if dim > found.rank:
+        fewer = f"try --pca {found.rank}, or " if found.rank else ""
         raise UsageError(
-            f"pca: got {dim} dimensions, but the {plural(found.rows, 'row')} of {fit_on.path} vary "
-            f"in {found.rank}; try --pca {max(found.rank, 1)}, or fit on a store of more images"
+            f"pca: got {plural(dim, 'dimension')}, but the {plural(found.rows, 'row')} of "
+            f"{fit_on.path} vary in {found.rank}; {fewer}fit on a store of more images"
         )
 
 

@@ -47,6 +47,14 @@ def test_command_says_what_it_wrote(
     }
 
 
+def test_an_unknown_state_is_answered_for_the_command(
+    store: FeatureStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["export", "store", "--to", "rows", "--since", "0" * 64]) == 1
+    error = capsys.readouterr().err
+    assert error.rstrip().endswith("of another store; leave --since out to export everything")
+
+
 def test_export_over_files_is_a_usage_error(
     store: FeatureStore, capsys: pytest.CaptureFixture[str]
 ) -> None:

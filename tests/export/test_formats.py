@@ -238,6 +238,14 @@ def test_export_of_nothing_can_be_read(store: FeatureStore, tmp_path: Path, form
         assert faiss.read_index(str(tmp_path / "to")).ntotal == 0
 
 
+@pytest.mark.parametrize("name", ["rows.json", "rows.NPZ", "a.b.tsv", "rows.csv.gz"])
+def test_ending_of_another_file_is_no_folder_of_parquet(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=r"would be a folder of Parquet files; .* ends with .par"):
+        format_for(tmp_path / name, None)
+    assert format_for(tmp_path / name, "csv").name == "csv"
+    assert format_for(tmp_path / "rows.v2", None).name == "parquet"
+
+
 def test_npy_ending_alone_is_no_folder_of_parquet(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"rows\.npy would be a folder of Parquet files"):
         format_for(tmp_path / "rows.npy", None)

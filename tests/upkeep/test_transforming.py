@@ -731,3 +731,11 @@ def test_source_that_changed_meanwhile_is_planned_anew(
         expected = transform.apply(now[path][None])[0].astype("f4")
         assert store[path].tobytes() == expected.tobytes()
     assert list(verify(out)) == []
+
+
+def test_no_dimension_is_advised_for_rows_that_do_not_vary(
+    tmp_path: Path, write_store: Callable[..., Path]
+) -> None:
+    store = write_store(tmp_path / "store", [np.ones((1, 3), np.float32)])
+    with pytest.raises(UsageError, match=r"got 1 dimension, .* vary in 0; fit on a store of more"):
+        transform_store(store, tmp_path / "out", pca=1)
