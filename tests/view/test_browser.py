@@ -270,6 +270,11 @@ def test_lists_show_duplicates_outliers_and_failures(page: Any, address: str) ->
     assert page.inner_text("#selected-count") == "1 selected"
     marked = [hit.get_attribute("aria-pressed") for hit in page.query_selector_all(".group .hit")]
     assert marked == ["false", "true"]
+    page.focus("#duplicates .group .hit >> nth=1")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#detail .hit")
+    page.keyboard.press("Escape")  # back to where the keyboard was
+    assert page.evaluate("document.activeElement.title") == "c/copy.jpg"
     page.click("#tab-outliers")
     page.wait_for_selector("#outliers .hit")
     page.click("#tab-failures")

@@ -315,13 +315,16 @@ class App {
   }
 
   open(store, id) {
+    if (!find("detail").contains(document.activeElement)) this.opener = document.activeElement;
     location.hash = `image/${store}/${id}`;
   }
 
   close() {
     this.detail.close();
     history.replaceState(null, "", location.pathname + location.search);
-    find("grid").focus({ preventScroll: true });
+    const panel = find(this.tab);
+    const next = panel.contains(this.opener) ? this.opener : panel.querySelector("[tabindex='0']") || panel;
+    next.focus({ preventScroll: true });
   }
 
   /** Show what the address says. */
