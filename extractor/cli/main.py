@@ -109,8 +109,9 @@ def _check_no_empty_word(words: Sequence[str]) -> None:
         UsageError: A word is empty.
     """
     if "" in words:
+        before = words[words.index("") - 1]
         raise UsageError(
-            f"{words[0]}: got an empty word, expected the name of a store, a file or a value"
+            f"got an empty word after {before}, expected the name of a store, a file or a value"
         )
 
 

@@ -60,7 +60,7 @@ def test_states_are_aligned_and_advice_ends_the_page(
 
 def test_empty_output_folder_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "-o", ""]) == 2
-    assert "out: got an empty name" in capsys.readouterr().err
+    assert "got an empty word after -o, expected" in capsys.readouterr().err
 
 
 def test_json_has_every_check(
