@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -100,11 +99,9 @@ class Batch:
         self.pictures = pictures
         self.rows = [picture.numpy() for picture in pictures]
 
-    @contextlib.contextmanager
-    def alone_on(self, cores: int) -> Iterator[None]:
+    def alone_on(self, cores: int) -> AbstractContextManager[None]:
         """Let as many decoding threads rest during the block, after their current images."""
-        with self._owner.resting(cores):
-            yield
+        return self._owner.resting(cores)
 
     def decode_on_host(self) -> None:
         """Make the loader decode all images of later batches itself."""

@@ -306,10 +306,6 @@ class _Block(NamedTuple):
         return factors.astype(self.rows.dtype)
 
 
-def _as_float(block: npt.NDArray[Any], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(block, dtype=dtype)
-
-
 def _squares(block: npt.NDArray[Any]) -> Floats:
     """Return the squared length of each row; float32 is left where it overflows."""
     with np.errstate(over="ignore", under="ignore"):
@@ -452,7 +448,7 @@ class _Search:
 
     def _blocks(self) -> Iterator[_Block]:
         for start, block in row_blocks(self._features):
-            rows = _as_float(block, self._dtype)
+            rows = np.ascontiguousarray(block, self._dtype)
             lengths = self._row_lengths.of(start, rows)
             if self._metric == "cosine" and not _is_moderate(lengths):
                 rows, lengths = _unit(rows), np.ones(len(rows))
