@@ -11,7 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-__all__ = ["available_cores", "compute_threads", "has_avx2", "set_threads_of_this_thread"]
+__all__ = [
+    "CGROUPS",
+    "CGROUPS_OF_PROCESS",
+    "available_cores",
+    "compute_threads",
+    "control_groups",
+    "has_avx2",
+    "set_threads_of_this_thread",
+]
 
 CGROUPS = Path("/sys/fs/cgroup")
 CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")
@@ -37,6 +45,14 @@ def _cgroup_cores(cgroups: Path = CGROUPS, of_process: Path = CGROUPS_OF_PROCESS
     version 1.
     """
     quotas = [math.inf]
+    for folder, is_version_2 in control_groups("cpu", cgroups, of_process):
+        names = ("cpu.max",) if is_version_2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        quotas.append(_quota(*(folder / name for name in names)))
+    return min(quotas)
+
+
+def control_groups(controller: str, cgroups: Path, of_process: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of the groups that limit this process, and whether each is of version 2."""
     with contextlib.suppress(OSError, ValueError):
         for line in of_process.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
@@ -45,11 +61,9 @@ def _cgroup_cores(cgroups: Path = CGROUPS, of_process: Path = CGROUPS_OF_PROCESS
             group = PurePosixPath(name.lstrip("/"))
             for ancestor in (group, *group.parents):
                 if not controllers:
-                    quotas.append(_quota(cgroups / ancestor / "cpu.max"))
-                elif "cpu" in controllers.split(","):
-                    folder = cgroups / "cpu" / ancestor
-                    quotas.append(_quota(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us"))
-    return min(quotas)
+                    yield cgroups / ancestor, True
+                elif controller in controllers.split(","):
+                    yield cgroups / controller / ancestor, False
 
 
 def _quota(*files: Path) -> float:

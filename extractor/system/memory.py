@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+
+from extractor.system.cpu import CGROUPS, CGROUPS_OF_PROCESS, control_groups
 
 __all__ = ["free_memory", "granted_memory", "share_memory"]
 
-CGROUPS = Path("/sys/fs/cgroup")
-CGROUPS_OF_PROCESS = Path("/proc/self/cgroup")
 MEMINFO = Path("/proc/meminfo")
 STATM = Path("/proc/self/statm")
 
@@ -28,23 +28,13 @@ def granted_memory(
     Cached files count as free, since they give way.
     """
     total, free = _machine(meminfo)
-    with contextlib.suppress(OSError, ValueError):
-        for line in of_process.read_text().splitlines():
-            _, controllers, name = line.split(":", 2)
-            group = PurePosixPath(name.lstrip("/"))
-            for ancestor in (group, *group.parents):  # see extractor.system.cpu
-                if not controllers:
-                    folder, files = cgroups / ancestor, ("memory.max", "memory.current")
-                elif "memory" in controllers.split(","):
-                    folder = cgroups / "memory" / ancestor
-                    files = ("memory.limit_in_bytes", "memory.usage_in_bytes")
-                else:
-                    continue
-                limit = _number(folder / files[0])
-                if limit < UNLIMITED:
-                    used = _number(folder / files[1]) - _cached(folder / "memory.stat")
-                    total = min(total, limit)
-                    free = min(free, limit - used if used < limit else 0)
+    for folder, is_version_2 in control_groups("memory", cgroups, of_process):
+        limit = _number(folder / ("memory.max" if is_version_2 else "memory.limit_in_bytes"))
+        if limit < UNLIMITED:
+            name = "memory.current" if is_version_2 else "memory.usage_in_bytes"
+            used = _number(folder / name) - _cached(folder / "memory.stat")
+            total = min(total, limit)
+            free = min(free, limit - used if used < limit else 0)
     return total, free
 
 
