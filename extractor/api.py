@@ -466,9 +466,11 @@ def _check_model(model: object) -> None:
         UsageError: It is neither.
     """
     if not isinstance(model, (str, Backbone)):
+        advice = "Backbone.from_module for a network"
+        if isinstance(model, Rows):
+            advice = "Extractor.for_store"
         raise UsageError(
-            f"model: got {type(model).__name__}, expected a name or a Backbone; try "
-            "Backbone.from_module for a network"
+            f"model: got {type(model).__name__}, expected a name or a Backbone; try {advice}"
         )
 
 

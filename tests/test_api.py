@@ -454,6 +454,14 @@ def test_errors_share_a_base_class() -> None:
         assert issubclass(error, ExtractorError)
 
 
+def test_store_in_place_of_a_model_is_answered_with_for_store(
+    photos: Path, tmp_path: Path, mean_model: None
+) -> None:
+    store: Any = extract(photos, out=tmp_path / "out").store
+    with pytest.raises(UsageError, match=r"model: got FeatureStore.* try Extractor\.for_store"):
+        Extractor(store)
+
+
 def trained(seed: int) -> Backbone:
     """Return a backbone with a dropout, whose weights follow a seed."""
     torch.manual_seed(seed)
