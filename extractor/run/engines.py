@@ -6,18 +6,19 @@ import logging
 import shutil
 import socket
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from extractor.compute.inputs import Inputs, device_of
-from extractor.errors import DeviceError
+from extractor.errors import DeviceError, StoreError
 from extractor.lease.board import Board
 from extractor.lease.lease import Receipt
 from extractor.lease.paths_file import write_paths
 from extractor.lease.sharing import Machine, WorkerSlot, on_first_device, share_out
+from extractor.loading.crash_log import CrashLog
 from extractor.loading.options import default_workers
 from extractor.models.embedding import EmbeddingSpec, backbones_of, weights_of
 from extractor.models.from_file import files_of_code
@@ -222,6 +223,10 @@ def _compute_in_processes(
         workers = LocalWorkers(setups, board, leased)
         workers.run()
     finally:
+        if not board.is_done:  # the decoder of a worker that did not end by itself may hang
+            logs = [setup.crash_log for setup in setups]
+            with suppress(StoreError):  # what ended the run matters more
+                leased.keep_suspects(path for log in logs for path in CrashLog.read(log))
         shutil.rmtree(folder, ignore_errors=True)
     leased.check_failed(board.failed)
     inputs = replace(inputs, options=replace(inputs.options, workers=slots[0].workers))

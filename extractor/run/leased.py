@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from extractor.errors import ShardsFailedError
@@ -149,13 +149,18 @@ class LeasedRun:
 
     def on_suspects(self, worker: int, suspects: list[bytes]) -> None:
         """Keep suspects for later runs, and tell the user."""
-        for staging in {output.staging for output in self._outputs}:
-            Suspects(staging).add(suspects)
+        self.keep_suspects(suspects)
         log.warning(
             "worker %d died while decoding %s; now decoded in a process of its own",
             *(worker + 1, ", ".join(map(display_path, suspects))),
             extra={"worker": worker + 1},
         )
+
+    def keep_suspects(self, suspects: Iterable[bytes]) -> None:
+        """Let later runs decode images in a process of their own."""
+        paths = list(suspects)
+        for staging in {output.staging for output in self._outputs}:
+            Suspects(staging).add(paths)
 
     def on_warning(self, worker: int, message: str) -> None:
         """Pass on a warning, once if several workers have the same."""

@@ -15,9 +15,11 @@ import torch
 import extractor.run.engines as engines
 import extractor.run.session as session_module
 from extractor import extract
-from extractor.errors import DeviceError
+from extractor.errors import DeviceError, InterruptedRunError
 from extractor.lease.sharing import WorkerSlot
+from extractor.loading.crash_log import CrashLog
 from extractor.options import Options
+from extractor.store.format import STAGING, SUSPECTS
 from extractor.workers.ray_cluster import Node, device_of_cluster
 from extractor.workers.trial import Trial, run_trial
 
@@ -218,3 +220,25 @@ def test_devices_without_a_gpu_name_the_option_that_was_typed(
         engines.engine_for(Options(devices=devices)),
     ):
         pass
+
+
+def test_image_of_a_worker_that_did_not_end_by_itself_is_a_suspect(
+    network: str, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its decoder may hang. Otherwise the next run would hang at the same image, and so on."""
+    image = sorted(photos.iterdir())[0]
+
+    class Hanging:
+        def __init__(self, setups: Any, *_: object) -> None:
+            self.log = setups[0].crash_log
+
+        def run(self) -> None:
+            log = CrashLog(self.log, 1)
+            log.__enter__()
+            log.note(0, bytes(image))
+            raise InterruptedRunError(0, 11)  # after all workers were killed
+
+    monkeypatch.setattr(engines, "LocalWorkers", Hanging)
+    with pytest.raises(InterruptedRunError, match="stopped after 0 of 11 images"):
+        extract(photos, network, tmp_path / "out", devices="cpu", processes=1)
+    assert json.loads((tmp_path / "out" / STAGING / SUSPECTS).read_text()) == [str(image)]
