@@ -219,7 +219,7 @@ def _problems(folder: Path, parsed: argparse.Namespace) -> list[str]:
     with Bar(quiet=False, status="opening the store ...", unit="row") as bar:
         problems = list(problems_of(folder, bar.follow({})))
     if not problems and parsed.images:
-        with Bar(quiet=False, status="opening the images ...") as bar:
+        with Bar(quiet=False, status="opening the images ...", unit="image") as bar:
             problems += verify_images(folder, parsed.root, bar.follow({}))
     if not problems and parsed.recompute:
         from extractor.run.recompute import recompute

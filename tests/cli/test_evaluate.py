@@ -94,3 +94,10 @@ def test_long_work_shows_a_bar_on_a_terminal(words: list[str], unit: str) -> Non
     received = on_a_terminal("-m", "extractor", *words)
     assert "5/5" in received
     assert unit in received
+
+
+def test_bar_of_verified_images_counts_no_failures() -> None:
+    verify = "main(['verify', 'store', '--images', '--root', '.'])"
+    received = on_a_terminal("-c", f"from extractor.cli.main import main; {verify}")
+    assert "image/s" in received
+    assert "failed" not in received
