@@ -42,7 +42,7 @@ from extractor.run.sizes import choose_sizes
 from extractor.run.snapshot import unlisted_folders
 from extractor.store.atomic import store_errors, sync, sync_folder
 from extractor.store.claim import ClaimedFolder, SharedFolder
-from extractor.store.format import IN_FLIGHT, PLAN_PATHS, WORKERS
+from extractor.store.format import IN_FLIGHT, PLAN_PATHS, STAGING, WORKERS
 from extractor.store.lock import TELL_SECONDS, Lock, ShardLock, this_process
 from extractor.system.cpu import compute_threads
 from extractor.system.timing import Timer
@@ -269,7 +269,7 @@ def _check_same(out: Path, plan: PartPlan, request: Mapping[str, Any]) -> None:
         shown = "; ".join(different[:DIFFERENCES_SHOWN])
         raise StoreError(
             f"{out} holds parts of another run ({shown}); give all parts the same inputs, models "
-            "and options, or choose another --out"
+            f"and options, choose another --out, or discard that run: rm -r {out / STAGING}"
         )
 
 

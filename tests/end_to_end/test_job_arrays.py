@@ -270,6 +270,20 @@ def test_parts_of_other_options_are_refused_and_lose_nothing(
     assert content(out) == alone
 
 
+def test_run_of_parts_can_be_discarded_as_the_message_says(
+    photos: Path, tmp_path: Path, alone: dict[str, object]
+) -> None:
+    """After an upgrade, no part fits the plan of before any more."""
+    out = tmp_path / "out"
+    part(photos, out, "1/2", dtype="float16")
+    with pytest.raises(StoreError, match="or discard that run: rm -r ") as caught:
+        part(photos, out, "1/2")
+    shutil.rmtree(str(caught.value).rpartition("rm -r ")[2])
+    for number in (1, 2):
+        part(photos, out, f"{number}/2")
+    assert content(out) == alone
+
+
 def test_parts_of_other_inputs_or_models_are_refused(photos: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     part(photos, out, "1/2")
