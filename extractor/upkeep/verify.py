@@ -15,7 +15,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from extractor.errors import StoreError
+from extractor.errors import StoreError, StoreReplacedError
 from extractor.reading.array import map_array
 from extractor.reading.reader import manifest_errors
 from extractor.store.atomic import PARTIAL
@@ -61,12 +61,28 @@ def verify(folder: Path, progress: Progress | None = None) -> Iterator[str]:
             many there are.
 
     Raises:
+        StoreReplacedError: there is a problem, and a run has changed the store meanwhile.
         StoreError: no finished store, or a manifest that cannot be read.
     """
     name = folder / MANIFEST
     with manifest_errors(folder):
         text = name.read_bytes()
-    manifest = Manifest.from_json(text, str(name))
+    for problem in _problems(folder, text, Manifest.from_json(text, str(name)), progress):
+        if (folder / STAGING / MANIFEST).exists() or not _holds(name, text):
+            raise StoreReplacedError(f"{folder} was changed while it was verified; verify it again")
+        yield problem
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    try:
+        return path.read_bytes() == content
+    except OSError:
+        return False
+
+
+def _problems(
+    folder: Path, text: bytes, manifest: Manifest, progress: Progress | None
+) -> Iterator[str]:
     yield from _own_checksum(MANIFEST, text)
     if (folder / RUN).is_file():
         yield from _own_checksum(RUN, (folder / RUN).read_bytes())

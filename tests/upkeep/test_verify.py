@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 
 from extractor.cli import main as cli
-from extractor.errors import StoreError
-from extractor.store.format import HISTORY, FileEntry, Manifest, with_checksum
+from extractor.errors import StoreError, StoreReplacedError
+from extractor.store.format import HISTORY, STAGING, FileEntry, Manifest, with_checksum
 from extractor.store.history import HistoryEntry, history_lines
 from extractor.store.index import index_bytes
 from extractor.upkeep.compact import compact
@@ -172,6 +172,20 @@ def test_paths_of_a_shard_need_no_order_but_differ(
     assert problems(write_store(tmp_path / "moved", [part], names=[[b"b", b"a"]])) == []
     store = write_store(tmp_path / "store", [part], names=[[b"b", b"b"]])
     assert problems(store) == ["images/00000.parquet: 'b' already has a row in shard 0"]
+
+
+@pytest.mark.parametrize("is_published", [False, True])
+def test_store_that_a_run_publishes_meanwhile_is_not_called_damaged(
+    store: Path, is_published: bool
+) -> None:
+    def publish(*_: object) -> None:
+        (store / "failures.jsonl").write_bytes(b"")
+        manifest = store / ("store.json" if is_published else f"{STAGING}/store.json")
+        manifest.parent.mkdir(exist_ok=True)
+        manifest.write_text("{}")
+
+    with pytest.raises(StoreReplacedError, match="was changed while it was verified; verify it"):
+        list(verify(store, publish))
 
 
 def test_verifying_an_empty_folder_fails(tmp_path: Path) -> None:
