@@ -141,9 +141,11 @@ def covers(entry: IndexEntry, manifest: Manifest) -> bool:
     return entry.dim == dim and set(shard_keys(manifest)).issuperset(entry.shards)
 
 
-def derived_folders(out: Path) -> tuple[Path, Path]:
+def derived_folders(out: Path) -> tuple[Path, ...]:
     """Return where what is derived from a store may lie: in it, and in the user's cache."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if not cache.is_absolute():  # without HOME, and for a user without a name, "~" stays
+        return (out / DERIVED,)
     key = hashlib.sha256(os.fsencode(os.path.realpath(out))).hexdigest()[:32]
     return out / DERIVED, cache / "extractor" / "derived" / key
 

@@ -36,3 +36,13 @@ def test_two_that_publish_at_once_leave_one_whole_pair(
     file = FileEntry(**json.loads((own / "thing.thing.json").read_text()))
     assert check_file(own / file.name, file) == ""
     assert len(list(own.iterdir())) == 2
+
+
+def test_user_without_a_home_has_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cache = tmp_path / ".cache" / "extractor" / "derived"
+    assert [folder.parent for folder in derived_folders(tmp_path)] == [tmp_path, cache]
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)
+    assert derived_folders(tmp_path) == (tmp_path / "derived",)

@@ -169,8 +169,8 @@ def _entries(store: FeatureStore, method: Method) -> tuple[list[MapEntry], list[
     """Return what the JSON files of a map say, and why some of them cannot be read."""
     entries: list[MapEntry] = []
     problems: list[StoreError] = []
-    own, cache = derived_folders(store.path)
-    for folder in (own, cache):
+    own, *others = derived_folders(store.path)
+    for folder in (own, *others):
         path = folder / f"map-{method}{SUFFIX}"
         try:
             entries.append(MapEntry.read(path))
