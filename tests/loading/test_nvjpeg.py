@@ -582,7 +582,7 @@ def assert_gpu_decodes(
     a, b = on_gpu.stores[0].store, expected.stores[0].store
     assert list(a.paths) == list(b.paths)
     assert a.failures == b.failures
-    one, other = torch.from_numpy(a.features[:]), torch.from_numpy(b.features[:])
+    one, other = a.torch(), b.torch()
     assert float(torch.cosine_similarity(one, other).min()) > 0.999
 
 

@@ -107,7 +107,8 @@ def test_joined_rows_are_those_of_both_stores(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = FeatureStore.open(folder / "out")
-    program("join")["main"](str(folder / "both.npz"), str(store.path), str(store.path))
+    shutil.copytree(store.path, folder / "other")
+    program("join")["main"](str(folder / "both.npz"), str(store.path), str(folder / "other"))
     with np.load(folder / "both.npz") as saved:
         assert saved["paths"].tolist() == store.paths
         assert saved["rows"].shape == (6, 2 * store.dim)

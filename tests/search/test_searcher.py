@@ -235,7 +235,7 @@ def test_images_are_embedded_as_the_store_was(tmp_path: Path) -> None:
         ({"queries": [[1.0, math.nan]]}, "query 0 holds NaN or infinity"),
         ({"queries": [[1.0, 2.0], [3.0]]}, "expected vectors of one length on the CPU"),
         ({"queries": ["a/0.jpg", "a/7.jpg"]}, "a/7.jpg: no such image, and no such path in the"),
-        ({"queries": 7}, "queries: got int, expected vectors, paths or images"),
+        ({"queries": 7}, "queries: got int, expected vectors, or a list of paths"),
         ({"queries": "a/0.jpg", "own_rows": [0]}, "own_rows: this goes with vectors"),
     ],
 )

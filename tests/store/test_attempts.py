@@ -330,7 +330,7 @@ def test_attempt_of_a_run_that_ended_does_not_finish_in_the_next_one(
 def test_missing_shard_cannot_be_collected(tmp_path: Path, job: Job) -> None:
     with ClaimedFolder(tmp_path / "out") as claim:
         run = begin(claim, job)
-        with pytest.raises(StoreError, match=r"shard 3 of .* expected all processes to see"):
+        with pytest.raises(StoreError, match=r"shard 3 of .* expected that nobody removes them"):
             run.collect(3)
 
 
