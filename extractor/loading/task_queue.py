@@ -44,6 +44,7 @@ class TaskQueue:
         self._owner = owner
         self._on_exhausted = on_exhausted
         self._open: deque[Batch] = deque()
+        self._has_failed = False
         self.is_exhausted = False
 
     @property
@@ -52,9 +53,13 @@ class TaskQueue:
         return bool(self._open) and self._open[-1].has_unclaimed
 
     def prepare_next(self) -> bool:
-        """Open the next batch if it is needed and fits. Return whether an image can be claimed."""
+        """Open the next batch if it is needed and fits. Return whether an image can be claimed.
+
+        Raises:
+            Exception: The plan raised it. There are no further batches then, and no end either.
+        """
         while not self.has_unclaimed:
-            if self.is_exhausted or not len(self._buffers):
+            if self.is_exhausted or self._has_failed or not len(self._buffers):
                 return False
             self._open_batch()
         return True
@@ -74,6 +79,9 @@ class TaskQueue:
         return self._open.popleft() if self._open else None
 
     def _open_batch(self) -> None:
+        # A generator that has raised ends when it is asked again. Another thread may ask before the
+        # error is known, and would take the plan for complete.
+        self._has_failed = True
         sources = next(self._plan, None)
         if sources is None:
             self.is_exhausted = True
@@ -81,4 +89,5 @@ class TaskQueue:
             return
         if not 0 < len(sources) <= self._batch_size:
             raise ValueError(f"a batch of {len(sources)} images, expected 1 to {self._batch_size}")
+        self._has_failed = False
         self._open.append(Batch(self._buffers.take(), sources, self._owner))

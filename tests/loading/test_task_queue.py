@@ -88,3 +88,17 @@ def test_empty_plan_is_decided_once_it_was_read() -> None:
 def test_batches_of_the_wrong_size_are_an_error(size: int) -> None:
     with pytest.raises(ValueError, match=f"a batch of {size} images, expected 1 to 3"):
         Queue([size]).prepare_next()
+
+
+def test_plan_that_raised_is_not_exhausted() -> None:
+    class Failing(Queue):
+        def plan(self, sizes: Sequence[int]) -> Iterator[list[ImageSource]]:
+            yield from super().plan(sizes)
+            raise OSError("the disk is gone")
+
+    queue = Failing([1])
+    with pytest.raises(OSError, match="the disk is gone"):
+        queue.claim_all()
+    assert not queue.prepare_next()  # asked by another thread, before the error is known
+    assert not queue.is_exhausted
+    assert queue.ends == 0
