@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Run ruff, mypy and pytest in .venv, which is made first if it is missing.
 #
-#   scripts/test.sh                      everything that matters, in under five minutes
+#   scripts/test.sh                      everything that matters, in about six minutes on two cores
 #   scripts/test.sh --all                all families of backbones, many kills, long fuzzing, compiling
 #   scripts/test.sh [--all] PYTEST ARGUMENTS   for example a test file, or -k NAME; -n 0 in one process
 set -euo pipefail
